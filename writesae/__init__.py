@@ -1,0 +1,40 @@
+"""writesae: look inside recurrent language models, and change what they remember."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from writesae.experiments import ReplacementResult, replacement_test
+    from writesae.hooks import ActivationCache, Add, Delete, HookPoint, Intervention, Replace, Site, Substitute
+    from writesae.model import HookedRecurrentModel
+    from writesae.recurrence import Recurrence, Write
+    from writesae.saes import SAEConfig, WriteSAE
+
+__version__ = "0.1.0"
+
+# Where each name lives. They load at first use, so that `writesae --help` need not wait for torch.
+_HOME = {
+    "writesae.experiments": ("ReplacementResult", "replacement_test"),
+    "writesae.hooks": (
+        "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Replace", "Site", "Substitute",
+    ),
+    "writesae.model": ("HookedRecurrentModel",),
+    "writesae.recurrence": ("Recurrence", "Write"),
+    "writesae.saes": ("SAEConfig", "WriteSAE"),
+}  # fmt: skip
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "ActivationCache", "Add", "Delete", "HookPoint", "HookedRecurrentModel", "Intervention", "Recurrence", "Replace",
+    "ReplacementResult", "SAEConfig", "Site", "Substitute", "Write", "WriteSAE", "replacement_test",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'writesae' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,205 @@
+"""The demo: a model's memory writes, one atom in place of a write, one atom steering a generation. Offline, on a CPU."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from writesae.experiments import ReplacementResult, replacement_test
+from writesae.model import HookedRecurrentModel
+from writesae.saes import WriteSAE
+from writesae.zoo import ZOO, heldout_text, shipped_saes
+
+SENTENCE = "The Congress of the United States has the power to declare war, and the people have the right to peace."
+
+
+def run(name: str = "tiny-gdn", n_firings: int = 300, picture: Path | None = None, console: Console | None = None) -> None:
+    """Everything `writesae demo` shows.
+
+    Args:
+        name: a shipped model that comes with SAEs.
+        n_firings: firings of the replacement test, for each SAE.
+        picture: PNG to write; None for none.
+        console: where to print.
+    """
+    console = console or Console()
+    began = time.monotonic()
+    with console.status(f"loading {name}"):
+        model = HookedRecurrentModel.from_pretrained(name)
+        saes = [WriteSAE.from_pretrained(folder) for folder in shipped_saes(name)]
+    if not saes:
+        raise ValueError(f"no SAEs are shipped with {name}")
+    console.print(about(name, model, saes))
+    console.print(written(model, saes[0], SENTENCE))
+
+    results = []
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=console, transient=True) as progress:
+        tasks = [progress.add_task(f"replacement test, {_site(sae)}", total=n_firings) for sae in saes]
+        for sae, task in zip(saes, tasks, strict=True):
+            update = lambda done, task=task: progress.update(task, completed=done)  # noqa: E731
+            results.append(replacement_test(model, sae, heldout_text(), n_firings=n_firings, progress=update))
+    for result in results:
+        console.print(result.table())
+
+    recipe = json.loads((ZOO / name / "demo.json").read_text())
+    with console.status("steering"):
+        console.print(steered(model, saes, **recipe))
+    if picture is not None:
+        with console.status("drawing"):
+            draw(model, saes, results, picture)
+        console.print(f"Picture: {picture}")
+    console.print(f"Done in {time.monotonic() - began:.0f} s.")
+
+
+def about(name: str, model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> Panel:
+    """What was loaded."""
+    record = json.loads((ZOO / name / "training.json").read_text())
+    site = model.sites[0]
+    n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    return Panel(
+        f"{type(model.hf_model).__name__}, {n_parameters:.1f} M parameters; recurrent layers "
+        f"{', '.join(str(s.layer) for s in model.sites)}, each with {site.n_heads} states of {site.d_key} x {site.d_value}.\n"
+        f"On held-out text it needs {record['held_out_bits_per_byte']:.2f} bits a byte (xz -9: "
+        f"{record['xz_bits_per_byte']:.2f}).\n"
+        f"SAEs: " + "; ".join(f"{_site(sae)}, {sae.cfg.n_atoms} rank-1 atoms" for sae in saes),
+        title=name,
+        expand=False,
+    )
+
+
+def written(model: HookedRecurrentModel, sae: WriteSAE, text: str, n_tokens: int = 12) -> Table:
+    """What one head writes at the first tokens of a text, and which atom stands for it."""
+    layer, head = sae.cfg.layer, sae.cfg.head
+    assert layer is not None and head is not None
+    with torch.no_grad():
+        _, cache = model.run_with_cache(text, names=[n for n in model.hook_names if n.startswith(f"blocks.{layer}.mixer.") and not n.endswith("state")])
+        write = cache.write(layer)[0, :, head]
+        read = write if sae.cfg.target == "write" else cache.delta(layer)[0, :, head]
+        values, indices = sae.topk(read)
+        cosine = sae.atom(indices[:, 0]).cosine(write)
+    kept = cache["log_decay", layer][0, :, head].exp()  # type: ignore[index]
+    beta = cache["beta", layer][0, :, head]  # type: ignore[index]
+    table = Table(title=f"What {_site(sae)} writes at each token", caption="cosine: of the atom and the write it stands for")
+    for column in ("token", "write norm", "beta", "memory kept", "top atom", "activation", "cosine"):
+        table.add_column(column, justify="left" if column == "token" else "right")
+    for t, token in enumerate(model.to_str_tokens(text)[:n_tokens]):
+        numbers = (write.norm()[t], beta[t], kept[t])
+        table.add_row(
+            Text(repr(token)), *(f"{float(x):.2f}" for x in numbers),
+            str(int(indices[t, 0])), f"{float(values[t, 0]):.2f}", f"{float(cosine[t]):.2f}",
+        )  # fmt: skip
+    return table
+
+
+def steered(
+    model: HookedRecurrentModel,
+    saes: Sequence[WriteSAE],
+    *,
+    layer: int,
+    head: int,
+    atom: int,
+    scale: float,
+    prompt: str,
+    max_new_tokens: int = 60,
+    why: str = "",
+) -> Panel:
+    """One generation as it is, and with an atom added to every write."""
+    sae = next(s for s in saes if (s.cfg.layer, s.cfg.head) == (layer, head))
+    before = model.generate(prompt, max_new_tokens=max_new_tokens)
+    with model.intervene(sae, atom=atom, scale=scale):
+        after = model.generate(prompt, max_new_tokens=max_new_tokens)
+    sides = [
+        Panel(Text(str(text)), title=title, width=56)
+        for text, title in ((before, "before"), (after, f"with model.intervene(sae, atom={atom}, scale={scale:g}):"))
+    ]
+    return Panel(Columns(sides), title=f"Steering a generation through {_site(sae)}", subtitle=why, expand=False)
+
+
+def draw(
+    model: HookedRecurrentModel, saes: Sequence[WriteSAE], results: Sequence[ReplacementResult], path: Path
+) -> None:
+    """The picture: a write and its atom, the divergences firing by firing, the win rates."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
+    figure = plt.figure(figsize=(13, 3.2 * len(saes)), layout="constrained")
+    grid = figure.subplots(len(saes), 4, squeeze=False, width_ratios=(1, 1, 1.3, 1.1))
+    for row, sae, result in zip(grid, saes, results, strict=True):
+        _draw_write(row[0], row[1], model, sae)
+        _draw_scatter(row[2], result)
+        _draw_rates(row[3], result)
+    figure.suptitle("One rank-1 atom in place of what the model writes to memory", fontsize=12)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, dpi=150, format="png")
+    partial.replace(path)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def _draw_write(left: Any, right: Any, model: HookedRecurrentModel, sae: WriteSAE) -> None:
+    """The write of the sentence that its atom matches at the median, as a matrix, beside that atom."""
+    layer, head = sae.cfg.layer, sae.cfg.head
+    assert layer is not None and head is not None
+    _, cache = model.run_with_cache(SENTENCE, names=[n for n in model.hook_names if n.startswith(f"blocks.{layer}.mixer.") and not n.endswith("state")])
+    write = cache.write(layer)[0, :, head]
+    values, indices = sae.topk(write if sae.cfg.target == "write" else cache.delta(layer)[0, :, head])
+    cosine = sae.atom(indices[:, 0]).cosine(write)
+    t = int(cosine.argsort()[len(cosine) // 2])
+    matrices = (write[t].dense(), (sae.atom(int(indices[t, 0])) * float(values[t, 0])).dense())
+    limit = max(float(m.abs().max()) for m in matrices)
+    titles = (
+        f"{_site(sae)} writes at {model.to_str_tokens(SENTENCE)[t]!r}",
+        f"atom {int(indices[t, 0])} at its activation (cosine {float(cosine[t]):.2f})",
+    )
+    for axis, matrix, title in zip((left, right), matrices, titles, strict=True):
+        axis.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("d_value")
+        axis.set_xticks([])
+        axis.set_yticks([])
+    left.set_ylabel("d_key")
+
+
+def _draw_scatter(axis: Any, result: ReplacementResult) -> None:
+    atom, delete, random = (result.kl[c][:, 0].clamp_min(1e-12) for c in ("atom", "delete", "random"))
+    axis.scatter(atom, random, s=6, color="0.7", label="random")
+    axis.scatter(atom, delete, s=6, color="C0", label="deletion")
+    ends = [float(torch.stack([atom, delete, random]).quantile(q)) for q in (0.005, 0.999)]
+    axis.plot(ends, ends, color="0.3", lw=0.8, ls="--")
+    axis.set(xscale="log", yscale="log", xlabel="KL with the atom (nats)", ylabel="KL with something else (nats)")
+    axis.set_title(f"{result.n} firings; above the line the atom is closer", fontsize=9)
+    axis.legend(frameon=False, loc="upper left", markerscale=2)
+
+
+def _draw_rates(axis: Any, result: ReplacementResult) -> None:
+    pairs = (("atom", "delete"), ("atom, native norm", "delete"), ("delete", "random"), ("atom", "random"))
+    rates = [result.wins(*pair) for pair in pairs]
+    for y, rate in enumerate(rates):
+        axis.barh(y, 100 * rate.rate, color="C0", alpha=0.8)
+        axis.plot([100 * rate.low, 100 * rate.high], [y, y], color="0.1", lw=1.5)
+        axis.text(2, y, f"{100 * rate.rate:.0f}%", va="center", color="white", fontweight="bold")
+    axis.set_yticks(range(len(pairs)), [f"{a}\nbeats {b}" for a, b in pairs])
+    axis.axvline(50, color="0.3", lw=0.8, ls="--")
+    axis.invert_yaxis()
+    axis.set_xlim(0, 100)
+    axis.set_xlabel("% of firings, with Wilson 95% interval")
+    axis.set_title("who stays closer to the model", fontsize=9)
+
+
+def _site(sae: WriteSAE) -> str:
+    return f"layer {sae.cfg.layer} head {sae.cfg.head}"

@@ -1,0 +1,255 @@
+"""The replacement test (paper, section 3.2): can one atom stand in for what the model writes?
+
+At a *firing*, a token at which the SAE activates an atom, the native write of one head is taken out and something else
+put in; the score is how far the model's final distribution moves, in nats. The SAE's top atom at its activation should
+move it less than putting in nothing, and putting in nothing less than a random atom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from rich.table import Table
+from scipy.stats import binomtest
+from torch import Tensor
+
+from writesae.hooks import Delete, Intervention, Replace, Substitute
+from writesae.recurrence import Write
+
+if TYPE_CHECKING:
+    from writesae.model import HookedRecurrentModel
+    from writesae.saes import WriteSAE
+
+CONDITIONS = {
+    "atom": "the SAE's top atom at its activation",
+    "atom, native norm": "the top atom at the native write's norm (paper, appendix J)",
+    "delete": "nothing",
+    "random": "a random rank-1 matrix at the atom's activation",
+}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How often out of how many, with its Wilson 95% interval."""
+
+    count: int
+    n: int
+    low: float
+    high: float
+
+    @property
+    def rate(self) -> float:
+        return self.count / self.n
+
+    def __str__(self) -> str:
+        return f"{100 * self.rate:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+def wilson(count: int, n: int) -> Rate:
+    """A proportion with its Wilson 95% interval; raises ValueError without any trial."""
+    if n < 1:
+        raise ValueError("an interval needs at least one trial")
+    interval = binomtest(count, n).proportion_ci(method="wilson")
+    return Rate(count, n, float(interval.low), float(interval.high))
+
+
+@dataclass(frozen=True)
+class ReplacementResult:
+    """The records of a replacement test, one row a firing.
+
+    Attributes:
+        layer, head: the site.
+        kl: ``KL(edited || native)`` of the next-token distribution in nats, at the firing and the tokens after it.
+        window: which window of the text each firing is in, and ``position`` its position there.
+        atom: the top atom, ``activation`` its coefficient, ``native_norm`` the Frobenius norm of the native write.
+        cosine: cosine of the atom to the native write.
+    """
+
+    layer: int
+    head: int
+    kl: dict[str, Float[Tensor, "firing horizon"]]
+    window: Int[Tensor, " firing"]
+    position: Int[Tensor, " firing"]
+    atom: Int[Tensor, " firing"]
+    activation: Float[Tensor, " firing"]
+    native_norm: Float[Tensor, " firing"]
+    cosine: Float[Tensor, " firing"]
+
+    @property
+    def n(self) -> int:
+        return len(self.atom)
+
+    def wins(self, better: str, worse: str) -> Rate:
+        """How often ``better`` moves the distribution at the firing less than ``worse``."""
+        return wilson(int((self.kl[better][:, 0] < self.kl[worse][:, 0]).sum()), self.n)
+
+    def chain(self) -> Rate:
+        """How often the strict order atom < delete < random holds at the firing."""
+        atom, delete, random = (self.kl[c][:, 0] for c in ("atom", "delete", "random"))
+        return wilson(int(((atom < delete) & (delete < random)).sum()), self.n)
+
+    def table(self) -> Table:
+        table = Table(title=f"Replacement test, layer {self.layer} head {self.head}, {self.n} firings on held-out text")
+        horizon = next(iter(self.kl.values())).shape[1] - 1
+        for name, justify in (("put in", "left"), ("median KL", "right"), (f"next {horizon}, mean", "right")):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column("beats deletion", justify="right")
+        for name, kl in self.kl.items():
+            later = f"{float(kl[:, 1:].mean()):.2e}" if horizon else ""
+            wins = "" if name == "delete" else str(self.wins(name, "delete"))
+            table.add_row(f"{name}: {CONDITIONS[name]}", f"{float(kl[:, 0].median()):.2e}", later, wins)
+        table.caption = (
+            f"KL in nats; Wilson 95% intervals. Deletion beats random: {self.wins('delete', 'random')}. "
+            f"Atom < deletion < random: {self.chain()}. Median cosine of atom and write: {float(self.cosine.median()):.2f}."
+        )
+        return table
+
+
+@torch.no_grad()
+def replacement_test(
+    model: HookedRecurrentModel,
+    sae: WriteSAE,
+    text: str | Sequence[str],
+    *,
+    n_firings: int = 300,
+    context: int = 96,
+    horizon: int = 8,
+    atom: int | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    check_model: bool = True,
+    progress: Callable[[int], Any] | None = None,
+) -> ReplacementResult:
+    """Run the replacement test at firings drawn at random, one from each window of the text.
+
+    Args:
+        model: the model.
+        sae: an SAE of one of its heads; its top atom at each firing is tested.
+        text: held-out text, cut into windows of ``context`` tokens.
+        n_firings: how many to test.
+        context: tokens a window; a firing has at least a quarter of it before it, ``horizon`` tokens after it.
+        horizon: how many tokens after the firing to score, beside the firing itself.
+        atom: test only where this atom is the top one.
+        batch_size: windows a forward pass.
+        seed: of the choice of firings and of the random matrices.
+        check_model: refuse an SAE trained on other weights.
+        progress: called with the number of firings done.
+
+    Raises:
+        ValueError: the text is too short, or the SAE (or ``atom``) fires too rarely in it; the message has the numbers.
+    """
+    sae.check_fits(model, check_model=check_model)
+    layer, head = sae.cfg.layer, sae.cfg.head
+    assert layer is not None and head is not None
+    windows = _windows(model, text, context)
+    if atom is None and len(windows) < n_firings:
+        raise ValueError(
+            f"{n_firings} firings need as many windows of {context} tokens; the text has {len(windows)}: "
+            f"give a longer text, or lower n_firings or context"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    windows = windows[torch.randperm(len(windows), generator=generator)]
+    parts: list[dict[str, Any]] = []
+    done = 0
+    for start in range(0, len(windows), batch_size):
+        if done >= n_firings:
+            break
+        ids = windows[start : start + batch_size].to(model.device)
+        native, cache = model.run_with_cache(ids, names=_inputs(model, layer))
+        values, indices = sae.topk(_target(cache, sae, context))
+        part = _choose(values, indices, atom, context // 4, context - 1 - horizon, generator)
+        keep = part["row"][: n_firings - done]
+        if not len(keep):
+            continue
+        part = {name: x[: len(keep)] for name, x in part.items()}
+        t = part["position"].to(model.device)
+        write = cache.write(layer)[keep.to(model.device), t, torch.full_like(t, head)]
+        part |= {"native_norm": write.norm(), "cosine": sae.atom(part["atom"]).cosine(write), "window": start + keep}
+        ids, native = ids[keep], native[keep]
+        part["kl"] = {
+            name: _kl(_run(model, ids, edit, t, check_model), native, t, horizon)
+            for name, edit in _conditions(sae, layer, head, part["activation"], generator).items()
+        }
+        parts.append(part)
+        done += len(keep)
+        if progress is not None:
+            progress(done)
+    if done < n_firings:
+        what = f"atom {atom}" if atom is not None else "the SAE"
+        raise ValueError(f"{what} fired in only {done} of {len(windows)} windows; {n_firings} firings were asked for")
+    join = lambda name: torch.cat([part[name] for part in parts]).cpu()  # noqa: E731
+    return ReplacementResult(
+        layer,
+        head,
+        {name: torch.cat([part["kl"][name] for part in parts]).cpu() for name in CONDITIONS},
+        **{name: join(name) for name in ("window", "position", "atom", "activation", "native_norm", "cosine")},
+    )
+
+
+def _conditions(
+    sae: WriteSAE, layer: int, head: int, activation: Tensor, generator: torch.Generator
+) -> dict[str, Intervention]:
+    n = len(activation)
+    draw = lambda d: F.normalize(torch.randn(n, 1, d, generator=generator), dim=-1).to(activation.device)  # noqa: E731
+    random = Write(draw(sae.cfg.d_key), draw(sae.cfg.d_value)) * activation[:, None]
+    edits = (
+        Substitute(sae),
+        Substitute(sae, norm="native"),
+        Delete(layer, head),
+        Replace(layer, head, write=random),
+    )
+    return dict(zip(CONDITIONS, edits, strict=True))
+
+
+def _run(model: HookedRecurrentModel, ids: Tensor, edit: Intervention, t: Tensor, check_model: bool) -> Tensor:
+    with model.intervene(edit, positions=t[:, None], check_model=check_model):
+        return model(ids)
+
+
+def _kl(edited: Tensor, native: Tensor, t: Tensor, horizon: int) -> Float[Tensor, "firing horizon"]:
+    """KL(edited || native) at ``t`` and the ``horizon`` tokens after it."""
+    rows = torch.arange(len(t), device=t.device)[:, None]
+    at = t[:, None] + torch.arange(horizon + 1, device=t.device)
+    p, q = (x[rows, at].double().log_softmax(-1) for x in (edited, native))
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+
+def _choose(
+    values: Tensor, indices: Tensor, atom: int | None, first: int, last: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """One firing at random from each window that has any at tokens ``first`` to ``last``."""
+    value, best = values.max(-1)
+    top = indices.gather(-1, best[..., None]).squeeze(-1)
+    fires = value > 0 if atom is None else (value > 0) & (top == atom)
+    fires[:, :first] = False
+    fires[:, last + 1 :] = False
+    rows = fires.any(1).nonzero()[:, 0].cpu()
+    position = torch.multinomial(fires[rows].float().cpu(), 1, generator=generator)[:, 0]
+    return {"row": rows, "position": position, "atom": top[rows, position], "activation": value[rows, position]}
+
+
+def _windows(model: HookedRecurrentModel, text: str | Sequence[str], context: int) -> Int[Tensor, "window pos"]:
+    pieces = []
+    for document in [text] if isinstance(text, str) else text:
+        ids, _ = model.to_tokens(document)
+        pieces.append(ids[0, : ids.shape[1] // context * context].reshape(-1, context))
+    return torch.cat(pieces)
+
+
+def _inputs(model: HookedRecurrentModel, layer: int) -> Callable[[str], bool]:
+    """Names of what the writes, deltas and states of a layer are rebuilt from."""
+    quantities = {f"blocks.{layer}.mixer.hook_{name}" for name in ("k", "v", "beta", "log_decay")}
+    return quantities.intersection(model.hook_names).__contains__
+
+
+def _target(cache: Any, sae: WriteSAE, context: int) -> Write | Tensor:
+    """What the SAE reads, of its head, ``[window, pos]``."""
+    layer, head = sae.cfg.layer, sae.cfg.head
+    if sae.cfg.target == "state":
+        return cache.state(layer, range(context), heads=[head])[:, :, 0]
+    return (cache.write(layer) if sae.cfg.target == "write" else cache.delta(layer))[:, :, head]

@@ -1,0 +1,131 @@
+"""What `run_with_cache` returns: every quantity by name, writes as factors, states rebuilt only where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from writesae.hooks.intercept import Record, Tap, total_write
+from writesae.hooks.interventions import delta_of
+from writesae.hooks.points import Value, unknown_name
+from writesae.hooks.positions import PAD
+from writesae.kernels import states_at
+from writesae.recurrence import Recurrence, Write
+
+
+class ActivationCache(Mapping[str, Value]):
+    """Quantities of one forward pass, ``[batch, pos, head, ...]``, as they went on after all hooks.
+
+    ``cache["blocks.9.mixer.hook_k"]`` and ``cache["k", 9]`` are the same; `write`, `delta` and `state` are worked out
+    from what is there. Positions count real tokens; ``cache.positions [batch, pos]`` says which token is which.
+    """
+
+    def __init__(self, taps: Sequence[Tap]):
+        self._taps = {tap.site.layer: tap for tap in taps}
+        self._values: dict[str, Value] = {}
+        self._records: dict[int, Record] = {}
+        self._positions: Tensor | None = None
+
+    def _store(self, name: str, value: Value) -> None:
+        self._values[name] = value
+
+    def _only(self, names: set[str]) -> None:
+        self._values = {name: value for name, value in self._values.items() if name in names}
+
+    def _record(self, tap: Tap, record: Record) -> None:
+        self._records[tap.site.layer] = record
+        if self._positions is None:
+            self._positions = tap.clock.try_positions()
+
+    @property
+    def positions(self) -> Int[Tensor, "batch pos"]:
+        """The position of each token of the pass; -1 for padding."""
+        if self._positions is None:
+            raise ValueError("this pass's attention mask does not say which tokens are padding: pass a 2-D mask")
+        return self._positions
+
+    def __getitem__(self, name: str | tuple[str, int]) -> Value:
+        full = name if isinstance(name, str) else f"blocks.{name[1]}.mixer.hook_{name[0]}"
+        if full not in self._values:
+            known = [point.name for tap in self._taps.values() for point in tap.points.values()]
+            if full in known:
+                have = ", ".join(list(self._values)[:6]) or "nothing"
+                raise KeyError(f"{full} was not cached; ask for it in names= (cached: {have} ...)")
+            raise unknown_name(full, known)
+        return self._values[full]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"ActivationCache({len(self)} values of layers {sorted(self._records)})"
+
+    def write(self, layer: int) -> Write:
+        """The native write ``k (beta v)^T`` of each token and head, as factors, leading dimensions [batch, pos, head]."""
+        name = f"blocks.{layer}.mixer.hook_write"
+        if name in self._values:
+            return self._values[name]  # type: ignore[return-value]
+        return self._tap(layer).family.write(self._inputs(layer, without=("q",)))
+
+    def delta(self, layer: int) -> Write:
+        """What each token's state gains beyond decay, ``k delta^T``; see `writesae.hooks.interventions.delta_of`."""
+        rec, total, initial = self._dynamics(layer)
+        return delta_of(rec, total, initial)
+
+    def state(
+        self, layer: int, positions: Sequence[int], heads: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch n_positions head d_key d_value"]:
+        """The states after the tokens at ``positions`` (negative ones count from each sequence's last token).
+
+        Rebuilt from the cached factors, edits included; costs ``d_key * d_value`` for what is asked, nothing else.
+
+        Raises:
+            IndexError: a sequence has no such position in this pass.
+        """
+        rec, total, initial = self._dynamics(layer)
+        record = self._records[layer]
+        if heads is not None:
+            heads = list(heads)
+            rec, total = rec[:, :, heads], total[:, :, heads]
+            initial = None if initial is None else initial[:, heads]
+        columns = self._columns(positions)
+        wanted = sorted(set(columns.flatten().tolist()))
+        dense = record.dense if heads is None else {t: E[:, heads] for t, E in record.dense.items()}
+        found = states_at(rec, total, wanted, initial, dense=dense)
+        at = torch.tensor([[wanted.index(c) for c in row] for row in columns.tolist()], device=found.device)
+        return found[torch.arange(len(at), device=found.device)[:, None], at]
+
+    def _tap(self, layer: int) -> Tap:
+        if layer not in self._taps:
+            raise IndexError(f"layer {layer} is not recurrent; recurrent layers are {sorted(self._taps)}")
+        return self._taps[layer]
+
+    def _inputs(self, layer: int, without: Sequence[str] = ()) -> dict[str, Tensor]:
+        return {q: self[q, layer] for q in self._tap(layer).family.inputs if q not in without}  # type: ignore[misc]
+
+    def _dynamics(self, layer: int) -> tuple[Recurrence, Write, Tensor | None]:
+        """Recurrence, all writes (native and edits) and initial state of a layer; reads play no part in states."""
+        family = self._tap(layer).family
+        values = self._inputs(layer, without=("q",))
+        rec = family.recurrence({**values, "q": values["k"]})
+        record = self._records[layer]
+        return rec, total_write(family.write(values), record.edits), record.initial_state
+
+    def _columns(self, positions: Sequence[int]) -> Int[Tensor, "batch n"]:
+        """Where in the pass each sequence's positions are."""
+        own = self.positions.cpu()
+        first, last = own.masked_fill(own == PAD, own.max() + 1).min(1).values, own.max(1).values
+        asked = torch.tensor(list(positions)).long().expand(len(own), -1)
+        asked = torch.where(asked < 0, last[:, None] + 1 + asked, asked)
+        for row, p in ((asked < first[:, None]) | (asked > last[:, None])).nonzero()[:1].tolist():
+            raise IndexError(
+                f"state at position {list(positions)[p]} of sequence {row}: this pass has its positions "
+                f"{int(first[row])} to {int(last[row])}"
+            )
+        return (own[:, None, :] == asked[:, :, None]).int().argmax(-1)

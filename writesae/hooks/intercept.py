@@ -1,0 +1,385 @@
+"""Between a model and its recurrence: the thin dispatcher that gives hooks and edits to native code left untouched.
+
+Mixers of these families call functions of their modeling file (``torch_chunk_gated_delta_rule``, ...). `install` puts a
+dispatcher in the place of each, which asks one question: is a tapped mixer running, with anything attached? If not, the
+native function runs as before. If so, the mixer's `Tap` shows the canonical quantities to its hook points, runs the
+native function on what comes back, and adds the **linear response** of the edits to its result: since decay and erase do
+not depend on the state, an edit ``E`` changes outputs and states by the same recurrence run on ``E`` alone, for the edited
+heads only and from the first edited token on.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from writesae.hooks.families import FAMILIES, Family, KernelCall, Site
+from writesae.hooks.interventions import Intervention, Moment
+from writesae.hooks.points import HookPoint
+from writesae.hooks.positions import PAD, Clock, PositionSet
+from writesae.kernels import chunked
+from writesae.recurrence import Read, Write, zero_state
+
+_running: ContextVar[Tap | None] = ContextVar("running_tap", default=None)
+
+
+@dataclass(eq=False)
+class Attached:
+    """An intervention in force: what, at which positions, and which read first sees it."""
+
+    what: Intervention
+    heads: list[int]
+    positions: PositionSet
+    read: Read
+
+
+@dataclass
+class Edit:
+    """Writes that were added to the state in one call: of some heads (None: all), from token ``start`` on."""
+
+    heads: tuple[int, ...] | None
+    write: Write  # [batch, pos, head]
+    read: Read
+    start: int
+
+
+@dataclass
+class Record:
+    """What, beside the canonical quantities, one call's states depend on. See `ActivationCache.state`."""
+
+    initial_state: Float[Tensor, "batch head d_key d_value"] | None
+    edits: list[Edit]
+    dense: dict[int, Float[Tensor, "batch head d_key d_value"]]
+
+
+@dataclass(eq=False)
+class Tap:
+    """Everything attached to one mixer. Lives on the mixer as ``mixer.writesae_tap``."""
+
+    site: Site
+    family: Family
+    points: dict[str, HookPoint]
+    clock: Clock
+    attached: list[Attached] = field(default_factory=list)
+    state_requests: list[PositionSet] = field(default_factory=list)
+    recorders: list[Callable[[Record], None]] = field(default_factory=list)
+    shape: torch.Size = torch.Size()  # of the running call's output, [batch, pos, head, d_value]
+
+    @property
+    def busy(self) -> bool:
+        return bool(
+            self.attached or self.state_requests or self.recorders or any(p.listening for p in self.points.values())
+        )
+
+    def run(self, native: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The native call, with hooks and edits."""
+        call = self.family.call(arguments)
+        for quantity in self.family.inputs:
+            point = self.points[quantity]
+            if point.listening:
+                value, changed = point.fire(call.get(quantity))
+                if changed:
+                    call.set(quantity, value)  # type: ignore[arg-type]
+        initial = call.initial_state
+        if self.recorders and initial is not None:
+            initial = initial.clone()  # the model's cache updates it in place
+        o, state = call.run(native)
+        self.shape = o.shape
+
+        record = Record(initial, self._write_hook(call) + self._edits(call), {})
+        self._walk_states(call, record)
+        o, state = respond(call, record, o, state)
+        for recorder in self.recorders:
+            recorder(record)
+        if self.points["o"].listening:
+            o, _ = self.points["o"].fire(o)
+        return o, state  # type: ignore[return-value]
+
+    def _write_hook(self, call: KernelCall) -> list[Edit]:
+        """A changed ``hook_write`` is an edit by the difference: its key need not be the erase key any more."""
+        point = self.points["write"]
+        if not point.listening:
+            return []
+        shown = call.write()
+        new, changed = point.fire(Write(shown.key.clone(), shown.value))  # the key may be shared with the erase
+        return [Edit(None, new - call.write(), "same", 0)] if changed else []  # type: ignore[operator]
+
+    def _edits(self, call: KernelCall) -> list[Edit]:
+        """Edits that follow from the writes alone: all tokens at once."""
+        edits = []
+        for attached in self.attached:
+            if attached.what.needs_state:
+                continue
+            mask, index = attached.positions.match(self.clock.positions())
+            start = _first_column(mask)
+            if start is None:
+                continue
+            heads = None if attached.heads == list(range(self.site.n_heads)) else attached.heads
+            rec, write = call.recurrence(heads)[:, start:], call.write(heads)[:, start:]
+            made = attached.what.edit(Moment(write, rec, None if index is None else index[:, start:]))
+            made = made * mask[:, start:, None].to(made.value.dtype)
+            edits.append(Edit(None if heads is None else tuple(heads), made, attached.read, start))
+        return edits
+
+    def _walk_states(self, call: KernelCall, record: Record) -> None:
+        """Edits that depend on the state, and ``hook_state``: from one such token to the next, states only there."""
+        by_state = [a for a in self.attached if a.what.needs_state]
+        if not by_state and not self.state_requests:
+            return
+        positions = self.clock.positions()
+        matches = [(a, *a.positions.match(positions)) for a in by_state]
+        asked = [(request, request.match(positions)[0]) for request in self.state_requests]
+        events: Bool[Tensor, " pos"] = torch.stack([m.any(0) for _, m, *_ in matches + asked]).any(0)  # type: ignore[operator]
+
+        rec, native = call.recurrence(), call.write()
+        total = total_write(native, record.edits)
+        S = zero_state(rec, native) if call.initial_state is None else call.initial_state.to(rec.q.dtype)
+        made: dict[int, list[tuple[int, Write]]] = {id(a): [] for a in by_state}
+        start = 0
+        for t in events.nonzero()[:, 0].tolist():
+            if t > start:
+                _, S = chunked(rec[:, start:t], total[:, start:t], S)
+            here = slice(t, t + 1)
+            _, after = chunked(rec[:, here], total[:, here], S)
+            for attached, mask, index in matches:
+                if not mask[:, t].any():
+                    continue
+                h = attached.heads
+                now = Moment(
+                    native[:, here][:, :, h], rec[:, here][:, :, h], None if index is None else index[:, here], S[:, h]
+                )
+                write = attached.what.edit(now)
+                write = write * mask[:, here, None].to(write.value.dtype)
+                made[id(attached)].append((t, write))
+                after = after.index_add(1, torch.tensor(h, device=S.device), write.dense().squeeze(1))
+            for request, mask in asked:
+                rows = mask[:, t].nonzero()[:, 0]
+                if len(rows):
+                    after = self._state_hook(request, after, rows, positions[rows, t], record, t)
+            S, start = after, t + 1
+        for attached in by_state:
+            record.edits += [_spread(attached, made[id(attached)], rec.n_pos)] if made[id(attached)] else []
+
+    def _state_hook(
+        self, request: PositionSet, S: Tensor, rows: Int[Tensor, " rows"], at: Int[Tensor, " rows"], record: Record, t: int
+    ) -> Tensor:
+        point = self.points["state"]
+        point.request, point.positions = request, at  # type: ignore[assignment]
+        shown = S[rows].unsqueeze(1)
+        new, changed = point.fire(shown.clone())
+        if not changed:
+            return S
+        E = torch.zeros_like(S).index_copy(0, rows, (new - shown).squeeze(1))  # type: ignore[operator]
+        record.dense[t] = record.dense[t] + E if t in record.dense else E
+        return S + E
+
+
+def respond(
+    call: KernelCall, record: Record, o: Tensor, state: Tensor | None
+) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"] | None]:
+    """Add the linear response of all edits to the native outputs and final state."""
+    groups: dict[tuple[Any, ...], list[Edit]] = {}
+    for edit in record.edits:
+        groups.setdefault((edit.heads, edit.read), []).append(edit)
+    responses = []
+    for (heads, read), edits in groups.items():
+        start = min(edit.start for edit in edits)
+        rec = call.recurrence(heads)[:, start:]
+        write = _sum_from(edits, start)
+        responses.append((heads, start, *chunked(rec, write, read=read)))
+    if record.dense:
+        rec = call.recurrence()
+        nothing = call.write() * 0.0
+        responses.append((None, 0, *chunked(rec, nothing, dense=record.dense)))
+    for heads, start, extra, extra_state in responses:
+        if heads is None and start == 0:
+            o = (o + extra).to(o.dtype)
+        else:
+            at = slice(None) if heads is None else list(heads)
+            o = o.clone()
+            o[:, start:, at] = (o[:, start:, at] + extra).to(o.dtype)
+        if state is not None:
+            state = state + extra_state if heads is None else state.index_add(
+                1, torch.tensor(heads, device=state.device), extra_state.to(state.dtype)
+            )
+    return o, state
+
+
+def total_write(native: Write, edits: Sequence[Edit]) -> Write:
+    """The native write and all edits as one write of higher rank, all heads and tokens."""
+    total = native
+    for edit in edits:
+        keys, values = edit.write.factors()
+        batch, n_pos, n_heads = native.shape
+        heads = slice(None) if edit.heads is None else list(edit.heads)
+        full = []
+        for x in (keys, values):
+            wide = x.new_zeros(batch, n_pos, n_heads, *x.shape[-2:])
+            wide[:, edit.start :, heads] = x
+            full.append(wide)
+        total = total + (Write(*full, rank=edit.write.rank) if edit.write.rank > 1 else Write(*(x.squeeze(-2) for x in full)))
+    return total
+
+
+def _sum_from(edits: Sequence[Edit], start: int) -> Write:
+    """The sum of edits of the same heads, over the tokens from ``start`` on."""
+    padded = []
+    for edit in edits:
+        missing = edit.start - start
+        if missing:
+            batch, _, n_heads = edit.write.shape
+            grow = [x.new_zeros(batch, missing, *x.shape[2:]) for x in (edit.write.key, edit.write.value)]
+            edit = Edit(
+                edit.heads,
+                Write(torch.cat([grow[0], edit.write.key], 1), torch.cat([grow[1], edit.write.value], 1), edit.write.rank),
+                edit.read,
+                start,
+            )
+        padded.append(edit.write)
+    return functools.reduce(lambda x, y: x + y, padded)
+
+
+def _spread(attached: Attached, made: list[tuple[int, Write]], n_pos: int) -> Edit:
+    """Edits of single tokens as one edit over all tokens from the first on."""
+    start = made[0][0]
+    first = made[0][1]
+    key = first.key.new_zeros(first.key.shape[0], n_pos - start, *first.key.shape[2:])
+    value = first.value.new_zeros(first.value.shape[0], n_pos - start, *first.value.shape[2:])
+    where = torch.tensor([t - start for t, _ in made], device=key.device)
+    key = key.index_copy(1, where, torch.cat([w.key for _, w in made], 1))
+    value = value.index_copy(1, where, torch.cat([w.value for _, w in made], 1))
+    return Edit(tuple(attached.heads), Write(key, value, first.rank), attached.read, start)
+
+
+def _first_column(mask: Bool[Tensor, "batch pos"]) -> int | None:
+    columns = mask.any(0)
+    return int(columns.int().argmax()) if bool(columns.any()) else None
+
+
+# --- installing -------------------------------------------------------------------------------------------------------
+
+
+def find_mixers(model: nn.Module) -> list[tuple[str, nn.Module, Family]]:
+    """The recurrent mixers of a model, wherever they sit: ``(path, module, family)`` in order of layers."""
+    found = []
+    for path, module in model.named_modules():
+        for family in FAMILIES:
+            if family.mixers.get(type(module).__module__) == type(module).__name__:
+                found.append((path, module, family))
+    return sorted(found, key=lambda item: int(item[1].layer_idx))
+
+
+def install(model: nn.Module) -> list[Tap]:
+    """Tap every recurrent mixer of ``model`` (once; a second call finds the same taps).
+
+    Raises:
+        ValueError: no recurrent layer in it.
+        RuntimeError: this transformers release lacks the functions to intercept.
+    """
+    mixers = find_mixers(model)
+    if not mixers:
+        known = sorted(name for family in FAMILIES for name in family.mixers.values())
+        raise ValueError(
+            f"{type(model).__name__} has no recurrent layer that writesae knows; known mixers: {', '.join(known)}"
+        )
+    for name, family in {type(mixer).__module__: family for _, mixer, family in mixers}.items():
+        _intercept(name, family)
+    if not hasattr(mixers[0][1], "writesae_tap"):
+        text_model = model.get_submodule(mixers[0][0].rsplit(".layers.", 1)[0])
+        clock = Clock(text_model)
+        text_model.register_forward_pre_hook(lambda _m, args, kwargs: clock.begin(args, kwargs), with_kwargs=True)
+        text_model.register_forward_hook(lambda _m, _args, _out: clock.end(), always_call=True)
+        for _, mixer, family in mixers:
+            _tap(mixer, family, clock)
+    return [mixer.writesae_tap for _, mixer, _ in mixers]  # type: ignore[misc]
+
+
+def _tap(mixer: nn.Module, family: Family, clock: Clock) -> None:
+    layer = int(mixer.layer_idx)  # type: ignore[arg-type]
+    points = {quantity: HookPoint(layer, quantity) for quantity in family.quantities}
+    for quantity, point in points.items():
+        mixer.add_module(f"hook_{quantity}", point)
+    tap = Tap(Site(layer, *family.dims(mixer), rule=family.rule), family, points, clock)
+    mixer.writesae_tap = tap  # type: ignore[assignment]
+    mixer.register_forward_pre_hook(_enter)
+    mixer.register_forward_hook(_leave, always_call=True)
+    for name in family.gate_norms:
+        if hasattr(mixer, name):
+            getattr(mixer, name).register_forward_pre_hook(_gate)
+
+
+def _enter(mixer: nn.Module, _args: Any) -> None:
+    _running.set(mixer.writesae_tap)  # type: ignore[arg-type]
+
+
+def _leave(_mixer: nn.Module, _args: Any, _output: Any) -> None:
+    _running.set(None)
+
+
+def _gate(_norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The gated norm is called as ``norm(o, z)`` with tokens and heads flattened together: that is where ``z`` is."""
+    tap = _running.get()
+    if tap is None or not tap.points["z"].listening:
+        return None
+    o, z, *rest = args
+    value, changed = tap.points["z"].fire(z.reshape(tap.shape))
+    return (o, value.reshape(z.shape), *rest) if changed else None  # type: ignore[union-attr]
+
+
+def _intercept(module_name: str, family: Family) -> None:
+    module = importlib.import_module(module_name)
+    for name in family.kernels + family.helpers:
+        function = getattr(module, name, None)
+        if function is None:
+            if name in family.helpers:
+                continue
+            raise RuntimeError(
+                f"transformers {transformers.__version__} has no {name} in {module_name}, which writesae intercepts; "
+                f"install transformers>=5.15 (tested with the version in constraints.txt)"
+            )
+        if not hasattr(function, "writesae_native"):
+            setattr(module, name, _dispatcher(function, tapped=name in family.kernels))
+
+
+def _dispatcher(function: Callable[..., Any], tapped: bool) -> Callable[..., Any]:
+    """Stand-in for a function of a modeling file.
+
+    transformers binds these at import to whatever GPU package is installed, also for models on a CPU, where such
+    kernels crash. Here the tensors' device decides: on a CPU the torch function runs.
+    """
+    torch_function = inspect.unwrap(function)
+    signature = inspect.signature(torch_function)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        packed = [name for name in ("cu_seqlens", "seq_idx") if kwargs.get(name) is not None]
+        if packed:
+            raise ValueError(f"{torch_function.__name__} cannot keep packed sequences ({packed[0]}) apart on a CPU")
+        if not takes_any:
+            kwargs = {name: value for name, value in kwargs.items() if name in signature.parameters}
+        return torch_function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def dispatch(*args: Any, **kwargs: Any) -> Any:
+        native = on_cpu if args[0].device.type == "cpu" else function
+        tap = _running.get() if tapped else None
+        if tap is None or not tap.busy:
+            return native(*args, **kwargs)
+        bound = signature.bind_partial(*args)
+        return tap.run(native, {**bound.arguments, **kwargs})
+
+    dispatch.writesae_native = function  # type: ignore[attr-defined]
+    return dispatch
+
+
+__all__ = ["PAD", "Attached", "Edit", "Record", "Tap", "find_mixers", "install", "respond", "total_write"]

@@ -1,0 +1,211 @@
+"""Edits of what a layer writes into its state, as small objects that say *what*; `intervene` says where and when.
+
+Every edit is a matrix ``E_t`` added to the state of some heads after the token's own write. It is computed from the
+model's own write at that token; several edits of one token add up. So ``Delete`` twice subtracts the write twice.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from writesae.hooks.families.base import Site
+from writesae.kernels import erase_reads
+from writesae.recurrence import Recurrence, Write, at_least_float32
+
+if TYPE_CHECKING:
+    from writesae.saes import WriteSAE
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What an edit can see: the heads it edits, over the tokens of one call.
+
+    Attributes:
+        write: the native write, leading dimensions ``[batch, pos, head]``.
+        recurrence: decay, erase and reads of the same heads and tokens.
+        index: for each token, which of the asked positions it is (None where every token or a slice was asked).
+        state: the state before the token; only for edits with ``needs_state``, which get one token at a time.
+    """
+
+    write: Write
+    recurrence: Recurrence
+    index: Int[Tensor, "batch pos"] | None = None
+    state: Float[Tensor, "batch head d_key d_value"] | None = None
+
+    def target(self, name: str) -> Write | Float[Tensor, "batch pos head d_key d_value"]:
+        """The native write, the delta, or the state after the token's own write: what an SAE was trained on."""
+        if name == "write":
+            return self.write
+        assert self.state is not None, f"target {name!r} needs the state"
+        delta = delta_of(self.recurrence, self.write, self.state)
+        if name == "delta":
+            return delta
+        decay = at_least_float32(self.recurrence.log_decay[:, 0]).exp()
+        decay = decay[..., None, None] if decay.ndim == 2 else decay[..., None]
+        return decay.unsqueeze(1) * self.state.unsqueeze(1) + delta.dense()
+
+
+def delta_of(rec: Recurrence, write: Write, state: Tensor | None) -> Write:
+    """What the state gains beyond decay, ``k delta^T`` with ``delta = beta (v - decay S_{t-1}^T k)`` (delta rule).
+
+    Equal to the native write where nothing is erased. Holds where the erase writes along the key (``a = -c k``).
+    """
+    if rec.a is None:
+        return write
+    keys, _ = write.factors()
+    k = keys[..., 0, :]  # the native write is the first term, and its key is the erase key
+    c = (rec.a * k).sum(-1) / (k * k).sum(-1).clamp_min(1e-30)
+    return Write(k, _first(write.value, write.rank) + c[..., None] * erase_reads(rec, write, state))
+
+
+def _first(value: Tensor, rank: int) -> Tensor:
+    return value if rank == 1 else value[..., 0, :]
+
+
+@dataclass(frozen=True)
+class Intervention(ABC):
+    """What to do to the writes of one layer.
+
+    Attributes:
+        layer: a recurrent layer (``model.sites``).
+        head: a value head, several, or None for all.
+    """
+
+    layer: int
+    head: int | Sequence[int] | None = None
+
+    @property
+    def needs_state(self) -> bool:
+        """True: `edit` is called one token at a time, and sees the state."""
+        return False
+
+    @abstractmethod
+    def edit(self, now: Moment) -> Write:
+        """What to add to the state, ``[batch, pos, head]``; positions that were not asked for are dropped later."""
+
+    def check(self, site: Site) -> None:
+        """Raise IndexError or ValueError unless this can be done at ``site``."""
+        for head in self.heads(site):
+            if not isinstance(head, int) or not 0 <= head < site.n_heads:
+                raise IndexError(f"head {head!r} at layer {site.layer}: allowed are 0 to {site.n_heads - 1}")
+
+    def heads(self, site: Site) -> list[int]:
+        if self.head is None:
+            return list(range(site.n_heads))
+        return [self.head] if isinstance(self.head, int) else list(self.head)
+
+
+@dataclass(frozen=True)
+class Delete(Intervention):
+    """Take the native write out of the state. Decay and erase stay."""
+
+    def edit(self, now: Moment) -> Write:
+        return -now.write
+
+
+@dataclass(frozen=True, kw_only=True)
+class Add(Intervention):
+    """Add ``scale * write``, at every head asked for.
+
+    Attributes:
+        write: what to add. Leading dimensions broadcast to ``[batch, positions asked]``: none for the same everywhere,
+            ``[n]`` one a position, ``[batch, 1]`` one a sequence.
+        scale: factor.
+        relative: if True, the write is first scaled to the native write's Frobenius norm at each token and head, so
+            that ``scale=3`` adds three times as much as the model writes there (paper, section 4).
+    """
+
+    write: Write
+    scale: float = 1.0
+    relative: bool = False
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if (self.write.d_key, self.write.d_value) != (site.d_key, site.d_value):
+            raise ValueError(
+                f"a write of {self.write.d_key} x {self.write.d_value} does not fit layer {site.layer}, whose states "
+                f"are {site.d_key} x {site.d_value}"
+            )
+
+    def edit(self, now: Moment) -> Write:
+        write = self.write.to(now.write.key.device).to(now.write.key.dtype)
+        if self.relative:
+            write = write * (1 / write.norm().clamp_min(1e-30))
+        write = _place(write * self.scale, now)
+        return write * now.write.norm() if self.relative else write
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replace(Add):
+    """Take the native write out and put ``scale * write`` in; arguments as for `Add`."""
+
+    def edit(self, now: Moment) -> Write:
+        return super().edit(now) - now.write
+
+
+def _place(write: Write, now: Moment) -> Write:
+    """Spread a write with leading dimensions ``[]``, ``[n]``, ``[batch, 1]`` or ``[batch, n]`` over tokens and heads."""
+    batch, n_pos, _ = now.write.shape
+    table = {0: lambda: write[None, None], 1: lambda: write[None], 2: lambda: write}.get(len(write.shape), lambda: None)()
+    if table is None or table.shape[0] not in (1, batch):
+        raise ValueError(
+            f"a write with leading dimensions {list(write.shape)} for a batch of {batch}: give none, one a position "
+            f"[n], one a sequence [{batch}, 1], or both [{batch}, n]"
+        )
+    index = now.index
+    if table.shape[1] == 1 or index is None:
+        if table.shape[1] != 1:
+            raise ValueError(
+                f"{table.shape[1]} writes, one a position: positions must then be a list of as many, not a slice or None"
+            )
+        index = torch.zeros(batch, n_pos, dtype=torch.long, device=table.key.device)
+    elif int(index.max()) >= table.shape[1]:
+        raise ValueError(f"{table.shape[1]} writes for more positions than that: give one write, or one a position")
+    rows = torch.arange(batch, device=index.device)[:, None] if table.shape[0] > 1 else torch.zeros_like(index)
+    return table[rows, index][:, :, None].expand(*now.write.shape)
+
+
+@dataclass(frozen=True, init=False)
+class Substitute(Intervention):
+    """The replacement test's edit (paper, sections 2 and 3.2): native write out, the SAE's top atom in.
+
+    The atom enters at its activation, ``a_i v_i w_i^T``. Where the SAE activates no atom, the native write stays.
+
+    Attributes:
+        sae: a `WriteSAE`; layer and head are its site's.
+        atom: act only where this atom is the top one; None: whichever it is.
+        norm: ``"code"``: the atom at its activation. ``"native"``: at the native write's norm (paper, appendix J).
+    """
+
+    sae: WriteSAE = None  # type: ignore[assignment]  # always given; the bases' defaults ask for one
+    atom: int | None = None
+    norm: Literal["code", "native"] = "code"
+
+    def __init__(self, sae: WriteSAE, *, atom: int | None = None, norm: Literal["code", "native"] = "code"):
+        if norm not in ("code", "native"):
+            raise ValueError(f"norm={norm!r}: allowed are 'code' (the activation) and 'native' (the native write's norm)")
+        if atom is not None:
+            sae.atom(atom)  # raises for an atom out of range
+        for name, value in {"layer": sae.cfg.layer, "head": sae.cfg.head, "sae": sae, "atom": atom, "norm": norm}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def needs_state(self) -> bool:
+        return self.sae.cfg.target != "write"
+
+    def edit(self, now: Moment) -> Write:
+        values, indices = self.sae.topk(now.target(self.sae.cfg.target))
+        value, best = values.max(-1)
+        top = indices.gather(-1, best[..., None]).squeeze(-1)
+        fires = value > 0
+        if self.atom is not None:
+            fires = fires & (top == self.atom)
+        amount = value if self.norm == "code" else now.write.norm()
+        return (self.sae.atom(top) * amount - now.write) * fires.to(amount.dtype)
