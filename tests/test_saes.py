@@ -286,7 +286,7 @@ DAMAGE = {
     "cut off": (
         lambda f: (f / files.WEIGHTS).write_bytes((f / files.WEIGHTS).read_bytes()[:-40]),
         ValueError,
-        "sae_weights.safetensors is not a whole safetensors file .*cut off or is of another kind; fetch or save it again",
+        "is not a whole safetensors file .*: cut off, or of another kind; fetch or save it again",
     ),
     "empty": (lambda f: (f / files.WEIGHTS).write_bytes(b""), ValueError, "is not a whole safetensors file"),
     "foreign": (
@@ -307,7 +307,7 @@ DAMAGE = {
         "cfg.json says type 'gated'; this version can load: write_sae",
     ),
     "no checksum": (lambda f: rewrite_config(f, weights_sha256="drop"), ValueError, "lacks weights_sha256"),
-    "field missing": (lambda f: rewrite_config(f, k="drop"), ValueError, "cfg.json: the configuration lacks k; the fields"),
+    "field missing": (lambda f: rewrite_config(f, k="drop"), ValueError, "the configuration lacks k; its fields"),
     "field unknown": (lambda f: rewrite_config(f, rank=2), ValueError, "cfg.json: the configuration has unknown rank"),
     "k too large": (lambda f: rewrite_config(f, k=13), ValueError, "cfg.json: k=13 active atoms out of n_atoms=12"),
     "k is text": (lambda f: rewrite_config(f, k="3"), ValueError, "cfg.json: k must be a whole number"),
@@ -404,7 +404,8 @@ def test_hub(tmp_path, monkeypatch):
 class StandIn:
     """As much of a hooked model as `check_fits` looks at."""
 
-    sites = [types.SimpleNamespace(layer=n, n_heads=4, d_key=6, d_value=5, rule="gdn") for n in (0, 2)]
+    def __init__(self):
+        self.sites = [types.SimpleNamespace(layer=n, n_heads=4, d_key=6, d_value=5, rule="gdn") for n in (0, 2)]
 
     def fingerprint(self, layer):
         return f"abc{layer}"
@@ -414,12 +415,12 @@ class StandIn:
     "changes, message",
     [
         (dict(layer=None, head=None), r"does not say its layer and head.*dataclasses.replace\(sae.cfg, layer="),
-        (dict(layer=1, head=0), "for layer 1, which is not recurrent here; recurrent layers: 0, 2"),
-        (dict(layer=2, head=4), "for head 4 of layer 2, which has heads 0 to 3"),
+        (dict(layer=1, head=0), "for layer 1, not recurrent here; recurrent layers: 0, 2"),
+        (dict(layer=2, head=4), "for head 4; layer 2 has heads 0 to 3"),
         (dict(layer=2, head=3, d_value=7), "reads 6x7 matrices; layer 2 writes 6x5"),
         (
             dict(layer=2, head=3, fingerprint="xyz", model_id="a/b"),
-            r"layer 2 of a/b \(fingerprint xyz\); the weights of that layer here are others \(abc2\). check_model=False",
+            r"layer 2 of a/b \(fingerprint xyz\); the weights of that layer here are others \(abc2\)",
         ),
     ],
 )

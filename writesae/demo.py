@@ -17,14 +17,18 @@ from rich.table import Table
 from rich.text import Text
 
 from writesae.experiments import ReplacementResult, replacement_test
+from writesae.hooks import ActivationCache
 from writesae.model import HookedRecurrentModel
+from writesae.recurrence import Write
 from writesae.saes import WriteSAE
-from writesae.zoo import ZOO, heldout_text, shipped_saes
+from writesae.zoo import ZOO, heldout_documents, shipped_saes
 
 SENTENCE = "The Congress of the United States has the power to declare war, and the people have the right to peace."
 
 
-def run(name: str = "tiny-gdn", n_firings: int = 300, picture: Path | None = None, console: Console | None = None) -> None:
+def run(
+    name: str = "tiny-gdn", n_firings: int = 300, picture: Path | None = None, console: Console | None = None
+) -> None:
     """Everything `writesae demo` shows.
 
     Args:
@@ -49,7 +53,7 @@ def run(name: str = "tiny-gdn", n_firings: int = 300, picture: Path | None = Non
         tasks = [progress.add_task(f"replacement test, {_site(sae)}", total=n_firings) for sae in saes]
         for sae, task in zip(saes, tasks, strict=True):
             update = lambda done, task=task: progress.update(task, completed=done)  # noqa: E731
-            results.append(replacement_test(model, sae, heldout_text(), n_firings=n_firings, progress=update))
+            results.append(replacement_test(model, sae, heldout_documents(), n_firings=n_firings, progress=update))
     for result in results:
         console.print(result.table())
 
@@ -79,27 +83,33 @@ def about(name: str, model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> P
     )
 
 
+@torch.no_grad()
+def read_writes(model: HookedRecurrentModel, sae: WriteSAE, text: str) -> tuple[ActivationCache, Write, Any, Any, Any]:
+    """The cache of a pass; of the SAE's head its writes, top atoms' activations, their numbers and cosines, by token."""
+    layer, head = sae.cfg.layer, sae.cfg.head
+    assert layer is not None and head is not None
+    names = [name for name in model.hook_names if name.startswith(f"blocks.{layer}.mixer.") and "state" not in name]
+    _, cache = model.run_with_cache(text, names=names)
+    write = cache.write(layer)[0, :, head]
+    values, indices = sae.topk(write if sae.cfg.target == "write" else cache.delta(layer)[0, :, head])
+    return cache, write, values[:, 0], indices[:, 0], sae.atom(indices[:, 0]).cosine(write)
+
+
 def written(model: HookedRecurrentModel, sae: WriteSAE, text: str, n_tokens: int = 12) -> Table:
     """What one head writes at the first tokens of a text, and which atom stands for it."""
     layer, head = sae.cfg.layer, sae.cfg.head
-    assert layer is not None and head is not None
-    with torch.no_grad():
-        _, cache = model.run_with_cache(text, names=[n for n in model.hook_names if n.startswith(f"blocks.{layer}.mixer.") and not n.endswith("state")])
-        write = cache.write(layer)[0, :, head]
-        read = write if sae.cfg.target == "write" else cache.delta(layer)[0, :, head]
-        values, indices = sae.topk(read)
-        cosine = sae.atom(indices[:, 0]).cosine(write)
+    cache, write, values, indices, cosine = read_writes(model, sae, text)
     kept = cache["log_decay", layer][0, :, head].exp()  # type: ignore[index]
     beta = cache["beta", layer][0, :, head]  # type: ignore[index]
-    table = Table(title=f"What {_site(sae)} writes at each token", caption="cosine: of the atom and the write it stands for")
+    table = Table(
+        title=f"What {_site(sae)} writes at each token", caption="cosine: of the atom and the write it stands for"
+    )
     for column in ("token", "write norm", "beta", "memory kept", "top atom", "activation", "cosine"):
         table.add_column(column, justify="left" if column == "token" else "right")
     for t, token in enumerate(model.to_str_tokens(text)[:n_tokens]):
-        numbers = (write.norm()[t], beta[t], kept[t])
-        table.add_row(
-            Text(repr(token)), *(f"{float(x):.2f}" for x in numbers),
-            str(int(indices[t, 0])), f"{float(values[t, 0]):.2f}", f"{float(cosine[t]):.2f}",
-        )  # fmt: skip
+        numbers = (f"{float(x[t]):.2f}" for x in (write.norm(), beta, kept))
+        atom = (str(int(indices[t])), f"{float(values[t]):.2f}", f"{float(cosine[t]):.2f}")
+        table.add_row(Text(repr(token)), *numbers, *atom)
     return table
 
 
@@ -153,18 +163,13 @@ def draw(
 @torch.no_grad()
 def _draw_write(left: Any, right: Any, model: HookedRecurrentModel, sae: WriteSAE) -> None:
     """The write of the sentence that its atom matches at the median, as a matrix, beside that atom."""
-    layer, head = sae.cfg.layer, sae.cfg.head
-    assert layer is not None and head is not None
-    _, cache = model.run_with_cache(SENTENCE, names=[n for n in model.hook_names if n.startswith(f"blocks.{layer}.mixer.") and not n.endswith("state")])
-    write = cache.write(layer)[0, :, head]
-    values, indices = sae.topk(write if sae.cfg.target == "write" else cache.delta(layer)[0, :, head])
-    cosine = sae.atom(indices[:, 0]).cosine(write)
+    _, write, values, indices, cosine = read_writes(model, sae, SENTENCE)
     t = int(cosine.argsort()[len(cosine) // 2])
-    matrices = (write[t].dense(), (sae.atom(int(indices[t, 0])) * float(values[t, 0])).dense())
+    matrices = (write[t].dense(), (sae.atom(int(indices[t])) * float(values[t])).dense())
     limit = max(float(m.abs().max()) for m in matrices)
     titles = (
         f"{_site(sae)} writes at {model.to_str_tokens(SENTENCE)[t]!r}",
-        f"atom {int(indices[t, 0])} at its activation (cosine {float(cosine[t]):.2f})",
+        f"atom {int(indices[t])} at its activation (cosine {float(cosine[t]):.2f})",
     )
     for axis, matrix, title in zip((left, right), matrices, titles, strict=True):
         axis.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
@@ -176,29 +181,31 @@ def _draw_write(left: Any, right: Any, model: HookedRecurrentModel, sae: WriteSA
 
 
 def _draw_scatter(axis: Any, result: ReplacementResult) -> None:
-    atom, delete, random = (result.kl[c][:, 0].clamp_min(1e-12) for c in ("atom", "delete", "random"))
+    atom, delete, random = (result.score(c, "through").clamp_min(1e-12) for c in ("atom", "delete", "random"))
     axis.scatter(atom, random, s=6, color="0.7", label="random")
     axis.scatter(atom, delete, s=6, color="C0", label="deletion")
     ends = [float(torch.stack([atom, delete, random]).quantile(q)) for q in (0.005, 0.999)]
     axis.plot(ends, ends, color="0.3", lw=0.8, ls="--")
-    axis.set(xscale="log", yscale="log", xlabel="KL with the atom (nats)", ylabel="KL with something else (nats)")
+    axis.set(xscale="log", yscale="log", xlabel="total KL with the atom (nats)", ylabel="total KL with something else (nats)")
     axis.set_title(f"{result.n} firings; above the line the atom is closer", fontsize=9)
     axis.legend(frameon=False, loc="upper left", markerscale=2)
 
 
 def _draw_rates(axis: Any, result: ReplacementResult) -> None:
-    pairs = (("atom", "delete"), ("atom, native norm", "delete"), ("delete", "random"), ("atom", "random"))
-    rates = [result.wins(*pair) for pair in pairs]
-    for y, rate in enumerate(rates):
-        axis.barh(y, 100 * rate.rate, color="C0", alpha=0.8)
-        axis.plot([100 * rate.low, 100 * rate.high], [y, y], color="0.1", lw=1.5)
-        axis.text(2, y, f"{100 * rate.rate:.0f}%", va="center", color="white", fontweight="bold")
+    """Who stays closer to the model: at the firing (dark), and summed over the tokens after it too (light)."""
+    pairs = (("atom", "delete"), ("matched", "delete"), ("delete", "random"), ("atom", "random"))
+    for y, pair in enumerate(pairs):
+        for shift, color, when in ((-0.2, "C0", "at"), (0.2, "#9ecae1", "through")):
+            rate = result.wins(*pair, when)
+            axis.barh(y + shift, 100 * rate.rate, height=0.38, color=color, label=when if not y else None)
+            axis.plot([100 * rate.low, 100 * rate.high], [y + shift] * 2, color="0.1", lw=1.5)
+            axis.text(2, y + shift, f"{100 * rate.rate:.0f}%", va="center", fontsize=8)
     axis.set_yticks(range(len(pairs)), [f"{a}\nbeats {b}" for a, b in pairs])
     axis.axvline(50, color="0.3", lw=0.8, ls="--")
     axis.invert_yaxis()
     axis.set_xlim(0, 100)
     axis.set_xlabel("% of firings, with Wilson 95% interval")
-    axis.set_title("who stays closer to the model", fontsize=9)
+    axis.set_title("closer to the model: at the firing (dark), in total (light)", fontsize=9)
 
 
 def _site(sae: WriteSAE) -> str:

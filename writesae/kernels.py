@@ -106,8 +106,9 @@ def decayed_sum(
     """
     x, log_decay = at_least_float32(x), at_least_float32(log_decay)
     n_pos = x.shape[1]
-    x, G = _chunks(x, CHUNK), _chunks(log_decay, CHUNK).cumsum(-1)
-    y = _decays(G, G, 0) @ x
+    x, g = _chunks(x, CHUNK), _chunks(log_decay, CHUNK)
+    y = _decays(g, per_key=False) @ x
+    G = g.cumsum(-1)
     carried = torch.zeros_like(x[:, 0, 0]) if initial is None else at_least_float32(initial)
     out = []
     for n in range(x.shape[1]):
@@ -126,46 +127,39 @@ def _scan(
     per_key = rec.log_decay.ndim == 4
     size = min(chunk or (CHUNK_PER_KEY if per_key else CHUNK), n_pos)
 
-    # [batch, pos, head, ...] -> [batch, head, chunk, token, ...]; padding writes nothing and decays nothing.
-    def cut(x: Tensor) -> Tensor:
-        return _chunks(at_least_float32(x).transpose(1, 2), size, dim=2)
-
-    q, g = cut(rec.q), cut(rec.log_decay)
-    p, u = (cut(x) for x in write.factors())
+    q, g = _cut(rec.q, size), _cut(rec.log_decay, size)
+    p, u = (_cut(x, size) for x in write.factors())
     rank = p.shape[-2]
     p, u = (rearrange(x, "b h n c r d -> b h n (c r) d") for x in (p, u))  # writes of one chunk, token by token
 
     G = g.cumsum(3)  # log decay from the chunk's start through token t
-    G_before = G - g  # ... up to but not including token t
-    write_decay = G.repeat_interleave(rank, 3)
-
-    # The reads: from the chunk's first state, from the writes, from the erases.
-    scores_w = _scores(q, p, G, write_decay, 0 if read == "same" else -1, rank)
-    own = scores_w @ u  # output due to this chunk's own writes
-    q_first = q * (G.exp() if per_key else G.exp()[..., None])
-    # What is left at the chunk's end of the first state, the writes and the erases.
-    last = G[:, :, :, -1:]
-    left_first = last.squeeze(3).exp()[..., None] if per_key else last.exp()[..., None]
-    left_w = p * _expand((last - write_decay).exp(), per_key)
-    gained = left_w.mT @ u
+    # decays[t, j], from j's write to t's read; `seen` of the writes, whose own token may not see them yet.
+    decays = _decays(g, per_key)
+    seen = decays if read == "same" else decays.tril(-1)
+    own = _scores(q, p, seen.repeat_interleave(rank, -1), per_key) @ u  # output due to this chunk's own writes
+    q_first = q * _expand(G.exp(), per_key)  # ... and to its first state
+    # What is left at the chunk's end of the first state and of the writes.
+    left_first = G[:, :, :, -1].exp()[..., None] if per_key else G[:, :, :, -1:].exp()[..., None]
+    left = decays[..., -1, :].mT if per_key else decays[..., -1, :, None]
+    gained = (p * left.repeat_interleave(rank, 3)).mT @ u
 
     erase = rec.a is not None and rec.b is not None
     if erase:
-        a, b = cut(rec.a), cut(rec.b)  # type: ignore[arg-type]
-        system = -_scores(b, a, G_before, G, -1, 1)
+        a, b = _cut(rec.a, size), _cut(rec.b, size)  # type: ignore[arg-type]
+        before = F.pad(decays[..., :-1, :], (0, 0, 1, 0))  # from j's write to what t's erase reads, S_{t-1}
+        G_before = torch.cat([torch.zeros_like(G[:, :, :, :1]), G[:, :, :, :-1]], 3)
         from_first = b * _expand(G_before.exp(), per_key)
-        from_writes = _scores(b, p, G_before, write_decay, -1, rank) @ u
-        solved = torch.linalg.solve_triangular(
-            system, torch.cat([from_first, from_writes], -1), upper=False, unitriangular=True
-        )
-        r_first, r_writes = solved.split([b.shape[-1], u.shape[-1]], -1)
-        scores_e = _scores(q, a, G, G, 0, 1)
-        left_e = a * _expand((last - G).exp(), per_key)
+        from_writes = _scores(b, p, before.repeat_interleave(rank, -1), per_key) @ u
+        r_first, r_writes = torch.linalg.solve_triangular(
+            -_scores(b, a, before, per_key), torch.cat([from_first, from_writes], -1), upper=False, unitriangular=True
+        ).split([b.shape[-1], u.shape[-1]], -1)
+        scores_e = _scores(q, a, decays, per_key)
+        left_e = (a * left).mT
         # Fold the erase in, so that the loop over chunks needs two matmuls each for output and state.
         own = own + scores_e @ r_writes
         q_first = q_first + scores_e @ r_first
-        gained = gained + left_e.mT @ r_writes
-        carry = left_e.mT @ r_first
+        gained = gained + left_e @ r_writes
+        carry = left_e @ r_first
 
     outputs, erased = [], []
     for n in range(q.shape[2]):
@@ -176,10 +170,18 @@ def _scan(
         else:
             S = left_first[:, :, n] * S + gained[:, :, n]
 
-    def join(xs: list[Tensor]) -> Tensor:
-        return torch.cat(xs, 2)[:, :, :n_pos].transpose(1, 2)
+    return _join(outputs, n_pos), _join(erased, n_pos) if erase else None, S
 
-    return join(outputs), join(erased) if erase else None, S
+
+# Not inside `_scan`: where annotations are checked, a function is compiled anew whenever its `def` runs.
+def _cut(x: Tensor, size: int) -> Tensor:
+    """``[batch, pos, head, ...]`` to ``[batch, head, chunk, token, ...]``. Padding writes nothing, decays nothing."""
+    return _chunks(at_least_float32(x).transpose(1, 2), size, dim=2)
+
+
+def _join(xs: list[Tensor], n_pos: int) -> Tensor:
+    """``[batch, head, token, ...]`` of each chunk to ``[batch, pos, head, ...]``, without the padding."""
+    return torch.cat(xs, 2)[:, :, :n_pos].transpose(1, 2)
 
 
 def _chunks(x: Tensor, size: int, dim: int = 1) -> Tensor:
@@ -194,17 +196,19 @@ def _expand(decay: Tensor, per_key: bool) -> Tensor:
     return decay if per_key else decay[..., None]
 
 
-def _decays(G_to: Tensor, G_from: Tensor, diagonal: int, rank: int = 1) -> Tensor:
-    """``[..., t, j]``: ``exp(G_to[t] - G_from[j])`` if ``j <= t + diagonal``, else 0; per key ``[..., d_key, t, j]``."""
-    C, n = G_to.shape[-1], G_from.shape[-1]
-    keep = torch.ones(C, n // rank, dtype=torch.bool, device=G_to.device).tril(diagonal).repeat_interleave(rank, 1)
-    # Mask before the exponential: what is masked out would overflow, and give NaN gradients.
-    return (G_to[..., :, None] - G_from[..., None, :]).masked_fill(~keep, -torch.inf).exp()
+def _decays(g: Tensor, per_key: bool) -> Tensor:
+    """The decay from ``j`` to ``t``, 0 for ``j > t``: ``[..., t, j]``, or ``[..., d_key, t, j]`` per key.
+
+    A sum over the tokens between, and not the difference of two sums from the chunk's start: one strong decay before
+    them would take the last digits of both.
+    """
+    g = g.mT if per_key else g
+    later = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).tril(-1)
+    between = torch.where(later, g[..., :, None], 0).cumsum(-2)
+    # Mask before the exponential, as -inf: an exact 0 that has no gradient.
+    return between.masked_fill(later.mT, -torch.inf).exp()
 
 
-def _scores(x: Tensor, y: Tensor, G_to: Tensor, G_from: Tensor, diagonal: int, rank: int) -> Tensor:
-    """``sum_d x[t, d] y[j, d] exp(G_to[t, d] - G_from[j, d])`` for ``j <= t + diagonal``, else 0."""
-    if G_to.ndim < x.ndim:  # one decay a head: it factors out of the sum over d
-        return (x @ y.mT) * _decays(G_to, G_from, diagonal, rank)
-    decays = _decays(G_to.mT, G_from.mT, diagonal, rank)  # [..., d_key, t, j]
-    return torch.einsum("...td,...jd,...dtj->...tj", x, y, decays)
+def _scores(x: Tensor, y: Tensor, decays: Tensor, per_key: bool) -> Tensor:
+    """``sum_d x[t, d] y[j, d] decays[t, j]``, with a decay for each ``d`` if ``per_key``."""
+    return torch.einsum("...td,...jd,...dtj->...tj", x, y, decays) if per_key else (x @ y.mT) * decays

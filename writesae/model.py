@@ -162,7 +162,7 @@ class HookedRecurrentModel(nn.Module):
         texts = [text] if isinstance(text, str) else list(text)  # type: ignore[arg-type]
         if not texts or not all(isinstance(x, str) and x for x in texts):
             raise ValueError(f"give a non-empty text, a list of such, or token ids; got {text!r}")
-        rows = [torch.tensor(self._tokenizer()(x)["input_ids"]) for x in texts]
+        rows = [torch.tensor(self._tokenizer()(x, verbose=False)["input_ids"]) for x in texts]
         n_pos = max(len(row) for row in rows)
         ids = torch.full((len(rows), n_pos), self._pad_id())
         mask = torch.zeros_like(ids)
@@ -206,8 +206,8 @@ class HookedRecurrentModel(nn.Module):
         past = kwargs.get("past_key_values")
         if past is None:
             kwargs.setdefault("use_cache", False)
-            lengths = torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(-1)
-            self._check_within(lengths)
+            if mask is None or mask.ndim == 2:  # with any other mask, an edit says that it can't know positions
+                self._check_within(torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(-1))
         elif mask is not None and not isinstance(x, Tensor) and mask.shape[1] == ids.shape[1]:
             raise ValueError("texts of unequal length can't continue a cache: pass token ids and the whole attention_mask")
         return self.hf_model(input_ids=ids, attention_mask=mask, **kwargs).logits
@@ -269,8 +269,9 @@ class HookedRecurrentModel(nn.Module):
             )
         cache = ActivationCache(self._taps)
         # States are rebuilt from the recurrence's inputs.
-        needed = {p for s in states for q, p in self._tap(s.layer).points.items() if q in self._tap(s.layer).family.inputs}
-        keep = [point for point in self._points.values() if point in needed or (point in wanted and point not in states)]
+        inputs = {f"blocks.{s.layer}.mixer.hook_{q}" for s in states for q in self._tap(s.layer).family.inputs}
+        chosen = {point.name for point in wanted if point not in states}
+        keep = [point for name, point in self._points.items() if name in inputs | chosen]
         with ExitStack() as stack:
             for point in keep:
                 stack.enter_context(point.add_hook(lambda value, hook: cache._store(hook.name, value)))
@@ -334,7 +335,7 @@ class HookedRecurrentModel(nn.Module):
         positions: Positions = None,
         read: Read = "same",
         atom: int | None = None,
-        scale: float | None = None,
+        scale: float | int | None = None,
         check_model: bool = True,
     ) -> Iterator[HookedRecurrentModel]:
         """Edit the memory while the block runs: in ``model(...)``, ``generate``, and calls of ``hf_model`` itself.
@@ -358,19 +359,19 @@ class HookedRecurrentModel(nn.Module):
             raise ValueError(f"read={read!r}: allowed are 'same' and 'next'")
         attached = []
         for edit in edits:
-            site = self.site(edit.layer)
-            edit.check(site)
             sae = getattr(edit, "sae", None) or (what if hasattr(what, "check_fits") else None)
             if sae is not None:
                 sae.check_fits(self, check_model=check_model)
-            attached.append((self._tap(edit.layer), Attached(edit, edit.heads(site), PositionSet(positions), read)))
+            site, where = self.site(edit.layer), PositionSet(positions)
+            edit.check(site, where)
+            attached.append((self._tap(edit.layer), Attached(edit, edit.heads(site), where, read)))
         with ExitStack() as stack:
             for tap, item in attached:
                 stack.enter_context(_added(tap.attached, item))
             yield self
             _check_reached(item.positions for _, item in attached)
 
-    def _interventions(self, what: Any, atom: int | None, scale: float | None) -> list[Intervention]:
+    def _interventions(self, what: Any, atom: int | None, scale: float | int | None) -> list[Intervention]:
         if hasattr(what, "check_fits"):  # an SAE
             if atom is None or scale is None:
                 raise TypeError(
@@ -383,7 +384,8 @@ class HookedRecurrentModel(nn.Module):
         edits = list(what) if isinstance(what, Sequence) else [what]
         for edit in edits:
             if not isinstance(edit, Intervention):
-                raise TypeError(f"intervene takes an intervention (Add, Delete, ...) or an SAE; got {type(edit).__name__}")
+                got = type(edit).__name__
+                raise TypeError(f"intervene takes an intervention (Add, Delete, ...) or an SAE; got {got}")
         return edits
 
     def _select(self, names: Names, also: Callable[[str], bool] = lambda _: True) -> list[HookPoint]:
@@ -393,7 +395,7 @@ class HookedRecurrentModel(nn.Module):
         if callable(names):
             chosen = [point for name, point in self._points.items() if names(name)]
             if not chosen:
-                raise KeyError(f"the names function chose none of the {len(self._points)} hook points (model.hook_names)")
+                raise KeyError("the names function chose no hook point; it is asked about each of model.hook_names")
             return chosen
         wanted = [names] if isinstance(names, str) else list(names)
         for name in wanted:
@@ -428,9 +430,8 @@ def _only_for(request: PositionSet, fn: Callable[[Any, HookPoint], Any]) -> Call
 def _check_reached(positions: Any) -> None:
     """An edit that was never reached though sequences ran is a mistake, not a no-op."""
     for p in positions:
-        missed = p.missed()
-        if p.ran and missed:
+        if missed := p.missed():
             raise IndexError(
-                f"no sequence that ran in this block reached position{'s' if len(missed) > 1 else ''} "
+                f"a sequence that ran in this block never reached position{'s' if len(missed) > 1 else ''} "
                 f"{', '.join(map(str, missed[:5]))}, so nothing happened there"
             )

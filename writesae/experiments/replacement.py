@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from rich.table import Table
+from rich.text import Text
 from scipy.stats import binomtest
 from torch import Tensor
 
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
 
+When: TypeAlias = Literal["at", "through"]
+
 CONDITIONS = {
     "atom": "the SAE's top atom at its activation",
-    "atom, native norm": "the top atom at the native write's norm (paper, appendix J)",
+    "matched": "the top atom at the native write's norm",
     "delete": "nothing",
     "random": "a random rank-1 matrix at the atom's activation",
 }
@@ -84,28 +87,41 @@ class ReplacementResult:
     def n(self) -> int:
         return len(self.atom)
 
-    def wins(self, better: str, worse: str) -> Rate:
-        """How often ``better`` moves the distribution at the firing less than ``worse``."""
-        return wilson(int((self.kl[better][:, 0] < self.kl[worse][:, 0]).sum()), self.n)
+    def score(self, condition: str, when: When = "at") -> Float[Tensor, " firing"]:
+        """How far a condition moves the model, in nats: ``"at"`` the firing, or summed ``"through"`` the tokens after it."""
+        return self.kl[condition][:, 0] if when == "at" else self.kl[condition].sum(1)
 
-    def chain(self) -> Rate:
-        """How often the strict order atom < delete < random holds at the firing."""
-        atom, delete, random = (self.kl[c][:, 0] for c in ("atom", "delete", "random"))
+    def wins(self, better: str, worse: str, when: When = "at") -> Rate:
+        """How often ``better`` moves the distribution less than ``worse``."""
+        return wilson(int((self.score(better, when) < self.score(worse, when)).sum()), self.n)
+
+    def chain(self, when: When = "at") -> Rate:
+        """How often the strict order atom < delete < random holds."""
+        atom, delete, random = (self.score(c, when) for c in ("atom", "delete", "random"))
         return wilson(int(((atom < delete) & (delete < random)).sum()), self.n)
 
     def table(self) -> Table:
-        table = Table(title=f"Replacement test, layer {self.layer} head {self.head}, {self.n} firings on held-out text")
         horizon = next(iter(self.kl.values())).shape[1] - 1
-        for name, justify in (("put in", "left"), ("median KL", "right"), (f"next {horizon}, mean", "right")):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
-        table.add_column("beats deletion", justify="right")
-        for name, kl in self.kl.items():
-            later = f"{float(kl[:, 1:].mean()):.2e}" if horizon else ""
-            wins = "" if name == "delete" else str(self.wins(name, "delete"))
-            table.add_row(f"{name}: {CONDITIONS[name]}", f"{float(kl[:, 0].median()):.2e}", later, wins)
+        moments: dict[When, str] = {"at": "at the firing"} | ({"through": f"with the next {horizon}"} if horizon else {})
+        table = Table(title=f"Replacement test, layer {self.layer} head {self.head}: {self.n} firings on held-out text")
+        table.add_column("put in")
+        for moment in moments.values():
+            table.add_column(f"KL, {moment}", justify="right")
+            table.add_column("beats deletion", justify="right")
+        for name, what in CONDITIONS.items():
+            row = [Text.assemble((name, "bold"), f": {what}")]
+            for when in moments:
+                row.append(Text(f"{float(self.score(name, when).median()):.1e}"))
+                row.append(Text("" if name == "delete" else str(self.wins(name, "delete", when))))
+            table.add_row(*row)
         table.caption = (
-            f"KL in nats; Wilson 95% intervals. Deletion beats random: {self.wins('delete', 'random')}. "
-            f"Atom < deletion < random: {self.chain()}. Median cosine of atom and write: {float(self.cosine.median()):.2f}."
+            "KL: median, in nats, summed over the tokens; Wilson 95% intervals.\n"
+            + "".join(
+                f"{moment}: deletion beats random {self.wins('delete', 'random', when)}, "
+                f"atom < deletion < random {self.chain(when)}.\n"
+                for when, moment in moments.items()
+            )
+            + f"Median cosine of atom and write {float(self.cosine.median()):.2f}."
         )
         return table
 
@@ -118,7 +134,7 @@ def replacement_test(
     *,
     n_firings: int = 300,
     context: int = 96,
-    horizon: int = 8,
+    horizon: int = 16,
     atom: int | None = None,
     batch_size: int = 32,
     seed: int = 0,

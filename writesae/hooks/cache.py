@@ -67,16 +67,23 @@ class ActivationCache(Mapping[str, Value]):
         return f"ActivationCache({len(self)} values of layers {sorted(self._records)})"
 
     def write(self, layer: int) -> Write:
-        """The native write ``k (beta v)^T`` of each token and head, as factors, leading dimensions [batch, pos, head]."""
+        """The native write ``k (beta v)^T`` of each token and head in factors, ``[batch, pos, head]``, as hooks left it.
+
+        Interventions come instead of it or beside it; they are not in it.
+        """
         name = f"blocks.{layer}.mixer.hook_write"
         if name in self._values:
             return self._values[name]  # type: ignore[return-value]
-        return self._tap(layer).family.write(self._inputs(layer, without=("q",)))
+        inputs = self._inputs(layer, without=("q",))
+        return self._records[layer].write or self._tap(layer).family.write(inputs)
 
     def delta(self, layer: int) -> Write:
-        """What each token's state gains beyond decay, ``k delta^T``; see `writesae.hooks.interventions.delta_of`."""
-        rec, total, initial = self._dynamics(layer)
-        return delta_of(rec, total, initial)
+        """What each token's state gains beyond decay by itself, ``k delta^T``: ``delta = beta (v - decay S^T k)``.
+
+        ``S`` is the state that the token found, with all edits before; edits at the token itself are not in its delta.
+        """
+        rec, native, total, initial = self._dynamics(layer)
+        return delta_of(rec, native, initial, total)
 
     def state(
         self, layer: int, positions: Sequence[int], heads: Sequence[int] | None = None
@@ -88,7 +95,7 @@ class ActivationCache(Mapping[str, Value]):
         Raises:
             IndexError: a sequence has no such position in this pass.
         """
-        rec, total, initial = self._dynamics(layer)
+        rec, _, total, initial = self._dynamics(layer)
         record = self._records[layer]
         if heads is not None:
             heads = list(heads)
@@ -109,13 +116,13 @@ class ActivationCache(Mapping[str, Value]):
     def _inputs(self, layer: int, without: Sequence[str] = ()) -> dict[str, Tensor]:
         return {q: self[q, layer] for q in self._tap(layer).family.inputs if q not in without}  # type: ignore[misc]
 
-    def _dynamics(self, layer: int) -> tuple[Recurrence, Write, Tensor | None]:
-        """Recurrence, all writes (native and edits) and initial state of a layer; reads play no part in states."""
+    def _dynamics(self, layer: int) -> tuple[Recurrence, Write, Write, Tensor | None]:
+        """Recurrence, native write, all that was written, initial state of a layer; reads play no part in states."""
         family = self._tap(layer).family
         values = self._inputs(layer, without=("q",))
         rec = family.recurrence({**values, "q": values["k"]})
-        record = self._records[layer]
-        return rec, total_write(family.write(values), record.edits), record.initial_state
+        record, native = self._records[layer], family.write(values)
+        return rec, native, total_write(native, record.edits), record.initial_state
 
     def _columns(self, positions: Sequence[int]) -> Int[Tensor, "batch n"]:
         """Where in the pass each sequence's positions are."""

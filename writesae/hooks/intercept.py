@@ -3,9 +3,12 @@
 Mixers of these families call functions of their modeling file (``torch_chunk_gated_delta_rule``, ...). `install` puts a
 dispatcher in the place of each, which asks one question: is a tapped mixer running, with anything attached? If not, the
 native function runs as before. If so, the mixer's `Tap` shows the canonical quantities to its hook points, runs the
-native function on what comes back, and adds the **linear response** of the edits to its result: since decay and erase do
-not depend on the state, an edit ``E`` changes outputs and states by the same recurrence run on ``E`` alone, for the edited
-heads only and from the first edited token on.
+native function on what comes back, and adds the **linear response** of the edits to its result: since decay and erase
+do not depend on the state, an edit ``E`` changes outputs and states by the same recurrence run on ``E`` alone, for the
+edited heads only and from the first edited token on.
+
+A native write that an edit takes out is not subtracted afterwards but never made: the native function gets ``v = 0``
+there. A difference of nearly equal numbers would leave rounding errors, which the norm behind the recurrence blows up.
 """
 
 from __future__ import annotations
@@ -45,12 +48,19 @@ class Attached:
 
 @dataclass
 class Edit:
-    """Writes that were added to the state in one call: of some heads (None: all), from token ``start`` on."""
+    """What was written in one call: to some heads (None: all), from token ``start`` on; instead of the native write
+    where ``instead`` is 1, else beside it."""
 
     heads: tuple[int, ...] | None
-    write: Write  # [batch, pos, head]
+    write: Write | None  # [batch, pos, head]
     read: Read
     start: int
+    instead: Float[Tensor, "batch pos head"] | None = None
+
+    @property
+    def index(self) -> tuple[Any, ...]:
+        """Its heads and tokens, in something that has all of them ``[batch, pos, head]``."""
+        return slice(None), slice(self.start, None), slice(None) if self.heads is None else list(self.heads)
 
 
 @dataclass
@@ -60,6 +70,7 @@ class Record:
     initial_state: Float[Tensor, "batch head d_key d_value"] | None
     edits: list[Edit]
     dense: dict[int, Float[Tensor, "batch head d_key d_value"]]
+    write: Write | None  # what hooks made of the native write
 
 
 @dataclass(eq=False)
@@ -74,6 +85,7 @@ class Tap:
     state_requests: list[PositionSet] = field(default_factory=list)
     recorders: list[Callable[[Record], None]] = field(default_factory=list)
     shape: torch.Size = torch.Size()  # of the running call's output, [batch, pos, head, d_value]
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  where that call runs; layers may lie on several
 
     @property
     def busy(self) -> bool:
@@ -83,36 +95,60 @@ class Tap:
 
     def run(self, native: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The native call, with hooks and edits."""
+        self.device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
         call = self.family.call(arguments)
         for quantity in self.family.inputs:
             point = self.points[quantity]
             if point.listening:
-                value, changed = point.fire(call.get(quantity))
-                if changed:
-                    call.set(quantity, value)  # type: ignore[arg-type]
+                self._input_hook(point, call)
         initial = call.initial_state
         if self.recorders and initial is not None:
             initial = initial.clone()  # the model's cache updates it in place
+        hooked = self._write_hook(call)
+        record = Record(initial, hooked + self._edits(call), {}, hooked[0].write if hooked else None)
+        self._walk_states(call, record)
+        write = call.write() if record.edits or record.dense else None
+        kept = kept_of(write, record.edits) if write else None
+        if kept is not None:
+            call.set("v", call.get("v") * kept[..., None])
         o, state = call.run(native)
         self.shape = o.shape
-
-        record = Record(initial, self._write_hook(call) + self._edits(call), {})
-        self._walk_states(call, record)
-        o, state = respond(call, record, o, state)
+        if write:
+            o, state = respond(call, write, record, o, state)
         for recorder in self.recorders:
             recorder(record)
         if self.points["o"].listening:
             o, _ = self.points["o"].fire(o)
         return o, state  # type: ignore[return-value]
 
+    def _padding(self) -> Bool[Tensor, "batch pos"] | None:
+        """Which tokens of the call are padding, None if none is. What a hook does to these stays out of the model."""
+        padding = self.clock.padding()
+        return None if padding is None else padding.to(self.device)
+
+    def _input_hook(self, point: HookPoint, call: KernelCall) -> None:
+        given, padding = call.get(point.quantity), self._padding()
+        new, changed = point.fire(given if padding is None else given.clone())
+        if not changed:
+            return
+        if padding is not None:
+            new = torch.where(padding[(..., *(None,) * (given.ndim - 2))], given, new)  # type: ignore[arg-type]
+        call.set(point.quantity, new)  # type: ignore[arg-type]
+
     def _write_hook(self, call: KernelCall) -> list[Edit]:
-        """A changed ``hook_write`` is an edit by the difference: its key need not be the erase key any more."""
+        """A changed ``hook_write`` comes instead of the native write: its key need not be the erase key any more."""
         point = self.points["write"]
         if not point.listening:
             return []
         shown = call.write()
         new, changed = point.fire(Write(shown.key.clone(), shown.value))  # the key may be shared with the erase
-        return [Edit(None, new - call.write(), "same", 0)] if changed else []  # type: ignore[operator]
+        if not changed:
+            return []
+        instead, padding = torch.ones_like(shown.value[..., 0]), self._padding()
+        if padding is not None:
+            instead = instead.masked_fill(padding[..., None], 0)
+            new = new * instead  # type: ignore[operator]
+        return [Edit(None, new, "same", 0, instead)]  # type: ignore[arg-type]
 
     def _edits(self, call: KernelCall) -> list[Edit]:
         """Edits that follow from the writes alone: all tokens at once."""
@@ -120,15 +156,17 @@ class Tap:
         for attached in self.attached:
             if attached.what.needs_state:
                 continue
-            mask, index = attached.positions.match(self.clock.positions())
+            mask, index = attached.positions.match(self.clock.positions().to(self.device))
             start = _first_column(mask)
             if start is None:
                 continue
             heads = None if attached.heads == list(range(self.site.n_heads)) else attached.heads
             rec, write = call.recurrence(heads)[:, start:], call.write(heads)[:, start:]
             made = attached.what.edit(Moment(write, rec, None if index is None else index[:, start:]))
-            made = made * mask[:, start:, None].to(made.value.dtype)
-            edits.append(Edit(None if heads is None else tuple(heads), made, attached.read, start))
+            there = mask[:, start:, None].to(write.value.dtype)
+            instead = there.expand(write.shape) if attached.what.replaces else None
+            made = None if made is None else made * there
+            edits.append(Edit(None if heads is None else tuple(heads), made, attached.read, start, instead))
         return edits
 
     def _walk_states(self, call: KernelCall, record: Record) -> None:
@@ -136,7 +174,7 @@ class Tap:
         by_state = [a for a in self.attached if a.what.needs_state]
         if not by_state and not self.state_requests:
             return
-        positions = self.clock.positions()
+        positions = self.clock.positions().to(self.device)
         matches = [(a, *a.positions.match(positions)) for a in by_state]
         asked = [(request, request.match(positions)[0]) for request in self.state_requests]
         events: Bool[Tensor, " pos"] = torch.stack([m.any(0) for _, m, *_ in matches + asked]).any(0)  # type: ignore[operator]
@@ -158,17 +196,18 @@ class Tap:
                 now = Moment(
                     native[:, here][:, :, h], rec[:, here][:, :, h], None if index is None else index[:, here], S[:, h]
                 )
-                write = attached.what.edit(now)
-                write = write * mask[:, here, None].to(write.value.dtype)
-                made[id(attached)].append((t, write))
-                after = after.index_add(1, torch.tensor(h, device=S.device), write.dense().squeeze(1))
+                there = mask[:, here, None].to(now.write.value.dtype)
+                write = attached.what.edit(now) or now.write * 0.0
+                made[id(attached)].append((t, write * there))
+                E = (write - now.write if attached.what.replaces else write) * there
+                after = after.index_add(1, torch.tensor(h, device=S.device), E.dense().squeeze(1))
             for request, mask in asked:
                 rows = mask[:, t].nonzero()[:, 0]
                 if len(rows):
                     after = self._state_hook(request, after, rows, positions[rows, t], record, t)
             S, start = after, t + 1
-        for attached in by_state:
-            record.edits += [_spread(attached, made[id(attached)], rec.n_pos)] if made[id(attached)] else []
+        for attached, mask, _ in matches:
+            record.edits += [_spread(attached, made[id(attached)], mask)] if made[id(attached)] else []
 
     def _state_hook(
         self, request: PositionSet, S: Tensor, rows: Int[Tensor, " rows"], at: Int[Tensor, " rows"], record: Record, t: int
@@ -184,14 +223,30 @@ class Tap:
         return S + E
 
 
+def kept_of(native: Write, edits: Sequence[Edit]) -> Float[Tensor, "batch pos head"] | None:
+    """How much of each native write is left by edits that come instead (1, 0, or -1 if there are two); None if all is."""
+    if all(edit.instead is None for edit in edits):
+        return None
+    kept = torch.ones_like(native.value[..., 0])
+    for edit in edits:
+        if edit.instead is not None:
+            kept[edit.index] -= edit.instead
+    return kept
+
+
 def respond(
-    call: KernelCall, record: Record, o: Tensor, state: Tensor | None
+    call: KernelCall, native: Write, record: Record, o: Tensor, state: Tensor | None
 ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"] | None]:
-    """Add the linear response of all edits to the native outputs and final state."""
+    """Add the linear response of all edits to the outputs and final state of what is left of the native writes."""
     groups: dict[tuple[Any, ...], list[Edit]] = {}
+    responses: list[tuple[Any, int, Tensor, Tensor | None]] = []
     for edit in record.edits:
-        groups.setdefault((edit.heads, edit.read), []).append(edit)
-    responses = []
+        if edit.write is not None:
+            groups.setdefault((edit.heads, edit.read), []).append(edit)
+        if edit.instead is not None and edit.read == "next":  # the token's own read still sees the native write
+            keys, values = (native[edit.index] * edit.instead).factors()
+            q = call.recurrence(edit.heads).q[:, edit.start :]
+            responses.append((edit.heads, edit.start, ((keys @ q[..., None]) * values).sum(-2), None))
     for (heads, read), edits in groups.items():
         start = min(edit.start for edit in edits)
         rec = call.recurrence(heads)[:, start:]
@@ -199,8 +254,7 @@ def respond(
         responses.append((heads, start, *chunked(rec, write, read=read)))
     if record.dense:
         rec = call.recurrence()
-        nothing = call.write() * 0.0
-        responses.append((None, 0, *chunked(rec, nothing, dense=record.dense)))
+        responses.append((None, 0, *chunked(rec, native * 0.0, dense=record.dense)))
     for heads, start, extra, extra_state in responses:
         if heads is None and start == 0:
             o = (o + extra).to(o.dtype)
@@ -208,7 +262,7 @@ def respond(
             at = slice(None) if heads is None else list(heads)
             o = o.clone()
             o[:, start:, at] = (o[:, start:, at] + extra).to(o.dtype)
-        if state is not None:
+        if state is not None and extra_state is not None:
             state = state + extra_state if heads is None else state.index_add(
                 1, torch.tensor(heads, device=state.device), extra_state.to(state.dtype)
             )
@@ -216,18 +270,18 @@ def respond(
 
 
 def total_write(native: Write, edits: Sequence[Edit]) -> Write:
-    """The native write and all edits as one write of higher rank, all heads and tokens."""
-    total = native
+    """What is left of the native write, and all edits, as one write of higher rank, all heads and tokens."""
+    kept = kept_of(native, edits)
+    total = native if kept is None else native * kept
     for edit in edits:
-        keys, values = edit.write.factors()
-        batch, n_pos, n_heads = native.shape
-        heads = slice(None) if edit.heads is None else list(edit.heads)
-        full = []
-        for x in (keys, values):
-            wide = x.new_zeros(batch, n_pos, n_heads, *x.shape[-2:])
-            wide[:, edit.start :, heads] = x
-            full.append(wide)
-        total = total + (Write(*full, rank=edit.write.rank) if edit.write.rank > 1 else Write(*(x.squeeze(-2) for x in full)))
+        if edit.write is None:
+            continue
+        rank, full = edit.write.rank, []
+        for x in edit.write.factors():
+            wide = x.new_zeros(*native.shape, *x.shape[-2:])
+            wide[edit.index] = x
+            full.append(wide if rank > 1 else wide.squeeze(-2))
+        total = total + Write(*full, rank=rank)
     return total
 
 
@@ -235,30 +289,24 @@ def _sum_from(edits: Sequence[Edit], start: int) -> Write:
     """The sum of edits of the same heads, over the tokens from ``start`` on."""
     padded = []
     for edit in edits:
-        missing = edit.start - start
-        if missing:
-            batch, _, n_heads = edit.write.shape
-            grow = [x.new_zeros(batch, missing, *x.shape[2:]) for x in (edit.write.key, edit.write.value)]
-            edit = Edit(
-                edit.heads,
-                Write(torch.cat([grow[0], edit.write.key], 1), torch.cat([grow[1], edit.write.value], 1), edit.write.rank),
-                edit.read,
-                start,
-            )
-        padded.append(edit.write)
+        assert edit.write is not None
+        factors = (edit.write.key, edit.write.value)
+        before = [x.new_zeros(x.shape[0], edit.start - start, *x.shape[2:]) for x in factors]
+        padded.append(Write(*(torch.cat(pair, 1) for pair in zip(before, factors, strict=True)), edit.write.rank))
     return functools.reduce(lambda x, y: x + y, padded)
 
 
-def _spread(attached: Attached, made: list[tuple[int, Write]], n_pos: int) -> Edit:
+def _spread(attached: Attached, made: list[tuple[int, Write]], mask: Bool[Tensor, "batch pos"]) -> Edit:
     """Edits of single tokens as one edit over all tokens from the first on."""
-    start = made[0][0]
-    first = made[0][1]
-    key = first.key.new_zeros(first.key.shape[0], n_pos - start, *first.key.shape[2:])
-    value = first.value.new_zeros(first.value.shape[0], n_pos - start, *first.value.shape[2:])
-    where = torch.tensor([t - start for t, _ in made], device=key.device)
-    key = key.index_copy(1, where, torch.cat([w.key for _, w in made], 1))
-    value = value.index_copy(1, where, torch.cat([w.value for _, w in made], 1))
-    return Edit(tuple(attached.heads), Write(key, value, first.rank), attached.read, start)
+    start, first = made[0]
+    where = torch.tensor([t - start for t, _ in made], device=mask.device)
+
+    def spread(x: Tensor, parts: list[Tensor]) -> Tensor:
+        return x.new_zeros(x.shape[0], mask.shape[1] - start, *x.shape[2:]).index_copy(1, where, torch.cat(parts, 1))
+
+    write = Write(spread(first.key, [w.key for _, w in made]), spread(first.value, [w.value for _, w in made]), first.rank)
+    instead = mask[:, start:, None].to(write.value.dtype).expand(write.shape) if attached.what.replaces else None
+    return Edit(tuple(attached.heads), write, attached.read, start, instead)
 
 
 def _first_column(mask: Bool[Tensor, "batch pos"]) -> int | None:
@@ -295,10 +343,10 @@ def install(model: nn.Module) -> list[Tap]:
     for name, family in {type(mixer).__module__: family for _, mixer, family in mixers}.items():
         _intercept(name, family)
     if not hasattr(mixers[0][1], "writesae_tap"):
-        text_model = model.get_submodule(mixers[0][0].rsplit(".layers.", 1)[0])
-        clock = Clock(text_model)
-        text_model.register_forward_pre_hook(lambda _m, args, kwargs: clock.begin(args, kwargs), with_kwargs=True)
-        text_model.register_forward_hook(lambda _m, _args, _out: clock.end(), always_call=True)
+        text_model = model.get_submodule(f".{mixers[0][0]}".rsplit(".layers.", 1)[0].removeprefix("."))
+        clock = text_model.writesae_clock = Clock(text_model)  # type: ignore[assignment]
+        text_model.register_forward_pre_hook(_begin, with_kwargs=True)
+        text_model.register_forward_hook(_end, always_call=True)
         for _, mixer, family in mixers:
             _tap(mixer, family, clock)
     return [mixer.writesae_tap for _, mixer, _ in mixers]  # type: ignore[misc]
@@ -315,7 +363,19 @@ def _tap(mixer: nn.Module, family: Family, clock: Clock) -> None:
     mixer.register_forward_hook(_leave, always_call=True)
     for name in family.gate_norms:
         if hasattr(mixer, name):
+            getattr(mixer, name).writesae_tap = tap
             getattr(mixer, name).register_forward_pre_hook(_gate)
+
+
+# Hooks find what is theirs on the module they run on, so that a deepcopy of a model has its own.
+
+
+def _begin(text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    text_model.writesae_clock.begin(args, kwargs)  # type: ignore[union-attr, operator]
+
+
+def _end(text_model: nn.Module, _args: Any, _output: Any) -> None:
+    text_model.writesae_clock.end()  # type: ignore[union-attr, operator]
 
 
 def _enter(mixer: nn.Module, _args: Any) -> None:
@@ -326,10 +386,10 @@ def _leave(_mixer: nn.Module, _args: Any, _output: Any) -> None:
     _running.set(None)
 
 
-def _gate(_norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _gate(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The gated norm is called as ``norm(o, z)`` with tokens and heads flattened together: that is where ``z`` is."""
-    tap = _running.get()
-    if tap is None or not tap.points["z"].listening:
+    tap: Tap = norm.writesae_tap  # type: ignore[assignment]
+    if not tap.points["z"].listening:
         return None
     o, z, *rest = args
     value, changed = tap.points["z"].fire(z.reshape(tap.shape))
@@ -375,11 +435,19 @@ def _dispatcher(function: Callable[..., Any], tapped: bool) -> Callable[..., Any
         tap = _running.get() if tapped else None
         if tap is None or not tap.busy:
             return native(*args, **kwargs)
-        bound = signature.bind_partial(*args)
-        return tap.run(native, {**bound.arguments, **kwargs})
+        given = signature.bind_partial(*args).arguments
+
+        def by_place(**arguments: Any) -> Any:  # as they came: GPU packages have other names for the first arguments
+            first = [arguments.pop(name) for name in given]
+            return native(*first, **arguments)
+
+        _running.set(None)  # a hook may run another model, which is not this mixer
+        result = tap.run(by_place, {**given, **kwargs})
+        _running.set(tap)
+        return result
 
     dispatch.writesae_native = function  # type: ignore[attr-defined]
     return dispatch
 
 
-__all__ = ["PAD", "Attached", "Edit", "Record", "Tap", "find_mixers", "install", "respond", "total_write"]
+__all__ = ["PAD", "Attached", "Edit", "Record", "Tap", "find_mixers", "install", "kept_of", "respond", "total_write"]

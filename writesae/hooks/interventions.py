@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.hooks.families.base import Site
+from writesae.hooks.positions import PositionSet
 from writesae.kernels import erase_reads
 from writesae.recurrence import Recurrence, Write, at_least_float32
 
@@ -52,21 +53,18 @@ class Moment:
         return decay.unsqueeze(1) * self.state.unsqueeze(1) + delta.dense()
 
 
-def delta_of(rec: Recurrence, write: Write, state: Tensor | None) -> Write:
+def delta_of(rec: Recurrence, write: Write, state: Tensor | None, total: Write | None = None) -> Write:
     """What the state gains beyond decay, ``k delta^T`` with ``delta = beta (v - decay S_{t-1}^T k)`` (delta rule).
 
     Equal to the native write where nothing is erased. Holds where the erase writes along the key (``a = -c k``).
+    ``total`` is what was really written, if that was not ``write``: it is what later tokens erase from.
     """
     if rec.a is None:
         return write
-    keys, _ = write.factors()
-    k = keys[..., 0, :]  # the native write is the first term, and its key is the erase key
+    keys, values = write.factors()
+    k = keys[..., 0, :]  # the native write is one term, and its key is the erase key
     c = (rec.a * k).sum(-1) / (k * k).sum(-1).clamp_min(1e-30)
-    return Write(k, _first(write.value, write.rank) + c[..., None] * erase_reads(rec, write, state))
-
-
-def _first(value: Tensor, rank: int) -> Tensor:
-    return value if rank == 1 else value[..., 0, :]
+    return Write(k, values[..., 0, :] + c[..., None] * erase_reads(rec, total or write, state))
 
 
 @dataclass(frozen=True)
@@ -86,15 +84,23 @@ class Intervention(ABC):
         """True: `edit` is called one token at a time, and sees the state."""
         return False
 
-    @abstractmethod
-    def edit(self, now: Moment) -> Write:
-        """What to add to the state, ``[batch, pos, head]``; positions that were not asked for are dropped later."""
+    @property
+    def replaces(self) -> bool:
+        """True: the native write is left out, and what `edit` gives is written instead of it."""
+        return False
 
-    def check(self, site: Site) -> None:
-        """Raise IndexError or ValueError unless this can be done at ``site``."""
-        for head in self.heads(site):
+    @abstractmethod
+    def edit(self, now: Moment) -> Write | None:
+        """What to write, ``[batch, pos, head]``, None for nothing; positions that were not asked for are dropped later."""
+
+    def check(self, site: Site, positions: PositionSet) -> None:
+        """Raise IndexError or ValueError unless this can be done at ``site`` and ``positions``."""
+        heads = self.heads(site)
+        for head in heads:
             if not isinstance(head, int) or not 0 <= head < site.n_heads:
                 raise IndexError(f"head {head!r} at layer {site.layer}: allowed are 0 to {site.n_heads - 1}")
+        if len(set(heads)) < max(len(heads), 1):
+            raise ValueError(f"head={self.head!r} at layer {site.layer}: give each head once, or None for all")
 
     def heads(self, site: Site) -> list[int]:
         if self.head is None:
@@ -106,8 +112,12 @@ class Intervention(ABC):
 class Delete(Intervention):
     """Take the native write out of the state. Decay and erase stay."""
 
-    def edit(self, now: Moment) -> Write:
-        return -now.write
+    @property
+    def replaces(self) -> bool:
+        return True
+
+    def edit(self, now: Moment) -> None:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,15 +133,22 @@ class Add(Intervention):
     """
 
     write: Write
-    scale: float = 1.0
+    scale: float | int = 1.0
     relative: bool = False
 
-    def check(self, site: Site) -> None:
-        super().check(site)
+    def check(self, site: Site, positions: PositionSet) -> None:
+        super().check(site, positions)
         if (self.write.d_key, self.write.d_value) != (site.d_key, site.d_value):
             raise ValueError(
                 f"a write of {self.write.d_key} x {self.write.d_value} does not fit layer {site.layer}, whose states "
                 f"are {site.d_key} x {site.d_value}"
+            )
+        lead = self.write.shape
+        if len(lead) > 2 or (lead and lead[-1] != 1 and lead[-1] != positions.distinct):
+            raise ValueError(
+                f"a write with leading dimensions {list(lead)} at positions={positions.asked!r}: give no such dimension "
+                f"(the same write everywhere), [n] (one a position: a list of n different ones), [batch, 1] (one a "
+                f"sequence) or [batch, n]"
             )
 
     def edit(self, now: Moment) -> Write:
@@ -146,28 +163,21 @@ class Add(Intervention):
 class Replace(Add):
     """Take the native write out and put ``scale * write`` in; arguments as for `Add`."""
 
-    def edit(self, now: Moment) -> Write:
-        return super().edit(now) - now.write
+    @property
+    def replaces(self) -> bool:
+        return True
 
 
 def _place(write: Write, now: Moment) -> Write:
     """Spread a write with leading dimensions ``[]``, ``[n]``, ``[batch, 1]`` or ``[batch, n]`` over tokens and heads."""
     batch, n_pos, _ = now.write.shape
-    table = {0: lambda: write[None, None], 1: lambda: write[None], 2: lambda: write}.get(len(write.shape), lambda: None)()
-    if table is None or table.shape[0] not in (1, batch):
-        raise ValueError(
-            f"a write with leading dimensions {list(write.shape)} for a batch of {batch}: give none, one a position "
-            f"[n], one a sequence [{batch}, 1], or both [{batch}, n]"
-        )
-    index = now.index
-    if table.shape[1] == 1 or index is None:
-        if table.shape[1] != 1:
-            raise ValueError(
-                f"{table.shape[1]} writes, one a position: positions must then be a list of as many, not a slice or None"
-            )
+    table = write[(None,) * (2 - len(write.shape))]
+    if table.shape[0] not in (1, batch):
+        raise ValueError(f"a write with leading dimensions {list(write.shape)} for a batch of {batch}")
+    if table.shape[1] == 1 or now.index is None:
         index = torch.zeros(batch, n_pos, dtype=torch.long, device=table.key.device)
-    elif int(index.max()) >= table.shape[1]:
-        raise ValueError(f"{table.shape[1]} writes for more positions than that: give one write, or one a position")
+    else:
+        index = now.index
     rows = torch.arange(batch, device=index.device)[:, None] if table.shape[0] > 1 else torch.zeros_like(index)
     return table[rows, index][:, :, None].expand(*now.write.shape)
 
@@ -200,6 +210,10 @@ class Substitute(Intervention):
     def needs_state(self) -> bool:
         return self.sae.cfg.target != "write"
 
+    @property
+    def replaces(self) -> bool:
+        return True
+
     def edit(self, now: Moment) -> Write:
         values, indices = self.sae.topk(now.target(self.sae.cfg.target))
         value, best = values.max(-1)
@@ -207,5 +221,6 @@ class Substitute(Intervention):
         fires = value > 0
         if self.atom is not None:
             fires = fires & (top == self.atom)
-        amount = value if self.norm == "code" else now.write.norm()
-        return (self.sae.atom(top) * amount - now.write) * fires.to(amount.dtype)
+        atom = self.sae.atom(top) * (value if self.norm == "code" else now.write.norm())
+        pick = lambda new, native: torch.where(fires[..., None], new, native)  # noqa: E731
+        return Write(pick(atom.key, now.write.key), pick(atom.value, now.write.value))

@@ -39,8 +39,9 @@ class HookPoint(nn.Module):
 
     @property
     def listening(self) -> bool:
-        """Whether anybody would see the value: a hook, or a tool that replaced `forward` (nnsight does)."""
-        return bool(self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__)
+        """Whether anybody would see the value or its gradient: a hook, or a tool that replaced `forward` (nnsight)."""
+        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
+        return any(hooks) or "forward" in self.__dict__
 
     def fire(self, value: Value) -> tuple[Value, bool]:
         """Show ``value`` to the hooks. Returns the value to go on with, and whether it was changed.

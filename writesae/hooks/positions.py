@@ -61,6 +61,11 @@ class Clock:
         except ValueError:
             return None
 
+    def padding(self) -> Bool[Tensor, "batch pos"] | None:
+        """Which tokens of the running pass are padding; None if none is, or if that cannot be known."""
+        positions = None if self._call.get("attention_mask") is None else self.try_positions()
+        return positions == PAD if positions is not None and bool((positions == PAD).any()) else None
+
     def _shape(self) -> torch.Size:
         ids, embeds = self._call.get("input_ids"), self._call.get("inputs_embeds")
         tokens = ids if ids is not None else embeds
@@ -102,9 +107,10 @@ class PositionSet:
 
     asked: Positions
     wanted: Int[Tensor, "rows n"] | None = field(init=False, default=None)  # None: a slice or everything
-    reached: Bool[Tensor, "rows n"] | None = field(init=False, default=None)
     span: slice = field(init=False, default_factory=lambda: slice(0, None, 1))
-    ran: bool = field(init=False, default=False)  # whether any forward pass came by
+    # Which of them each sequence has reached, for batches of each size that came by; a slice counts as one.
+    reached: dict[int, Bool[Tensor, "batch n"]] = field(init=False, default_factory=dict)
+    vouched: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         asked = self.asked
@@ -128,7 +134,13 @@ class PositionSet:
                 f"so negative ones have no meaning here"
             )
         self.wanted = wanted.long().reshape(-1 if wanted.ndim == 2 else 1, wanted.shape[-1] if wanted.ndim else 1)
-        self.reached = torch.zeros_like(self.wanted, dtype=torch.bool)
+
+    @property
+    def distinct(self) -> int | None:
+        """How many positions were asked for, the same number for every sequence; None for a slice or all."""
+        if self.wanted is None:
+            return None
+        return min(len(set(row)) for row in self.wanted.tolist())
 
     def match(
         self, positions: Int[Tensor, "batch pos"]
@@ -137,22 +149,29 @@ class PositionSet:
         if self.wanted is None:
             p, s = positions, self.span
             hit = (p != PAD) & (p >= s.start) & ((p - s.start) % s.step == 0)
-            return hit if s.stop is None else hit & (p < s.stop), None
-        wanted = self.wanted.to(positions.device)
-        if wanted.shape[0] not in (1, positions.shape[0]):
-            raise ValueError(f"positions [{wanted.shape[0]}, {wanted.shape[1]}] for a batch of {positions.shape[0]}")
+            hit = hit if s.stop is None else hit & (p < s.stop)
+            self._came_by(hit.any(1, keepdim=True))
+            return hit, None
+        wanted = self._per_row(positions.shape[0]).to(positions.device)
         equal = positions[:, :, None] == wanted[:, None, :]
-        assert self.reached is not None
-        self.ran = True
-        came_by = equal.any(1).cpu()
-        self.reached |= came_by.all(0, keepdim=True) if wanted.shape[0] == 1 else came_by
+        self._came_by(equal.any(1))
         return equal.any(-1), equal.int().argmax(-1)
+
+    def _per_row(self, batch: int) -> Int[Tensor, "batch n"]:
+        assert self.wanted is not None
+        if self.wanted.shape[0] not in (1, batch):
+            raise ValueError(f"positions [{self.wanted.shape[0]}, {self.wanted.shape[1]}] for a batch of {batch}")
+        return self.wanted.expand(batch, -1)
+
+    def _came_by(self, which: Bool[Tensor, "batch n"]) -> None:
+        which = which.cpu()
+        self.reached[len(which)] = self.reached.get(len(which), torch.zeros_like(which)) | which
 
     def check_within(self, lengths: Int[Tensor, " batch"]) -> None:
         """Raise IndexError unless every sequence (``lengths`` real tokens each) has the positions asked for."""
         lengths = lengths.cpu()
         if self.wanted is not None:
-            last = self.wanted.max(-1).values.expand(lengths.shape[0])
+            last = self._per_row(len(lengths)).max(-1).values
         elif self.asked is not None:
             last = torch.full_like(lengths, (self.span.stop or self.span.start + 1) - 1)
         else:
@@ -165,11 +184,15 @@ class PositionSet:
 
     def vouch(self) -> None:
         """Take every position as reached: a caller has checked them in another way."""
-        if self.reached is not None:
-            self.reached.fill_(True)
+        self.vouched = True
 
     def missed(self) -> list[int]:
-        """Positions asked for that no forward pass has reached."""
-        if self.wanted is None or self.reached is None:
+        """Positions asked for that a sequence that ran has not reached (of a slice: its start, if none of it was)."""
+        if self.asked is None or self.vouched:
             return []
-        return sorted(set(self.wanted[~self.reached].tolist()))
+        start = torch.tensor([[self.span.start]])
+        return sorted({
+            p
+            for batch, reached in self.reached.items()
+            for p in (start.expand(batch, 1) if self.wanted is None else self._per_row(batch))[~reached].tolist()
+        })

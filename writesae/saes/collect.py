@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
+from rich.progress import track
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from writesae.recurrence import Write
 from writesae.saes.config import SAEConfig, Target
@@ -44,7 +44,7 @@ def collect(
         progress: show a progress bar.
 
     Returns:
-        Samples in the order of the text: a `Write` with leading dimension ``[N]``, or for states ``[N, d_key, d_value]``.
+        Samples in the order of the text: a `Write` with leading dimension ``[N]``; states ``[N, d_key, d_value]``.
 
     Raises:
         IndexError: no such recurrent layer, or head.
@@ -55,7 +55,7 @@ def collect(
     prefix = f"blocks.{layer}.mixer."
     positions = list(range(stride - 1, tokens.shape[1], stride))
     parts: list[Any] = []
-    for batch in tqdm(tokens.split(batch_size), disable=not progress, desc=f"collecting layer {layer} head {head}"):
+    for batch in track(tokens.split(batch_size), f"layer {layer}, head {head}", disable=not progress):
         names = [n for n in model.hook_names if n.startswith(prefix) and not n.endswith("hook_state")]
         _, cache = model.run_with_cache(batch, names=f"{prefix}hook_write" if target == "write" else names)
         if target == "state":
@@ -108,7 +108,7 @@ def train_site(
     tokens = text if isinstance(text, Tensor) else _sequences(model, [text] if isinstance(text, str) else text, context)
     n_train = len(tokens) - round(held_out * len(tokens))
     if n_train < 1:
-        raise ValueError(f"the text makes {len(tokens)} sequences of {context} tokens: give more text or a smaller context")
+        raise ValueError(f"the text makes {len(tokens)} sequences of {context} tokens: too few; give more text")
     data = collect(model, tokens, layer, head, target, stride=stride, progress=progress)
     site = model.site(layer)
     cfg = SAEConfig(

@@ -57,8 +57,9 @@ class SAEConfig:
         missing = sorted({"d_key", "d_value", "n_atoms", "k", "target", "tied"} - values.keys())
         unknown = sorted(values.keys() - known)
         if missing or unknown:
-            found = [f"{what} {', '.join(names)}" for what, names in (("lacks", missing), ("has unknown", unknown)) if names]
-            raise ValueError(f"the configuration {' and '.join(found)}; the fields are {', '.join(sorted(known))}")
+            pairs = ("lacks", missing), ("has unknown", unknown)
+            wrong = [f"{what} {', '.join(names)}" for what, names in pairs if names]
+            raise ValueError(f"the configuration {' and '.join(wrong)}; its fields are {', '.join(sorted(known))}")
         _check(values)
         return cls(**values)
 

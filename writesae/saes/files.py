@@ -1,4 +1,4 @@
-"""SAE folders on disk: ``cfg.json`` and ``sae_weights.safetensors``, written whole, checked when read, never pickled."""
+"""SAE folders on disk: ``cfg.json`` and ``sae_weights.safetensors``, written whole, checked when read, no pickle."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def save(folder: Path, cfg: SAEConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write an SAE folder. Weights go first: a crash in between leaves a checksum that does not match, not a mixture."""
+    """Write an SAE folder. Weights go first: a crash in between leaves a checksum that fails, not a mixture."""
     check_finite(tensors, "not saved")
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     described = cfg.to_dict() | {CHECKSUM: hashlib.sha256(data).hexdigest()}
@@ -64,7 +64,7 @@ def load(folder: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as e:
         raise ValueError(
-            f"{path} is not a whole safetensors file ({e}): it was cut off or is of another kind; fetch or save it again"
+            f"{path} is not a whole safetensors file ({e}): cut off, or of another kind; fetch or save it again"
         ) from e
     if hashlib.sha256(data).hexdigest() != checksum:
         raise ValueError(
@@ -123,7 +123,7 @@ def _read_config(path: Path) -> tuple[SAEConfig, str]:
         raise ValueError(f"{path} lacks {CHECKSUM}, the checksum of {WEIGHTS}; save the SAE again")
     checksum = values.pop(CHECKSUM)
     if values["type"] != "write_sae":
-        raise ValueError(f"{path} says type {values['type']!r}; this version can load: write_sae. A newer one may know it")
+        raise ValueError(f"{path} says type {values['type']!r}; this version can load: write_sae")
     try:
         return SAEConfig.from_dict(values), checksum
     except ValueError as e:

@@ -16,31 +16,28 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from writesae.recurrence import Write
 from writesae.saes.config import SAEConfig
 from writesae.saes.files import write_whole
 from writesae.saes.write_sae import Matrices, WriteSAE
 
-if TYPE_CHECKING:
-    from writesae.model import HookedRecurrentModel
-
 
 def train_sae(
     cfg: SAEConfig,
     data: Matrices,
     *,
-    steps: int = 3000,
+    steps: int = 1500,
     batch_size: int = 2048,
-    lr: float = 3e-3,
+    lr: float = 5e-3,
     warmup: int = 50,
     unit_norm: bool = True,
     train_bias: bool = False,
@@ -96,17 +93,16 @@ def train_sae(
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         run.restore(path)
-    bar = tqdm(total=steps, initial=run.step, disable=not progress, desc="training SAE")
-    with bar, _interrupts_wait() as interrupted:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, disable=not progress) as bar, _interrupts_wait() as interrupted:
+        task = bar.add_task("training SAE", total=steps, completed=run.step)
         while run.step < steps:
             nmse = run.one_step()
             if path is not None and (run.step % checkpoint_every == 0 or run.step == steps or interrupted()):
                 run.save(path)
             if interrupted():
                 raise KeyboardInterrupt(f"training stopped after step {run.step} of {steps}")
-            bar.update()
-            if run.step % 50 == 0:
-                bar.set_postfix(nmse=f"{nmse:.3f}", dead=int(run.dead().sum()), refresh=False)
+            bar.update(task, completed=run.step, description=f"training SAE, nmse {nmse:.3f}")
     sae = run.sae.requires_grad_(True)
     record = settings | {"samples": n, "resampled": run.n_resampled, "train": evaluate(sae, train[:16384])}
     if validation is not None:
@@ -151,7 +147,7 @@ class _Run:
         if self.sae.mean is not None:
             self.sae.mean.copy_(_mean(data))
         self._start_all_atoms()
-        self.adam = torch.optim.Adam([p for p in self.sae.parameters() if p.requires_grad], betas=(0.9, 0.999))
+        self.adam = torch.optim.Adam([p for p in self.sae.parameters() if p.requires_grad], fused=True)
         self.silent = torch.zeros(cfg.n_atoms, dtype=torch.int64, device=_device(data))  # steps since last active
 
     def one_step(self) -> float:
@@ -164,6 +160,7 @@ class _Run:
         out.loss.backward()
         with torch.no_grad():
             for p in (self.sae.V_dec, self.sae.W_dec):  # along the atom the loss only asks for another norm
+                assert p.grad is not None
                 p.grad -= (p.grad * p).sum(-1, keepdim=True) * p
         for group in self.adam.param_groups:
             group["lr"] = _rate(self.step, s)
@@ -189,7 +186,7 @@ class _Run:
         random = self._random(2)
         n = len(_first(self.data))
         pool = torch.randint(n, (min(n, 8192),), generator=random)
-        error2 = self.sae.loss(self.data[pool.to(dead.device)]).error2.cpu()
+        error2 = torch.cat([self.sae.loss(x).error2.cpu() for x in self._pieces(pool)])
         chosen = torch.multinomial(error2.clamp_min(1e-12), min(len(dead), len(pool)), generator=random)
         dead = dead[: len(chosen)]
         self._start_atoms(dead, pool[chosen])
@@ -204,17 +201,18 @@ class _Run:
         """k-means++ in rounds: each starts a share of the atoms from samples that those before reconstruct badly."""
         random, n = self._random(0), len(_first(self.data))
         n_atoms = self.sae.cfg.n_atoms
-        pool = torch.randperm(n, generator=random)[: 8 * n_atoms]
-        x = self.data[pool.to(_device(self.data))]
-        started = 0
+        pool = torch.randperm(n, generator=random)[: min(8 * n_atoms, 16384)]
+        norm2 = left2 = torch.cat([self.sae.loss(x).norm2.cpu() for x in self._pieces(pool)])
         for atoms in torch.arange(n_atoms).chunk(rounds):
-            left2 = self.sae._norm2(self.sae._checked(x)).cpu()
-            if started:
-                left2 = left2 - self.sae.pre(x)[:, :started].amax(-1).relu().square().cpu()
             enough = len(pool) >= len(atoms)
             chosen = torch.multinomial(left2.clamp_min(1e-12), len(atoms), replacement=not enough, generator=random)
             self._start_atoms(atoms, pool[chosen])
-            started += len(atoms)
+            best = torch.cat([self.sae.pre(x)[:, atoms].amax(-1).cpu() for x in self._pieces(pool)])
+            left2 = torch.minimum(left2, norm2 - best.relu().square())
+
+    def _pieces(self, samples: Tensor) -> Iterator[Matrices]:
+        """The samples, in pieces that fit into memory."""
+        return (self.data[piece.to(_device(self.data))] for piece in samples.split(1024))
 
     @torch.no_grad()
     def _start_atoms(self, atoms: Tensor, samples: Tensor) -> None:
@@ -231,11 +229,15 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree in: the SAE, the settings, the data."""
-        probe = _first(self.data)[:: max(1, len(_first(self.data)) // 64)].float().cpu().contiguous()
+        n = len(_first(self.data))
+        few = self.data[:: max(1, n // 64)]
+        digest = hashlib.sha256()
+        for part in (few.key, few.value) if isinstance(few, Write) else (few,):
+            digest.update(part.float().cpu().contiguous().numpy().tobytes())
         return {
             "sae": {key: value for key, value in self.sae.cfg.to_dict().items() if key != "training"},
             "settings": self.settings,
-            "data": f"{len(_first(self.data))} samples, {hashlib.sha256(probe.numpy().tobytes()).hexdigest()[:16]}",
+            "data": f"{n} samples, {digest.hexdigest()[:16]}",
         }
 
     def save(self, path: Path) -> None:
@@ -249,7 +251,7 @@ class _Run:
         try:
             with safetensors.safe_open(path, "pt") as f:
                 about = json.loads((f.metadata() or {}).get("training", "null"))
-                tensors = {name: f.get_tensor(name).to(self.silent.device) for name in f.keys()}
+                tensors = {name: f.get_tensor(name).to(self.silent.device) for name in f.keys()}  # noqa: SIM118
         except (safetensors.SafetensorError, ValueError) as e:
             raise ValueError(f"{path} is not a whole checkpoint ({e}); delete it to start anew") from e
         if about is None:
@@ -266,7 +268,7 @@ class _Run:
         for name, p in self.sae.named_parameters():
             state = {k.rsplit(".", 1)[1]: t for k, t in tensors.items() if k.rsplit(".", 1)[0] == f"adam.{name}"}
             if state:
-                self.adam.state[p] = state | {"step": state["step"].cpu()}
+                self.adam.state[p] = state
 
 
 @contextlib.contextmanager

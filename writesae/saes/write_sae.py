@@ -6,8 +6,8 @@ Letters, for matrices ``X [d_key, d_value]`` (a write, a delta or a state)::
     a     = ReLU(TopK(pre))                at most k numbers are not zero
     X^    = M + sum_i a_i v_i w_i^T        (v_i, w_i) = V_dec[i], W_dec[i], both of norm 1, so is the atom
 
-Matrices given as a `Write` are never built: ``v^T (k u^T) w = (v.k)(u.w)``, and the error of a reconstruction needs only
-inner products and the ``k x k`` Gram matrix of the active atoms. Shapes: ``...`` stands for any leading dimensions.
+Matrices given as a `Write` are never built: ``v^T (k u^T) w = (v.k)(u.w)``, and the error of a reconstruction needs
+only inner products and the ``k x k`` Gram matrix of the active atoms. ``...`` stands for any leading dimensions.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ class WriteSAE(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
         """Write ``cfg.json`` and ``sae_weights.safetensors`` into ``folder``, each whole or not at all.
 
-        ``dtype=torch.float16`` halves the file; it is read back as float32. Raises ValueError if a number is not finite.
+        ``dtype=torch.float16`` halves the file; it is read back as float32. ValueError if a number is not finite.
         """
         files.save(Path(folder), self.cfg, {name: t.to(dtype) for name, t in self.state_dict().items()})
         return Path(folder)
@@ -274,9 +274,9 @@ class WriteSAE(nn.Module):
         for name in ("V_dec", "W_dec"):
             off = (tensors[name].float().norm(dim=-1) - 1).abs().max().item()
             if off > 0.02:
-                raise ValueError(f"{path}: rows of {name} must have norm 1, so that an atom has; one is off by {off:.3g}")
-            if tensors[name].dtype != torch.float32:  # rounding moved the norms: put them right
-                sae.normalize_decoder()
+                raise ValueError(f"{path}: rows of {name} must have norm 1, as atoms have; one is off by {off:.3g}")
+        if tensors["V_dec"].dtype != torch.float32:  # rounding moved the norms: put them right
+            sae.normalize_decoder()
         return sae
 
     def check_fits(self, model: HookedRecurrentModel, *, check_model: bool = True) -> None:
@@ -295,10 +295,10 @@ class WriteSAE(nn.Module):
         sites = {site.layer: site for site in model.sites}
         if c.layer not in sites:
             layers = ", ".join(map(str, sites)) or "none"
-            raise ValueError(f"this SAE is for layer {c.layer}, which is not recurrent here; recurrent layers: {layers}")
+            raise ValueError(f"this SAE is for layer {c.layer}, not recurrent here; recurrent layers: {layers}")
         site = sites[c.layer]
         if c.head >= site.n_heads:
-            raise ValueError(f"this SAE is for head {c.head} of layer {c.layer}, which has heads 0 to {site.n_heads - 1}")
+            raise ValueError(f"this SAE is for head {c.head}; layer {c.layer} has heads 0 to {site.n_heads - 1}")
         if (c.d_key, c.d_value) != (site.d_key, site.d_value):
             raise ValueError(
                 f"this SAE reads {c.d_key}x{c.d_value} matrices; layer {c.layer} writes {site.d_key}x{site.d_value}"
@@ -335,7 +335,9 @@ class WriteSAE(nn.Module):
         x = self._checked(x)
         V, W = self.encoder()
         if not isinstance(x, Write):
-            return ((V @ x) * W).sum(-1)
+            if x[..., 0, 0].numel() <= self.cfg.d_key:
+                return ((V @ x) * W).sum(-1)
+            return x.flatten(-2) @ (V[:, :, None] * W[:, None, :]).flatten(1).T  # less memory for many matrices
         terms = (x.key @ V.T) * (x.value @ W.T)
         return terms if x.rank == 1 else terms.sum(-2)
 

@@ -20,6 +20,6 @@ def shipped_saes(model: str) -> list[Path]:
     return sorted(folder.parent for folder in (ZOO / model / "saes").glob("*/cfg.json"))
 
 
-def heldout_text() -> str:
-    """An excerpt of the documents that no shipped model or SAE was trained on."""
-    return (ZOO / "heldout.txt").read_text(encoding="utf-8")
+def heldout_documents() -> list[str]:
+    """Beginnings of the documents that no shipped model or SAE was trained on."""
+    return (ZOO / "heldout.txt").read_text(encoding="utf-8").split("<|endoftext|>")

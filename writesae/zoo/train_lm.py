@@ -151,7 +151,7 @@ def train(
     out: Annotated[Path, typer.Argument(help="Folder of this run: checkpoint, tokenizer, metrics, final model.")],
     text: Annotated[Path | None, typer.Option(help="A folder of .txt files, or one file.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where the default corpus is kept.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps; the cosine schedule ends here.")] = 1300,
+    steps: Annotated[int, typer.Option(help="Optimizer steps; the cosine schedule ends here.")] = 1150,
     batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,

@@ -26,6 +26,7 @@ class GatedDeltaCall(KernelCall):
     def __init__(self, arguments: dict[str, Any]):
         self.arguments = arguments
         self.changed: dict[str, Tensor] = {}
+        self.known: dict[tuple[str, tuple[int, ...] | None], Tensor] = {}
         self.n_heads = arguments["value"].shape[2]
         self.heads_per_key = self.n_heads // arguments["key"].shape[2]
 
@@ -33,6 +34,12 @@ class GatedDeltaCall(KernelCall):
         if quantity in self.changed:
             value = self.changed[quantity]
             return value if heads is None else value[:, :, list(heads)]
+        key = (quantity, None if heads is None else tuple(heads))
+        if key not in self.known:
+            self.known[key] = self._canonical(quantity, heads)
+        return self.known[key]
+
+    def _canonical(self, quantity: str, heads: Sequence[int] | None) -> Tensor:
         x = self.arguments[_ARGUMENT[quantity]]
         if quantity in ("q", "k"):
             if heads is not None:
@@ -106,6 +113,7 @@ GATED_DELTANET = Family(
         _modeling("qwen3_5_moe"): "Qwen3_5MoeGatedDeltaNet",
         _modeling("qwen3_next"): "Qwen3NextGatedDeltaNet",
         _modeling("olmo_hybrid"): "OlmoHybridGatedDeltaNet",
+        _modeling("qwen4_exp"): "Qwen4ExpTextGatedDeltaNet",
     },
     kernels=("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"),
     helpers=("causal_conv1d_fn", "causal_conv1d_update"),
