@@ -89,7 +89,8 @@ ARCHITECTURES = [
         _TEXT | _DENSE | {"head_dim": 32}, multimodal=True,
     ),
     Architecture(
-        "qwen3_5_moe", "qwen3_5_moe", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", _TEXT | _EXPERTS | {"head_dim": 32}
+        "qwen3_5_moe", "qwen3_5_moe", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig",
+        _TEXT | _EXPERTS | {"head_dim": 32},
     ),
     Architecture(
         "qwen3_next", "qwen3_next", "Qwen3NextForCausalLM", "Qwen3NextConfig",

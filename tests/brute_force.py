@@ -4,8 +4,8 @@ Nothing of `writesae` is used but for reading an SAE's weights. Two independent 
 
 - `BruteForce` puts a python loop in the place of a modeling file's recurrence. The loop knows which layer runs, counts
   tokens, and edits the state of one head of one sequence.
-- `cache_protocol` leaves the recurrence alone and feeds the model token by token; after each token it adds the matrix to
-  the recurrent state in the model's cache (the paper's protocol, ``read="next"``).
+- `cache_protocol` leaves the recurrence alone and feeds the model token by token; after each token it adds the matrix
+  to the recurrent state in the model's cache (the paper's protocol, ``read="next"``).
 
 Each sequence of a batch has its own edits, so that one run serves many experiments.
 """
@@ -54,8 +54,8 @@ class DenseEdit:
 
     Attributes:
         layer, head: where.
-        fn: for stage ``"write"``: ``fn(now, i) -> E``, the matrix to add, at the ``i``-th of the positions. For any other
-            stage: what the quantity is to be, ``fn(value) -> value``.
+        fn: for stage ``"write"``: ``fn(now, i) -> E``, the matrix to add, at the ``i``-th of the positions. For any
+            other stage: what the quantity is to be, ``fn(value) -> value``.
         positions: which tokens, None for all.
         stage: ``write``, or the quantity that is changed: q, k, v, beta, log_decay, state, o, z.
         read: ``"next"``: the token's own read does not see the matrix yet.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -488,6 +489,27 @@ def test_gradient_to_an_sae(model: HookedRecurrentModel) -> None:
     assert sae.W_dec.grad is not None and sae.W_dec.grad.abs().max() > 0
 
 
+def test_gradient_checkpointing(model: HookedRecurrentModel) -> None:
+    """It runs the layers again in the backward pass: with the same edits, at the same positions."""
+    (ids, mask), weight = padded_batch(20, 4), model.hf_model.get_input_embeddings().weight
+    model.hf_model.train()
+
+    def gradient() -> Tensor:
+        weight.grad = None
+        with model.intervene(edits(), positions=[3]), model.hooks([(name("v"), scaled(0.5))]):
+            model(ids, attention_mask=mask)[:, -1].logsumexp(-1).sum().backward()
+        return weight.grad.clone()
+
+    plain = gradient()
+    for layer in model.hf_model.model.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    ran = []
+    with model.hooks([(name("k"), lambda value, hook: ran.append(hook.name))]):
+        torch.testing.assert_close(gradient(), plain)
+    assert len(ran) == 2
+
+
 def test_backward_hooks(model: HookedRecurrentModel) -> None:
     """torch's own hooks on a point see the gradient of its quantity, and change nothing."""
     ids, seen = random_ids(1, 9), []
@@ -529,6 +551,19 @@ def test_deepcopy(model: HookedRecurrentModel) -> None:
         with whole.intervene(Delete(0, 1), positions=[5]):
             assert torch.equal(whole(ids, attention_mask=mask), edited)
             assert torch.equal(other(ids, attention_mask=mask), before)
+
+
+@torch.no_grad()
+def test_saving(model: HookedRecurrentModel, tmp_path: Path) -> None:
+    """The model saves as before, and a pickled one goes on."""
+    ids = random_ids(1, 9)
+    assert list(model.hf_model.state_dict()) == list(QWEN.build().state_dict())
+    model.hf_model.save_pretrained(tmp_path)
+    other = HookedRecurrentModel.from_pretrained(tmp_path, tokenizer=object())
+    assert torch.equal(other(ids), model(ids))
+    again = HookedRecurrentModel(pickle.loads(pickle.dumps(model.hf_model)))
+    with model.intervene(Delete(0, 1), positions=[3]), again.intervene(Delete(0, 1), positions=[3]):
+        assert torch.equal(again(ids), model(ids)) and not torch.equal(other(ids), model(ids))
 
 
 @torch.no_grad()
@@ -646,7 +681,7 @@ def test_a_head_whose_writes_are_all_deleted_is_silent(dtype: torch.dtype) -> No
         assert model.run_with_cache(ids, name("o", 1))[1]["o", 1].abs().max() == 0
 
 
-# GPU packages ---------------------------------------------------------------------------------------------------------
+# GPU packages --------------------------------------------------------------------------------------------------------
 
 FAKE_PACKAGES = {
     "fla/__init__.py": "",
@@ -695,11 +730,9 @@ for architecture in ARCHITECTURES:
         with model.intervene(Delete(0, 1), positions=[5]):
             assert not torch.equal(model(ids), logits)
         # On another device the package's function runs, and gets what it calls by other names than transformers.
-        model.to("meta")
-        hooks = [(lambda name: not name.endswith("state"), lambda value, hook: value * 0.5)]
-        assert model.hf_model(input_ids=ids.to("meta"), use_cache=False).logits.is_meta
-        with model.hooks(hooks):
-            assert model.hf_model(input_ids=ids.to("meta"), use_cache=False).logits.is_meta
+        mixer = hf_model.model.layers[0].linear_attn.to("meta")
+        with model.hooks([(lambda name: not name.endswith("state"), lambda value, hook: value * 0.5)]):
+            assert mixer(torch.zeros(1, 9, 64, device="meta")).is_meta
 """
 
 
@@ -728,6 +761,39 @@ def test_gpu_packages_on_a_cpu(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
 
 
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A token a letter."""
+
+    pad_token_id = eos_token_id = None
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) - 32 for c in text]}
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        return "".join(chr(int(i) + 32) for i in ids)
+
+
+@torch.no_grad()
+def test_text() -> None:
+    """Several texts at once are each what it is alone, edits and generation included."""
+    model = HookedRecurrentModel(QWEN.build(), Letters())
+    texts = ["What", "a longer text"]
+    assert model.to_str_tokens(texts[0]) == list("What")
+    with model.intervene(Delete(0, 1), positions=[2]), model.hooks([(name("v", 1), scaled(0.5))]):
+        together = model(texts)
+        for row, text in enumerate(texts):
+            torch.testing.assert_close(together[row, -len(text) :], model(text)[0], rtol=0, atol=2e-5)
+        made = [model.generate(text, max_new_tokens=4, do_sample=False) for text in texts]
+        assert model.generate(texts, max_new_tokens=4, do_sample=False) == made
+        assert [len(m) for m in made] == [len(t) + 4 for t in texts]
+        assert all(m.startswith(t) for m, t in zip(made, texts, strict=True))
+        assert model.generate([3, 5, 7], max_new_tokens=2).shape == (1, 5)
+    assert model.run_with_cache(texts)[1].positions[0].tolist() == [-1] * 9 + [0, 1, 2, 3]
+
+
 # Where the model is --------------------------------------------------------------------------------------------------
 
 
@@ -751,13 +817,13 @@ def test_clock_of_a_cache_that_does_not_count() -> None:
         def forward(self, input_ids=None, attention_mask=None, past_key_values=None):
             return None
 
-    clock, cache = Clock(TextModel()), Cache()
+    clock, cache = Clock.of(TextModel()), Cache()
+    with pytest.raises(ValueError, match="neither input_ids nor inputs_embeds"):
+        clock.positions()
     for start, n in [(0, 5), (5, 1), (6, 3)]:
         clock.begin((), {"input_ids": torch.zeros(2, n), "past_key_values": cache})
         assert clock.positions().tolist() == [list(range(start, start + n))] * 2
         clock.end()
-    with pytest.raises(ValueError, match="neither input_ids nor inputs_embeds"):
-        clock.positions()
 
 
 @torch.no_grad()

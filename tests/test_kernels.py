@@ -225,6 +225,7 @@ def check_strong_decay(pattern: str, per_key: bool) -> None:
 STRONG = ["every token -50", "every token -1000", "some tokens -1000", "one head -1000"]
 
 
+@UNCHECKED
 @PER_KEY
 @pytest.mark.parametrize("pattern", [*STRONG, "no decay"])
 def test_strong_decay(pattern: str, per_key: bool) -> None:
@@ -369,6 +370,7 @@ def check_states_at(run: Callable[..., Tensor], inputs: Inputs, dense: dict[int,
         assert_same((run(rec, write, positions, state, dense=dense),), (after[:, positions],), 1e-11)
 
 
+@UNCHECKED
 @PER_KEY
 @ERASE
 @INITIAL

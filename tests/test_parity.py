@@ -1,4 +1,4 @@
-"""Hooks change nothing by being there, and every edit is what brute force says, on every architecture and in every mode.
+"""Hooks change nothing by being there; every edit is what brute force says, on every architecture and in every mode.
 
 The oracle runs once an architecture: a batch in which each sequence has the edits of one case. Its logits do not depend
 on how a sequence is fed, so they serve prefill, pieces, decoding, padded batches and generation alike.
@@ -9,7 +9,7 @@ Every comparison goes through `assert_close`, and each twin at the end breaks on
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -227,7 +227,8 @@ def interventions(read: str) -> list[Case]:
         Case(
             f"several in a list, {read}",
             lambda model: model.intervene(
-                [Delete(0, 1), Add(1, [1, 2], write=one), Replace(3, 0, write=one), Delete(0, 1)], positions=[6, 64], read=read
+                [Delete(0, 1), Add(1, [1, 2], write=one), Replace(3, 0, write=one), Delete(0, 1)],
+                positions=[6, 64], read=read,
             ),
             [DenseEdit(0, 1, fn, [6, 64], read=read) for fn in (bf.delete, bf.delete)]
             + [DenseEdit(1, h, bf.add(one.dense()), [6, 64], read=read) for h in (1, 2)]
@@ -259,13 +260,14 @@ def hooks() -> list[Case]:
 
 
 def combinations() -> list[Case]:
-    """Every kind at once, in few runs, for the modes; with edits at the prompt, its last token, and what is generated."""
+    """Every kind at once, in few runs, for the modes; at the prompt, its last token, and what is generated."""
     one, three = random_write(11), random_write(12, 3)
     saes = [random_sae(0, 0, "write"), random_sae(1, 3, "delta", tied=False), random_sae(3, 1, "state")]
     spread = slice(3, None, 6)
     total = functools.reduce(lambda x, y: x + y, [
         edit("delete", Delete(0, [0, 2]), bf.delete, [0, 2], [4, 63, 64, 118]),
-        edit("add", Add(0, 2, write=one, scale=2, relative=True), bf.add(one.dense(), relative=2), [2], slice(3, 125, 5)),
+        edit("add", Add(0, 2, write=one, scale=2, relative=True), bf.add(one.dense(), relative=2), [2],
+             slice(3, 125, 5)),
         edit("later", Add(1, [0, 1], write=three), bf.add(*three.dense()), [0, 1], [116, 6, 122], "next"),
         edit("replace", Replace(3, write=one), bf.replace(one.dense()), range(N_HEADS), [5, 70, 117]),
     ])  # fmt: skip
@@ -355,7 +357,7 @@ def cached_protocol(architecture: Architecture, unwrapped: Any, ids: Tensor) -> 
     return dict(zip([c.name for c in NEXT], logits, strict=True))
 
 
-# The modes: each returns logits [pos, vocab] of the same tokens --------------------------------------------------------
+# The modes: each returns logits [pos, vocab] of the same tokens ------------------------------------------------------
 
 
 @torch.no_grad()
@@ -586,6 +588,28 @@ def test_blocks_add_up_in_any_order(architecture: Architecture) -> None:
     with pytest.raises(AssertionError):
         assert_close(prefill(e.model, twice, e.ids), prefill(e.model, SAME[0], e.ids))
     assert_close(prefill(e.model, SAME[0] + back, e.ids), prefill(e.model, SAME[0], e.ids), 1e-6)
+
+
+def measure(architecture: Architecture) -> dict[str, float]:
+    """The largest differences that the tests above allow `TOLERANCE` for; benchmarks/parity_table.py shows them."""
+    e, raw = experiment(architecture.name), architecture.build()
+
+    def largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+        return max((x - y).abs().max().item() for x, y in pairs)
+
+    with torch.no_grad(), bf.untouched(architecture.modeling):
+        unedited = raw(input_ids=e.ids[None], use_cache=False).logits
+    with torch.no_grad():
+        found = {"unedited": largest([(e.model(e.ids), unedited)])}
+    found["oracle, unedited"] = largest([(e.plain[CASES[0].name], unedited[0])])
+    single = {c.name: prefill(e.model, c, e.ids) for c in CASES}
+    found["each edit, prefill"] = largest((ours, e.expected[name]) for name, ours in single.items())
+    found["read next, cache slot"] = largest((single[name][:N_NEXT], theirs) for name, theirs in e.protocol.items())
+    for name, mode in MODES.items():
+        found[name] = largest((mode(e.model, c, e.sequences[c.name]), e.expected[c.name]) for c in COMBINED)
+    found["generate"] = largest((e.generated[c.name], e.expected[c.name][N_PROMPT - 1 : -1]) for c in COMBINED)
+    found["moved"] = min((e.expected[c.name] - e.plain[c.name]).abs().max().item() for c in CASES + COMBINED)
+    return found
 
 
 # Broken twins --------------------------------------------------------------------------------------------------------

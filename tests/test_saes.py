@@ -189,6 +189,7 @@ def test_streaming_needs_states_and_one_decay():
     with pytest.raises(ValueError, match=r"\[batch, pos\], one decay a token; got \[2, 4, 6\].*encode dense states"):
         make(target="state").encode_states(delta, torch.zeros(2, 4, 6).double())
 
+
 def test_atoms():
     sae = make()
     assert sae.atom(3).shape == () and sae.atom(torch.tensor([[0, 11]])).shape == (1, 2)

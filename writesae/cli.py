@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +27,18 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """What the user can mend is said in a line, without a traceback."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        from rich.console import Console
+
+        Console(stderr=True).print(f"writesae: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+
+
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="A shipped model.")] = "tiny-gdn",
@@ -35,7 +49,8 @@ def demo(
     from writesae.demo import run
 
     _quiet()
-    run(model, firings, picture)
+    with _plainly():
+        run(model, firings, picture)
 
 
 @app.command()
@@ -51,7 +66,8 @@ def hooks(
     from writesae.model import HookedRecurrentModel
 
     _quiet()
-    hooked = HookedRecurrentModel.from_pretrained(model)
+    with _plainly():
+        hooked = HookedRecurrentModel.from_pretrained(model)
     if names:
         print("\n".join(hooked.hook_names))
         return

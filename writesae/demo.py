@@ -1,4 +1,4 @@
-"""The demo: a model's memory writes, one atom in place of a write, one atom steering a generation. Offline, on a CPU."""
+"""The demo: what a model writes to memory, an atom in place of a write, an atom that steers. Offline, on a CPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from writesae.experiments import ReplacementResult, replacement_test
+from writesae.experiments.replacement import When
 from writesae.hooks import ActivationCache
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
 from writesae.saes import WriteSAE
-from writesae.zoo import ZOO, heldout_documents, shipped_saes
+from writesae.zoo import ZOO, heldout_documents, shipped_models, shipped_saes
 
 SENTENCE = "The Congress of the United States has the power to declare war, and the people have the right to peace."
 
@@ -39,6 +40,8 @@ def run(
     """
     console = console or Console()
     began = time.monotonic()
+    if name not in shipped_models():
+        raise ValueError(f"the demo needs a shipped model with SAEs: {', '.join(shipped_models())}; got {name}")
     with console.status(f"loading {name}"):
         model = HookedRecurrentModel.from_pretrained(name)
         saes = [WriteSAE.from_pretrained(folder) for folder in shipped_saes(name)]
@@ -72,20 +75,20 @@ def about(name: str, model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> P
     record = json.loads((ZOO / name / "training.json").read_text())
     site = model.sites[0]
     n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    return Panel(
-        f"{type(model.hf_model).__name__}, {n_parameters:.1f} M parameters; recurrent layers "
-        f"{', '.join(str(s.layer) for s in model.sites)}, each with {site.n_heads} states of {site.d_key} x {site.d_value}.\n"
-        f"On held-out text it needs {record['held_out_bits_per_byte']:.2f} bits a byte (xz -9: "
-        f"{record['xz_bits_per_byte']:.2f}).\n"
-        f"SAEs: " + "; ".join(f"{_site(sae)}, {sae.cfg.n_atoms} rank-1 atoms" for sae in saes),
-        title=name,
-        expand=False,
+    layers = ", ".join(str(s.layer) for s in model.sites)
+    lines = (
+        f"{type(model.hf_model).__name__}, {n_parameters:.1f} M parameters; recurrent layers {layers}, each with "
+        f"{site.n_heads} states of {site.d_key} x {site.d_value}.",
+        f"On held-out text it needs {record['held_out_bits_per_byte']:.2f} bits a byte "
+        f"(xz -9: {record['xz_bits_per_byte']:.2f}).",
+        "SAEs: " + "; ".join(f"{_site(sae)}, {sae.cfg.n_atoms} rank-1 atoms" for sae in saes) + ".",
     )
+    return Panel("\n".join(lines), title=name, expand=False)
 
 
 @torch.no_grad()
 def read_writes(model: HookedRecurrentModel, sae: WriteSAE, text: str) -> tuple[ActivationCache, Write, Any, Any, Any]:
-    """The cache of a pass; of the SAE's head its writes, top atoms' activations, their numbers and cosines, by token."""
+    """The cache of a pass; by token the head's writes, top atoms' activations, numbers and cosines."""
     layer, head = sae.cfg.layer, sae.cfg.head
     assert layer is not None and head is not None
     names = [name for name in model.hook_names if name.startswith(f"blocks.{layer}.mixer.") and "state" not in name]
@@ -98,9 +101,10 @@ def read_writes(model: HookedRecurrentModel, sae: WriteSAE, text: str) -> tuple[
 def written(model: HookedRecurrentModel, sae: WriteSAE, text: str, n_tokens: int = 12) -> Table:
     """What one head writes at the first tokens of a text, and which atom stands for it."""
     layer, head = sae.cfg.layer, sae.cfg.head
+    assert layer is not None and head is not None
     cache, write, values, indices, cosine = read_writes(model, sae, text)
-    kept = cache["log_decay", layer][0, :, head].exp()  # type: ignore[index]
-    beta = cache["beta", layer][0, :, head]  # type: ignore[index]
+    kept = cache["log_decay", layer][0, :, head].exp()
+    beta = cache["beta", layer][0, :, head]
     table = Table(
         title=f"What {_site(sae)} writes at each token", caption="cosine: of the atom and the write it stands for"
     )
@@ -186,7 +190,9 @@ def _draw_scatter(axis: Any, result: ReplacementResult) -> None:
     axis.scatter(atom, delete, s=6, color="C0", label="deletion")
     ends = [float(torch.stack([atom, delete, random]).quantile(q)) for q in (0.005, 0.999)]
     axis.plot(ends, ends, color="0.3", lw=0.8, ls="--")
-    axis.set(xscale="log", yscale="log", xlabel="total KL with the atom (nats)", ylabel="total KL with something else (nats)")
+    axis.set(
+        xscale="log", yscale="log", xlabel="total KL with the atom (nats)", ylabel="total KL with something else (nats)"
+    )
     axis.set_title(f"{result.n} firings; above the line the atom is closer", fontsize=9)
     axis.legend(frameon=False, loc="upper left", markerscale=2)
 
@@ -195,7 +201,8 @@ def _draw_rates(axis: Any, result: ReplacementResult) -> None:
     """Who stays closer to the model: at the firing (dark), and summed over the tokens after it too (light)."""
     pairs = (("atom", "delete"), ("matched", "delete"), ("delete", "random"), ("atom", "random"))
     for y, pair in enumerate(pairs):
-        for shift, color, when in ((-0.2, "C0", "at"), (0.2, "#9ecae1", "through")):
+        looks: tuple[tuple[float, str, When], ...] = ((-0.2, "C0", "at"), (0.2, "#9ecae1", "through"))
+        for shift, color, when in looks:
             rate = result.wins(*pair, when)
             axis.barh(y + shift, 100 * rate.rate, height=0.38, color=color, label=when if not y else None)
             axis.plot([100 * rate.low, 100 * rate.high], [y + shift] * 2, color="0.1", lw=1.5)

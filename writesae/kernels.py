@@ -122,7 +122,6 @@ def _scan(
     rec: Recurrence, write: Write, S: Tensor, read: Read, chunk: int | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Chunked recurrence from state ``S``: outputs, what the erase read (None without erase), final state."""
-    rec, S = rec.float(), at_least_float32(S)
     n_pos = rec.n_pos
     per_key = rec.log_decay.ndim == 4
     size = min(chunk or (CHUNK_PER_KEY if per_key else CHUNK), n_pos)

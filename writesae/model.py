@@ -27,7 +27,7 @@ from writesae.hooks import (
 )
 from writesae.hooks.positions import Positions
 from writesae.recurrence import Read
-from writesae.zoo import shipped_model
+from writesae.zoo import shipped_model, shipped_models
 
 if TYPE_CHECKING:
     from writesae.saes import WriteSAE
@@ -93,7 +93,13 @@ class HookedRecurrentModel(nn.Module):
             **kwargs: for ``AutoModelForCausalLM.from_pretrained`` (``device_map``, ``revision``, ...).
         """
         source = shipped_model(str(name)) or str(name)
-        hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+        try:
+            hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+        except OSError as error:
+            raise OSError(
+                f"{name} is not shipped (that is: {', '.join(shipped_models())}), and transformers could not load it "
+                f"as a folder or hub id: {error}"
+            ) from error
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=kwargs.get("revision"))
         return cls(hf_model.eval(), tokenizer, model_id=str(name))
@@ -155,7 +161,9 @@ class HookedRecurrentModel(nn.Module):
         if isinstance(text, Tensor):
             ids = text if text.ndim == 2 else text[None]
             if text.ndim not in (1, 2) or text.dtype.is_floating_point or text.numel() == 0:
-                raise ValueError(f"token ids must be integers [pos] or [batch, pos]; got {text.dtype} {list(text.shape)}")
+                raise ValueError(
+                    f"token ids must be integers [pos] or [batch, pos]; got {text.dtype} {list(text.shape)}"
+                )
             return self._check_ids(ids.to(self.device)), None
         if not isinstance(text, str) and len(text) and all(isinstance(x, int) for x in text):
             return self.to_tokens(torch.tensor(text))
@@ -209,7 +217,9 @@ class HookedRecurrentModel(nn.Module):
             if mask is None or mask.ndim == 2:  # with any other mask, an edit says that it can't know positions
                 self._check_within(torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(-1))
         elif mask is not None and not isinstance(x, Tensor) and mask.shape[1] == ids.shape[1]:
-            raise ValueError("texts of unequal length can't continue a cache: pass token ids and the whole attention_mask")
+            raise ValueError(
+                "texts of unequal length can't continue a cache: pass token ids and the whole attention_mask"
+            )
         return self.hf_model(input_ids=ids, attention_mask=mask, **kwargs).logits
 
     @torch.no_grad()
@@ -234,7 +244,7 @@ class HookedRecurrentModel(nn.Module):
         if "max_new_tokens" in kwargs:  # positions past an early end of the text are no mistake
             for positions in self._asked():
                 positions.vouch()
-        if isinstance(x, Tensor) or not isinstance(x, str) and isinstance(x[0], int):
+        if isinstance(x, Tensor) or (not isinstance(x, str) and isinstance(x[0], int)):
             return out
         n_new = out.shape[1] - ids.shape[1]
         texts = [x] if isinstance(x, str) else list(x)
@@ -359,7 +369,7 @@ class HookedRecurrentModel(nn.Module):
             raise ValueError(f"read={read!r}: allowed are 'same' and 'next'")
         attached = []
         for edit in edits:
-            sae = getattr(edit, "sae", None) or (what if hasattr(what, "check_fits") else None)
+            sae: Any = getattr(edit, "sae", None) or (what if hasattr(what, "check_fits") else None)
             if sae is not None:
                 sae.check_fits(self, check_model=check_model)
             site, where = self.site(edit.layer), PositionSet(positions)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -102,7 +102,8 @@ class Write:
         """Cosine of the two matrices; 0 where either is zero."""
         return self.inner(other) / (self.norm() * other.norm()).clamp_min(1e-30)
 
-    def to(self, *args: torch.device | torch.dtype | str) -> Write:
+    def to(self, *args: Any) -> Write:
+        """Both factors moved or converted, as by ``Tensor.to``."""
         return replace(self, key=self.key.to(*args), value=self.value.to(*args))
 
     def __getitem__(self, index) -> Write:

@@ -88,7 +88,7 @@ class ReplacementResult:
         return len(self.atom)
 
     def score(self, condition: str, when: When = "at") -> Float[Tensor, " firing"]:
-        """How far a condition moves the model, in nats: ``"at"`` the firing, or summed ``"through"`` the tokens after it."""
+        """How far a condition moves the model, nats: ``"at"`` the firing, or summed ``"through"`` all tokens scored."""
         return self.kl[condition][:, 0] if when == "at" else self.kl[condition].sum(1)
 
     def wins(self, better: str, worse: str, when: When = "at") -> Rate:
@@ -102,7 +102,9 @@ class ReplacementResult:
 
     def table(self) -> Table:
         horizon = next(iter(self.kl.values())).shape[1] - 1
-        moments: dict[When, str] = {"at": "at the firing"} | ({"through": f"with the next {horizon}"} if horizon else {})
+        moments: dict[When, str] = {"at": "at the firing"}
+        if horizon:
+            moments["through"] = f"with the next {horizon}"
         table = Table(title=f"Replacement test, layer {self.layer} head {self.head}: {self.n} firings on held-out text")
         table.add_column("put in")
         for moment in moments.values():
@@ -178,11 +180,11 @@ def replacement_test(
         ids = windows[start : start + batch_size].to(model.device)
         native, cache = model.run_with_cache(ids, names=_inputs(model, layer))
         values, indices = sae.topk(_target(cache, sae, context))
-        part = _choose(values, indices, atom, context // 4, context - 1 - horizon, generator)
-        keep = part["row"][: n_firings - done]
+        chosen = _choose(values, indices, atom, context // 4, context - 1 - horizon, generator)
+        keep = chosen["row"][: n_firings - done]
         if not len(keep):
             continue
-        part = {name: x[: len(keep)] for name, x in part.items()}
+        part: dict[str, Any] = {name: x[: len(keep)] for name, x in chosen.items()}
         t = part["position"].to(model.device)
         write = cache.write(layer)[keep.to(model.device), t, torch.full_like(t, head)]
         part |= {"native_norm": write.norm(), "cosine": sae.atom(part["atom"]).cosine(write), "window": start + keep}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,7 @@ from writesae.kernels import states_at
 from writesae.recurrence import Recurrence, Write
 
 
-class ActivationCache(Mapping[str, Value]):
+class ActivationCache(Mapping[str, Any]):
     """Quantities of one forward pass, ``[batch, pos, head, ...]``, as they went on after all hooks.
 
     ``cache["blocks.9.mixer.hook_k"]`` and ``cache["k", 9]`` are the same; `write`, `delta` and `state` are worked out
@@ -47,7 +48,7 @@ class ActivationCache(Mapping[str, Value]):
             raise ValueError("this pass's attention mask does not say which tokens are padding: pass a 2-D mask")
         return self._positions
 
-    def __getitem__(self, name: str | tuple[str, int]) -> Value:
+    def __getitem__(self, name: str | tuple[str, int]) -> Any:
         full = name if isinstance(name, str) else f"blocks.{name[1]}.mixer.hook_{name[0]}"
         if full not in self._values:
             known = [point.name for tap in self._taps.values() for point in tap.points.values()]
@@ -67,7 +68,7 @@ class ActivationCache(Mapping[str, Value]):
         return f"ActivationCache({len(self)} values of layers {sorted(self._records)})"
 
     def write(self, layer: int) -> Write:
-        """The native write ``k (beta v)^T`` of each token and head in factors, ``[batch, pos, head]``, as hooks left it.
+        """The native write ``k (beta v)^T`` of each token, factors ``[batch, pos, head]``, as hooks left it.
 
         Interventions come instead of it or beside it; they are not in it.
         """

@@ -31,7 +31,7 @@ from writesae.hooks.interventions import Intervention, Moment
 from writesae.hooks.points import HookPoint
 from writesae.hooks.positions import PAD, Clock, PositionSet
 from writesae.kernels import chunked
-from writesae.recurrence import Read, Write, zero_state
+from writesae.recurrence import Read, Write, at_least_float32, zero_state
 
 _running: ContextVar[Tap | None] = ContextVar("running_tap", default=None)
 
@@ -84,8 +84,8 @@ class Tap:
     attached: list[Attached] = field(default_factory=list)
     state_requests: list[PositionSet] = field(default_factory=list)
     recorders: list[Callable[[Record], None]] = field(default_factory=list)
-    shape: torch.Size = torch.Size()  # of the running call's output, [batch, pos, head, d_value]
-    device: torch.device = torch.device("cpu")  # noqa: RUF009  where that call runs; layers may lie on several
+    shape: tuple[int, ...] = ()  # of the running call's output, [batch, pos, head, d_value]
+    device: torch.device | None = None  # where that call runs; layers may lie on several
 
     @property
     def busy(self) -> bool:
@@ -210,7 +210,13 @@ class Tap:
             record.edits += [_spread(attached, made[id(attached)], mask)] if made[id(attached)] else []
 
     def _state_hook(
-        self, request: PositionSet, S: Tensor, rows: Int[Tensor, " rows"], at: Int[Tensor, " rows"], record: Record, t: int
+        self,
+        request: PositionSet,
+        S: Tensor,
+        rows: Int[Tensor, " rows"],
+        at: Int[Tensor, " rows"],
+        record: Record,
+        t: int,
     ) -> Tensor:
         point = self.points["state"]
         point.request, point.positions = request, at  # type: ignore[assignment]
@@ -224,7 +230,7 @@ class Tap:
 
 
 def kept_of(native: Write, edits: Sequence[Edit]) -> Float[Tensor, "batch pos head"] | None:
-    """How much of each native write is left by edits that come instead (1, 0, or -1 if there are two); None if all is."""
+    """How much of each write is left by edits that come instead: 1, 0, or -1 if there are two. None if all is."""
     if all(edit.instead is None for edit in edits):
         return None
     kept = torch.ones_like(native.value[..., 0])
@@ -255,18 +261,16 @@ def respond(
     if record.dense:
         rec = call.recurrence()
         responses.append((None, 0, *chunked(rec, native * 0.0, dense=record.dense)))
+    dtype, o = o.dtype, at_least_float32(o).clone()  # rounded once, when all is added
     for heads, start, extra, extra_state in responses:
-        if heads is None and start == 0:
-            o = (o + extra).to(o.dtype)
-        else:
-            at = slice(None) if heads is None else list(heads)
-            o = o.clone()
-            o[:, start:, at] = (o[:, start:, at] + extra).to(o.dtype)
+        o[:, start:, slice(None) if heads is None else list(heads)] += extra
         if state is not None and extra_state is not None:
-            state = state + extra_state if heads is None else state.index_add(
-                1, torch.tensor(heads, device=state.device), extra_state.to(state.dtype)
+            state = (
+                state + extra_state
+                if heads is None
+                else state.index_add(1, torch.tensor(heads, device=state.device), extra_state.to(state.dtype))
             )
-    return o, state
+    return o.to(dtype), state
 
 
 def total_write(native: Write, edits: Sequence[Edit]) -> Write:
@@ -292,7 +296,8 @@ def _sum_from(edits: Sequence[Edit], start: int) -> Write:
         assert edit.write is not None
         factors = (edit.write.key, edit.write.value)
         before = [x.new_zeros(x.shape[0], edit.start - start, *x.shape[2:]) for x in factors]
-        padded.append(Write(*(torch.cat(pair, 1) for pair in zip(before, factors, strict=True)), edit.write.rank))
+        key, value = (torch.cat(pair, 1) for pair in zip(before, factors, strict=True))
+        padded.append(Write(key, value, edit.write.rank))
     return functools.reduce(lambda x, y: x + y, padded)
 
 
@@ -304,7 +309,9 @@ def _spread(attached: Attached, made: list[tuple[int, Write]], mask: Bool[Tensor
     def spread(x: Tensor, parts: list[Tensor]) -> Tensor:
         return x.new_zeros(x.shape[0], mask.shape[1] - start, *x.shape[2:]).index_copy(1, where, torch.cat(parts, 1))
 
-    write = Write(spread(first.key, [w.key for _, w in made]), spread(first.value, [w.value for _, w in made]), first.rank)
+    write = Write(
+        spread(first.key, [w.key for _, w in made]), spread(first.value, [w.value for _, w in made]), first.rank
+    )
     instead = mask[:, start:, None].to(write.value.dtype).expand(write.shape) if attached.what.replaces else None
     return Edit(tuple(attached.heads), write, attached.read, start, instead)
 
@@ -324,7 +331,7 @@ def find_mixers(model: nn.Module) -> list[tuple[str, nn.Module, Family]]:
         for family in FAMILIES:
             if family.mixers.get(type(module).__module__) == type(module).__name__:
                 found.append((path, module, family))
-    return sorted(found, key=lambda item: int(item[1].layer_idx))
+    return sorted(found, key=lambda item: int(item[1].layer_idx))  # type: ignore[arg-type]
 
 
 def install(model: nn.Module) -> list[Tap]:
@@ -344,7 +351,7 @@ def install(model: nn.Module) -> list[Tap]:
         _intercept(name, family)
     if not hasattr(mixers[0][1], "writesae_tap"):
         text_model = model.get_submodule(f".{mixers[0][0]}".rsplit(".layers.", 1)[0].removeprefix("."))
-        clock = text_model.writesae_clock = Clock(text_model)  # type: ignore[assignment]
+        clock = text_model.writesae_clock = Clock.of(text_model)  # type: ignore[assignment]
         text_model.register_forward_pre_hook(_begin, with_kwargs=True)
         text_model.register_forward_hook(_end, always_call=True)
         for _, mixer, family in mixers:

@@ -91,7 +91,7 @@ class Intervention(ABC):
 
     @abstractmethod
     def edit(self, now: Moment) -> Write | None:
-        """What to write, ``[batch, pos, head]``, None for nothing; positions that were not asked for are dropped later."""
+        """What to write, ``[batch, pos, head]``, None for nothing. Positions not asked for are dropped later."""
 
     def check(self, site: Site, positions: PositionSet) -> None:
         """Raise IndexError or ValueError unless this can be done at ``site`` and ``positions``."""
@@ -105,7 +105,7 @@ class Intervention(ABC):
     def heads(self, site: Site) -> list[int]:
         if self.head is None:
             return list(range(site.n_heads))
-        return [self.head] if isinstance(self.head, int) else list(self.head)
+        return list(self.head) if isinstance(self.head, Sequence) else [self.head]
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,9 @@ class Add(Intervention):
         lead = self.write.shape
         if len(lead) > 2 or (lead and lead[-1] != 1 and lead[-1] != positions.distinct):
             raise ValueError(
-                f"a write with leading dimensions {list(lead)} at positions={positions.asked!r}: give no such dimension "
-                f"(the same write everywhere), [n] (one a position: a list of n different ones), [batch, 1] (one a "
-                f"sequence) or [batch, n]"
+                f"a write with leading dimensions {list(lead)} at positions={positions.asked!r}: give none (the same "
+                f"write everywhere), [n] (one a position: a list of n different ones), [batch, 1] (one a sequence) or "
+                f"[batch, n]"
             )
 
     def edit(self, now: Moment) -> Write:
@@ -169,7 +169,7 @@ class Replace(Add):
 
 
 def _place(write: Write, now: Moment) -> Write:
-    """Spread a write with leading dimensions ``[]``, ``[n]``, ``[batch, 1]`` or ``[batch, n]`` over tokens and heads."""
+    """A write with leading dimensions ``[]``, ``[n]``, ``[batch, 1]`` or ``[batch, n]``, for all tokens, heads."""
     batch, n_pos, _ = now.write.shape
     table = write[(None,) * (2 - len(write.shape))]
     if table.shape[0] not in (1, batch):
@@ -200,10 +200,18 @@ class Substitute(Intervention):
 
     def __init__(self, sae: WriteSAE, *, atom: int | None = None, norm: Literal["code", "native"] = "code"):
         if norm not in ("code", "native"):
-            raise ValueError(f"norm={norm!r}: allowed are 'code' (the activation) and 'native' (the native write's norm)")
+            raise ValueError(
+                f"norm={norm!r}: allowed are 'code' (the activation) and 'native' (the native write's norm)"
+            )
         if atom is not None:
             sae.atom(atom)  # raises for an atom out of range
-        for name, value in {"layer": sae.cfg.layer, "head": sae.cfg.head, "sae": sae, "atom": atom, "norm": norm}.items():
+        for name, value in {
+            "layer": sae.cfg.layer,
+            "head": sae.cfg.head,
+            "sae": sae,
+            "atom": atom,
+            "norm": norm,
+        }.items():
             object.__setattr__(self, name, value)
 
     @property

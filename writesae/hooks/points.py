@@ -61,20 +61,28 @@ class HookPoint(nn.Module):
     def _check(self, given: Value, got: object) -> None:
         if isinstance(given, Write):
             if not isinstance(got, Write):
-                raise TypeError(f"a hook on {self.name} returned {_describe(got)}; return a Write, or None to read only")
+                raise TypeError(
+                    f"a hook on {self.name} returned {_describe(got)}; return a Write, or None to read only"
+                )
             if (got.shape, got.d_key, got.d_value) != (given.shape, given.d_key, given.d_value):
-                raise ValueError(f"a hook on {self.name} returned {_describe(got)}; expected {_describe(given)}, any rank")
+                raise ValueError(
+                    f"a hook on {self.name} returned {_describe(got)}; expected {_describe(given)}, any rank"
+                )
             return
         if not isinstance(got, Tensor):
             raise TypeError(f"a hook on {self.name} returned {_describe(got)}; return a tensor, or None to read only")
         if got.shape != given.shape:
             raise ValueError(f"a hook on {self.name} returned shape {list(got.shape)}; expected {list(given.shape)}")
         if got.dtype != given.dtype:
-            raise ValueError(f"a hook on {self.name} returned {got.dtype}; expected {given.dtype}: use .to(value.dtype)")
+            raise ValueError(
+                f"a hook on {self.name} returned {got.dtype}; expected {given.dtype}: use .to(value.dtype)"
+            )
 
     def add_hook(self, fn: HookFn) -> torch.utils.hooks.RemovableHandle:
         """Attach ``fn(value, hook)``; it returns a new value, or None to leave it."""
-        return self.register_forward_hook(lambda point, _args, value: fn(value, point))
+        return self.register_forward_hook(
+            lambda point, _args, value: fn(value, point)  # type: ignore[arg-type]
+        )
 
     def extra_repr(self) -> str:
         return self.name
@@ -98,7 +106,7 @@ def _describe(value: object) -> str:
         return f"Write({list(value.shape)}, d_key={value.d_key}, d_value={value.d_value})"
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}"[:80]
+    return f"{type(value).__name__} {' '.join(repr(value).split())}"[:80]
 
 
 def unknown_name(name: object, known: Iterable[str]) -> UnknownHookError:

@@ -26,12 +26,19 @@ class Clock:
     Costs nothing until somebody asks: `positions` works it out and keeps it for the pass.
     """
 
-    def __init__(self, text_model: nn.Module):
-        self.parameters = list(inspect.signature(text_model.forward).parameters)
+    def __init__(self, parameters: Sequence[str]):
+        self.parameters = parameters  # names, in order, of what the model's forward takes
         self._call: dict[str, Any] = {}
         self._positions: Tensor | None = None
         # Tokens seen by caches that cannot tell (those of models without any attention layer).
         self._seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, text_model: nn.Module) -> Clock:
+        return cls(list(inspect.signature(text_model.forward).parameters))
+
+    def __reduce__(self) -> tuple[type[Clock], tuple[Sequence[str]]]:
+        return Clock, (self.parameters,)  # copies and pickles of a model start anew
 
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
         self._call = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -42,7 +49,7 @@ class Clock:
             self._seen[cache] += self._shape()[1]
 
     def end(self) -> None:
-        self._call, self._positions = {}, None
+        self._call = {}  # positions stay: gradient checkpointing runs layers again after the pass
 
     def positions(self) -> Int[Tensor, "batch pos"]:
         """The position of each token of the running pass; `PAD` for padding.
@@ -63,7 +70,9 @@ class Clock:
 
     def padding(self) -> Bool[Tensor, "batch pos"] | None:
         """Which tokens of the running pass are padding; None if none is, or if that cannot be known."""
-        positions = None if self._call.get("attention_mask") is None else self.try_positions()
+        if self._positions is None and self._call.get("attention_mask") is None:
+            return None
+        positions = self.try_positions()
         return positions == PAD if positions is not None and bool((positions == PAD).any()) else None
 
     def _shape(self) -> torch.Size:
@@ -119,7 +128,9 @@ class PositionSet:
         if isinstance(asked, slice):
             start, step = asked.start or 0, 1 if asked.step is None else asked.step
             if start < 0 or step < 1 or (asked.stop is not None and asked.stop <= start):
-                raise ValueError(f"positions={asked}: a slice needs 0 <= start < stop and step >= 1; it counts from the start")
+                raise ValueError(
+                    f"positions={asked}: a slice needs 0 <= start < stop and step >= 1; it counts from the start"
+                )
             self.span = slice(start, asked.stop, step)
             return
         wanted = torch.as_tensor(asked)
@@ -191,8 +202,10 @@ class PositionSet:
         if self.asked is None or self.vouched:
             return []
         start = torch.tensor([[self.span.start]])
-        return sorted({
-            p
-            for batch, reached in self.reached.items()
-            for p in (start.expand(batch, 1) if self.wanted is None else self._per_row(batch))[~reached].tolist()
-        })
+        return sorted(
+            {
+                p
+                for batch, reached in self.reached.items()
+                for p in (start.expand(batch, 1) if self.wanted is None else self._per_row(batch))[~reached].tolist()
+            }
+        )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from writesae.saes.config import SAEConfig
+from writesae.zoo import ZOO, shipped_model, shipped_saes
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -96,10 +97,16 @@ def check_finite(tensors: Mapping[str, Tensor], trouble: str) -> None:
 
 
 def locate(folder_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None) -> Path:
-    """The folder of an SAE: one that exists here, else downloaded from the hub (``"owner/name"``) into its cache."""
-    folder = Path(folder_or_hub_id)
-    if not folder.is_dir():
-        name = str(folder_or_hub_id)
+    """The folder of an SAE: one that exists here, else a shipped one (``"tiny-gdn/L2H0"``), else ``"owner/name"`` on
+    the hub, downloaded into its cache."""
+    folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
+    model, _, site = name.partition("/")
+    if not folder.is_dir() and shipped_model(model):
+        folder = ZOO / model / "saes" / site
+        if not folder.is_dir():
+            have = ", ".join(f"{model}/{saes.name}" for saes in shipped_saes(model)) or "none"
+            raise FileNotFoundError(f"no SAE {name} is shipped; shipped with {model}: {have}")
+    elif not folder.is_dir():
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise FileNotFoundError(f"{name} is neither a folder here nor a hub id of the form owner/name")
         from huggingface_hub import snapshot_download

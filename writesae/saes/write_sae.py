@@ -254,7 +254,7 @@ class WriteSAE(nn.Module):
     def from_pretrained(
         cls, folder_or_hub_id: str | Path, subfolder: str | None = None, *, revision: str | None = None
     ) -> WriteSAE:
-        """Load a saved SAE from a folder here, or from the hub (``"owner/name"``), as float32.
+        """Load a saved SAE from a folder, the ones shipped here (``"tiny-gdn/L2H0"``), or the hub, as float32.
 
         Args:
             folder_or_hub_id: a folder wins over a hub id of the same name.

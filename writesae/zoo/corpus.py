@@ -52,7 +52,9 @@ def fetch(cache: Path | None = None) -> Path:
             if match := wanted.fullmatch(member.name):
                 target = unpacking / match[1] / match[2]
                 target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(archive.extractfile(member).read())
+                content = archive.extractfile(member)
+                assert content is not None  # the name matched a file's
+                target.write_bytes(content.read())
     unpacking.rename(texts)  # the folder appears only once it is whole
     return texts
 

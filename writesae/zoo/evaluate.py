@@ -3,6 +3,7 @@
 import lzma
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ def windows(length: int, window: int, stride: int) -> Iterable[tuple[int, int, i
 
 @torch.no_grad()
 def bits_per_byte(
-    model: torch.nn.Module, tokenizer, text: str | list[str], window: int = 1024, stride: int = 512, batch: int = 8
+    model: Any, tokenizer, text: str | list[str], window: int = 1024, stride: int = 512, batch: int = 8
 ) -> float:
     """Mean bits the model needs per UTF-8 byte of `text` (one text, or separate documents).
 
@@ -41,10 +42,10 @@ def bits_per_byte(
 
     nats = 0.0
     for i in range(0, len(jobs), batch):
-        inputs, targets = zip(*jobs[i : i + batch], strict=True)
+        batch_inputs, batch_targets = (list(x) for x in zip(*jobs[i : i + batch], strict=True))
         # Padding goes on the right, where a causal model's earlier outputs cannot see it.
-        inputs = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True, padding_value=start_token)
-        targets = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-100)
+        inputs = torch.nn.utils.rnn.pad_sequence(batch_inputs, batch_first=True, padding_value=start_token)
+        targets = torch.nn.utils.rnn.pad_sequence(batch_targets, batch_first=True, padding_value=-100)
         logits = model(input_ids=inputs.to(model.device), use_cache=False).logits.float()
         nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten().to(model.device), reduction="sum").item()
     return nats / math.log(2) / sum(len(d.encode()) for d in documents)
@@ -57,7 +58,7 @@ def xz_bits_per_byte(text: str | list[str]) -> float:
 
 
 @torch.no_grad()
-def head_memory(model: torch.nn.Module, tokenizer, text: str | list[str], length: int = 512) -> list[dict]:
+def head_memory(model: Any, tokenizer, text: str | list[str], length: int = 512) -> list[dict]:
     """How fast each Gated DeltaNet head forgets, over the first `length` tokens of each document of `text`.
 
     At each token a head multiplies its state by a decay exp(g) in (0, 1), which depends on the token. Reported per

@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ def build_model(vocab_size: int, seed: int = 0) -> Qwen3_5ForCausalLM:
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=4,
-        full_attention_interval=4,
+        layer_types=3 * ["linear_attention"] + ["full_attention"],
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=64,
@@ -81,7 +81,7 @@ def build_model(vocab_size: int, seed: int = 0) -> Qwen3_5ForCausalLM:
 
 
 @torch.no_grad()
-def init_decays(mixer: torch.nn.Module) -> None:
+def init_decays(mixer: Any) -> None:
     """Let the heads start with decays spread from about 0.2 to 0.999 per token, as in Mamba-2.
 
     Transformers' own initialisation (dt_bias = 1, A up to 16) makes most heads forget everything within a token, and
@@ -140,7 +140,7 @@ def save_model(model: Qwen3_5ForCausalLM, tokenizer: PreTrainedTokenizerFast, fo
     """Write a Hugging Face model folder with bfloat16 weights. The model given is left as it was."""
     copy = Qwen3_5ForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
-    copy.to(torch.bfloat16).save_pretrained(folder)
+    copy.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors makes files only their owner can read

@@ -1,0 +1,52 @@
+"""How close edits come to brute force, by family and mode: the numbers behind tests/test_parity.py.
+
+    python benchmarks/parity_table.py
+    python benchmarks/parity_table.py --only qwen3_5 --only olmo_hybrid --json parity.json
+
+Each number is the largest difference of a logit over all cases, tokens and vocabulary, in float32. The oracle replays
+each sequence token by token and applies each edit as a dense matrix to the state (tests/brute_force.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from architectures import ARCHITECTURES
+from test_parity import EFFECT, TOLERANCE, measure
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help="A family; may be given several times.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the numbers there.")] = None,
+) -> None:
+    torch.set_num_threads(1)
+    measured: dict[str, dict[str, Any]] = {a.name: measure(a) for a in ARCHITECTURES if only is None or a.name in only}
+    table = Table(
+        title="Largest difference of a logit from brute force",
+        caption=f"Tolerance {TOLERANCE:g}. 'unedited': wrapped, nothing attached, against the model as it was; 'oracle': "
+        f"brute force without edits against the same. 'moved': by the weakest edit, at least {EFFECT:g}.",
+    )
+    table.add_column("family")
+    for mode in next(iter(measured.values())):
+        table.add_column(mode.replace("_", " "), justify="right")
+    for name, numbers in measured.items():
+        table.add_row(name, *("0" if x == 0 else f"{x:.1e}" for x in numbers.values()))
+    Console().print(table)
+    if json_path:
+        json_path.write_text(json.dumps(measured, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
