@@ -35,8 +35,8 @@ def main(
     measured: dict[str, dict[str, Any]] = {a.name: measure(a) for a in ARCHITECTURES if only is None or a.name in only}
     table = Table(
         title="Largest difference of a logit from brute force",
-        caption=f"Tolerance {TOLERANCE:g}. 'unedited': wrapped, nothing attached, against the model as it was; 'oracle': "
-        f"brute force without edits against the same. 'moved': by the weakest edit, at least {EFFECT:g}.",
+        caption=f"Tolerance {TOLERANCE:g}. 'unedited': wrapped, nothing attached, against the model as it was; "
+        f"'oracle': brute force without edits against the same. 'moved': by the weakest edit, at least {EFFECT:g}.",
     )
     table.add_column("family")
     for mode in next(iter(measured.values())):

@@ -20,14 +20,6 @@ QWEN = ARCHITECTURES[0]
 K = "blocks.1.mixer.hook_k"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(autouse=True)
 def as_users_run_it() -> Iterator[None]:
     """Without the checks of annotations, which would complain first."""

@@ -8,7 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,6 @@ from writesae.hooks.positions import Clock
 QUANTITIES = ["q", "k", "v", "beta", "log_decay", "write", "state", "o", "z"]
 SHAPES = {"q": (D_KEY,), "k": (D_KEY,), "v": (D_VALUE,), "beta": (), "log_decay": (), "o": (D_VALUE,), "z": (D_VALUE,)}
 QWEN = ARCHITECTURES[0]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture
@@ -207,8 +199,8 @@ def test_padding_is_left_alone_by_hooks() -> None:
     def constant_in_place(value: Tensor, hook: Any) -> None:
         value += 0.5
 
-    for point, fn in [("v", constant), ("v", constant_in_place), ("k", constant), ("write", constant)]:
-        with torch.no_grad(), model.hooks([(name(point, 1), fn)]):
+    for points, fn in [("kv", constant), ("kv", constant_in_place), (["write"], constant)]:  # k or v alone writes 0
+        with torch.no_grad(), model.hooks([(name(point, 1), fn) for point in points]):
             padded, alone = model(ids, attention_mask=mask)[0, 6:], model(ids[:1, 6:])[0]
         torch.testing.assert_close(padded, alone, rtol=0, atol=2e-5)
 
@@ -356,6 +348,16 @@ def test_hook_state_of_nested_blocks(model: HookedRecurrentModel) -> None:
     ):
         model(ids)
     assert outer == [1, 5] and inner == [5, 6]
+    with (
+        torch.no_grad(),
+        model.hooks([(name("state"), scaled(0.5))], state_positions=[1, 5]),
+        model.hooks([(name("state"), scaled(0.4))], state_positions=[5, 6]),
+    ):
+        both = model(ids)
+    factor = {1: 0.5, 5: 0.5 * 0.4, 6: 0.4}
+    once = [(name("state"), lambda value, hook: value * factor[hook.positions.item()])]
+    with torch.no_grad():
+        torch.testing.assert_close(model.run_with_hooks(ids, once, state_positions=[1, 5, 6]), both, rtol=0, atol=1e-5)
 
 
 # nnsight -------------------------------------------------------------------------------------------------------------
@@ -731,7 +733,7 @@ for architecture in ARCHITECTURES:
             assert not torch.equal(model(ids), logits)
         # On another device the package's function runs, and gets what it calls by other names than transformers.
         mixer = hf_model.model.layers[0].linear_attn.to("meta")
-        with model.hooks([(lambda name: not name.endswith("state"), lambda value, hook: value * 0.5)]):
+        with model.hooks([(lambda name: not name.endswith(("state", "write")), lambda value, hook: value * 0.5)]):
             assert mixer(torch.zeros(1, 9, 64, device="meta")).is_meta
 """
 

@@ -35,14 +35,6 @@ N_PROMPT = 117  # the rest is generated
 N_NEXT = 70  # tokens of the cache protocol, which goes one by one
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @contextmanager
 def annotations_unchecked() -> Iterator[None]:
     """They are checked in the prefill of every case on one architecture; checking takes longer than the rest."""

@@ -86,7 +86,8 @@ def test_scores_and_table_follow_the_records(result):
     kl["atom"] = torch.tensor([[1.0, 0], [1, 5], [3, 0]])
     kl["delete"] = torch.tensor([[2.0, 0], [2, 0], [2, 0]])
     kl["random"] = torch.tensor([[3.0, 0], [1, 0], [3, 0]])
-    made = dataclasses.replace(result, kl=kl, **{f: getattr(result, f)[:3] for f in ("atom", "cosine")})
+    columns = ("window", "position", "atom", "activation", "native_norm", "cosine")
+    made = dataclasses.replace(result, kl=kl, **{name: getattr(result, name)[:3] for name in columns})
     assert made.wins("atom", "delete").count == 2 and made.wins("atom", "delete", "through").count == 1
     assert made.chain().count == 1
     assert made.table().row_count == len(CONDITIONS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.columns import Columns
-from rich.console import Console
+from rich.console import Console, Group
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -126,19 +126,36 @@ def steered(
     atom: int,
     scale: float,
     prompt: str,
-    max_new_tokens: int = 60,
-    why: str = "",
+    **generation: Any,
 ) -> Panel:
     """One generation as it is, and with an atom added to every write."""
     sae = next(s for s in saes if (s.cfg.layer, s.cfg.head) == (layer, head))
-    before = model.generate(prompt, max_new_tokens=max_new_tokens)
+    before = model.generate(prompt, **generation)
     with model.intervene(sae, atom=atom, scale=scale):
-        after = model.generate(prompt, max_new_tokens=max_new_tokens)
+        after = model.generate(prompt, **generation)
     sides = [
         Panel(Text(str(text)), title=title, width=56)
         for text, title in ((before, "before"), (after, f"with model.intervene(sae, atom={atom}, scale={scale:g}):"))
     ]
-    return Panel(Columns(sides), title=f"Steering a generation through {_site(sae)}", subtitle=why, expand=False)
+    more, less = (", ".join(map(repr, tokens)) for tokens in promoted(model, sae, atom, scale))
+    about = Text(f"Over held-out text it makes more likely, on average: {more}\nless likely: {less}")
+    return Panel(Group(Columns(sides), about), title=f"Steering a generation through {_site(sae)}", expand=False)
+
+
+@torch.no_grad()
+def promoted(
+    model: HookedRecurrentModel, sae: WriteSAE, atom: int, scale: float, n: int = 8, context: int = 64
+) -> tuple[list[str], list[str]]:
+    """The tokens whose log-probability the atom raises and lowers most, on average over held-out text."""
+    documents = [
+        ids[:, :context] for ids in (model.to_tokens(d)[0] for d in heldout_documents()) if ids.shape[1] >= context
+    ]
+    ids = torch.cat(documents)
+    native = model(ids).log_softmax(-1)
+    with model.intervene(sae, atom=atom, scale=scale):
+        change = (model(ids).log_softmax(-1) - native).mean((0, 1))
+    order = change.argsort(descending=True).tolist()
+    return tuple([model.tokenizer.decode([token]) for token in tokens] for tokens in (order[:n], order[::-1][:n]))  # type: ignore[return-value]
 
 
 def draw(
@@ -201,10 +218,13 @@ def _draw_rates(axis: Any, result: ReplacementResult) -> None:
     """Who stays closer to the model: at the firing (dark), and summed over the tokens after it too (light)."""
     pairs = (("atom", "delete"), ("matched", "delete"), ("delete", "random"), ("atom", "random"))
     for y, pair in enumerate(pairs):
-        looks: tuple[tuple[float, str, When], ...] = ((-0.2, "C0", "at"), (0.2, "#9ecae1", "through"))
-        for shift, color, when in looks:
+        looks: tuple[tuple[float, str, When, str], ...] = (
+            (-0.2, "C0", "at", "at the firing"),
+            (0.2, "#9ecae1", "through", "in total"),
+        )
+        for shift, color, when, label in looks:
             rate = result.wins(*pair, when)
-            axis.barh(y + shift, 100 * rate.rate, height=0.38, color=color, label=when if not y else None)
+            axis.barh(y + shift, 100 * rate.rate, height=0.38, color=color, label=label if not y else None)
             axis.plot([100 * rate.low, 100 * rate.high], [y + shift] * 2, color="0.1", lw=1.5)
             axis.text(2, y + shift, f"{100 * rate.rate:.0f}%", va="center", fontsize=8)
     axis.set_yticks(range(len(pairs)), [f"{a}\nbeats {b}" for a, b in pairs])
@@ -212,7 +232,8 @@ def _draw_rates(axis: Any, result: ReplacementResult) -> None:
     axis.invert_yaxis()
     axis.set_xlim(0, 100)
     axis.set_xlabel("% of firings, with Wilson 95% interval")
-    axis.set_title("closer to the model: at the firing (dark), in total (light)", fontsize=9)
+    axis.set_title("who stays closer to the model", fontsize=9)
+    axis.legend(frameon=True, loc="lower right", fontsize=8)
 
 
 def _site(sae: WriteSAE) -> str:

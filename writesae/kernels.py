@@ -8,12 +8,14 @@ Within a chunk, write ``r_t = b_t^T S_{t-1}`` for what the erase reads. Then ``r
 The write keys enter only on the right, so they need not be the erase keys, and a token may write any number of rank-1
 terms. All exponents are sums of log decays over a later stretch, hence ``<= 0``: nothing overflows however strong the
 decay. Memory is ``pos * (chunk + d_key + d_value)`` a head (``pos * chunk * d_key`` for per-key decay, with a smaller
-chunk); states exist only at chunk borders, one at a time.
+chunk), and one matrix of a state's size a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,20 @@ from writesae.recurrence import Read, Recurrence, Write, at_least_float32, check
 
 CHUNK = 64  # tokens, one decay a head
 CHUNK_PER_KEY = 16  # tokens, one decay a key channel: scores need [chunk, chunk, d_key]
+
+F_ = TypeVar("F_", bound=Callable[..., Any])
+
+
+def _without_autocast(compute: F_) -> F_:
+    """Autocast would turn the matmuls inside to bfloat16, and a recurrence needs float32 all through."""
+
+    @functools.wraps(compute)
+    def full_precision(first: Recurrence | Tensor, *args: Any, **kwargs: Any) -> Any:
+        device = first.device if isinstance(first, Tensor) else first.q.device
+        with torch.autocast(device.type, enabled=False):
+            return compute(first, *args, **kwargs)
+
+    return full_precision  # type: ignore[return-value]
 
 
 def chunked(
@@ -95,6 +111,7 @@ def states_at(
     return torch.stack([found[t] for t in positions], 1)
 
 
+@_without_autocast
 def decayed_sum(
     x: Float[Tensor, "batch pos feature"],
     log_decay: Float[Tensor, "batch pos"],
@@ -118,6 +135,7 @@ def decayed_sum(
     return torch.cat(out, 1)[:, :n_pos]
 
 
+@_without_autocast
 def _scan(
     rec: Recurrence, write: Write, S: Tensor, read: Read, chunk: int | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:

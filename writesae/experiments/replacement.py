@@ -164,6 +164,8 @@ def replacement_test(
     sae.check_fits(model, check_model=check_model)
     layer, head = sae.cfg.layer, sae.cfg.head
     assert layer is not None and head is not None
+    if atom is not None:
+        sae.atom(atom)  # raises for one out of range
     windows = _windows(model, text, context)
     if atom is None and len(windows) < n_firings:
         raise ValueError(

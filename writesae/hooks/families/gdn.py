@@ -1,4 +1,4 @@
-"""Gated DeltaNet: Qwen3.5, Qwen3.5-MoE, Qwen3-Next, OLMo-Hybrid.
+"""Gated DeltaNet: Qwen3.5, Qwen3.5-MoE, Qwen3-Next, OLMo-Hybrid, Qwen4-Exp.
 
     S_t = exp(g) (I - beta k k^T) S_{t-1} + k (beta v)^T          o_t = S_t^T q / sqrt(d_key),   q, k of length 1
 
