@@ -15,8 +15,10 @@ import random
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -151,25 +153,36 @@ def median(xs: list[float]) -> float:
 
 
 def peak_memory(model: str, n_pos: int, mode: str) -> float:
-    """MiB by which one run raises the peak of a fresh process above what the loaded model holds."""
-    child = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps([model, n_pos, mode])],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(child.stdout.splitlines()[-1])
+    """MiB by which one run raises the resident memory of a fresh process, at its highest."""
+    spec = json.dumps([model, n_pos, mode])
+    run = subprocess.run([sys.executable, __file__, "--child", spec], capture_output=True, text=True, check=True)
+    return float(run.stdout.splitlines()[-1])
+
+
+def resident() -> float:
+    """Resident memory now, MiB (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def child(spec: str) -> None:
+    """Run once in this fresh process, with a thread that watches the resident memory."""
     model, n_pos, mode = json.loads(spec)
     torch.set_num_threads(1)
     with torch.no_grad():
-        run = contestants(model, n_pos)[mode]
         contestants(model, 64)[mode]()  # what is allocated once, whatever the length
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run = contestants(model, n_pos)[mode]
+        seen, done = [before := resident()], threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.0005):
+                seen.append(resident())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
         run()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        done.set()
+        watcher.join()
+        print(max(seen) - before)
 
 
 def main(

@@ -43,7 +43,7 @@ def main(
         table.add_column(mode.replace("_", " "), justify="right")
     for name, numbers in measured.items():
         table.add_row(name, *("0" if x == 0 else f"{x:.1e}" for x in numbers.values()))
-    Console().print(table)
+    Console(width=200).print(table)
     if json_path:
         json_path.write_text(json.dumps(measured, indent=1) + "\n")
 

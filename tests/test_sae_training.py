@@ -212,6 +212,13 @@ def test_what_cannot_be_trained_on():
     for bad in (data.dense()[0], Write(data.key[None], data.value[None]), data.dense().mT, data[:0]):
         with pytest.raises(ValueError, match=r"an SAE of 12x10 learns from \[N, 12, 10\]"):
             train_sae(CFG, bad, **SETTINGS)
+    broken = Write(data.key, data.value.clone())
+    broken.value[7, 3] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite; leave them out"):
+        train_sae(CFG, broken, **SETTINGS)
+    untied = SAEConfig(d_key=12, d_value=10, n_atoms=32, k=1, tied=False)
+    with pytest.raises(FloatingPointError, match=r"training diverged: the loss of step \d+ is .*; lower lr=1e\+30"):
+        train_sae(untied, data, lr=1e30, **SETTINGS)
     for boundary in (0, 3000):
         with pytest.raises(ValueError, match=f"validation={boundary} must split the 3000 samples: 1 to 2999"):
             train_sae(CFG, data, validation=boundary, **SETTINGS)

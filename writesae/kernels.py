@@ -79,7 +79,7 @@ def erase_reads(
 ) -> Float[Tensor, "batch pos head d_value"]:
     """What the erase reads before each write, ``r_t = b_t^T S_{t-1}``. The delta rule's delta is ``beta v - c r``."""
     S = first_state(rec, write, initial_state)
-    _, r, _ = _scan(rec, write, S, "same", None)
+    _, r, _ = _scan(rec, write, S, erased=True)
     if r is None:
         raise ValueError("this recurrence erases nothing: its delta is its write")
     return r
@@ -102,7 +102,7 @@ def states_at(
     found: dict[int, Tensor] = {}
     start = 0
     for t in sorted({*positions, *(t for t in dense if t <= max(positions, default=-1))}):
-        _, _, S = _scan(rec[:, start : t + 1], write[:, start : t + 1], S, "same", None)
+        _, _, S = _scan(rec[:, start : t + 1], write[:, start : t + 1], S)
         if t in dense:
             S = S + at_least_float32(dense[t])
         found[t], start = S, t + 1
@@ -137,9 +137,9 @@ def decayed_sum(
 
 @_without_autocast
 def _scan(
-    rec: Recurrence, write: Write, S: Tensor, read: Read, chunk: int | None
+    rec: Recurrence, write: Write, S: Tensor, read: Read = "same", chunk: int | None = None, erased: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Chunked recurrence from state ``S``: outputs, what the erase read (None without erase), final state."""
+    """Chunked recurrence from state ``S``: outputs, what the erase read (if ``erased``), final state."""
     n_pos = rec.n_pos
     per_key = rec.log_decay.ndim == 4
     size = min(chunk or (CHUNK_PER_KEY if per_key else CHUNK), n_pos)
@@ -178,16 +178,15 @@ def _scan(
         gained = gained + left_e @ r_writes
         carry = left_e @ r_first
 
-    outputs, erased = [], []
+    # From chunk to chunk only the state goes on; everything else waits and is one matmul for all chunks.
+    first_states = []
     for n in range(q.shape[2]):
-        outputs.append(own[:, :, n] + q_first[:, :, n] @ S)
-        if erase:
-            erased.append(r_writes[:, :, n] + r_first[:, :, n] @ S)
-            S = left_first[:, :, n] * S + carry[:, :, n] @ S + gained[:, :, n]
-        else:
-            S = left_first[:, :, n] * S + gained[:, :, n]
-
-    return _join(outputs, n_pos), _join(erased, n_pos) if erase else None, S
+        first_states.append(S)
+        gain = gained[:, :, n] + carry[:, :, n] @ S if erase else gained[:, :, n]
+        S = torch.addcmul(gain, left_first[:, :, n], S)
+    first = torch.stack(first_states, 2)
+    reads = _join(r_writes + r_first @ first, n_pos) if erase and erased else None
+    return _join(own + q_first @ first, n_pos), reads, S
 
 
 # Not inside `_scan`: where annotations are checked, a function is compiled anew whenever its `def` runs.
@@ -196,9 +195,9 @@ def _cut(x: Tensor, size: int) -> Tensor:
     return _chunks(at_least_float32(x).transpose(1, 2), size, dim=2)
 
 
-def _join(xs: list[Tensor], n_pos: int) -> Tensor:
-    """``[batch, head, token, ...]`` of each chunk to ``[batch, pos, head, ...]``, without the padding."""
-    return torch.cat(xs, 2)[:, :, :n_pos].transpose(1, 2)
+def _join(x: Tensor, n_pos: int) -> Tensor:
+    """``[batch, head, chunk, token, ...]`` to ``[batch, pos, head, ...]``, without the padding."""
+    return x.flatten(2, 3)[:, :, :n_pos].transpose(1, 2)
 
 
 def _chunks(x: Tensor, size: int, dim: int = 1) -> Tensor:

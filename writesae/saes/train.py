@@ -78,7 +78,8 @@ def train_sae(
         held-out samples (`evaluate`).
 
     Raises:
-        ValueError: the data does not fit ``cfg``, or the checkpoint is of another training.
+        ValueError: the data does not fit ``cfg`` or is not finite, or the checkpoint is of another training.
+        FloatingPointError: the loss is no longer a finite number.
     """
     settings = {
         "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup, "unit_norm": unit_norm,
@@ -98,6 +99,8 @@ def train_sae(
         task = bar.add_task("training SAE", total=steps, completed=run.step)
         while run.step < steps:
             nmse = run.one_step()
+            if not math.isfinite(nmse):
+                raise FloatingPointError(f"training diverged: the loss of step {run.step} is {nmse}; lower lr={lr}")
             if path is not None and (run.step % checkpoint_every == 0 or run.step == steps or interrupted()):
                 run.save(path)
             if interrupted():
@@ -232,7 +235,7 @@ class _Run:
         n = len(_first(self.data))
         few = self.data[:: max(1, n // 64)]
         digest = hashlib.sha256()
-        for part in (few.key, few.value) if isinstance(few, Write) else (few,):
+        for part in _parts(few):
             digest.update(part.float().cpu().contiguous().numpy().tobytes())
         return {
             "sae": {key: value for key, value in self.sae.cfg.to_dict().items() if key != "training"},
@@ -296,8 +299,12 @@ def _rate(step: int, settings: dict[str, Any]) -> float:
 # Samples, in factors or dense
 
 
+def _parts(data: Matrices) -> tuple[Tensor, ...]:
+    return (data.key, data.value) if isinstance(data, Write) else (data,)
+
+
 def _first(data: Matrices) -> Tensor:
-    return data.key if isinstance(data, Write) else data
+    return _parts(data)[0]
 
 
 def _device(data: Matrices) -> torch.device:
@@ -312,6 +319,9 @@ def _check_data(cfg: SAEConfig, data: Matrices) -> int:
             f"an SAE of {cfg.d_key}x{cfg.d_value} learns from [N, {cfg.d_key}, {cfg.d_value}], dense or a Write with "
             f"leading dimension [N]; got {list(size)}"
         )
+    for part in _parts(data):
+        if not part.isfinite().all():
+            raise ValueError("some of these matrices have numbers that are NaN or infinite; leave them out")
     return size[0]
 
 
