@@ -218,13 +218,10 @@ def _draw_rates(axis: Any, result: ReplacementResult) -> None:
     """Who stays closer to the model: at the firing (dark), and summed over the tokens after it too (light)."""
     pairs = (("atom", "delete"), ("matched", "delete"), ("delete", "random"), ("atom", "random"))
     for y, pair in enumerate(pairs):
-        looks: tuple[tuple[float, str, When, str], ...] = (
-            (-0.2, "C0", "at", "at the firing"),
-            (0.2, "#9ecae1", "through", "in total"),
-        )
-        for shift, color, when, label in looks:
+        looks: tuple[tuple[float, str, When], ...] = ((-0.2, "C0", "at"), (0.2, "#9ecae1", "through"))
+        for shift, color, when in looks:
             rate = result.wins(*pair, when)
-            axis.barh(y + shift, 100 * rate.rate, height=0.38, color=color, label=label if not y else None)
+            axis.barh(y + shift, 100 * rate.rate, height=0.38, color=color)
             axis.plot([100 * rate.low, 100 * rate.high], [y + shift] * 2, color="0.1", lw=1.5)
             axis.text(2, y + shift, f"{100 * rate.rate:.0f}%", va="center", fontsize=8)
     axis.set_yticks(range(len(pairs)), [f"{a}\nbeats {b}" for a, b in pairs])
@@ -232,8 +229,7 @@ def _draw_rates(axis: Any, result: ReplacementResult) -> None:
     axis.invert_yaxis()
     axis.set_xlim(0, 100)
     axis.set_xlabel("% of firings, with Wilson 95% interval")
-    axis.set_title("who stays closer to the model", fontsize=9)
-    axis.legend(frameon=True, loc="lower right", fontsize=8)
+    axis.set_title("closer: at the firing (dark), in total (light)", fontsize=9)
 
 
 def _site(sae: WriteSAE) -> str:
