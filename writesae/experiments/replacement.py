@@ -21,6 +21,7 @@ from torch import Tensor
 
 from writesae.hooks import Delete, Intervention, Replace, Substitute
 from writesae.recurrence import Write
+from writesae.saes.collect import sequences
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
@@ -166,7 +167,7 @@ def replacement_test(
     assert layer is not None and head is not None
     if atom is not None:
         sae.atom(atom)  # raises for one out of range
-    windows = _windows(model, text, context)
+    windows = sequences(model, text, context)
     if atom is None and len(windows) < n_firings:
         raise ValueError(
             f"{n_firings} firings need as many windows of {context} tokens; the text has {len(windows)}: "
@@ -251,14 +252,6 @@ def _choose(
     rows = fires.any(1).nonzero()[:, 0].cpu()
     position = torch.multinomial(fires[rows].float().cpu(), 1, generator=generator)[:, 0]
     return {"row": rows, "position": position, "atom": top[rows, position], "activation": value[rows, position]}
-
-
-def _windows(model: HookedRecurrentModel, text: str | Sequence[str], context: int) -> Int[Tensor, "window pos"]:
-    pieces = []
-    for document in [text] if isinstance(text, str) else text:
-        ids, _ = model.to_tokens(document)
-        pieces.append(ids[0, : ids.shape[1] // context * context].reshape(-1, context))
-    return torch.cat(pieces)
 
 
 def _inputs(model: HookedRecurrentModel, layer: int) -> Callable[[str], bool]:

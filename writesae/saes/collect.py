@@ -105,7 +105,7 @@ def train_site(
     Raises:
         ValueError: the text is shorter than two sequences.
     """
-    tokens = text if isinstance(text, Tensor) else _sequences(model, [text] if isinstance(text, str) else text, context)
+    tokens = text if isinstance(text, Tensor) else sequences(model, text, context)
     n_train = len(tokens) - round(held_out * len(tokens))
     if n_train < 1:
         raise ValueError(f"the text makes {len(tokens)} sequences of {context} tokens: too few; give more text")
@@ -129,7 +129,7 @@ def train_site(
     return train_sae(cfg, data, validation=boundary, progress=progress, **training)
 
 
-def _sequences(model: HookedRecurrentModel, texts: Sequence[str], context: int) -> Int[Tensor, "n pos"]:
-    rows = [model.to_tokens(text)[0][0] for text in texts]
-    cut = [row[: len(row) // context * context].reshape(-1, context) for row in rows]
-    return torch.cat(cut)
+def sequences(model: HookedRecurrentModel, text: str | Sequence[str], context: int) -> Int[Tensor, "n pos"]:
+    """Each text cut into sequences of ``context`` tokens; what is left at its end is dropped."""
+    rows = [model.to_tokens(part)[0][0] for part in ([text] if isinstance(text, str) else text)]
+    return torch.cat([row[: len(row) // context * context].reshape(-1, context) for row in rows])

@@ -13,7 +13,7 @@ import torch
 import typer
 
 from writesae.model import HookedRecurrentModel
-from writesae.saes.collect import train_site
+from writesae.saes.collect import sequences, train_site
 from writesae.zoo import corpus
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -39,11 +39,7 @@ def main(
     """Train one SAE a site, one after another; each run continues where it stopped."""
     hooked = HookedRecurrentModel.from_pretrained(model)
     documents, _ = corpus.split(corpus.read(text or corpus.fetch(cache)))
-    rows = []
-    for document in documents:
-        ids = hooked.to_tokens(document.text)[0][0]
-        rows.append(ids[: len(ids) // context * context].reshape(-1, context))
-    tokens = torch.cat(rows)
+    tokens = sequences(hooked, [document.text for document in documents], context)
     tokens = tokens[:: max(1, len(tokens) * context // max_tokens)]
     for name in site:
         layer, head = (int(part) for part in name.split("."))
