@@ -21,7 +21,7 @@ from torch import Tensor
 
 from writesae.hooks import Delete, Intervention, Replace, Substitute
 from writesae.recurrence import Write
-from writesae.saes.collect import sequences
+from writesae.saes.collect import sequences, target_of
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
@@ -182,7 +182,7 @@ def replacement_test(
             break
         ids = windows[start : start + batch_size].to(model.device)
         native, cache = model.run_with_cache(ids, names=_inputs(model, layer))
-        values, indices = sae.topk(_target(cache, sae, context))
+        values, indices = sae.topk(target_of(cache, layer, head, sae.cfg.target, range(context)))
         chosen = _choose(values, indices, atom, context // 4, context - 1 - horizon, generator)
         keep = chosen["row"][: n_firings - done]
         if not len(keep):
@@ -258,11 +258,3 @@ def _inputs(model: HookedRecurrentModel, layer: int) -> Callable[[str], bool]:
     """Names of what the writes, deltas and states of a layer are rebuilt from."""
     quantities = {f"blocks.{layer}.mixer.hook_{name}" for name in ("k", "v", "beta", "log_decay")}
     return quantities.intersection(model.hook_names).__contains__
-
-
-def _target(cache: Any, sae: WriteSAE, context: int) -> Write | Tensor:
-    """What the SAE reads, of its head, ``[window, pos]``."""
-    layer, head = sae.cfg.layer, sae.cfg.head
-    if sae.cfg.target == "state":
-        return cache.state(layer, range(context), heads=[head])[:, :, 0]
-    return (cache.write(layer) if sae.cfg.target == "write" else cache.delta(layer))[:, :, head]

@@ -31,7 +31,7 @@ from writesae.hooks.interventions import Intervention, Moment
 from writesae.hooks.points import HookPoint
 from writesae.hooks.positions import PAD, Clock, PositionSet
 from writesae.kernels import chunked
-from writesae.recurrence import Read, Write, at_least_float32, zero_state
+from writesae.recurrence import Read, Write, at_least_float32, first_state
 
 _running: ContextVar[Tap | None] = ContextVar("running_tap", default=None)
 
@@ -181,7 +181,7 @@ class Tap:
 
         rec, native = call.recurrence(), call.write()
         total = total_write(native, record.edits)
-        S = zero_state(rec, native) if call.initial_state is None else call.initial_state.to(rec.q.dtype)
+        S = first_state(rec, native, call.initial_state)
         made: dict[int, list[tuple[int, Write]]] = {id(a): [] for a in by_state}
         start = 0
         for t in events.nonzero()[:, 0].tolist():

@@ -16,6 +16,7 @@ from writesae.saes.train import train_sae
 from writesae.saes.write_sae import Matrices, WriteSAE
 
 if TYPE_CHECKING:
+    from writesae.hooks import ActivationCache
     from writesae.model import HookedRecurrentModel
 
 
@@ -58,11 +59,11 @@ def collect(
     for batch in track(tokens.split(batch_size), f"layer {layer}, head {head}", disable=not progress):
         names = [n for n in model.hook_names if n.startswith(prefix) and not n.endswith("hook_state")]
         _, cache = model.run_with_cache(batch, names=f"{prefix}hook_write" if target == "write" else names)
-        if target == "state":
-            parts.append(cache.state(layer, positions, heads=[head])[:, :, 0].flatten(0, 1))
+        found = target_of(cache, layer, head, target, positions)
+        if isinstance(found, Write):
+            parts.append((found.key.flatten(0, 1), found.value.flatten(0, 1), found.rank))
         else:
-            write = (cache.write(layer) if target == "write" else cache.delta(layer))[:, positions, head]
-            parts.append((write.key.flatten(0, 1), write.value.flatten(0, 1), write.rank))
+            parts.append(found.flatten(0, 1))
     if target == "state":
         return torch.cat(parts)
     keys, values, ranks = zip(*parts, strict=True)
@@ -133,3 +134,10 @@ def sequences(model: HookedRecurrentModel, text: str | Sequence[str], context: i
     """Each text cut into sequences of ``context`` tokens; what is left at its end is dropped."""
     rows = [model.to_tokens(part)[0][0] for part in ([text] if isinstance(text, str) else text)]
     return torch.cat([row[: len(row) // context * context].reshape(-1, context) for row in rows])
+
+
+def target_of(cache: ActivationCache, layer: int, head: int, target: Target, positions: Sequence[int]) -> Matrices:
+    """What an SAE with that target reads of a head, ``[batch, n_positions]``, from a pass without padding."""
+    if target == "state":
+        return cache.state(layer, positions, heads=[head])[:, :, 0]
+    return (cache.write(layer) if target == "write" else cache.delta(layer))[:, list(positions), head]
