@@ -181,10 +181,8 @@ def test_batch_and_heads_stay_apart() -> None:
 def strongly_decayed(pattern: str, per_key: bool, dtype: torch.dtype) -> Inputs:
     rec, write, state = random_inputs(70, per_key=per_key, dtype=dtype)
     log_decay = rec.log_decay.clone()
-    if pattern == "every token -50":
-        log_decay[:] = -50
-    elif pattern == "every token -1000":
-        log_decay[:] = -1000
+    if pattern.startswith("every token"):
+        log_decay[:] = float(pattern.split()[-1])
     elif pattern == "some tokens -1000":
         log_decay[:, ::7] = -1000
     elif pattern == "one head -1000":
@@ -227,26 +225,26 @@ STRONG = ["every token -50", "every token -1000", "some tokens -1000", "one head
 
 @UNCHECKED
 @PER_KEY
-@pytest.mark.parametrize("pattern", [*STRONG, "no decay"])
+@pytest.mark.parametrize("pattern", [*STRONG, "every token -0.6", "every token -1.3", "every token -2.4", "no decay"])
 def test_strong_decay(pattern: str, per_key: bool) -> None:
     check_strong_decay(pattern, per_key)
 
 
-def mask_after_exp(g: Tensor, per_key: bool) -> Tensor:
+def mask_after_exp(g: Tensor) -> Tensor:
     """Right as long as nothing overflows; then the results are still right, and the gradient is 0 * inf."""
-    G = g.mT.cumsum(-1) if per_key else g.cumsum(-1)
+    G = g.cumsum(-1)
     return (G[..., :, None] - G[..., None, :]).exp().tril()
 
 
-def exp_of_each_sum(g: Tensor, per_key: bool) -> Tensor:
+def exp_of_each_sum(g: Tensor) -> Tensor:
     """One exponential a token and not one a pair of them: 0 / 0."""
-    G = g.mT.cumsum(-1) if per_key else g.cumsum(-1)
+    G = g.cumsum(-1)
     return (G.exp()[..., :, None] / G.exp()[..., None, :]).tril()
 
 
-def difference_of_sums(g: Tensor, per_key: bool) -> Tensor:
+def difference_of_sums(g: Tensor) -> Tensor:
     """No overflow, but after one strong decay in a chunk the last digits of all others are gone."""
-    G = g.mT.cumsum(-1) if per_key else g.cumsum(-1)
+    G = g.cumsum(-1)
     later = torch.ones(G.shape[-1], G.shape[-1], dtype=torch.bool).triu(1)
     return (G[..., :, None] - G[..., None, :]).masked_fill(later, -torch.inf).exp()
 
@@ -260,11 +258,20 @@ def difference_of_sums(g: Tensor, per_key: bool) -> Tensor:
 def test_strong_decay_twin(
     unstable: Callable[..., Tensor], patterns: list[str], per_key: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_decays", unstable)
+    monkeypatch.setattr(kernels, "_between", unstable)
     check_strong_decay("no decay", per_key)  # the twin is right where decays are mild
     for pattern in patterns:
         with must_differ():
             check_strong_decay(pattern, per_key)
+
+
+@UNCHECKED
+def test_factored_decay_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor a token is for mild decays: taken for any, it overflows."""
+    monkeypatch.setattr(kernels, "MILD", float("inf"))
+    check_strong_decay("no decay", per_key=True)
+    with must_differ():
+        check_strong_decay("every token -50", per_key=True)
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------

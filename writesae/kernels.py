@@ -7,15 +7,16 @@ Within a chunk, write ``r_t = b_t^T S_{t-1}`` for what the erase reads. Then ``r
 
 The write keys enter only on the right, so they need not be the erase keys, and a token may write any number of rank-1
 terms. All exponents are sums of log decays over a later stretch, hence ``<= 0``: nothing overflows however strong the
-decay. Memory is ``pos * (chunk + d_key + d_value)`` a head (``pos * chunk * d_key`` for per-key decay, with a smaller
-chunk), and one matrix of a state's size a chunk.
+decay (or, for mild decays a key channel, at most 2 MILD in size). Memory is ``pos * (chunk + d_key + d_value)`` a head
+(``pos * chunk * d_key`` for strong decays a key channel, with a smaller chunk), and one matrix of a state's size a
+chunk.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,9 @@ from torch import Tensor
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32, check_dense, first_state
 
 CHUNK = 64  # tokens, one decay a head
-CHUNK_PER_KEY = 16  # tokens, one decay a key channel: scores need [chunk, chunk, d_key]
+CHUNK_MILD = 32  # tokens, one decay a key channel, and none so strong that a chunk forgets more than exp(-2 MILD)
+CHUNK_PER_KEY = 16  # tokens, stronger decays a key channel: scores need [chunk, chunk, d_key]
+MILD = 20.0  # exp(-20): what factors of this size lose of float32's 1e-7 is a factor of about 20
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
 
@@ -54,7 +57,7 @@ def chunked(
 ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"]]:
     """Outputs and final state of the recurrence; see `writesae.recurrence.step_loop` for the arguments.
 
-    ``chunk`` is the chunk length in tokens (default 64, or 16 for per-key decay); it changes speed, not results.
+    ``chunk`` is the chunk length in tokens (default 64, or 32 or 16 for per-key decay); it changes speed, not results.
     """
     dense = check_dense(dense, rec.n_pos)
     S = first_state(rec, write, initial_state)
@@ -124,7 +127,7 @@ def decayed_sum(
     x, log_decay = at_least_float32(x), at_least_float32(log_decay)
     n_pos = x.shape[1]
     x, g = _chunks(x, CHUNK), _chunks(log_decay, CHUNK)
-    y = _decays(g, per_key=False) @ x
+    y = _between(g) @ x
     G = g.cumsum(-1)
     carried = torch.zeros_like(x[:, 0, 0]) if initial is None else at_least_float32(initial)
     out = []
@@ -141,37 +144,31 @@ def _scan(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Chunked recurrence from state ``S``: outputs, what the erase read (if ``erased``), final state."""
     n_pos = rec.n_pos
-    per_key = rec.log_decay.ndim == 4
-    size = min(chunk or (CHUNK_PER_KEY if per_key else CHUNK), n_pos)
-
-    q, g = _cut(rec.q, size), _cut(rec.log_decay, size)
+    g, size = _cut_decay(rec.log_decay, chunk)
+    q = _cut(rec.q, size)
     p, u = (_cut(x, size) for x in write.factors())
     rank = p.shape[-2]
     p, u = (rearrange(x, "b h n c r d -> b h n (c r) d") for x in (p, u))  # writes of one chunk, token by token
 
-    G = g.cumsum(3)  # log decay from the chunk's start through token t
-    # decays[t, j], from j's write to t's read; `seen` of the writes, whose own token may not see them yet.
-    decays = _decays(g, per_key)
-    seen = decays if read == "same" else decays.tril(-1)
-    own = _scores(q, p, seen.repeat_interleave(rank, -1), per_key) @ u  # output due to this chunk's own writes
-    q_first = q * _expand(G.exp(), per_key)  # ... and to its first state
-    # What is left at the chunk's end of the first state and of the writes.
-    left_first = G[:, :, :, -1].exp()[..., None] if per_key else G[:, :, :, -1:].exp()[..., None]
-    left = decays[..., -1, :].mT if per_key else decays[..., -1, :, None]
-    gained = (p * left.repeat_interleave(rank, 3)).mT @ u
+    decay = _Decay(g)
+    own = decay.scores(q, p, read, rank) @ u  # output due to this chunk's own writes
+    q_first = q * decay.from_start  # ... and to its first state
+    # What is left at the chunk's end of the writes and of the first state.
+    gained = (p * decay.to_end.repeat_interleave(rank, 3)).mT @ u
+    left_first = decay.from_start[..., -1:, :].mT
 
     erase = rec.a is not None and rec.b is not None
     if erase:
         a, b = _cut(rec.a, size), _cut(rec.b, size)  # type: ignore[arg-type]
-        before = F.pad(decays[..., :-1, :], (0, 0, 1, 0))  # from j's write to what t's erase reads, S_{t-1}
-        G_before = torch.cat([torch.zeros_like(G[:, :, :, :1]), G[:, :, :, :-1]], 3)
-        from_first = b * _expand(G_before.exp(), per_key)
-        from_writes = _scores(b, p, before.repeat_interleave(rank, -1), per_key) @ u
+        from_writes = decay.scores(b, p, "before", rank) @ u
         r_first, r_writes = torch.linalg.solve_triangular(
-            -_scores(b, a, before, per_key), torch.cat([from_first, from_writes], -1), upper=False, unitriangular=True
+            -decay.scores(b, a, "before"),
+            torch.cat([b * decay.before_from_start, from_writes], -1),
+            upper=False,
+            unitriangular=True,
         ).split([b.shape[-1], u.shape[-1]], -1)
-        scores_e = _scores(q, a, decays, per_key)
-        left_e = (a * left).mT
+        scores_e = decay.scores(q, a, "same")
+        left_e = (a * decay.to_end).mT
         # Fold the erase in, so that the loop over chunks needs two matmuls each for output and state.
         own = own + scores_e @ r_writes
         q_first = q_first + scores_e @ r_first
@@ -208,23 +205,81 @@ def _chunks(x: Tensor, size: int, dim: int = 1) -> Tensor:
     return x.unflatten(dim, (-1, size))
 
 
-def _expand(decay: Tensor, per_key: bool) -> Tensor:
-    return decay if per_key else decay[..., None]
+# --- decay within a chunk ---------------------------------------------------------------------------------------------
 
 
-def _decays(g: Tensor, per_key: bool) -> Tensor:
-    """The decay from ``j`` to ``t``, 0 for ``j > t``: ``[..., t, j]``, or ``[..., d_key, t, j]`` per key.
+def _cut_decay(log_decay: Tensor, chunk: int | None) -> tuple[Tensor, int]:
+    """Log decays in chunks, ``[batch, head, chunk, token, d_key or 1]``, and the size of a chunk.
+
+    Where each key channel has its own decay, the size that goes with these decays; see `_Decay`.
+    """
+    per_key, n_pos = log_decay.ndim == 4, log_decay.shape[1]
+    if not per_key:
+        log_decay = log_decay[..., None]
+    for size in (chunk,) if chunk else (CHUNK_MILD, CHUNK_PER_KEY) if per_key else (CHUNK,):
+        size = min(size, n_pos)
+        g = _cut(log_decay, size)
+        if not per_key or _mild(g):
+            break
+    return g, size
+
+
+def _mild(g: Tensor) -> bool:
+    """Whether ``exp`` of half a chunk's whole decay, and its inverse, are accurate."""
+    return bool(g.sum(3).amin() >= -2 * MILD)
+
+
+class _Decay:
+    """Decay within each chunk, from log decays ``g [batch, head, chunk, token, d_key or 1]``.
+
+    Between two tokens it is one number if there is one decay a head. With one a key channel it is the product of a
+    factor for each token, ``exp(G_t - R) exp(R - G_j)``, as long as the chunk's whole decay is mild enough for these to
+    be accurate, and otherwise a number for each channel, which is much slower.
+    """
+
+    def __init__(self, g: Tensor):
+        G = g.cumsum(-2)  # from the chunk's start through token t
+        G_before = torch.cat([torch.zeros_like(G[..., :1, :]), G[..., :-1, :]], -2)
+        self.from_start, self.before_from_start = G.exp(), G_before.exp()
+        self.per_key = g.shape[-1] > 1
+        self.factored = self.per_key and _mild(g)
+        if self.factored:
+            R = G[..., -1:, :] / 2
+            self.reads, self.reads_before, self.writes = (G - R).exp(), (G_before - R).exp(), (R - G).exp()
+            self.to_end = self.writes * R.exp()
+        else:
+            self.between = _between(g.mT if self.per_key else g[..., 0])
+            self.to_end = self.between[..., -1, :].mT if self.per_key else self.between[..., -1, :, None]
+
+    def scores(self, x: Tensor, y: Tensor, read: Literal["same", "next", "before"], rank: int = 1) -> Tensor:
+        """``sum_d x[t, d] y[j, d] D[t, j, d]`` with ``D`` the decay from ``j``'s write to ``t``, for ``rank`` writes a token.
+
+        The read at ``t`` sees writes up to its own token's (``same``), or up to the token's before it (``next``);
+        ``before`` is what ``t``'s erase reads, before ``t`` decays.
+        """
+        if self.factored:
+            reads = self.reads_before if read == "before" else self.reads
+            scores = (x * reads) @ (y * self.writes.repeat_interleave(rank, -2)).mT
+            seen = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).tril(-(read != "same"))
+            return scores.masked_fill(~seen.repeat_interleave(rank, -1), 0)
+        between = self.between
+        if read == "next":
+            between = between.tril(-1)
+        elif read == "before":
+            between = F.pad(between[..., :-1, :], (0, 0, 1, 0))
+        between = between.repeat_interleave(rank, -1)
+        if self.per_key:
+            return torch.einsum("...td,...jd,...dtj->...tj", x, y, between)
+        return (x @ y.mT) * between
+
+
+def _between(g: Tensor) -> Tensor:
+    """The decay from ``j`` to ``t``, ``[..., t, j]``, 0 for ``j > t``.
 
     A sum over the tokens between, and not the difference of two sums from the chunk's start: one strong decay before
     them would take the last digits of both.
     """
-    g = g.mT if per_key else g
     later = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).tril(-1)
     between = torch.where(later, g[..., :, None], 0).cumsum(-2)
     # Mask before the exponential, as -inf: an exact 0 that has no gradient.
     return between.masked_fill(later.mT, -torch.inf).exp()
-
-
-def _scores(x: Tensor, y: Tensor, decays: Tensor, per_key: bool) -> Tensor:
-    """``sum_d x[t, d] y[j, d] decays[t, j]``, with a decay for each ``d`` if ``per_key``."""
-    return torch.einsum("...td,...jd,...dtj->...tj", x, y, decays) if per_key else (x @ y.mT) * decays
