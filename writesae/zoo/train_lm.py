@@ -1,6 +1,7 @@
-"""Train a tiny recurrent language model from nothing on a CPU: the recipe behind `tiny-gdn`.
+"""Train a tiny recurrent language model from nothing on a CPU: the recipe behind `tiny-gdn` and its siblings.
 
     python -m writesae.zoo.train_lm train runs/tiny                       # the default public-domain corpus
+    python -m writesae.zoo.train_lm train runs/mamba --arch mamba2        # another architecture
     python -m writesae.zoo.train_lm train runs/mine --text my_texts/      # your own .txt files
     python -m writesae.zoo.train_lm export runs/tiny my-tiny-gdn          # the latest checkpoint as a model folder
 
@@ -12,6 +13,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +23,17 @@ import transformers
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+)
 
+from writesae.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 from writesae.zoo import corpus
 from writesae.zoo.evaluate import bits_per_byte, head_memory, xz_bits_per_byte
 
@@ -51,9 +62,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
 
 
-def build_model(vocab_size: int, seed: int = 0) -> Qwen3_5ForCausalLM:
+def build_gdn(vocab_size: int) -> PreTrainedModel:
     """A 2.1M-parameter Qwen3.5: three Gated DeltaNet layers of four 32x32 heads, then one attention layer."""
-    torch.manual_seed(seed)
     config = Qwen3_5TextConfig(
         vocab_size=vocab_size,
         hidden_size=192,
@@ -78,6 +88,59 @@ def build_model(vocab_size: int, seed: int = 0) -> Qwen3_5ForCausalLM:
         if hasattr(layer, "linear_attn"):
             init_decays(layer.linear_attn)
     return model
+
+
+def build_mamba2(vocab_size: int) -> PreTrainedModel:
+    """A 2.1M-parameter Mamba-2: seven layers of twelve 32x32 heads, and nothing else."""
+    config = Mamba2Config(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        num_hidden_layers=7,
+        state_size=32,
+        head_dim=32,
+        num_heads=12,
+        n_groups=1,
+        chunk_size=64,
+        initializer_range=0.02,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return Mamba2ForCausalLM(config)
+
+
+def build_rwkv7(vocab_size: int) -> PreTrainedModel:
+    """A 2.0M-parameter RWKV-7: four layers of six 32x32 heads, each with channel mixing."""
+    config = RWKV7Config(
+        vocab_size=vocab_size,
+        hidden_size=192,
+        num_hidden_layers=4,
+        head_dim=32,
+        intermediate_size=512,
+        decay_low_rank_dim=32,
+        a_low_rank_dim=32,
+        v_low_rank_dim=16,
+        gate_low_rank_dim=48,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return RWKV7ForCausalLM(config)
+
+
+ARCHITECTURES: dict[str, Callable[[int], PreTrainedModel]] = {
+    "gdn": build_gdn,
+    "mamba2": build_mamba2,
+    "rwkv7": build_rwkv7,
+}
+
+
+def build_model(arch: str, vocab_size: int, seed: int = 0) -> PreTrainedModel:
+    """A tiny model of an architecture, freshly initialised."""
+    torch.manual_seed(seed)
+    return ARCHITECTURES[arch](vocab_size)
 
 
 @torch.no_grad()
@@ -136,9 +199,9 @@ def save_checkpoint(path: Path, **state) -> None:
     os.replace(partial, path)
 
 
-def save_model(model: Qwen3_5ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a Hugging Face model folder with bfloat16 weights. The model given is left as it was."""
-    copy = Qwen3_5ForCausalLM(model.config)
+    copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
     copy.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -149,6 +212,7 @@ def save_model(model: Qwen3_5ForCausalLM, tokenizer: PreTrainedTokenizerFast, fo
 @app.command()
 def train(
     out: Annotated[Path, typer.Argument(help="Folder of this run: checkpoint, tokenizer, metrics, final model.")],
+    arch: Annotated[str, typer.Option(help=f"One of {', '.join(ARCHITECTURES)}.")] = "gdn",
     text: Annotated[Path | None, typer.Option(help="A folder of .txt files, or one file.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where the default corpus is kept.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps; the cosine schedule ends here.")] = 1150,
@@ -162,6 +226,8 @@ def train(
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves PyTorch's choice.")] = 0,
 ) -> None:
     """Train from nothing, or go on from OUT/checkpoint.pt; at the last step export to OUT/model."""
+    if arch not in ARCHITECTURES:
+        raise typer.BadParameter(f"{arch!r}: allowed are {', '.join(ARCHITECTURES)}", param_hint="--arch")
     if threads:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -177,7 +243,7 @@ def train(
     tokens = torch.tensor([i for ids in encoded for i in (tokenizer.eos_token_id, *ids)])
     probe = [d.text[:4000] for d in held_out[:: max(1, len(held_out) // 8)]]  # a quick look at held-out text
 
-    model, step, seconds = build_model(len(tokenizer), seed), 0, 0.0
+    model, step, seconds = build_model(arch, len(tokenizer), seed), 0, 0.0
     optimizer = make_optimizer(model)
     checkpoint, metrics = out / "checkpoint.pt", out / "metrics.jsonl"
     if checkpoint.exists():
@@ -190,6 +256,7 @@ def train(
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} training tokens, step {step}")
 
     settings = dict(
+        arch=arch,
         text=str(text) if text else corpus.PACKAGE,
         held_out=[d.name for d in held_out],
         train_documents=len(train_docs),
@@ -260,7 +327,7 @@ def export(
     """Write the run's latest checkpoint as a bfloat16 model folder, and score it there, in training.json."""
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "tokenizer")
-    model = build_model(len(tokenizer))
+    model = build_model(state["settings"].get("arch", "gdn"), len(tokenizer))
     model.load_state_dict(state["model"])
     save_model(model, tokenizer, folder)
 

@@ -1,0 +1,278 @@
+"""RWKV-7 "Goose" in plain PyTorch: loads flash-linear-attention's checkpoints, and the authors' (`writesae.models.load`).
+
+Per head, with ``w`` the log decay of each key channel, ``kappa`` the removal key (of length 1) and ``a`` the in-context
+learning rate (Peng et al. 2025, arXiv 2503.14456, eq. 14 to 17)::
+
+    S_t = exp(w) ⊙ S_{t-1} - (kappa ⊙ a) (kappa^T S_{t-1}) + k v^T          o_t = S_t^T r
+
+Outside of the state: the bonus ``(r · (r_k ⊙ k)) v`` of the token itself, a group norm, a gate. Every layer but the
+first mixes the first layer's values into its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from writesae.models.common import (
+    Block,
+    RecurrentConfig,
+    RecurrentForCausalLM,
+    RecurrentModel,
+    RecurrentPreTrainedModel,
+    past_state,
+    recur,
+    with_past,
+)
+from writesae.recurrence import Recurrence, Write
+
+
+@strict
+class RWKV7Config(RecurrentConfig):
+    """Fields are flash-linear-attention's, but ``group_norm_eps`` (there ``head_dim * norm_eps``; 64e-5 with the authors)."""
+
+    model_type = "rwkv7"
+    only: ClassVar[dict[str, Any]] = {"attn": None, "hidden_act": "sqrelu"}
+    number_of_conv_states: ClassVar[int] = 2  # the last token, as time mixing and as channel mixing saw it
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    head_dim: int | None = 64
+    num_heads: int | None = None
+    hidden_ratio: float | int | None = 4
+    intermediate_size: int | None = None
+    decay_low_rank_dim: int | None = 64
+    gate_low_rank_dim: int | None = 128
+    a_low_rank_dim: int | None = 64
+    v_low_rank_dim: int | None = 16
+    value_dim: int | list[int] | None = None
+    norm_first: bool = True
+    norm_bias: bool = True
+    norm_eps: float = 1e-5
+    group_norm_eps: float | None = None
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.head_dim is None:
+            if self.num_heads is None:
+                raise ValueError("rwkv7 needs head_dim or num_heads")
+            self.head_dim = self.hidden_size // self.num_heads
+        self.num_heads = self.hidden_size // self.head_dim
+        if self.num_heads * self.head_dim != self.hidden_size:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of head_dim={self.head_dim}")
+        if not isinstance(self.value_dim, list):
+            self.value_dim = [self.value_dim or self.hidden_size] * self.num_hidden_layers
+        if any(d != self.value_dim[0] or d % self.num_heads for d in self.value_dim):
+            raise ValueError(f"rwkv7 with value_dim={self.value_dim}: writesae needs one multiple of the heads for all")
+        if self.intermediate_size is None:
+            self.intermediate_size = 32 * math.ceil(self.hidden_size * (self.hidden_ratio or 4) / 32)
+        if self.group_norm_eps is None:
+            self.group_norm_eps = self.head_dim * self.norm_eps
+        super().__post_init__(**kwargs)
+
+
+def rwkv7_recurrence(
+    q: Float[Tensor, "batch pos head d_key"],
+    k: Float[Tensor, "batch pos head d_key"],
+    v: Float[Tensor, "batch pos head d_value"],
+    log_decay: Float[Tensor, "batch pos head d_key"],
+    kappa: Float[Tensor, "batch pos head d_key"],
+    iclr: Float[Tensor, "batch pos head d_key"],
+    initial_state: Float[Tensor, "batch head d_key d_value"] | None = None,
+    output_final_state: bool = False,
+) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"] | None]:
+    """The recurrence at the top of this file; `q` is the receptance."""
+    rec = Recurrence(q, log_decay, a=kappa * iclr, b=-kappa)
+    return recur(rec, Write(k, v), initial_state, output_final_state)
+
+
+class LoRA(nn.Module):
+    """A low-rank projection with a nonlinearity in its middle, and usually a bias."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int, activation: nn.Module | None = None, bias: bool = True):
+        super().__init__()
+        self.lora = nn.Sequential(
+            nn.Linear(d_in, rank, bias=False), activation or nn.Identity(), nn.Linear(rank, d_out, bias=bias)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lora(x)
+
+    def init_weights_(self) -> None:
+        first, last = self.lora[0].weight, self.lora[2].weight
+        init.zeros_(first)  # type: ignore[arg-type]
+        init.orthogonal_(last, gain=0.1 * max(1.0, math.sqrt(last.shape[1] / last.shape[0])))  # type: ignore[arg-type, operator, union-attr]
+
+
+class RWKV7Attention(nn.Module):
+    """Time mixing."""
+
+    def __init__(self, config: RWKV7Config, layer_idx: int):
+        super().__init__()
+        self.layer_idx, self.n_layers = layer_idx, config.num_hidden_layers
+        self.num_heads, self.head_k_dim = int(config.num_heads or 0), int(config.head_dim or 0)
+        d, d_value = config.hidden_size, int(config.value_dim[layer_idx])  # type: ignore[index]
+        self.head_v_dim = d_value // self.num_heads
+
+        wide = self.head_k_dim / 64  # ranks that the config leaves open: fla's rule
+        rank = lambda given, factor: given or max(32, round(factor * d**0.5 / 32) * 32)  # noqa: E731
+        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"):
+            setattr(self, name, nn.Parameter(torch.zeros(1, 1, d)))
+        self.k_k, self.k_a = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
+        self.r_k = nn.Parameter(torch.zeros(self.num_heads, self.head_k_dim))
+        self.r_proj, self.k_proj = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(d, d_value, bias=False), nn.Linear(d_value, d, bias=False)
+        self.w_lora = LoRA(d, d, rank(config.decay_low_rank_dim, 2.5 * wide), nn.Tanh())
+        self.a_lora = LoRA(d, d, rank(config.a_low_rank_dim, 2.5 * wide))
+        self.g_lora = LoRA(d, d_value, rank(config.gate_low_rank_dim, 5), nn.Sigmoid(), bias=False)
+        if layer_idx > 0:
+            self.v_lora = LoRA(d, d_value, rank(config.v_low_rank_dim, 1.7 * wide))
+            self.v_mix = nn.Identity()  # named, so that hooks find what passes here
+        self.gate = nn.Identity()
+        self.g_norm = nn.GroupNorm(self.num_heads, d_value, eps=config.group_norm_eps or 0.0)
+
+    def forward(
+        self, x: Float[Tensor, "batch pos hidden"], mask: Tensor | None, cache: Cache | None, v_first: Tensor | None
+    ) -> tuple[Float[Tensor, "batch pos hidden"], Float[Tensor, "batch pos value"]]:
+        x = x if mask is None else x * mask
+        state = past_state(cache, self.layer_idx)
+        shift = with_past(x, 1, cache, self.layer_idx)[:, :-1] - x
+        xr, xw, xk, xv, xa, xg = (
+            torch.addcmul(x, shift, mix) for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        )
+        r, k, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
+        log_decay = -math.exp(-0.5) * self.w_lora(xw).float().sigmoid()
+        iclr = self.a_lora(xa).sigmoid()
+        gate = self.gate(self.g_lora(xg))
+        if v_first is None:
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, self.v_mix(self.v_lora(xv).sigmoid()))
+        kappa = F.normalize(self._heads(k * self.k_k), dim=-1)
+        k = k * (1 + (iclr - 1) * self.k_a)
+        if mask is not None:
+            v = v * mask
+
+        r, k, v, log_decay, iclr = (self._heads(y) for y in (r, k, v, log_decay, iclr))
+        o, state = rwkv7_recurrence(
+            q=r,
+            k=k,
+            v=v,
+            log_decay=log_decay,
+            kappa=kappa,
+            iclr=iclr,
+            initial_state=state,
+            output_final_state=cache is not None,
+        )
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)  # type: ignore[arg-type]
+        o = self.g_norm(o.flatten(0, 1).flatten(1)).unflatten(0, x.shape[:2])
+        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
+        return self.o_proj((o + bonus.flatten(2)) * gate), v_first  # type: ignore[return-value]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def init_weights_(self) -> None:
+        """The authors' initialisation (RWKV-LM, RWKV-v7/train_temp), which depends on depth and channel."""
+        d, layer, n_layers = self.x_r.shape[-1], self.layer_idx, self.n_layers  # type: ignore[union-attr]
+        depth, to_go = layer / max(1, n_layers - 1), 1 - layer / n_layers
+        n = torch.arange(d, dtype=torch.float32, device=self.k_k.device)
+        linear = n / (d - 1) - 0.5
+        zigzag = 2 * (n % self.head_k_dim) / (self.head_k_dim - 1) - 1
+        zigzag = zigzag * zigzag.abs()
+        powers = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
+        for name, power in powers.items():
+            init.copy_(getattr(self, name), (1 - (n / d) ** (power * to_go))[None, None])
+        init.copy_(self.k_k, 0.71 - 0.1 * linear)
+        init.constant_(self.k_a, 1.02)
+        init.constant_(self.r_k, -0.04)
+        www = -6 + 6 * (n / (d - 1)) ** (1 + depth**0.3)
+        init.copy_(self.w_lora.lora[2].bias, www + 0.5 + 2.5 * zigzag)  # type: ignore[arg-type]
+        init.copy_(self.a_lora.lora[2].bias, -0.19 + 0.3 * zigzag + 0.4 * linear)  # type: ignore[arg-type]
+        if layer > 0:
+            wide = torch.linspace(-0.5, 0.5, self.v_proj.out_features, device=self.k_k.device)
+            init.copy_(self.v_lora.lora[2].bias, 0.73 - 0.4 * wide)  # type: ignore[arg-type]
+        init.constant_(self.g_norm.weight, ((layer + 1) / n_layers) ** 0.7)
+        init.zeros_(self.g_norm.bias)
+        init.orthogonal_(self.r_proj.weight)
+        init.orthogonal_(self.k_proj.weight, gain=0.1)
+        init.orthogonal_(self.v_proj.weight)
+        init.zeros_(self.o_proj.weight)
+
+
+class RWKV7FeedForward(nn.Module):
+    """Channel mixing: of a token and the one before it."""
+
+    def __init__(self, config: RWKV7Config, layer_idx: int):
+        super().__init__()
+        self.layer_idx, self.n_layers = layer_idx, config.num_hidden_layers
+        d, d_inner = config.hidden_size, int(config.intermediate_size or 0)
+        self.x_k = nn.Parameter(torch.zeros(d))
+        self.key, self.value = nn.Linear(d, d_inner, bias=False), nn.Linear(d_inner, d, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        x = x if mask is None else x * mask
+        shift = with_past(x, 1, cache, self.layer_idx, state_idx=1)[:, :-1] - x
+        return self.value(self.key(torch.addcmul(x, shift, self.x_k)).relu().square())
+
+    def init_weights_(self) -> None:
+        d = len(self.x_k)
+        init.copy_(
+            self.x_k, 1 - (torch.arange(d, device=self.x_k.device) / d) ** ((1 - self.layer_idx / self.n_layers) ** 4)
+        )
+        init.orthogonal_(self.key.weight)
+        init.zeros_(self.value.weight)
+
+
+def _layer_norm(config: RWKV7Config) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+
+
+class RWKV7Block(Block):
+    def __init__(self, config: RWKV7Config, layer_idx: int):
+        super().__init__()
+        if config.norm_first and layer_idx == 0:
+            self.pre_norm = _layer_norm(config)
+        self.attn_norm, self.ffn_norm = _layer_norm(config), _layer_norm(config)
+        self.attn = RWKV7Attention(config, layer_idx)
+        self.ffn = RWKV7FeedForward(config, layer_idx)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, cache: Cache | None, v_first: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if hasattr(self, "pre_norm"):
+            x = self.pre_norm(x)
+        mixed, v_first = self.attn(self.attn_norm(x), mask, cache, v_first)
+        x = x + mixed
+        return x + self.ffn(self.ffn_norm(x), mask, cache), v_first  # type: ignore[return-value]
+
+
+class RWKV7PreTrainedModel(RecurrentPreTrainedModel):
+    config_class = RWKV7Config
+
+
+class RWKV7Model(RWKV7PreTrainedModel, RecurrentModel):
+    block = RWKV7Block
+    make_norm = staticmethod(_layer_norm)
+
+
+class RWKV7ForCausalLM(RWKV7PreTrainedModel, RecurrentForCausalLM):
+    stack = RWKV7Model
+
+
+__all__ = ["RWKV7Config", "RWKV7ForCausalLM", "RWKV7Model", "rwkv7_recurrence"]
