@@ -11,24 +11,19 @@ from __future__ import annotations
 
 import copy
 import json
-import random
-import resource
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import transformers
 import typer
+from measure import in_fresh_process, median, peak_memory, race
 from rich.console import Console
 from rich.table import Table
 
 import writesae as ws
-from writesae.hooks.families import GATED_DELTANET
+from writesae.hooks.families import FAMILIES
 from writesae.zoo import shipped_model
 
 MODELS = ("tiny-gdn", "wide")
@@ -55,9 +50,9 @@ def native(run: Callable[[], Any]) -> Callable[[], Any]:
 
     def timed() -> Any:
         swapped = []
-        for name in GATED_DELTANET.mixers:
-            module = sys.modules.get(name)
-            for function in GATED_DELTANET.kernels + GATED_DELTANET.helpers:
+        places = [(sys.modules.get(name), f) for f in FAMILIES for name in f.mixers]
+        for module, family in places:
+            for function in family.kernels + family.fused + family.helpers:
                 ours = getattr(module, function, None)
                 if hasattr(ours, "writesae_native"):
                     swapped.append((module, function, ours))
@@ -79,7 +74,7 @@ def contestants(name: str, n_pos: int) -> dict[str, Callable[[], Any]]:
     site = model.site(LAYER)
     generator = torch.Generator().manual_seed(1)
     write = ws.Write(*(torch.randn(d, generator=generator) for d in (site.d_key, site.d_value))) * 0.01
-    gates = [n for n in model.hook_names if n.rsplit("_", 1)[-1] in ("q", "k", "v", "beta") or n.endswith("log_decay")]
+    gates = [n for n in model.hook_names if not n.endswith(("hook_write", "hook_state", "hook_o", "hook_z"))]
 
     def edit(head: int | None) -> Callable[[], Any]:
         def run() -> Any:
@@ -135,54 +130,13 @@ def rivals(name: str, n_pos: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def race(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round."""
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name in random.sample(list(runs), len(runs)):
-            start = time.perf_counter()
-            runs[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def median(xs: list[float]) -> float:
-    return sorted(xs)[len(xs) // 2]
-
-
-def peak_memory(model: str, n_pos: int, mode: str) -> float:
-    """MiB by which one run raises the resident memory of a fresh process, at its highest."""
-    spec = json.dumps([model, n_pos, mode])
-    run = subprocess.run([sys.executable, __file__, "--child", spec], capture_output=True, text=True, check=True)
-    return float(run.stdout.splitlines()[-1])
-
-
-def resident() -> float:
-    """Resident memory now, MiB (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-
 def child(spec: str) -> None:
-    """Run once in this fresh process, with a thread that watches the resident memory."""
+    """Peak memory of one run, in this fresh process."""
     model, n_pos, mode = json.loads(spec)
     torch.set_num_threads(1)
     with torch.no_grad():
         contestants(model, 64)[mode]()  # what is allocated once, whatever the length
-        run = contestants(model, n_pos)[mode]
-        seen, done = [before := resident()], threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.0005):
-                seen.append(resident())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        run()
-        done.set()
-        watcher.join()
-        print(max(seen) - before)
+        print(peak_memory(contestants(model, n_pos)[mode]))
 
 
 def main(
@@ -217,7 +171,7 @@ def main(
         for column in ("", f"{pos} tokens", f"{4 * pos} tokens"):
             table.add_column(column, justify="left" if not column else "right")
         for mode in MEMORY_MODES:
-            table.add_row(mode, *(f"{peak_memory(name, n, mode):.0f}" for n in (pos, 4 * pos)))
+            table.add_row(mode, *(f"{in_fresh_process(__file__, name, n, mode)[0]:.0f}" for n in (pos, 4 * pos)))
         console.print(table)
 
 

@@ -12,16 +12,105 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+import brute_force as bf
 
 N_VOCAB = 97
-LAYERS = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
-RECURRENT = [0, 1, 3]
+# Every model has recurrent layers 0, 1 and 3 with four heads, whatever its layer 2 is: tests may name those.
 N_HEADS, N_KEY_HEADS, D_KEY, D_VALUE = 4, 2, 16, 12
-# At rest, each head forgets at its own pace; the tokens move that by much (see `build`).
-DECAYS = [0.2, 0.7, 0.96, 0.999]
+HYBRID, PURE = (0, 1, 3), (0, 1, 2, 3)
+LAYERS = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
+# At rest, each head forgets at its own pace; the tokens move that by much (see `set_gates`).
+DECAYS = torch.tensor([0.2, 0.7, 0.96, 0.999])
 
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """A family and how to make a tiny model of it.
+
+    Attributes:
+        name: for test ids.
+        rule: of its recurrence, which says what is intercepted and which quantities there are.
+        modeling_name: the modeling file.
+        model, config: classes of the model and of its configuration.
+        mixer: class of the recurrent mixers.
+        values: arguments of the (text) configuration.
+        layers: those with a recurrent mixer.
+        gate: what the mixer calls its gated norm, ``norm(o, z)``; None if it has none.
+        outputs: ``{quantity: submodule}`` for what can be seen and changed only as the output of one, before the
+            recurrence. (RWKV-7's first layer, whose values the others mix in, has no ``v_mix``.)
+        vision: arguments of the vision configuration: the text model lies one level deeper, beside a vision model.
+        cache_argument: what the model calls its cache.
+        forgets_positions: its attention layers count from 0 in every piece, unless told (transformers 5.23).
+        n_heads, d_value: heads, and columns of the state (the rows are `D_KEY` in every model).
+    """
+
+    name: str
+    rule: bf.Rule
+    modeling_name: str
+    model: str
+    config: str
+    mixer: str
+    values: dict[str, Any]
+    layers: tuple[int, ...] = HYBRID
+    gate: str | None = "norm"
+    outputs: dict[str, str] = field(default_factory=dict)
+    vision: dict[str, Any] = field(default_factory=dict)
+    cache_argument: str = "past_key_values"
+    forgets_positions: bool = False
+    n_heads: int = N_HEADS
+    d_value: int = D_VALUE
+
+    @property
+    def modeling(self) -> ModuleType:
+        return importlib.import_module(self.modeling_name)
+
+    def quantities(self, layer: int) -> list[str]:
+        """Its hook points, in firing order."""
+        before = [quantity for quantity in self.outputs if quantity != "v_mix" or layer > 0]
+        return [*before, *self.rule.inputs, "write", "state", "o", *(["z"] if self.gate else [])]
+
+    @property
+    def is_first_of_its_rule(self) -> bool:
+        """The one that gets the full grid of tests; the others share its adapter, and get a sample."""
+        return self is next(a for a in ARCHITECTURES if a.rule is self.rule)
+
+    def shape(self, quantity: str) -> tuple[int, ...]:
+        """Of a tensor quantity of one head at one token."""
+        if quantity == "log_decay" and self.rule.decay_per_key:
+            return (D_KEY,)
+        of_values = dict.fromkeys(("v", "v_mix", "o", "z"), (self.d_value,))
+        return {"beta": (), "log_decay": (), **of_values}.get(quantity, (D_KEY,))
+
+    def build(self) -> PreTrainedModel:
+        """A new model, always with the same weights, in float32, nothing attached."""
+        return copy.deepcopy(_build(self))
+
+    def mixers(self, model: nn.Module) -> dict[int, nn.Module]:
+        return {int(m.layer_idx): m for m in model.modules() if type(m).__name__ == self.mixer}  # type: ignore[arg-type]
+
+    def new_cache(self, model: Any) -> dict[str, DynamicCache]:
+        """An empty cache, as the keyword argument that the transformers model takes."""
+        return {self.cache_argument: DynamicCache(config=model.config)}
+
+    def place(self, start: int, n_pos: int) -> dict[str, Tensor]:
+        """What else to tell the model of a piece that begins at ``start``."""
+        return {"position_ids": torch.arange(start, start + n_pos)[None]} if self.forgets_positions else {}
+
+    def slot(self, cache: Any, layer: int) -> Tensor:
+        """The cached state of a layer, a view ``[batch, head, d_key, d_value]``."""
+        state = cache.layers[layer].recurrent_states[0]
+        return state.mT if self.rule.transposed else state
+
+    def __str__(self) -> str:
+        return self.name
+
+
+# Configurations ------------------------------------------------------------------------------------------------------
+
+_NO_SPECIAL_TOKENS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
 _TEXT = dict(
     vocab_size=N_VOCAB,
     hidden_size=64,
@@ -30,104 +119,220 @@ _TEXT = dict(
     num_key_value_heads=1,
     max_position_embeddings=512,
     layer_types=LAYERS,
+    **_NO_SPECIAL_TOKENS,
+)
+_DENSE = dict(intermediate_size=96)
+_VISION = dict(
+    depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, num_position_embeddings=16
+)
+
+_GDN = _TEXT | dict(
     linear_num_key_heads=N_KEY_HEADS,
     linear_num_value_heads=N_HEADS,
     linear_key_head_dim=D_KEY,
     linear_value_head_dim=D_VALUE,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=None,
 )
-_DENSE = dict(intermediate_size=96)
 # Every expert is chosen, or a rounding error could choose another one and change the logits by much.
 _EXPERTS = dict(moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts=4, num_experts_per_tok=4)
 # Likewise its budget holds every token.
 _INDEXER = dict(
     indexer_n_heads=1, indexer_kv_heads=1, indexer_head_dim=32, indexer_budget=256, indexer_compress_ratio=4
 )
-_VISION = dict(
-    depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, num_position_embeddings=16
+
+_KDA = _TEXT | dict(
+    num_attention_heads=N_HEADS,
+    num_key_value_heads=N_HEADS,
+    linear_num_heads=N_HEADS,
+    linear_head_dim=D_KEY,
+    kv_lora_rank=24,
+    qk_nope_head_dim=16,
+    v_head_dim=16,
+    mlp_layer_types=["dense", "sparse", "sparse", "dense"],
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_experts_per_tok=4,
+    n_shared_experts=1,
+)
+
+# The same heads under other names; four heads share two groups of B and C.
+_MAMBA2 = dict(vocab_size=N_VOCAB, hidden_size=N_HEADS * D_VALUE, **_NO_SPECIAL_TOKENS)
+_BAMBA = _MAMBA2 | dict(
+    intermediate_size=96,
+    num_hidden_layers=len(LAYERS),
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=512,
+    mamba_n_heads=N_HEADS,
+    mamba_n_groups=N_KEY_HEADS,
+    mamba_d_state=D_KEY,
+    mamba_expand=1,
+    mamba_chunk_size=32,
 )
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A family and how to make a tiny model of it.
-
-    Attributes:
-        name: for test ids.
-        file: the modeling file's short name, ``transformers.models.{file}.modeling_{file}``.
-        model: class of the model.
-        config: class of its configuration.
-        text: arguments of the text configuration.
-        multimodal: the text model lies one level deeper, beside a vision model.
-    """
-
-    name: str
-    file: str
-    model: str
-    config: str
-    text: dict[str, Any] = field(default_factory=dict)
-    multimodal: bool = False
-
-    @property
-    def modeling(self) -> ModuleType:
-        return importlib.import_module(f"transformers.models.{self.file}.modeling_{self.file}")
-
-    def build(self) -> PreTrainedModel:
-        """A new model, always with the same weights, in float32, nothing attached."""
-        return copy.deepcopy(_build(self.name))
-
-    def __str__(self) -> str:
-        return self.name
+def _transformers(name: str) -> str:
+    return f"transformers.models.{name}.modeling_{name}"
 
 
+def _gdn(file: str, classes: str, values: dict[str, Any], **more: Any) -> Architecture:
+    return Architecture(
+        file, bf.GATED_DELTA, _transformers(file), f"{classes}ForCausalLM", f"{classes}TextConfig",
+        f"{classes}GatedDeltaNet", _GDN | values, **more,
+    )  # fmt: skip
+
+
+def _kda(file: str, model: str, config: str, mixer: str, values: dict[str, Any], **more: Any) -> Architecture:
+    return Architecture(
+        file, bf.KDA, _transformers(file), model, config, mixer, _KDA | values, gate="o_norm", d_value=D_KEY, **more
+    )
+
+
+def _mamba2(file: str, classes: str, mixer: str, values: dict[str, Any], **more: Any) -> Architecture:
+    return Architecture(
+        more.pop("variant", file), bf.MAMBA2, _transformers(file), f"{classes}ForCausalLM", f"{classes}Config",
+        classes + mixer, values, **more,
+    )  # fmt: skip
+
+
+_QWEN = _DENSE | {"head_dim": 32}
+_FALCON = _BAMBA | dict(hidden_size=64, mamba_d_ssm=N_HEADS * D_VALUE, mamba_d_head=D_VALUE)
+
+_MIXER = dict(num_heads=N_HEADS, expand_k=1.0, expand_v=D_VALUE / D_KEY, intermediate_size=96)
+_OURS = dict(vocab_size=N_VOCAB, hidden_size=64, num_hidden_layers=4, **_NO_SPECIAL_TOKENS)
+
+
+def _ours(name: str, rule: bf.Rule, classes: str, mixer: str, values: dict[str, Any], **more: Any) -> Architecture:
+    return Architecture(
+        more.pop("variant", name), rule, f"writesae.models.{name}", f"{classes}ForCausalLM", f"{classes}Config",
+        mixer, _OURS | values, layers=PURE, **more,
+    )  # fmt: skip
+
+
+# The first of each rule gets the full grid.
 ARCHITECTURES = [
-    Architecture("qwen3_5", "qwen3_5", "Qwen3_5ForCausalLM", "Qwen3_5TextConfig", _TEXT | _DENSE | {"head_dim": 32}),
+    _gdn("qwen3_5", "Qwen3_5", _QWEN),
     Architecture(
-        "qwen3_5_multimodal", "qwen3_5", "Qwen3_5ForConditionalGeneration", "Qwen3_5Config",
-        _TEXT | _DENSE | {"head_dim": 32}, multimodal=True,
+        "qwen3_5_multimodal", bf.GATED_DELTA, _transformers("qwen3_5"), "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5Config", "Qwen3_5GatedDeltaNet", _GDN | _QWEN, vision=_VISION,
+    ),
+    _gdn("qwen3_5_moe", "Qwen3_5Moe", _EXPERTS | {"head_dim": 32}),
+    Architecture(
+        "qwen3_next", bf.GATED_DELTA, _transformers("qwen3_next"), "Qwen3NextForCausalLM", "Qwen3NextConfig",
+        "Qwen3NextGatedDeltaNet", _GDN | _QWEN | _EXPERTS,
     ),
     Architecture(
-        "qwen3_5_moe", "qwen3_5_moe", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig",
-        _TEXT | _EXPERTS | {"head_dim": 32},
+        "olmo_hybrid", bf.GATED_DELTA, _transformers("olmo_hybrid"), "OlmoHybridForCausalLM", "OlmoHybridConfig",
+        "OlmoHybridGatedDeltaNet", _GDN | _DENSE | {"linear_allow_neg_eigval": True}, gate="o_norm",
     ),
     Architecture(
-        "qwen3_next", "qwen3_next", "Qwen3NextForCausalLM", "Qwen3NextConfig",
-        _TEXT | _DENSE | _EXPERTS | {"head_dim": 32},
+        "qwen4_exp", bf.GATED_DELTA, _transformers("qwen4_exp"), "Qwen4ExpForCausalLM", "Qwen4ExpTextConfig",
+        "Qwen4ExpTextGatedDeltaNet",
+        _GDN | _EXPERTS | _INDEXER | {"head_dim": 32, "hc_count": 2, "hc_lowrank": 16},
     ),
-    Architecture(
-        "olmo_hybrid", "olmo_hybrid", "OlmoHybridForCausalLM", "OlmoHybridConfig",
-        _TEXT | _DENSE | {"linear_allow_neg_eigval": True},
-    ),
-    Architecture(
-        "qwen4_exp", "qwen4_exp", "Qwen4ExpForCausalLM", "Qwen4ExpTextConfig",
-        _TEXT | _EXPERTS | _INDEXER | {"head_dim": 32, "hc_count": 2, "hc_lowrank": 16},
-    ),
+    _kda("kimi_linear", "KimiLinearForCausalLM", "KimiLinearConfig", "KimiLinearDeltaAttention",
+         dict(qk_rope_head_dim=8, num_local_experts=4)),
+    _kda("bailing_hybrid", "BailingHybridForCausalLM", "BailingHybridConfig", "BailingHybridDeltaAttention",
+         dict(qk_rope_head_dim=8, num_local_experts=4, head_dim=D_KEY, n_group=1, topk_group=1)),
+    _kda("glm5_next", "Glm5NextForConditionalGeneration", "Glm5NextConfig", "Glm5NextTextLinearAttention",
+         dict(q_lora_rank=24, qk_rope_head_dim=0, n_routed_experts=4, index_topk=256, index_kpool=4,
+              index_head_dim=16, index_n_heads=2, hc_mult=2),
+         vision=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, image_size=28,
+                     projection_intermediate_size=32)),
+    _mamba2("mamba2", "Mamba2", "Mixer",
+            _MAMBA2 | dict(num_hidden_layers=4, num_heads=N_HEADS, head_dim=D_VALUE, n_groups=N_KEY_HEADS,
+                           state_size=D_KEY, expand=1, chunk_size=64),
+            layers=PURE, cache_argument="cache_params"),
+    _mamba2("bamba", "Bamba", "Mixer", _BAMBA | dict(attn_layer_indices=[2]), forgets_positions=True),
+    _mamba2("zamba2", "Zamba2", "MambaMixer",
+            _MAMBA2 | dict(intermediate_size=96, num_hidden_layers=4, num_attention_heads=2, n_mamba_heads=N_HEADS,
+                           max_position_embeddings=512, mamba_ngroups=N_KEY_HEADS, mamba_d_state=D_KEY,
+                           mamba_expand=1, chunk_size=32, num_mem_blocks=1, tie_word_embeddings=False,
+                           layers_block_type=["linear_attention", "linear_attention", "hybrid", "linear_attention"]),
+            layers=PURE),
+    _mamba2("falcon_h1", "FalconH1", "Mixer", _FALCON | dict(mamba_rms_norm=True, mamba_norm_before_gate=False),
+            layers=PURE),
+    # Gates by a product beside the norm, or inside the kernel: nothing is called with o and z.
+    _mamba2("falcon_h1", "FalconH1", "Mixer", _FALCON | dict(mamba_rms_norm=False), layers=PURE, gate=None,
+            variant="falcon_h1_no_norm"),
+    _mamba2("nemotron_h", "NemotronH", "Mamba2Mixer",
+            _MAMBA2 | dict(hidden_size=64, layers_block_type=[*LAYERS, "moe", "mlp"], mamba_num_heads=N_HEADS,
+                           mamba_head_dim=D_VALUE, n_groups=N_KEY_HEADS, ssm_state_size=D_KEY, chunk_size=32,
+                           num_attention_heads=2, num_key_value_heads=1, head_dim=32, intermediate_size=96,
+                           max_position_embeddings=512, n_routed_experts=4, num_experts_per_tok=4,
+                           moe_intermediate_size=32, moe_shared_expert_intermediate_size=32)),
+    _mamba2("granitemoehybrid", "GraniteMoeHybrid", "MambaLayer",
+            _BAMBA | dict(layer_types=LAYERS, num_local_experts=4, num_experts_per_tok=4, shared_intermediate_size=32,
+                          attention_multiplier=0.2)),
+    _ours("rwkv7", bf.RWKV7, "RWKV7", "RWKV7Attention",
+          dict(head_dim=D_KEY, value_dim=N_HEADS * D_VALUE, decay_low_rank_dim=16, gate_low_rank_dim=16,
+               a_low_rank_dim=16, v_low_rank_dim=8, intermediate_size=96),
+          gate=None, outputs={"z": "gate", "v_mix": "v_mix"}),
+    _ours("delta_net", bf.DELTA_NET, "DeltaNet", "DeltaNet", _MIXER | dict(use_gate=True), gate="o_norm"),
+    _ours("delta_net", bf.DELTA_NET, "DeltaNet", "DeltaNet",
+          _MIXER | dict(qk_activation="relu", qk_norm="sum", allow_neg_eigval=True), gate=None,
+          variant="delta_net_no_gate"),
+    _ours("gla", bf.GLA, "GLA", "GatedLinearAttention", _MIXER, gate="g_norm_swish_gate"),
+    # Two heads share keys, values and decays.
+    _ours("gla", bf.GLA, "GLA", "GatedLinearAttention",
+          _MIXER | dict(num_kv_heads=N_KEY_HEADS, use_short_conv=True, fuse_norm=False), gate="g_norm",
+          variant="gla_grouped"),
 ]  # fmt: skip
 
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+each_rule = pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.is_first_of_its_rule], ids=str)
+
+
+def architecture_named(name: str) -> Architecture:
+    return next(a for a in ARCHITECTURES if a.name == name)
+
+
+# Weights -------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _build(name: str) -> PreTrainedModel:
+def _build(a: Architecture) -> PreTrainedModel:
     """Random weights of a size at which every layer, the recurrent ones above all, moves the logits."""
-    a = next(a for a in ARCHITECTURES if a.name == name)
-    text = dict(a.text)
-    if a.multimodal:
-        config = getattr(transformers, a.config)(text_config=text, vision_config=dict(_VISION))
-        config.image_token_id = config.video_token_id = config.vision_start_token_id = config.vision_end_token_id = -1
+    if a.vision:
+        config = getattr(a.modeling, a.config)(text_config=dict(a.values), vision_config=dict(a.vision))
+        for token in ("image", "video", "vision_start", "vision_end", "image_start", "image_end", "video_start"):
+            setattr(config, f"{token}_token_id", -1)
     else:
-        config = getattr(transformers, a.config)(**text)
-    model = getattr(transformers, a.model)(config).float().eval()
+        config = getattr(a.modeling, a.config)(**copy.deepcopy(a.values))
+    model = getattr(a.modeling, a.model)(config).float().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter_name, p in model.named_parameters():
-            if parameter_name.endswith("A_log"):  # decay = exp(-A softplus(input + dt_bias)), softplus(0) = log 2
-                p.copy_((-torch.tensor(DECAYS).log() / math.log(2)).log())
-            elif parameter_name.endswith("dt_bias"):
-                p.zero_()
+            if ".x_" in parameter_name:  # RWKV: a share of the token before
+                p.copy_(torch.rand(p.shape, generator=generator))
             elif p.ndim > 1:
-                fan_in = 1 if "embed_tokens" in parameter_name else p.shape[-1]
+                fan_in = 1 if "embed" in parameter_name else p.shape[-1]
                 p.copy_(torch.randn(p.shape, generator=generator) / math.sqrt(fan_in))
+            elif parameter_name.endswith("conv1d.bias"):
+                p.copy_(torch.randn(p.shape, generator=generator) / 4)
+        for module in model.modules():
+            if hasattr(module, "A_log"):
+                set_gates(module)
+            if hasattr(module, "gk_proj"):
+                bias = module.gk_proj[1].bias
+                kept = -torch.linspace(0.3, 0.999, len(bias)).log() * 16  # log decay = log sigmoid(input + bias) / 16
+                bias.copy_(-kept - (-(-kept).expm1()).log())
+            if type(module).__name__ in ("RWKV7Attention", "GatedLinearAttention"):
+                module.k_proj.weight.mul_(0.25)  # keys without a norm: so that they write about as much as the others
     return model
+
+
+def set_gates(module: Any) -> None:
+    """So that the heads forget at the paces of `DECAYS`, and each channel of a head somewhat faster or slower."""
+    n_channels = module.dt_bias.numel() // N_HEADS
+    spread = torch.linspace(-1.5, 1.5, n_channels) if n_channels > 1 else torch.zeros(1)
+    rate = -DECAYS.log()
+    if hasattr(module, "D"):  # Mamba-2: dt is also how much is written
+        dt = torch.tensor([1.0, 0.2, 0.5, 0.8])
+        bias, a_log = dt.expm1().log(), (rate / dt).log()
+        module.D.copy_(torch.tensor([0.7, -0.4, 1.5, 1.0]))
+    elif bound := getattr(module, "safe_gate_lower_bound", None) or getattr(module, "lower_bound", None):
+        bias, a_log = (rate / -bound).logit(), torch.zeros(N_HEADS)  # log decay = bound sigmoid(input + dt_bias)
+    else:
+        bias, a_log = torch.zeros(N_HEADS), (rate / math.log(2)).log()  # -A softplus(input + dt_bias)
+    module.dt_bias.copy_((bias[:, None] + spread).reshape(module.dt_bias.shape))
+    module.A_log.copy_(a_log.reshape(module.A_log.shape))

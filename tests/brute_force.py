@@ -7,45 +7,54 @@ Nothing of `writesae` is used but for reading an SAE's weights. Two independent 
 - `cache_protocol` leaves the recurrence alone and feeds the model token by token; after each token it adds the matrix
   to the recurrent state in the model's cache (the paper's protocol, ``read="next"``).
 
+The loop is one for every architecture. A `Rule` says what is its own: the functions that run its recurrence, what
+their arguments mean and what they return, and what the memory erases at a token.
+
 Each sequence of a batch has its own edits, so that one run serves many experiments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from torch.nn.functional import silu, softplus
 
-KERNELS = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+if TYPE_CHECKING:
+    from architectures import Architecture
+
+# Helpers of the modeling files that a wrapped model replaces too.
+HELPERS = ("causal_conv1d_fn", "causal_conv1d_update", "mamba2_split_conv1d_scan_combined")
 
 
 @dataclass(frozen=True)
 class Now:
-    """One head at one token of one sequence: key, value, gate and decay of the token, and the state before it."""
+    """One head at one token of one sequence: what it writes natively, ``key value^T``, and three states.
 
-    k: Tensor  # [d_key], of length 1
-    v: Tensor  # [d_value]
-    beta: Tensor
-    decay: Tensor
-    S: Tensor  # [d_key, d_value]
+    ``decayed`` and ``kept`` are the state before the token after its decay, and after its erase too.
+    """
+
+    key: Tensor  # [d_key]
+    value: Tensor  # [d_value]
+    decayed: Tensor  # [d_key, d_value]
+    kept: Tensor
 
     @property
     def write(self) -> Tensor:
-        return torch.outer(self.k, self.beta * self.v)
-
-    @property
-    def delta(self) -> Tensor:
-        return torch.outer(self.k, self.beta * (self.v - self.decay * self.S.T @ self.k))
+        return torch.outer(self.key, self.value)
 
     @property
     def state(self) -> Tensor:
-        return self.decay * self.S + self.delta
+        return self.kept + self.write
+
+    @property
+    def delta(self) -> Tensor:
+        return self.state - self.decayed
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class DenseEdit:
         fn: for stage ``"write"``: ``fn(now, i) -> E``, the matrix to add, at the ``i``-th of the positions. For any
             other stage: what the quantity is to be, ``fn(value) -> value``.
         positions: which tokens, None for all.
-        stage: ``write``, or the quantity that is changed: q, k, v, beta, log_decay, state, o, z.
+        stage: ``write``, or the quantity that is changed: an input of the rule, state, o, z.
         read: ``"next"``: the token's own read does not see the matrix yet.
     """
 
@@ -70,8 +79,6 @@ class DenseEdit:
 
     def index(self, position: int) -> int | None:
         """Which of the positions this is, None if none of them."""
-        if position < 0:
-            return None
         if self.positions is None:
             return 0
         return list(self.positions).index(position) if position in self.positions else None
@@ -117,6 +124,213 @@ def substitute(sae: Any, *, atom: int | None = None, norm: str = "code") -> Call
     return fn
 
 
+# The rules -----------------------------------------------------------------------------------------------------------
+
+At = Mapping[str, Tensor]  # quantities of one token, [batch, head, ...]
+
+
+@dataclass
+class Call:
+    """What one call of a native function means, in float64.
+
+    Attributes:
+        x: the quantities that enter the recurrence, ``[batch, pos, head, ...]``, each head with its own.
+        S: the state before, ``[batch, head, d_key, d_value]``; None for zeros.
+        answer: outputs ``[batch, pos, head, d_value]`` and final state -> what the mixer gets back.
+    """
+
+    x: dict[str, Tensor]
+    S: Tensor | None
+    answer: Callable[[Tensor, Tensor], Any]
+
+    def state(self) -> Tensor:
+        k, v = self.x["k"], self.x["v"]
+        return k.new_zeros(k.shape[0], *k.shape[2:], v.shape[-1]) if self.S is None else self.S
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """An update rule.
+
+    Attributes:
+        name: of it.
+        inputs: quantities that enter the recurrence, in the order in which their hooks fire.
+        kernels: the functions of a modeling file that run it, and for each how to read a call.
+        erase: a token's quantities, the state before it and that state decayed -> what is added to the latter, beside
+            the write; None if nothing is.
+        decay_per_key: the decay is one number a row of the state, not one a head.
+        transposed: the model keeps ``[head, d_value, d_key]``.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    kernels: Mapping[str, Callable[..., Call]]
+    erase: Callable[[At, Tensor, Tensor], Tensor] | None = None
+    decay_per_key: bool = False
+    transposed: bool = False
+
+    def step(self, x: At, S: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One token: key and value of its write, the state decayed, and that state after the erase."""
+        decayed = S
+        if "log_decay" in x:
+            decay = x["log_decay"].exp()
+            decayed = S * (decay[..., None] if self.decay_per_key else decay[..., None, None])
+        kept = decayed if self.erase is None else decayed + self.erase(x, S, decayed)
+        value = x["v"] * x["beta"][..., None] if "beta" in x else x["v"]
+        return x["k"], value, decayed, kept
+
+
+def outer(key: Tensor, value: Tensor) -> Tensor:
+    return torch.einsum("bhk,bhv->bhkv", key, value)
+
+
+def read_along(key: Tensor, S: Tensor) -> Tensor:
+    return torch.einsum("bhk,bhkv->bhv", key, S)
+
+
+def delta_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
+    """``-beta k (k^T D S)``: what the memory holds along the key is replaced by the value (arXiv 2412.06464, eq. 10;
+    with a decay per key channel, Kimi Linear, arXiv 2510.26692, eq. 1)."""
+    return -outer(x["k"], x["beta"][..., None] * read_along(x["k"], decayed))
+
+
+def rwkv7_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
+    """``-(kappa iclr)(kappa^T S)``, which reads the state before its decay (arXiv 2503.14456, eq. 17)."""
+    return -outer(x["kappa"] * x["iclr"], read_along(x["kappa"], S))
+
+
+def for_each_head(x: Tensor, n_heads: int) -> Tensor:
+    """``x [batch, pos, group, ...]`` with each group copied for the heads that it serves, side by side."""
+    return x[:, :, [h * x.shape[2] // n_heads for h in range(n_heads)]]
+
+
+def delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **_: Any,
+) -> Call:
+    """transformers' functions of Gated DeltaNet and of Kimi delta attention."""
+    q, k = (for_each_head(x.double(), value.shape[2]) for x in (query, key))
+    if use_qk_l2norm_in_kernel:
+        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    return Call(
+        dict(q=q / q.shape[-1] ** 0.5, k=k, v=value.double(), beta=beta.double(), log_decay=g.double()),
+        None if initial_state is None else initial_state.double(),
+        lambda o, S: (o.to(query.dtype), S.float() if output_final_state else None),
+    )
+
+
+def mamba2_chunk_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **_: Any,
+) -> Call:
+    """``S = exp(dt A) S + B (dt x)^T``, and beside the memory ``D x`` (Mamba-2, arXiv 2405.21060)."""
+    n_heads, x = hidden_states.shape[2], hidden_states.double()
+    dt = dt.double() + (0 if dt_bias is None else dt_bias.double())
+    dt = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+    skip = 0 if D is None else D.double()[:, None] * x
+
+    def answer(o: Tensor, S: Tensor) -> Any:
+        o = (o + skip).float()  # transformers computes in float32 here and hands that on
+        return (o, S.mT.float().contiguous()) if return_final_states else o
+
+    return Call(
+        dict(
+            q=for_each_head(C.double(), n_heads),
+            k=for_each_head(B.double(), n_heads),
+            v=x.clone(),
+            beta=dt,
+            log_decay=dt * A.double(),
+        ),
+        None if initial_states is None else initial_states.double().mT,
+        answer,
+    )
+
+
+def mamba2_selective_state_update(
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    z: Tensor | None = None,
+    **_: Any,
+) -> Call:
+    """One token, with the state updated in place. What is one number a head comes copied over the head's channels."""
+    first = lambda x: None if x is None else x[..., 0]  # noqa: E731
+    call = mamba2_chunk_scan(
+        hidden_states[:, None], first(dt)[:, None], A[:, 0, 0], B[:, None], C[:, None], 1, first(D), first(dt_bias),
+        initial_states=state, dt_softplus=dt_softplus,
+    )  # fmt: skip
+
+    def answer(o: Tensor, S: Tensor) -> Tensor:
+        state.copy_(S.mT)
+        o = call.answer(o, S)[:, 0]
+        return (o if z is None else o * silu(z)).to(hidden_states.dtype)
+
+    return Call(call.x, call.S, answer)
+
+
+def canonical(initial_state: Tensor | None = None, output_final_state: bool = False, **x: Tensor) -> Call:
+    """The functions of our own models, whose arguments are the quantities themselves."""
+    return Call(
+        {name: value.double() for name, value in x.items()},
+        None if initial_state is None else initial_state.double(),
+        lambda o, S: (o.to(x["q"].dtype), S.float() if output_final_state else None),
+    )
+
+
+GATED_DELTA = Rule(
+    "gated_delta",
+    ("q", "k", "v", "beta", "log_decay"),
+    dict.fromkeys(("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"), delta_rule),
+    delta_erase,
+)
+KDA = Rule(
+    "kimi_delta",
+    ("q", "k", "v", "beta", "log_decay"),
+    dict.fromkeys(("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"), delta_rule),
+    delta_erase,
+    decay_per_key=True,
+)
+MAMBA2 = Rule(
+    "mamba2",
+    ("q", "k", "v", "beta", "log_decay"),
+    {f.__name__: f for f in (mamba2_chunk_scan, mamba2_selective_state_update)},
+    transposed=True,
+)
+DELTA_NET = Rule("delta", ("q", "k", "v", "beta"), {"delta_rule_recurrence": canonical}, delta_erase)
+GLA = Rule("gla", ("q", "k", "v", "log_decay"), {"gla_recurrence": canonical}, decay_per_key=True)
+RWKV7 = Rule(
+    "rwkv7",
+    ("q", "k", "v", "log_decay", "kappa", "iclr"),
+    {"rwkv7_recurrence": canonical},
+    rwkv7_erase,
+    decay_per_key=True,
+)
+
+
 # The loop in the model's place ---------------------------------------------------------------------------------------
 
 
@@ -139,23 +353,19 @@ def replaced(module: ModuleType, **functions: Callable[..., Any]) -> Iterator[No
 
 
 @contextmanager
-def untouched(module: ModuleType) -> Iterator[None]:
-    """The modeling file as transformers has it, whatever has been wrapped."""
-    names = [*KERNELS, "causal_conv1d_fn", "causal_conv1d_update"]
-    with replaced(module, **{name: native(getattr(module, name)) for name in names}):
+def untouched(a: Architecture) -> Iterator[None]:
+    """The modeling file as its authors have it, whatever has been wrapped."""
+    names = [name for name in (*a.rule.kernels, *HELPERS) if hasattr(a.modeling, name)]
+    with replaced(a.modeling, **{name: native(getattr(a.modeling, name)) for name in names}):
         yield
 
 
-def mixers(model: nn.Module) -> dict[int, nn.Module]:
-    return {int(m.layer_idx): m for m in model.modules() if hasattr(m, "A_log")}
-
-
 @contextmanager
-def layer_watch(model: nn.Module, tell: Callable[[int], None]) -> Iterator[None]:
+def layer_watch(a: Architecture, model: nn.Module, tell: Callable[[int], None]) -> Iterator[None]:
     """Calls ``tell(layer)`` before each recurrent layer runs."""
     handles = [
         mixer.register_forward_pre_hook(lambda _m, _a, layer=layer: tell(layer))
-        for layer, mixer in mixers(model).items()
+        for layer, mixer in a.mixers(model).items()
     ]
     try:
         yield
@@ -164,107 +374,75 @@ def layer_watch(model: nn.Module, tell: Callable[[int], None]) -> Iterator[None]
             handle.remove()
 
 
-def canonical(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, use_qk_l2norm_in_kernel: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What enters the recurrence, in float64: each key head copied for the value heads that it serves, side by side."""
-    heads = [h // (value.shape[2] // key.shape[2]) for h in range(value.shape[2])]
-    q, k = query.double()[:, :, heads], key.double()[:, :, heads]
-    if use_qk_l2norm_in_kernel:
-        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
-    return q / q.shape[-1] ** 0.5, k, value.double().clone(), g.double().clone(), beta.double().clone()
-
-
 class BruteForce:
-    """``with BruteForce(model, modeling, edits): model(...)``, also in pieces with a cache; one use for one sequence.
+    """``with BruteForce(architecture, model, edits): model(...)``, also in pieces with a cache; once for a sequence.
 
     Args:
-        model: a transformers model that nobody wrapped.
-        modeling: its modeling file.
+        a: architecture of the model.
+        model: a model that nobody wrapped.
         edits: for each sequence of the batch.
-        left: padding tokens before each sequence.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        modeling: ModuleType,
-        edits: Sequence[Sequence[DenseEdit]],
-        left: Sequence[int] | None = None,
-    ):
-        self.model, self.modeling = model, modeling
-        self.left = list(left or [0] * len(edits))
-        self.by_layer: dict[int, list[tuple[int, DenseEdit]]] = {layer: [] for layer in mixers(model)}
+    def __init__(self, a: Architecture, model: nn.Module, edits: Sequence[Sequence[DenseEdit]]):
+        self.a, self.model = a, model
+        self.by_layer: dict[int, list[tuple[int, DenseEdit]]] = {layer: [] for layer in a.layers}
         for row, items in enumerate(edits):
             for edit in items:
                 self.by_layer[edit.layer].append((row, edit))
         self.seen = dict.fromkeys(self.by_layer, 0)  # tokens that each layer has had
-        self.layer = -1
+        self.n_rows = len(edits)
+        self.layer = self.first = -1  # the running layer, and the position of its call's first token
 
     def __enter__(self) -> BruteForce:
         def tell(layer: int) -> None:
-            self.layer = layer
+            self.layer, self.first = layer, self.seen[layer]
 
-        self.parts = [
-            replaced(self.modeling, **dict.fromkeys(KERNELS, self.kernel)),
-            layer_watch(self.model, tell),
-        ]
-        for part in self.parts:
-            part.__enter__()
-        norms = [getattr(m, "norm", None) or m.o_norm for m in mixers(self.model).values()]
-        self.handles = [norm.register_forward_pre_hook(self.gate) for norm in norms]
+        def kernel(read: Callable[..., Call]) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self.run(read(*args, **kwargs))
+
+        kernels = {name: kernel(read) for name, read in self.a.rule.kernels.items()}
+        self.stack = ExitStack()
+        self.stack.enter_context(replaced(self.a.modeling, **kernels))
+        self.stack.enter_context(layer_watch(self.a, self.model, tell))
+        for mixer in self.a.mixers(self.model).values():
+            if self.a.gate:
+                handle = getattr(mixer, self.a.gate).register_forward_pre_hook(
+                    lambda _norm, args: (args[0], self.changed("z", args[1]), *args[2:])
+                )
+                self.stack.callback(handle.remove)
+            for stage, name in self.a.outputs.items():
+                if hasattr(mixer, name):
+                    handle = getattr(mixer, name).register_forward_hook(
+                        lambda _module, _args, output, stage=stage: self.changed(stage, output)
+                    )
+                    self.stack.callback(handle.remove)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-        for part in reversed(self.parts):
-            part.__exit__(None, None, None)
+        self.stack.close()
 
-    def here(self, column: int) -> list[tuple[int, DenseEdit, int]]:
-        """Row, edit and index of position, for the running layer's edits that act at a column of the batch."""
-        found = []
-        for row, edit in self.by_layer[self.layer]:
-            i = edit.index(column - self.left[row])
-            if i is not None:
-                found.append((row, edit, i))
-        return found
+    def here(self, t: int) -> list[tuple[int, DenseEdit, int]]:
+        """Row, edit and index of position, for the running layer's edits that act at the call's token ``t``."""
+        found = [(row, edit, edit.index(self.first + t)) for row, edit in self.by_layer[self.layer]]
+        return [(row, edit, i) for row, edit, i in found if i is not None]
 
-    def kernel(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        g: Tensor,
-        beta: Tensor,
-        initial_state: Tensor | None = None,
-        output_final_state: bool = False,
-        use_qk_l2norm_in_kernel: bool = False,
-        **_: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        q, k, v, g, beta = canonical(query, key, value, g, beta, use_qk_l2norm_in_kernel)
-        inputs = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": g}
-        batch, n_pos, n_heads, d_key = q.shape
-        S = torch.zeros(batch, n_heads, d_key, v.shape[-1], dtype=torch.float64)
-        if initial_state is not None:
-            S = initial_state.double()
-        outputs = []
-        self.first = self.seen[self.layer]
+    def run(self, call: Call) -> Any:
+        S, x, outputs = call.state(), {name: value.clone() for name, value in call.x.items()}, []
+        n_pos = x["q"].shape[1]
         for t in range(n_pos):
-            here = self.here(self.first + t)
+            here = self.here(t)
             for row, edit, _i in here:
-                if edit.stage in inputs:
-                    x = inputs[edit.stage]
-                    x[row, t, edit.head] = edit.fn(x[row, t, edit.head])
-            before, decay = S, g[:, t].exp()
-            S = decay[..., None, None] * S
-            expected = torch.einsum("bhkv,bhk->bhv", S, k[:, t])
-            S = S + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * (v[:, t] - expected))
+                if edit.stage in x:
+                    value = x[edit.stage]
+                    value[row, t, edit.head] = edit.fn(value[row, t, edit.head])
+            at = {name: value[:, t] for name, value in x.items()}
+            key, value, decayed, kept = self.a.rule.step(at, S)
+            S = kept + outer(key, value)
             after_the_read = []
             for row, edit, i in here:
                 if edit.stage == "write":
                     h = edit.head
-                    E = edit.fn(Now(k[row, t, h], v[row, t, h], beta[row, t, h], decay[row, h], before[row, h]), i)
+                    E = edit.fn(Now(key[row, h], value[row, h], decayed[row, h], kept[row, h]), i)
                     if edit.read == "same":
                         S[row, h] += E
                     else:
@@ -272,7 +450,7 @@ class BruteForce:
             for row, edit, _i in here:
                 if edit.stage == "state":
                     S[row, edit.head] = edit.fn(S[row, edit.head])
-            o = torch.einsum("bhkv,bhk->bhv", S, q[:, t])
+            o = read_along(at["q"], S)
             for row, edit, _i in here:
                 if edit.stage == "o":
                     o[row, edit.head] = edit.fn(o[row, edit.head])
@@ -280,51 +458,48 @@ class BruteForce:
                 S[row, h] += E
             outputs.append(o)
         self.seen[self.layer] += n_pos
-        return torch.stack(outputs, 1).to(query.dtype), S.float() if output_final_state else None
+        return call.answer(torch.stack(outputs, 1), S)
 
-    def gate(self, _norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The gated norm gets outputs and gates of all sequences, tokens and heads one below the other."""
-        o, z, *rest = args
-        changed = z.unflatten(0, (len(self.left), -1, mixers(self.model)[self.layer].num_v_heads)).clone()
+    def changed(self, stage: str, value: Tensor) -> Tensor:
+        """A quantity outside of the recurrence; tokens, heads and channels may be flattened together."""
+        changed = value.reshape(self.n_rows, -1, self.a.n_heads, self.a.d_value).clone()
         for t in range(changed.shape[1]):
-            for row, edit, _i in self.here(self.first + t):
-                if edit.stage == "z":
+            for row, edit, _i in self.here(t):
+                if edit.stage == stage:
                     changed[row, t, edit.head] = edit.fn(changed[row, t, edit.head])
-        return (o, changed.reshape(z.shape), *rest)
+        return changed.reshape(value.shape)
 
 
 @torch.no_grad()
-def brute_force(model: nn.Module, modeling: ModuleType, ids: Tensor, edits: Sequence[Sequence[DenseEdit]]) -> Tensor:
+def brute_force(a: Architecture, model: Any, ids: Tensor, edits: Sequence[Sequence[DenseEdit]]) -> Tensor:
     """Logits ``[batch, pos, vocab]`` of whole sequences, each with its own edits."""
-    with BruteForce(model, modeling, edits):
+    with BruteForce(a, model, edits):
         return model(input_ids=ids, use_cache=False).logits
 
 
 @torch.no_grad()
-def cache_protocol(model: nn.Module, modeling: ModuleType, ids: Tensor, edits: Sequence[Sequence[DenseEdit]]) -> Tensor:
+def cache_protocol(a: Architecture, model: Any, ids: Tensor, edits: Sequence[Sequence[DenseEdit]]) -> Tensor:
     """Logits of the model fed token by token, with matrices added to the cached states after each token's pass."""
-    seen: dict[int, tuple[Tensor, ...]] = {}
+    seen: dict[int, tuple[Tensor, ...]] = {}  # what the token's step was, by layer
     layer = -1
 
     def tell(now: int) -> None:
         nonlocal layer
         layer = now
 
-    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-        def kernel(query, key, value, g, beta, initial_state=None, use_qk_l2norm_in_kernel=False, **kwargs):
-            _, k, v, log_decay, b = canonical(query, key, value, g, beta, use_qk_l2norm_in_kernel)
-            S = torch.zeros(k.shape[0], k.shape[2], k.shape[3], v.shape[3], dtype=torch.float64)
-            seen[layer] = (k, v, log_decay, b, S if initial_state is None else initial_state.double().clone())
-            kwargs |= dict(initial_state=initial_state, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel)
-            return function(query, key, value, g=g, beta=beta, **kwargs)
+    def watched(read: Callable[..., Call], function: Callable[..., Any]) -> Callable[..., Any]:
+        def kernel(*args: Any, **kwargs: Any) -> Any:
+            call = read(*args, **kwargs)
+            seen[layer] = a.rule.step({name: value[:, 0] for name, value in call.x.items()}, call.state())
+            return function(*args, **kwargs)
 
         return kernel
 
-    cache, logits = DynamicCache(config=model.config), []
-    functions = {name: watched(native(getattr(modeling, name))) for name in KERNELS}
-    with replaced(modeling, **functions), layer_watch(model, tell):
+    cache, logits = a.new_cache(model), []
+    kernels = {name: watched(read, native(getattr(a.modeling, name))) for name, read in a.rule.kernels.items()}
+    with replaced(a.modeling, **kernels), layer_watch(a, model, tell):
         for t in range(ids.shape[1]):
-            logits.append(model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
+            logits.append(model(input_ids=ids[:, t : t + 1], use_cache=True, **cache, **a.place(t, 1)).logits)
             for row, items in enumerate(edits):
                 for edit in items:
                     i, h = edit.index(t), edit.head
@@ -333,7 +508,6 @@ def cache_protocol(model: nn.Module, modeling: ModuleType, ids: Tensor, edits: S
                     assert edit.stage == "write" and edit.read == "next", (
                         "a cached state can only be edited after a read"
                     )
-                    k, v, log_decay, b, S = seen[edit.layer]
-                    now = Now(k[row, 0, h], v[row, 0, h], b[row, 0, h], log_decay[row, 0, h].exp(), S[row, h])
-                    cache.layers[edit.layer].recurrent_states[0][row, h] += edit.fn(now, i).float()
+                    now = Now(*(part[row, h] for part in seen[edit.layer]))
+                    a.slot(*cache.values(), edit.layer)[row, h] += edit.fn(now, i).float()
     return torch.cat(logits, 1)

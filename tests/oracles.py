@@ -1,10 +1,32 @@
 """Reference implementations by other people, to test ours against."""
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
+
+
+@functools.cache
+def fla_naive(folder: str) -> ModuleType:
+    """A file ``naive.py`` of flash-linear-attention, under ``fla/ops``.
+
+    Importing it by its name would import the packages above it, which need triton and look for a GPU. The file itself
+    needs only torch and einops.
+    """
+    fla = importlib.util.find_spec("fla")
+    if fla is None or not fla.submodule_search_locations:
+        raise ModuleNotFoundError('fla-core is not installed: pip install -c constraints.txt -e ".[test]"', name="fla")
+    path = Path(fla.submodule_search_locations[0], "ops", folder, "naive.py")
+    spec = importlib.util.spec_from_file_location(f"fla_{folder.replace('/', '_')}_naive", path)
+    assert spec is not None and spec.loader is not None
+    naive = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(naive)
+    return naive
 
 
 def dplr_recurrence() -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -27,14 +49,100 @@ def dplr_recurrence() -> Callable[..., tuple[Tensor, Tensor | None]]:
 
     Give it float32: it casts everything to that, float64 too, but for ``alpha``, which it leaves as it is.
     """
-    # Importing it by its name would import the packages above it, which need triton and look for a GPU.
-    # The file itself needs only torch and einops.
-    fla = importlib.util.find_spec("fla")
-    if fla is None or not fla.submodule_search_locations:
-        raise ModuleNotFoundError('fla-core is not installed: pip install -c constraints.txt -e ".[test]"', name="fla")
-    path = Path(fla.submodule_search_locations[0], "ops", "generalized_delta_rule", "dplr", "naive.py")
-    spec = importlib.util.spec_from_file_location("fla_dplr_naive", path)
-    assert spec is not None and spec.loader is not None
-    naive = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(naive)
-    return naive.dplr_recurrence
+    return fla_naive("generalized_delta_rule/dplr").dplr_recurrence
+
+
+# The recurrence of each rule, from the canonical quantities ``x [batch, pos, head, ...]`` and the state before the
+# first token, to outputs and final state. All scale the reads by ``d_key ** -0.5`` themselves: that is undone first.
+
+Quantities = dict[str, Tensor]
+Result = tuple[Tensor, Tensor]
+
+
+def unscaled(x: Quantities) -> Tensor:
+    return x["q"] * x["q"].shape[-1] ** 0.5
+
+
+def heads_first(*tensors: Tensor) -> list[Tensor]:
+    return [x.transpose(1, 2) for x in tensors]
+
+
+def gated_delta(x: Quantities, state: Tensor) -> Result:
+    from transformers.models.qwen3_next import modeling_qwen3_next as transformers_file
+
+    return transformers_file.torch_recurrent_gated_delta_rule(
+        unscaled(x), x["k"], x["v"], x["log_decay"], x["beta"], initial_state=state, output_final_state=True
+    )
+
+
+def kimi_delta(x: Quantities, state: Tensor) -> Result:
+    return fla_naive("kda").naive_recurrent_kda(
+        unscaled(x), x["k"], x["v"], x["log_decay"], x["beta"], initial_state=state, output_final_state=True
+    )
+
+
+def delta(x: Quantities, state: Tensor) -> Result:
+    values = heads_first(unscaled(x), x["k"], x["v"], x["beta"])
+    o, state = fla_naive("delta_rule").delta_rule_recurrence(*values, initial_state=state)
+    return o.transpose(1, 2), state
+
+
+def gla(x: Quantities, state: Tensor) -> Result:
+    return fla_naive("gla").naive_recurrent_gla(
+        unscaled(x), x["k"], x["v"], x["log_decay"], initial_state=state, output_final_state=True
+    )
+
+
+def rwkv7(x: Quantities, state: Tensor) -> Result:
+    values = heads_first(unscaled(x), x["k"], x["v"], -x["kappa"], x["kappa"] * x["iclr"], x["log_decay"])
+    o, state = dplr_recurrence()(*values, initial_state=state)
+    return o.transpose(1, 2), state
+
+
+def mamba2_arguments(batch: int, pos: int, head: int, group: int, d_key: int, d_value: int) -> dict[str, Any]:
+    """Of transformers' chunk scan, with everything in it that a checkpoint may have."""
+    return dict(
+        hidden_states=torch.randn(batch, pos, head, d_value),
+        dt=torch.randn(batch, pos, head),
+        A=-torch.rand(head) - 0.1,
+        B=torch.randn(batch, pos, group, d_key) / d_key**0.5,
+        C=torch.randn(batch, pos, group, d_key) / d_key**0.5,
+        chunk_size=4,
+        D=torch.randn(head),
+        dt_bias=torch.randn(head),
+        initial_states=torch.randn(batch, head, d_value, d_key),
+        dt_softplus=True,
+        dt_limit=(0.2, 1.5),
+        return_final_states=True,
+    )
+
+
+def mamba2_chunks(arguments: dict[str, Any]) -> Result:
+    """transformers' chunk scan, without its skip ``D x``, which passes the memory by."""
+    from transformers.models.mamba2 import modeling_mamba2 as transformers_file
+
+    y, state = transformers_file.mamba2_chunk_scan(**arguments)
+    return y - arguments["D"][:, None] * arguments["hidden_states"], state.mT
+
+
+def mamba2_steps(arguments: dict[str, Any]) -> Result:
+    """transformers' update of one token, which knows no limits of dt, one after the other; likewise without skip."""
+    from transformers.models.mamba2 import modeling_mamba2 as transformers_file
+
+    x, state, reads = arguments["hidden_states"], arguments["initial_states"].clone(), []
+    (_, _, head, d_value), d_key = x.shape, state.shape[-1]
+    spread = lambda y: y[..., None].expand(*y.shape, d_value)  # noqa: E731
+    for t in range(x.shape[1]):
+        y = transformers_file.mamba2_selective_state_update(
+            state,
+            x[:, t],
+            spread(arguments["dt"][:, t]),
+            arguments["A"][:, None, None].expand(head, d_value, d_key),
+            arguments["B"][:, t],
+            arguments["C"][:, t],
+            spread(arguments["D"]),
+            dt_bias=spread(arguments["dt_bias"]),
+            dt_softplus=True,
+        )
+        reads.append(y - arguments["D"][:, None] * x[:, t])
+    return torch.stack(reads, 1), state.mT

@@ -104,15 +104,18 @@ def written(model: HookedRecurrentModel, sae: WriteSAE, text: str, n_tokens: int
     layer, head = sae.cfg.layer, sae.cfg.head
     assert layer is not None and head is not None
     cache, write, values, indices, cosine = read_writes(model, sae, text)
+    about = {"write norm": write.norm()}
+    if f"blocks.{layer}.mixer.hook_beta" in model.hook_names:
+        about["beta"] = cache["beta", layer][0, :, head]
     kept = cache["log_decay", layer][0, :, head].exp()
-    beta = cache["beta", layer][0, :, head]
+    about["memory kept"] = kept.reshape(len(kept), -1).mean(1)  # over key channels, where each has its own
     table = Table(
         title=f"What {_site(sae)} writes at each token", caption="cosine: of the atom and the write it stands for"
     )
-    for column in ("token", "write norm", "beta", "memory kept", "top atom", "activation", "cosine"):
+    for column in ("token", *about, "top atom", "activation", "cosine"):
         table.add_column(column, justify="left" if column == "token" else "right")
     for t, token in enumerate(model.to_str_tokens(text)[:n_tokens]):
-        numbers = (f"{float(x[t]):.2f}" for x in (write.norm(), beta, kept))
+        numbers = (f"{float(x[t]):.2f}" for x in about.values())
         atom = (str(int(indices[t])), f"{float(values[t]):.2f}", f"{float(cosine[t]):.2f}")
         table.add_row(Text(repr(token)), *numbers, *atom)
     return table

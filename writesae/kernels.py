@@ -29,7 +29,7 @@ from writesae.recurrence import Read, Recurrence, Write, at_least_float32, check
 CHUNK = 64  # tokens, one decay a head
 CHUNK_MILD = 32  # tokens, one decay a key channel, and none so strong that a chunk forgets more than exp(-2 MILD)
 CHUNK_PER_KEY = 16  # tokens, stronger decays a key channel: scores need [chunk, chunk, d_key]
-MILD = 20.0  # exp(-20): what factors of this size lose of float32's 1e-7 is a factor of about 20
+MILD = 20.0  # exp(x) has x times the rounding error of x, so factors up to exp(20) are right to some 1e-6
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
 
@@ -252,7 +252,7 @@ class _Decay:
             self.to_end = self.between[..., -1, :].mT if self.per_key else self.between[..., -1, :, None]
 
     def scores(self, x: Tensor, y: Tensor, read: Literal["same", "next", "before"], rank: int = 1) -> Tensor:
-        """``sum_d x[t, d] y[j, d] D[t, j, d]`` with ``D`` the decay from ``j``'s write to ``t``, for ``rank`` writes a token.
+        """``sum_d x[t, d] y[j, d] D[t, j, d]``, ``D`` the decay from ``j``'s write to ``t``; ``rank`` writes a token.
 
         The read at ``t`` sees writes up to its own token's (``same``), or up to the token's before it (``next``);
         ``before`` is what ``t``'s erase reads, before ``t`` decays.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from writesae.hooks import (
     ActivationCache,
     Add,
     Attached,
+    Family,
     HookPoint,
     Intervention,
     PositionSet,
@@ -25,7 +27,9 @@ from writesae.hooks import (
     install,
     unknown_name,
 )
-from writesae.hooks.positions import Positions
+from writesae.hooks.positions import CACHES, Positions
+from writesae.models.load import load_model
+from writesae.models.tokenizers import check_tokenizer, load_tokenizer
 from writesae.recurrence import Read
 from writesae.zoo import shipped_model, shipped_models
 
@@ -38,15 +42,18 @@ Hooks: TypeAlias = Sequence[tuple[str | Callable[[str], bool], Callable[[Any, Ho
 
 
 MEANING = {
-    "q": ("[batch, pos, head, d_key]", "what reads the state, normalised and scaled"),
-    "k": ("[batch, pos, head, d_key]", "where a token writes, normalised"),
+    "v_mix": ("[batch, pos, head, d_value]", "how much of the first layer's value is mixed into v"),
+    "q": ("[batch, pos, head, d_key]", "what reads the state, after any norm and scale"),
+    "k": ("[batch, pos, head, d_key]", "where a token writes, after any norm"),
     "v": ("[batch, pos, head, d_value]", "what it writes"),
-    "beta": ("[batch, pos, head]", "how strongly it writes and erases"),
+    "beta": ("[batch, pos, head]", "how strongly it writes, and erases if anything is erased"),
     "log_decay": ("[batch, pos, head]", "log of how much of the state stays, <= 0"),
-    "write": ("Write [batch, pos, head]", "the native write k (beta v)^T, in factors"),
+    "kappa": ("[batch, pos, head, d_key]", "removal key: what the erase reads, of length 1"),
+    "iclr": ("[batch, pos, head, d_key]", "in-context learning rate: how much of that is erased"),
+    "write": ("Write [batch, pos, head]", "the native write, in factors: key k, value v (times beta if there is one)"),
     "state": ("[batch, pos, head, d_key, d_value]", "the memory, at the positions asked for"),
     "o": ("[batch, pos, head, d_value]", "what was read, before norm and gate"),
-    "z": ("[batch, pos, head, d_value]", "the output gate, before its activation"),
+    "z": ("[batch, pos, head, d_value]", "the output gate, as the norm is given it"),
 }
 
 
@@ -89,19 +96,26 @@ class HookedRecurrentModel(nn.Module):
         Args:
             name: what to load.
             dtype: of the weights; ``"auto"`` for the checkpoint's own. Recurrences run in float32 whichever it is.
-            tokenizer: a tokenizer, or None for the one beside the model.
-            **kwargs: for ``AutoModelForCausalLM.from_pretrained`` (``device_map``, ``revision``, ...).
+            tokenizer: a tokenizer, None for the model's own, or False for none (token ids only).
+            **kwargs: for ``from_pretrained`` (``device_map``, ``revision``, ``local_files_only``, ...).
+
+        Formats are those of transformers, of flash-linear-attention (RWKV-7, DeltaNet, GLA), and of the authors of
+        RWKV-7 (the path of a ``.pth`` file) and Mamba-2; see `writesae.models.load`.
         """
         source = shipped_model(str(name)) or str(name)
         try:
-            hf_model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+            hf_model = load_model(source, dtype=dtype, **kwargs)
         except OSError as error:
             raise OSError(
-                f"{name} is not shipped (that is: {', '.join(shipped_models())}), and transformers could not load it "
-                f"as a folder or hub id: {error}"
+                f"{name} is not shipped (that is: {', '.join(shipped_models())}), and could not be loaded as a "
+                f"folder, a hub id or a .pth file: {error}"
             ) from error
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=kwargs.get("revision"))
+            tokenizer = load_tokenizer(source, **kwargs)
+        if tokenizer is False:
+            tokenizer = None
+        else:
+            check_tokenizer(tokenizer, hf_model)
         return cls(hf_model.eval(), tokenizer, model_id=str(name))
 
     # --- what there is ------------------------------------------------------------------------------------------------
@@ -119,9 +133,13 @@ class HookedRecurrentModel(nn.Module):
     def describe_hooks(self) -> list[tuple[str, str, str]]:
         """``(name, shape, meaning)`` of each kind of hook point, in firing order."""
         kinds: dict[str, tuple[str, str, str]] = {}
-        for tap in self._taps:
+        for tap in sorted(self._taps, key=lambda tap: -len(tap.points)):  # the first layer may lack some
             for quantity in tap.points:
                 shape, meaning = MEANING[quantity]
+                if quantity == "log_decay" and tap.family.decay_per_key:
+                    shape = "[batch, pos, head, d_key]"
+                if quantity in tap.family.letters:
+                    meaning = f"{meaning} ({tap.family.letters[quantity]})"
                 kinds.setdefault(quantity, (f"blocks.{{layer}}.mixer.hook_{quantity}", shape, meaning))
         return list(kinds.values())
 
@@ -136,6 +154,10 @@ class HookedRecurrentModel(nn.Module):
     def site(self, layer: int) -> Site:
         """The site of a layer; IndexError if that layer is not recurrent."""
         return self._tap(layer).site
+
+    def family(self, layer: int) -> Family:
+        """The adapter of a layer's architecture; IndexError if that layer is not recurrent."""
+        return self._tap(layer).family
 
     def _tap(self, layer: int) -> Tap:
         if layer not in self._by_layer:
@@ -211,7 +233,7 @@ class HookedRecurrentModel(nn.Module):
         """
         ids, mask = self.to_tokens(x)
         mask = kwargs.pop("attention_mask", mask)
-        past = kwargs.get("past_key_values")
+        past = self._cache_renamed(kwargs)
         if past is None:
             kwargs.setdefault("use_cache", False)
             if mask is None or mask.ndim == 2:  # with any other mask, an edit says that it can't know positions
@@ -221,6 +243,14 @@ class HookedRecurrentModel(nn.Module):
                 "texts of unequal length can't continue a cache: pass token ids and the whole attention_mask"
             )
         return self.hf_model(input_ids=ids, attention_mask=mask, **kwargs).logits
+
+    def _cache_renamed(self, kwargs: dict[str, Any]) -> Any:
+        """The cache among arguments, under the name that the model has for it: another name, it would ignore."""
+        past = next((kwargs.pop(name) for name in CACHES if kwargs.get(name) is not None), None)
+        if past is not None:
+            takes = inspect.signature(self.hf_model.forward).parameters
+            kwargs[next((name for name in CACHES if name in takes), CACHES[0])] = past
+        return past
 
     @torch.no_grad()
     def generate(self, x: Text, **kwargs: Any) -> str | list[str] | Int[Tensor, "batch pos"]:
@@ -238,6 +268,7 @@ class HookedRecurrentModel(nn.Module):
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("generation needs padding on the left: the attention mask ends with padding")
         mask = torch.ones_like(ids) if mask is None else mask
+        self._cache_renamed(kwargs)
         if "max_new_tokens" in kwargs:
             self._check_within(mask.sum(-1) + kwargs["max_new_tokens"] - 1)  # the last token is never fed
         out = self.hf_model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[operator]
@@ -279,7 +310,7 @@ class HookedRecurrentModel(nn.Module):
             )
         cache = ActivationCache(self._taps)
         # States are rebuilt from the recurrence's inputs.
-        inputs = {f"blocks.{s.layer}.mixer.hook_{q}" for s in states for q in self._tap(s.layer).family.inputs}
+        inputs = {f"blocks.{s.layer}.mixer.hook_{q}" for s in states for q in self.family(s.layer).state_inputs}
         chosen = {point.name for point in wanted if point not in states}
         keep = [point for name, point in self._points.items() if name in inputs | chosen]
         with ExitStack() as stack:

@@ -256,5 +256,5 @@ def _choose(
 
 def _inputs(model: HookedRecurrentModel, layer: int) -> Callable[[str], bool]:
     """Names of what the writes, deltas and states of a layer are rebuilt from."""
-    quantities = {f"blocks.{layer}.mixer.hook_{name}" for name in ("k", "v", "beta", "log_decay")}
-    return quantities.intersection(model.hook_names).__contains__
+    quantities = model.family(layer).state_inputs
+    return {f"blocks.{layer}.mixer.hook_{quantity}" for quantity in quantities}.__contains__

@@ -75,16 +75,18 @@ class ActivationCache(Mapping[str, Any]):
         name = f"blocks.{layer}.mixer.hook_write"
         if name in self._values:
             return self._values[name]  # type: ignore[return-value]
-        inputs = self._inputs(layer, without=("q",))
-        return self._records[layer].write or self._tap(layer).family.write(inputs)
+        inputs = self._inputs(layer)
+        return self._records[layer].write or self._tap(layer).family.write(inputs.__getitem__)
 
     def delta(self, layer: int) -> Write:
-        """What each token's state gains beyond decay by itself, ``k delta^T``: ``delta = beta (v - decay S^T k)``.
+        """What each token's state gains beyond decay by itself: its write, and what it erases of the state it found.
 
-        ``S`` is the state that the token found, with all edits before; edits at the token itself are not in its delta.
+        Delta rules: ``k delta^T`` with ``delta = beta (v - (decay S)^T k)``. Nothing erased: the write. RWKV-7: rank 2,
+        with keys ``[a, k]`` and values ``[S^T b, v]``. ``S`` is the state that the token
+        found, with all edits before; edits at the token itself are not in its delta.
         """
         rec, native, total, initial = self._dynamics(layer)
-        return delta_of(rec, native, initial, total)
+        return delta_of(rec, native, initial, total, self._tap(layer).family.delta_rank)
 
     def state(
         self, layer: int, positions: Sequence[int], heads: Sequence[int] | None = None
@@ -114,15 +116,15 @@ class ActivationCache(Mapping[str, Any]):
             raise IndexError(f"layer {layer} is not recurrent; recurrent layers are {sorted(self._taps)}")
         return self._taps[layer]
 
-    def _inputs(self, layer: int, without: Sequence[str] = ()) -> dict[str, Tensor]:
-        return {q: self[q, layer] for q in self._tap(layer).family.inputs if q not in without}  # type: ignore[misc]
+    def _inputs(self, layer: int) -> dict[str, Tensor]:
+        """What writes and states are rebuilt from."""
+        return {q: self[q, layer] for q in self._tap(layer).family.state_inputs}
 
     def _dynamics(self, layer: int) -> tuple[Recurrence, Write, Write, Tensor | None]:
-        """Recurrence, native write, all that was written, initial state of a layer; reads play no part in states."""
-        family = self._tap(layer).family
-        values = self._inputs(layer, without=("q",))
-        rec = family.recurrence({**values, "q": values["k"]})
-        record, native = self._records[layer], family.write(values)
+        """Recurrence, native write, all that was written, initial state of a layer."""
+        family, values = self._tap(layer).family, self._inputs(layer)
+        rec = family.recurrence({**values, "q": values["k"]}.__getitem__)  # reads play no part in states
+        record, native = self._records[layer], family.write(values.__getitem__)
         return rec, native, total_write(native, record.edits), record.initial_state
 
     def _columns(self, positions: Sequence[int]) -> Int[Tensor, "batch n"]:

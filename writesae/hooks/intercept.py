@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +86,7 @@ class Tap:
     recorders: list[Callable[[Record], None]] = field(default_factory=list)
     shape: tuple[int, ...] = ()  # of the running call's output, [batch, pos, head, d_value]
     device: torch.device | None = None  # where that call runs; layers may lie on several
+    outer: list[Tap | None] = field(default_factory=list)  # what ran when its mixer began: a hook may run another model
 
     @property
     def busy(self) -> bool:
@@ -93,14 +94,15 @@ class Tap:
             self.attached or self.state_requests or self.recorders or any(p.listening for p in self.points.values())
         )
 
-    def run(self, native: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def run(self, native: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """The native call, with hooks and edits."""
-        self.device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
-        call = self.family.call(arguments)
+        self.device = _device(arguments.values())
+        call = self.family.call(self.family, arguments)
         for quantity in self.family.inputs:
-            point = self.points[quantity]
-            if point.listening:
-                self._input_hook(point, call)
+            if self.points[quantity].listening:
+                new = self.show(quantity, call.get(quantity))
+                if new is not None:
+                    call.set(quantity, new)
         initial = call.initial_state
         if self.recorders and initial is not None:
             initial = initial.clone()  # the model's cache updates it in place
@@ -117,23 +119,23 @@ class Tap:
             o, state = respond(call, write, record, o, state)
         for recorder in self.recorders:
             recorder(record)
-        if self.points["o"].listening:
-            o, _ = self.points["o"].fire(o)
-        return o, state  # type: ignore[return-value]
+        new = self.show("o", o) if self.points["o"].listening else None
+        return call.result(o if new is None else new, state)
 
-    def _padding(self) -> Bool[Tensor, "batch pos"] | None:
-        """Which tokens of the call are padding, None if none is. What a hook does to these stays out of the model."""
-        padding = self.clock.padding()
-        return None if padding is None else padding.to(self.device)
-
-    def _input_hook(self, point: HookPoint, call: KernelCall) -> None:
-        given, padding = call.get(point.quantity), self._padding()
-        new, changed = point.fire(given if padding is None else given.clone())
+    def show(self, quantity: str, given: Float[Tensor, "batch pos head ..."]) -> Tensor | None:
+        """Fire a hook point: what its hooks made of the quantity, None if nothing. Padding stays as it was."""
+        padding = self._padding(given.device)
+        new, changed = self.points[quantity].fire(_to_show(given) if padding is None else given.clone())
         if not changed:
-            return
+            return None
         if padding is not None:
             new = torch.where(padding[(..., *(None,) * (given.ndim - 2))], given, new)  # type: ignore[arg-type]
-        call.set(point.quantity, new)  # type: ignore[arg-type]
+        return new  # type: ignore[return-value]
+
+    def _padding(self, device: torch.device | None) -> Bool[Tensor, "batch pos"] | None:
+        """Which tokens of the call are padding, None if none is. What a hook does to these stays out of the model."""
+        padding = self.clock.padding()
+        return None if padding is None else padding.to(device)
 
     def _write_hook(self, call: KernelCall) -> list[Edit]:
         """A changed ``hook_write`` comes instead of the native write: its key need not be the erase key any more."""
@@ -141,10 +143,10 @@ class Tap:
         if not point.listening:
             return []
         shown = call.write()
-        new, changed = point.fire(Write(shown.key.clone(), shown.value))  # the key may be shared with the erase
+        new, changed = point.fire(Write(shown.key.clone(), _to_show(shown.value)))  # the erase may share the key
         if not changed:
             return []
-        instead, padding = torch.ones_like(shown.value[..., 0]), self._padding()
+        instead, padding = torch.ones_like(shown.value[..., 0]), self._padding(self.device)
         if padding is not None:
             instead = instead.masked_fill(padding[..., None], 0)
             new = new * instead  # type: ignore[operator]
@@ -162,7 +164,8 @@ class Tap:
                 continue
             heads = None if attached.heads == list(range(self.site.n_heads)) else attached.heads
             rec, write = call.recurrence(heads)[:, start:], call.write(heads)[:, start:]
-            made = attached.what.edit(Moment(write, rec, None if index is None else index[:, start:]))
+            index = None if index is None else index[:, start:]
+            made = attached.what.edit(Moment(write, rec, index, delta_rank=self.family.delta_rank))
             there = mask[:, start:, None].to(write.value.dtype)
             instead = there.expand(write.shape) if attached.what.replaces else None
             made = None if made is None else made * there
@@ -194,7 +197,11 @@ class Tap:
                     continue
                 h = attached.heads
                 now = Moment(
-                    native[:, here][:, :, h], rec[:, here][:, :, h], None if index is None else index[:, here], S[:, h]
+                    native[:, here][:, :, h],
+                    rec[:, here][:, :, h],
+                    None if index is None else index[:, here],
+                    S[:, h],
+                    self.family.delta_rank,
                 )
                 there = mask[:, here, None].to(now.write.value.dtype)
                 write = attached.what.edit(now) or now.write * 0.0
@@ -316,6 +323,16 @@ def _spread(attached: Attached, made: list[tuple[int, Write]], mask: Bool[Tensor
     return Edit(tuple(attached.heads), write, attached.read, start, instead)
 
 
+def _device(values: Iterable[Any]) -> torch.device:
+    return next(x.device for x in values if isinstance(x, Tensor))
+
+
+def _to_show(x: Tensor) -> Tensor:
+    """A copy: hooks may write in place, and mixers may use what they gave the recurrence for something else (a skip).
+    But gradients are wanted of the tensor that the model goes on with."""
+    return x if x.requires_grad else x.clone()
+
+
 def _first_column(mask: Bool[Tensor, "batch pos"]) -> int | None:
     columns = mask.any(0)
     return int(columns.int().argmax()) if bool(columns.any()) else None
@@ -360,18 +377,22 @@ def install(model: nn.Module) -> list[Tap]:
 
 
 def _tap(mixer: nn.Module, family: Family, clock: Clock) -> None:
-    layer = int(mixer.layer_idx)  # type: ignore[arg-type]
-    points = {quantity: HookPoint(layer, quantity) for quantity in family.quantities}
+    site = family.site(mixer)
+    points = {quantity: HookPoint(site.layer, quantity) for quantity in family.quantities(mixer)}
     for quantity, point in points.items():
         mixer.add_module(f"hook_{quantity}", point)
-    tap = Tap(Site(layer, *family.dims(mixer), rule=family.rule), family, points, clock)
-    mixer.writesae_tap = tap  # type: ignore[assignment]
+    tap = mixer.writesae_tap = Tap(site, family, points, clock)  # type: ignore[assignment]
     mixer.register_forward_pre_hook(_enter)
     mixer.register_forward_hook(_leave, always_call=True)
-    for name in family.gate_norms:
-        if hasattr(mixer, name):
-            getattr(mixer, name).writesae_tap = tap
-            getattr(mixer, name).register_forward_pre_hook(_gate)
+    norm = family.gate_norm(mixer)
+    if norm is not None:
+        norm.writesae_tap = tap  # type: ignore[assignment]
+        norm.register_forward_pre_hook(_gate)
+    for quantity, name in family.seen_at.items():
+        if quantity in points:
+            module = mixer.get_submodule(name)
+            module.writesae_tap, module.writesae_quantity = tap, quantity  # type: ignore[assignment]
+            module.register_forward_hook(_seen)
 
 
 # Hooks find what is theirs on the module they run on, so that a deepcopy of a model has its own.
@@ -381,16 +402,18 @@ def _begin(text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     text_model.writesae_clock.begin(args, kwargs)  # type: ignore[union-attr, operator]
 
 
-def _end(text_model: nn.Module, _args: Any, _output: Any) -> None:
-    text_model.writesae_clock.end()  # type: ignore[union-attr, operator]
+def _end(text_model: nn.Module, _args: Any, output: Any) -> None:
+    text_model.writesae_clock.end(output)  # type: ignore[union-attr, operator]
 
 
 def _enter(mixer: nn.Module, _args: Any) -> None:
-    _running.set(mixer.writesae_tap)  # type: ignore[arg-type]
+    tap: Tap = mixer.writesae_tap  # type: ignore[assignment]
+    tap.outer.append(_running.get())
+    _running.set(tap)
 
 
-def _leave(_mixer: nn.Module, _args: Any, _output: Any) -> None:
-    _running.set(None)
+def _leave(mixer: nn.Module, _args: Any, _output: Any) -> None:
+    _running.set(mixer.writesae_tap.outer.pop())  # type: ignore[union-attr]
 
 
 def _gate(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -399,26 +422,35 @@ def _gate(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if not tap.points["z"].listening:
         return None
     o, z, *rest = args
-    value, changed = tap.points["z"].fire(z.reshape(tap.shape))
-    return (o, value.reshape(z.shape), *rest) if changed else None  # type: ignore[union-attr]
+    new = tap.show("z", z.reshape(tap.shape))
+    return None if new is None else (o, new.reshape(z.shape), *rest)
+
+
+def _seen(module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+    """A quantity that is a submodule's output, heads side by side."""
+    tap, quantity = module.writesae_tap, module.writesae_quantity
+    if not tap.points[quantity].listening:  # type: ignore[union-attr, index]
+        return None
+    new = tap.show(quantity, output.reshape(*output.shape[:2], tap.site.n_heads, -1))  # type: ignore[union-attr, operator]
+    return None if new is None else new.reshape(output.shape)
 
 
 def _intercept(module_name: str, family: Family) -> None:
     module = importlib.import_module(module_name)
-    for name in family.kernels + family.helpers:
+    for name in family.kernels + family.fused + family.helpers:
         function = getattr(module, name, None)
         if function is None:
-            if name in family.helpers:
+            if name not in family.kernels:
                 continue
             raise RuntimeError(
                 f"transformers {transformers.__version__} has no {name} in {module_name}, which writesae intercepts; "
                 f"install transformers>=5.15 (tested with the version in constraints.txt)"
             )
         if not hasattr(function, "writesae_native"):
-            setattr(module, name, _dispatcher(function, tapped=name in family.kernels))
+            setattr(module, name, _dispatcher(function, name in family.kernels, name in family.fused))
 
 
-def _dispatcher(function: Callable[..., Any], tapped: bool) -> Callable[..., Any]:
+def _dispatcher(function: Callable[..., Any], tapped: bool, fused: bool) -> Callable[..., Any]:
     """Stand-in for a function of a modeling file.
 
     transformers binds these at import to whatever GPU package is installed, also for models on a CPU, where such
@@ -438,10 +470,12 @@ def _dispatcher(function: Callable[..., Any], tapped: bool) -> Callable[..., Any
 
     @functools.wraps(function)
     def dispatch(*args: Any, **kwargs: Any) -> Any:
-        native = on_cpu if args[0].device.type == "cpu" else function
-        tap = _running.get() if tapped else None
+        native = on_cpu if _device((*args, *kwargs.values())).type == "cpu" else function
+        tap = _running.get() if tapped or fused else None
         if tap is None or not tap.busy:
             return native(*args, **kwargs)
+        if fused:
+            return None
         given = signature.bind_partial(*args).arguments
 
         def by_place(**arguments: Any) -> Any:  # as they came: GPU packages have other names for the first arguments

@@ -33,19 +33,21 @@ class Moment:
         recurrence: decay, erase and reads of the same heads and tokens.
         index: for each token, which of the asked positions it is (None where every token or a slice was asked).
         state: the state before the token; only for edits with ``needs_state``, which get one token at a time.
+        delta_rank: of the family, see `delta_of`.
     """
 
     write: Write
     recurrence: Recurrence
     index: Int[Tensor, "batch pos"] | None = None
     state: Float[Tensor, "batch head d_key d_value"] | None = None
+    delta_rank: int = 1
 
     def target(self, name: str) -> Write | Float[Tensor, "batch pos head d_key d_value"]:
         """The native write, the delta, or the state after the token's own write: what an SAE was trained on."""
         if name == "write":
             return self.write
         assert self.state is not None, f"target {name!r} needs the state"
-        delta = delta_of(self.recurrence, self.write, self.state)
+        delta = delta_of(self.recurrence, self.write, self.state, rank=self.delta_rank)
         if name == "delta":
             return delta
         decay = at_least_float32(self.recurrence.log_decay[:, 0]).exp()
@@ -53,18 +55,22 @@ class Moment:
         return decay.unsqueeze(1) * self.state.unsqueeze(1) + delta.dense()
 
 
-def delta_of(rec: Recurrence, write: Write, state: Tensor | None, total: Write | None = None) -> Write:
-    """What the state gains beyond decay, ``k delta^T`` with ``delta = beta (v - decay S_{t-1}^T k)`` (delta rule).
+def delta_of(rec: Recurrence, write: Write, state: Tensor | None, total: Write | None = None, rank: int = 1) -> Write:
+    """What the state gains beyond decay: the native write, and what is erased, ``k v^T + a (b^T S_{t-1})``.
 
-    Equal to the native write where nothing is erased. Holds where the erase writes along the key (``a = -c k``).
+    Equal to the native write where nothing is erased. Otherwise of rank 2; or of ``rank=1`` where the erase writes
+    along the key (``a = -c k``, as in delta rules): ``k delta^T`` with ``delta = v - c S_{t-1}^T b``.
     ``total`` is what was really written, if that was not ``write``: it is what later tokens erase from.
     """
     if rec.a is None:
         return write
+    erased = erase_reads(rec, total or write, state)
+    if rank > 1:
+        return Write(rec.a, erased) + write
     keys, values = write.factors()
     k = keys[..., 0, :]  # the native write is one term, and its key is the erase key
     c = (rec.a * k).sum(-1) / (k * k).sum(-1).clamp_min(1e-30)
-    return Write(k, values[..., 0, :] + c[..., None] * erase_reads(rec, total or write, state))
+    return Write(k, values[..., 0, :] + c[..., None] * erased)
 
 
 @dataclass(frozen=True)

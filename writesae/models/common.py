@@ -1,4 +1,4 @@
-"""What our own recurrent models share: config rules, token mixing over a cache, the stack of blocks, the language model.
+"""What our own recurrent models share: config rules, the past in a cache, the stack of blocks, the language model.
 
 Each model is one file with a config, a mixer (whose recurrence is one module-level function, intercepted like those of
 transformers) and a block. Their module and field names are flash-linear-attention's, so that its checkpoints load; what
@@ -46,10 +46,10 @@ class RecurrentConfig(PreTrainedConfig):
     """
 
     only: ClassVar[dict[str, Any]] = {}
-    number_of_conv_states: ClassVar[int] = (
-        1  # short-term memories a layer beside its state; read by transformers' cache
-    )
+    number_of_conv_states: ClassVar[int] = 1  # short-term memories of a layer, for transformers' cache
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # Fields are checked by huggingface_hub's `strict`; jaxtyping would refuse those that only config.json has.
+    __no_type_check__ = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, value in self.only.items():
@@ -110,7 +110,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d):
             init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)  # type: ignore[arg-type]
@@ -197,6 +197,10 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.embeddings = value  # type: ignore[assignment]
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # generation asks such a cache for its length, which only attention layers know: forward makes one
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:

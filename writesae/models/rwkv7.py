@@ -1,4 +1,4 @@
-"""RWKV-7 "Goose" in plain PyTorch: loads flash-linear-attention's checkpoints, and the authors' (`writesae.models.load`).
+"""RWKV-7 "Goose" in plain PyTorch: loads checkpoints of flash-linear-attention and of the authors.
 
 Per head, with ``w`` the log decay of each key channel, ``kappa`` the removal key (of length 1) and ``a`` the in-context
 learning rate (Peng et al. 2025, arXiv 2503.14456, eq. 14 to 17)::
@@ -32,12 +32,13 @@ from writesae.models.common import (
     recur,
     with_past,
 )
-from writesae.recurrence import Recurrence, Write
+from writesae.models.gpu import fla_kernel
+from writesae.recurrence import Recurrence, Write, at_least_float32
 
 
 @strict
 class RWKV7Config(RecurrentConfig):
-    """Fields are flash-linear-attention's, but ``group_norm_eps`` (there ``head_dim * norm_eps``; 64e-5 with the authors)."""
+    """Fields are flash-linear-attention's, and ``group_norm_eps`` (there ``head_dim * norm_eps``, else 64e-5)."""
 
     model_type = "rwkv7"
     only: ClassVar[dict[str, Any]] = {"attn": None, "hidden_act": "sqrelu"}
@@ -96,6 +97,11 @@ def rwkv7_recurrence(
     output_final_state: bool = False,
 ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"] | None]:
     """The recurrence at the top of this file; `q` is the receptance."""
+    if kernel := fla_kernel("rwkv7", "chunk_rwkv7", q):  # there, `a` reads and `b` writes
+        return kernel(
+            r=q, w=log_decay, k=k, v=v, a=-kappa, b=kappa * iclr, scale=1.0,
+            initial_state=initial_state, output_final_state=output_final_state,
+        )  # fmt: skip
     rec = Recurrence(q, log_decay, a=kappa * iclr, b=-kappa)
     return recur(rec, Write(k, v), initial_state, output_final_state)
 
@@ -120,6 +126,13 @@ class LoRA(nn.Module):
 
 class RWKV7Attention(nn.Module):
     """Time mixing."""
+
+    x_r: Tensor
+    x_w: Tensor
+    x_k: Tensor
+    x_v: Tensor
+    x_a: Tensor
+    x_g: Tensor
 
     def __init__(self, config: RWKV7Config, layer_idx: int):
         super().__init__()
@@ -155,7 +168,7 @@ class RWKV7Attention(nn.Module):
             torch.addcmul(x, shift, mix) for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         )
         r, k, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
-        log_decay = -math.exp(-0.5) * self.w_lora(xw).float().sigmoid()
+        log_decay = -math.exp(-0.5) * at_least_float32(self.w_lora(xw)).sigmoid()
         iclr = self.a_lora(xa).sigmoid()
         gate = self.gate(self.g_lora(xg))
         if v_first is None:
@@ -189,7 +202,7 @@ class RWKV7Attention(nn.Module):
 
     def init_weights_(self) -> None:
         """The authors' initialisation (RWKV-LM, RWKV-v7/train_temp), which depends on depth and channel."""
-        d, layer, n_layers = self.x_r.shape[-1], self.layer_idx, self.n_layers  # type: ignore[union-attr]
+        d, layer, n_layers = self.x_r.shape[-1], self.layer_idx, self.n_layers
         depth, to_go = layer / max(1, n_layers - 1), 1 - layer / n_layers
         n = torch.arange(d, dtype=torch.float32, device=self.k_k.device)
         linear = n / (d - 1) - 0.5

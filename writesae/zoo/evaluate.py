@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from writesae.model import HookedRecurrentModel
+
 
 def windows(length: int, window: int, stride: int) -> Iterable[tuple[int, int, int]]:
     """(start, stop, first scored target) such that the windows' scored targets cover 1..length-1 once each."""
@@ -59,41 +61,34 @@ def xz_bits_per_byte(text: str | list[str]) -> float:
 
 @torch.no_grad()
 def head_memory(model: Any, tokenizer, text: str | list[str], length: int = 512) -> list[dict]:
-    """How fast each Gated DeltaNet head forgets, over the first `length` tokens of each document of `text`.
+    """How fast each head forgets, over the first `length` tokens of each document of `text`.
 
-    At each token a head multiplies its state by a decay exp(g) in (0, 1), which depends on the token. Reported per
-    (layer, head): the mean and the 10th, 50th and 90th percentile of the decay, and two lengths in tokens:
-    `memory_tokens`, 1 / mean(-g), after which the gate has on average shrunk the state to 1/e, and
-    `median_memory_tokens`, 1 / median(-g), the same at the token in the middle, which rare resets do not move.
-    Both count the gate only: the delta rule also overwrites what it writes anew under the same key.
+    At each token a head multiplies its state by a decay in (0, 1), or each key channel by its own; it depends on the
+    token. Reported per (layer, head): the mean and the 10th, 50th and 90th percentile of the decay (over channels too),
+    and two lengths in tokens: `memory_tokens`, 1 / mean(-log decay), after which the gate has on average shrunk the
+    state to 1/e, and `median_memory_tokens`, 1 / median(-log decay), the same at the token in the middle, which rare
+    resets do not move. Both count the gate only: a delta rule also overwrites what it writes anew under the same key.
     """
-    layers = {i: layer.linear_attn for i, layer in enumerate(model.model.layers) if hasattr(layer, "linear_attn")}
-    seen: dict[int, list[torch.Tensor]] = {i: [] for i in layers}
-    hooks = [
-        mixer.in_proj_a.register_forward_hook(lambda _, __, out, i=i: seen[i].append(out[0].float()))
-        for i, mixer in layers.items()
-    ]
-    try:
-        for document in [text] if isinstance(text, str) else text:
-            ids = tokenizer(document, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :length]
-            model(input_ids=ids.to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hooked = HookedRecurrentModel(model, tokenizer)
+    seen: dict[int, list[torch.Tensor]] = {site.layer: [] for site in hooked.sites}
+    for document in [text] if isinstance(text, str) else text:
+        ids = tokenizer(document, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :length]
+        _, cache = hooked.run_with_cache(ids, names=lambda name: name.endswith("hook_log_decay"))
+        for layer, parts in seen.items():
+            parts.append(cache["log_decay", layer][0].cpu())
     rows = []
-    for i, mixer in layers.items():
-        g = -mixer.A_log.float().exp() * F.softplus(torch.cat(seen[i]) + mixer.dt_bias.float())  # [tokens, heads]
-        for head, log_decay in enumerate(g.T.cpu()):
+    for layer, parts in seen.items():
+        for head, log_decay in enumerate(torch.cat(parts).unbind(1)):
             decay = log_decay.exp()
-            p10, p50, p90 = decay.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+            p10, p50, p90 = (decay.flatten().kthvalue(max(1, round(q * decay.numel()))).values for q in (0.1, 0.5, 0.9))
             rows.append(
                 {
-                    "layer": i,
+                    "layer": layer,
                     "head": head,
                     "mean_decay": round(decay.mean().item(), 4),
-                    "p10_decay": round(p10, 4),
-                    "p50_decay": round(p50, 4),
-                    "p90_decay": round(p90, 4),
+                    "p10_decay": round(p10.item(), 4),
+                    "p50_decay": round(p50.item(), 4),
+                    "p90_decay": round(p90.item(), 4),
                     "memory_tokens": round(1 / -log_decay.mean().item(), 1),
                     "median_memory_tokens": round(1 / -log_decay.median().item(), 1),
                 }

@@ -24,7 +24,6 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModelForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
     PreTrainedModel,
@@ -33,6 +32,7 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
+from writesae.models.load import load_model
 from writesae.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 from writesae.zoo import corpus
 from writesae.zoo.evaluate import bits_per_byte, head_memory, xz_bits_per_byte
@@ -332,7 +332,7 @@ def export(
     save_model(model, tokenizer, folder)
 
     # Score what a user will load: the rounded weights, computing in float32.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_model(folder, dtype=torch.float32).eval()
     _, held_out = corpus.split(corpus.read(text or corpus.fetch(cache)))
     texts = [d.text[:5000] if quick else d.text for d in held_out]
     settings = state["settings"]

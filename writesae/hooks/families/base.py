@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from writesae.recurrence import Recurrence, Write
+from writesae.recurrence import Recurrence, Write, at_least_float32
+
+Get: TypeAlias = Callable[[str], Tensor]
+"""Gives a canonical quantity by its name, ``[batch, pos, head, ...]``."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +40,43 @@ class KernelCall(ABC):
     """One call of the model's own recurrence, seen through the canonical quantities.
 
     `get` computes a quantity only when asked, in float32, heads expanded to value heads; `set` replaces one, and `run`
-    calls the native function with the replacements. With nothing replaced, `run` passes the arguments on untouched.
+    calls the native function with the replacements. With nothing replaced, `run` changes no bit.
+
+    An adapter says what a quantity is in the arguments (`canonical`), where the state is (`initial_state`), how to call
+    the native function (`run`), and what the mixer expects back (`result`).
     """
 
-    @abstractmethod
+    def __init__(self, family: Family, arguments: dict[str, Any]):
+        self.family = family
+        self.arguments = arguments
+        self.changed: dict[str, Tensor] = {}
+        self._known: dict[tuple[str, tuple[int, ...] | None], Tensor] = {}
+
     def get(self, quantity: str, heads: Sequence[int] | None = None) -> Float[Tensor, "batch pos head ..."]:
         """A canonical quantity ``[batch, pos, head, ...]``, of the given heads only if ``heads`` is not None."""
+        if quantity in self.changed:
+            value = self.changed[quantity]
+            return value if heads is None else value[:, :, list(heads)]
+        key = (quantity, None if heads is None else tuple(heads))
+        if key not in self._known:
+            self._known[key] = self.canonical(quantity, heads)
+        return self._known[key]
 
-    @abstractmethod
     def set(self, quantity: str, value: Tensor) -> None:
         """Replace a quantity (all heads) by a canonical value."""
+        self.changed[quantity] = value
+
+    def recurrence(self, heads: Sequence[int] | None = None) -> Recurrence:
+        """Decay, erase and reads of the given heads."""
+        return self.family.recurrence(partial(self.get, heads=heads))
+
+    def write(self, heads: Sequence[int] | None = None) -> Write:
+        """The native write, leading dimensions ``[batch, pos, head]``."""
+        return self.family.write(partial(self.get, heads=heads))
+
+    @abstractmethod
+    def canonical(self, quantity: str, heads: Sequence[int] | None) -> Float[Tensor, "batch pos head ..."]:
+        """A quantity as the arguments have it; see `get`."""
 
     @property
     @abstractmethod
@@ -52,18 +84,31 @@ class KernelCall(ABC):
         """The state before the call, None if zero."""
 
     @abstractmethod
-    def recurrence(self, heads: Sequence[int] | None = None) -> Recurrence:
-        """Decay, erase and reads of the given heads."""
-
-    @abstractmethod
-    def write(self, heads: Sequence[int] | None = None) -> Write:
-        """The native write, leading dimensions ``[batch, pos, head]``."""
-
-    @abstractmethod
     def run(
         self, native: Callable[..., Any]
     ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"] | None]:
-        """Call the native function: outputs in the model's dtype, and the final state if the model wants it."""
+        """Call the native function: reads in the model's dtype, and the final state if the model wants it."""
+
+    def result(self, o: Tensor, state: Tensor | None) -> Any:
+        """What the mixer expects back, for these reads and this final state."""
+        return o, state
+
+
+def of_heads(
+    x: Tensor, heads: Sequence[int] | None, n_heads: int, then: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """``then`` of the heads asked for, in float32. A key head serves ``n_heads / n_key_heads`` consecutive heads, and
+    is copied for each of them only after ``then``."""
+    served = n_heads // x.shape[2]
+    if heads is not None:
+        return then(at_least_float32(x[:, :, [h // served for h in heads]]))
+    x = then(at_least_float32(x))
+    return x.repeat_interleave(served, 2) if served > 1 else x
+
+
+def as_given(value: Tensor, given: Tensor) -> Tensor:
+    """GPU kernels want one dtype for reads, keys and values; torch functions compute in float32 whatever they get."""
+    return value.to(given.dtype) if value.is_cuda else value
 
 
 @dataclass(frozen=True)
@@ -75,28 +120,56 @@ class Family:
         rule: of every `Site` of this family.
         mixers: ``{modeling module: name of its mixer class}``.
         kernels: functions of the modeling module that run the recurrence; they are intercepted.
+        sizes: the mixer's attributes that hold ``n_heads, d_key, d_value``.
+        inputs: quantities that enter the recurrence, in firing order.
+        call: this family, arguments of an intercepted call -> `KernelCall`.
+        recurrence, write: the two from canonical quantities, of a call or of a cache.
         helpers: other functions of the modeling module that an installed GPU package may have taken over; on CPU
             tensors the torch versions run instead.
-        inputs: quantities that enter the recurrence, in firing order.
+        fused: functions that do a whole mixer at once, where ``None`` tells the mixer to go step by step.
         gate_norms: names a mixer may have for its gated norm, called as ``norm(o, z)``: where ``z`` is seen.
-        dims: mixer -> ``(n_heads, d_key, d_value)``.
-        call: arguments of an intercepted call -> `KernelCall`.
-        recurrence, write: the same two of `KernelCall` from canonical quantities, to rebuild them from a cache.
+        seen_at: ``{quantity: submodule}`` for what is no input of the recurrence but the output of a submodule that
+            runs before it, in firing order. A mixer need not have them all.
+        decay_per_key: ``log_decay`` is ``[batch, pos, head, d_key]``.
+        delta_rank: rank of what a token's state gains beyond decay: 1 if the erase writes along the key or there is
+            none, otherwise 2.
+        letters: what canonical quantities are in the architecture's own words, where those differ.
     """
 
     name: str
     rule: str
     mixers: Mapping[str, str]
     kernels: tuple[str, ...]
-    helpers: tuple[str, ...]
+    sizes: tuple[str, str, str]
     inputs: tuple[str, ...]
-    gate_norms: tuple[str, ...]
-    dims: Callable[[nn.Module], tuple[int, int, int]]
-    call: Callable[[dict[str, Any]], KernelCall]
-    recurrence: Callable[[Mapping[str, Tensor]], Recurrence]
-    write: Callable[[Mapping[str, Tensor]], Write]
+    call: Callable[[Family, dict[str, Any]], KernelCall]
+    recurrence: Callable[[Get], Recurrence]
+    write: Callable[[Get], Write]
+    helpers: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
+    gate_norms: tuple[str, ...] = ()
+    seen_at: Mapping[str, str] = field(default_factory=dict)
+    decay_per_key: bool = False
+    delta_rank: int = 1
+    letters: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def quantities(self) -> tuple[str, ...]:
+    def state_inputs(self) -> tuple[str, ...]:
+        """The inputs that writes and states depend on."""
+        return tuple(quantity for quantity in self.inputs if quantity != "q")
+
+    def site(self, mixer: nn.Module) -> Site:
+        """Where a mixer's states are, and of what shape."""
+        sizes = (int(getattr(mixer, name)) for name in self.sizes)
+        return Site(int(mixer.layer_idx), *sizes, rule=self.rule)  # type: ignore[arg-type]
+
+    def gate_norm(self, mixer: nn.Module) -> nn.Module | None:
+        """The mixer's norm, if that takes the gate as its second argument (without a gate it takes one)."""
+        norms = (getattr(mixer, name) for name in self.gate_norms if hasattr(mixer, name))
+        return next((norm for norm in norms if len(inspect.signature(norm.forward).parameters) > 1), None)
+
+    def quantities(self, mixer: nn.Module) -> tuple[str, ...]:
         """All hook points of a mixer, in firing order."""
-        return (*self.inputs, "write", "state", "o", "z")
+        seen = [quantity for quantity, name in self.seen_at.items() if hasattr(mixer, name)]
+        gate = [] if self.gate_norm(mixer) is None else ["z"]
+        return (*seen, *self.inputs, "write", "state", "o", *gate)

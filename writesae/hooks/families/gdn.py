@@ -1,75 +1,44 @@
 """Gated DeltaNet: Qwen3.5, Qwen3.5-MoE, Qwen3-Next, OLMo-Hybrid, Qwen4-Exp.
 
-    S_t = exp(g) (I - beta k k^T) S_{t-1} + k (beta v)^T          o_t = S_t^T q / sqrt(d_key),   q, k of length 1
+    S_t = (I - beta k k^T) exp(g) S_{t-1} + k (beta v)^T          o_t = S_t^T q / sqrt(d_key),   q, k of length 1
 
-so that, in the letters of `writesae.recurrence`: decay ``exp(g)``, erase write ``a = -beta exp(g) k``, erase read
-``b = k``, write ``k (beta v)^T``. A key head serves ``n_heads / n_key_heads`` consecutive value heads.
+so that, in the letters of `writesae.recurrence`: decay ``exp(g)``, erase write ``a = -beta k``, erase read
+``b = exp(g) k``, write ``k (beta v)^T``. A key head serves ``n_heads / n_key_heads`` consecutive value heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from writesae.hooks.families.base import Family, KernelCall
-from writesae.recurrence import Recurrence, Write, at_least_float32
+from writesae.hooks.families.base import Family, Get, KernelCall, as_given, of_heads
+from writesae.recurrence import Recurrence, Write
 
 _ARGUMENT = {"q": "query", "k": "key", "v": "value", "beta": "beta", "log_decay": "g"}
 
 
 class GatedDeltaCall(KernelCall):
-    """A call of ``*_gated_delta_rule(query, key, value, g, beta, ...)``."""
+    """A call of ``*_gated_delta_rule(query, key, value, g, beta, ...)`` or ``*_kimi_delta_attention(...)``."""
 
-    def __init__(self, arguments: dict[str, Any]):
-        self.arguments = arguments
-        self.changed: dict[str, Tensor] = {}
-        self.known: dict[tuple[str, tuple[int, ...] | None], Tensor] = {}
-        self.n_heads = arguments["value"].shape[2]
-        self.heads_per_key = self.n_heads // arguments["key"].shape[2]
+    def canonical(self, quantity: str, heads: Sequence[int] | None) -> Tensor:
+        then = {"q": lambda x: self._normalised(x) * self._scale, "k": self._normalised}.get(quantity, lambda x: x)
+        return of_heads(self.arguments[_ARGUMENT[quantity]], heads, self.arguments["value"].shape[2], then)
 
-    def get(self, quantity: str, heads: Sequence[int] | None = None) -> Tensor:
-        if quantity in self.changed:
-            value = self.changed[quantity]
-            return value if heads is None else value[:, :, list(heads)]
-        key = (quantity, None if heads is None else tuple(heads))
-        if key not in self.known:
-            self.known[key] = self._canonical(quantity, heads)
-        return self.known[key]
-
-    def _canonical(self, quantity: str, heads: Sequence[int] | None) -> Tensor:
-        x = self.arguments[_ARGUMENT[quantity]]
-        if quantity in ("q", "k"):
-            if heads is not None:
-                x = x[:, :, [h // self.heads_per_key for h in heads]]
-            x = at_least_float32(x)
-            if self.arguments.get("use_qk_l2norm_in_kernel", False):
-                x = x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
-            if quantity == "q":
-                x = x * self._scale
-            if heads is None and self.heads_per_key > 1:
-                x = x.repeat_interleave(self.heads_per_key, 2)
+    def _normalised(self, x: Tensor) -> Tensor:
+        if not self.arguments.get("use_qk_l2norm_in_kernel", False):
             return x
-        return at_least_float32(x if heads is None else x[:, :, list(heads)])
+        return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
     @property
     def _scale(self) -> float:
         return self.arguments["query"].shape[-1] ** -0.5
 
-    def set(self, quantity: str, value: Tensor) -> None:
-        self.changed[quantity] = value
-
     @property
     def initial_state(self) -> Tensor | None:
         return self.arguments.get("initial_state")
-
-    def recurrence(self, heads: Sequence[int] | None = None) -> Recurrence:
-        return _recurrence({name: self.get(name, heads) for name in ("q", "k", "beta", "log_decay")})
-
-    def write(self, heads: Sequence[int] | None = None) -> Write:
-        return _write({name: self.get(name, heads) for name in ("k", "v", "beta")})
 
     def run(self, native: Callable[..., Any]) -> tuple[Tensor, Tensor | None]:
         if not self.changed:
@@ -81,27 +50,29 @@ class GatedDeltaCall(KernelCall):
             changed["k"] = self.get("k")
             arguments["use_qk_l2norm_in_kernel"] = False
         for quantity, value in changed.items():
-            # A GPU kernel wants one dtype for q, k, v; the torch function computes in float32 whatever it gets.
-            as_given = value.is_cuda and quantity in ("q", "k", "v")
-            arguments[_ARGUMENT[quantity]] = value.to(dtype) if as_given else value
+            argument = _ARGUMENT[quantity]
+            arguments[argument] = as_given(value, arguments[argument]) if quantity in ("q", "k", "v") else value
         o, state = native(**arguments)
         return o.to(dtype), state
 
 
-def _recurrence(values: Mapping[str, Tensor]) -> Recurrence:
-    k, g = values["k"], values["log_decay"]
-    return Recurrence(values["q"], g, a=k * -(values["beta"] * g.exp())[..., None], b=k)
+def delta_rule(get: Get, log_decay: Tensor) -> Recurrence:
+    """Decay first, then erase what the key finds: ``a = -beta k`` and ``b = exp(log_decay) k``."""
+    k, decay = get("k"), log_decay.exp()
+    b = k * (decay if decay.ndim == k.ndim else decay[..., None])
+    return Recurrence(get("q"), log_decay, a=k * -get("beta")[..., None], b=b)
 
 
-def _write(values: Mapping[str, Tensor]) -> Write:
-    return Write(values["k"], values["beta"][..., None] * values["v"])
+def gated_delta_rule(get: Get) -> Recurrence:
+    return delta_rule(get, get("log_decay"))
 
 
-def _dims(mixer: nn.Module) -> tuple[int, int, int]:
-    return int(mixer.num_v_heads), int(mixer.head_k_dim), int(mixer.head_v_dim)  # type: ignore[arg-type]
+def strength_write(get: Get) -> Write:
+    """``k (beta v)^T``"""
+    return Write(get("k"), get("beta")[..., None] * get("v"))
 
 
-def _modeling(name: str) -> str:
+def modeling(name: str) -> str:
     return f"transformers.models.{name}.modeling_{name}"
 
 
@@ -109,18 +80,18 @@ GATED_DELTANET = Family(
     name="Gated DeltaNet",
     rule="gated_delta",
     mixers={
-        _modeling("qwen3_5"): "Qwen3_5GatedDeltaNet",
-        _modeling("qwen3_5_moe"): "Qwen3_5MoeGatedDeltaNet",
-        _modeling("qwen3_next"): "Qwen3NextGatedDeltaNet",
-        _modeling("olmo_hybrid"): "OlmoHybridGatedDeltaNet",
-        _modeling("qwen4_exp"): "Qwen4ExpTextGatedDeltaNet",
+        modeling("qwen3_5"): "Qwen3_5GatedDeltaNet",
+        modeling("qwen3_5_moe"): "Qwen3_5MoeGatedDeltaNet",
+        modeling("qwen3_next"): "Qwen3NextGatedDeltaNet",
+        modeling("olmo_hybrid"): "OlmoHybridGatedDeltaNet",
+        modeling("qwen4_exp"): "Qwen4ExpTextGatedDeltaNet",
     },
     kernels=("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"),
     helpers=("causal_conv1d_fn", "causal_conv1d_update"),
+    sizes=("num_v_heads", "head_k_dim", "head_v_dim"),
     inputs=("q", "k", "v", "beta", "log_decay"),
     gate_norms=("norm", "o_norm"),
-    dims=_dims,
     call=GatedDeltaCall,
-    recurrence=_recurrence,
-    write=_write,
+    recurrence=gated_delta_rule,
+    write=strength_write,
 )

@@ -1,0 +1,161 @@
+"""Checkpoints in their authors' formats: names, shapes and configs, turned into those of the classes that we load.
+
+Nothing here reads a file: `writesae.models.load` does, and checks that every tensor found its place.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import Mamba2Config
+
+from writesae.models.rwkv7 import RWKV7Config
+
+Tensors = dict[str, Tensor]
+
+# RWKV-7, the authors' names: those of a block, then the others. A second entry says what to do to the tensor.
+_FLAT, _TURNED = Tensor.flatten, lambda x: x.t()  # [1, 1, d] -> [d]; x @ w1 -> nn.Linear
+_BLOCK = {
+    "ln0": "pre_norm",
+    "ln1": "attn_norm",
+    "ln2": "ffn_norm",
+    "att.ln_x": "attn.g_norm",
+    "att.receptance": "attn.r_proj",
+    "att.key": "attn.k_proj",
+    "att.value": "attn.v_proj",
+    "att.output": "attn.o_proj",
+    "ffn.key": "ffn.key",
+    "ffn.value": "ffn.value",
+    **{f"att.x_{c}": f"attn.x_{c}" for c in "rwkvag"},
+    "att.r_k": "attn.r_k",
+    "att.k_k": ("attn.k_k", _FLAT),
+    "att.k_a": ("attn.k_a", _FLAT),
+    "ffn.x_k": ("ffn.x_k", _FLAT),
+    **{f"att.{c}0": (f"attn.{c}_lora.lora.2.bias", _FLAT) for c in "wav"},
+    **{f"att.{c}1": (f"attn.{c}_lora.lora.0.weight", _TURNED) for c in "wavg"},
+    **{f"att.{c}2": (f"attn.{c}_lora.lora.2.weight", _TURNED) for c in "wavg"},
+}
+_OUTSIDE = {"emb": "model.embeddings", "ln_out": "model.norm", "head": "lm_head"}
+
+
+def rwkv7_of_authors(theirs: Mapping[str, Tensor]) -> tuple[RWKV7Config, Tensors]:
+    """Config and tensors of `RWKV7ForCausalLM`, for the tensors of a ``.pth`` file of RWKV-LM.
+
+    Raises:
+        ValueError: another model than RWKV-7.
+    """
+    needed = ["emb.weight", "blocks.0.ffn.key.weight", *(f"blocks.0.att.{x}" for x in ("r_k", "w1", "a1", "g1"))]
+    if absent := [name for name in needed if name not in theirs]:
+        raise ValueError(f"these are not the weights of RWKV-7, the only RWKV that is supported: no {absent[0]}")
+    n_layers = 1 + max(int(name.split(".")[1]) for name in theirs if name.startswith("blocks."))
+    vocab, d = theirs["emb.weight"].shape
+    rank = lambda name, block=0: theirs[f"blocks.{block}.att.{name}"].shape[1]  # noqa: E731
+    config = RWKV7Config(
+        vocab_size=vocab,
+        hidden_size=d,
+        num_hidden_layers=n_layers,
+        head_dim=theirs["blocks.0.att.r_k"].shape[1],
+        intermediate_size=theirs["blocks.0.ffn.key.weight"].shape[0],
+        decay_low_rank_dim=rank("w1"),
+        a_low_rank_dim=rank("a1"),
+        gate_low_rank_dim=rank("g1"),
+        v_low_rank_dim=rank("v1", 1) if "blocks.1.att.v1" in theirs else None,
+        group_norm_eps=64e-5,  # whatever the head's size
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    ours: Tensors = {}
+    for name, tensor in theirs.items():
+        if re.fullmatch(r"blocks\.0\.att\.v[012]", name):
+            continue  # there, but unused: no layer comes before to mix values with
+        new, change = _renamed(name)
+        ours[new] = change(tensor) if change else tensor
+    return config, ours
+
+
+def _renamed(name: str) -> tuple[str, Any]:
+    """Our name of one of the authors' tensors and what to do to it; a name unknown stays, to be complained of."""
+    stem, dot, kind = name.rpartition(".")
+    stem, suffix = (stem, dot + kind) if kind in ("weight", "bias") else (name, "")
+    if stem in _OUTSIDE:
+        return _OUTSIDE[stem] + suffix, None
+    block = re.fullmatch(r"blocks\.(\d+)\.(.*)", stem)
+    entry = block and _BLOCK.get(block[2])
+    if not block or not entry:
+        return name, None
+    new, change = (entry, None) if isinstance(entry, str) else entry
+    return f"model.layers.{block[1]}.{new}{suffix}", change
+
+
+def rwkv7_of_early_fla(tensors: Mapping[str, Tensor]) -> Tensors:
+    """flash-linear-attention once kept the six token-shift vectors in one tensor ``x_x [6, d]``."""
+    new: Tensors = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".attn.x_x"):
+            new |= {f"{name[:-1]}{c}": row[None, None] for c, row in zip("rwkvag", tensor, strict=True)}
+        else:
+            new[name] = tensor
+    return new
+
+
+# Mamba-2: the authors' defaults (mamba_ssm), and what they call the fields of transformers' config.
+_MAMBA2_FIELDS = {
+    "d_state": ("state_size", 128),
+    "d_conv": ("conv_kernel", 4),
+    "expand": ("expand", 2),
+    "headdim": ("head_dim", 64),
+    "ngroups": ("n_groups", 1),
+    "bias": ("use_bias", False),
+    "conv_bias": ("use_conv_bias", True),
+    "chunk_size": ("chunk_size", 256),
+    "dt_limit": ("time_step_limit", (0.0, float("inf"))),
+}
+_MAMBA2_ONLY = {"layer": "Mamba2", "d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
+_MAMBA2_NO_EFFECT = {"A_init_range", "conv_init", "dt_init_floor", "dt_max", "dt_min", "use_mem_eff_path"}
+_MODEL_ONLY = {"attn_cfg": {}, "attn_layer_idx": [], "d_intermediate": 0, "rms_norm": True}
+_MODEL_FIELDS = {
+    "d_model", "fused_add_norm", "n_layer", "pad_vocab_size_multiple", "residual_in_fp32", "ssm_cfg", "tie_embeddings",
+    "vocab_size",
+}  # fmt: skip
+
+
+def mamba2_of_authors(theirs: Mapping[str, Any]) -> Mamba2Config:
+    """transformers' config for the ``config.json`` of a checkpoint of mamba_ssm (``state-spaces/mamba2-...``).
+
+    Raises:
+        ValueError: it asks for something that transformers' Mamba-2 does not compute.
+    """
+    ssm = {"layer": "Mamba1"} | dict(theirs.get("ssm_cfg") or {})
+    for given, only, known in (
+        (theirs, _MODEL_ONLY, _MODEL_FIELDS),
+        (ssm, _MAMBA2_ONLY, _MAMBA2_FIELDS.keys() | _MAMBA2_NO_EFFECT),
+    ):
+        for name, value in given.items():
+            if name in only and value != only[name]:
+                raise ValueError(f"a Mamba-2 checkpoint with {name}={value!r}: supported is {name}={only[name]!r} only")
+            if name not in only and name not in known:
+                raise ValueError(f"a Mamba-2 checkpoint with {name}={value!r}, which writesae does not know")
+    values: dict[str, Any] = {new: ssm.get(name, default) for name, (new, default) in _MAMBA2_FIELDS.items()}
+    values["time_step_limit"] = tuple(float(x) for x in values["time_step_limit"])
+    d, multiple = theirs["d_model"], theirs.get("pad_vocab_size_multiple", 8)
+    return Mamba2Config(
+        vocab_size=-(-theirs["vocab_size"] // multiple) * multiple,
+        hidden_size=d,
+        num_hidden_layers=theirs["n_layer"],
+        num_heads=values["expand"] * d // values["head_dim"],
+        residual_in_fp32=theirs.get("residual_in_fp32", True),
+        tie_word_embeddings=theirs.get("tie_embeddings", True),
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        **values,
+    )
+
+
+def mamba2_tensors_of_authors(theirs: Mapping[str, Tensor]) -> Tensors:
+    """transformers has another name for the embedding only."""
+    return {name.replace("backbone.embedding.", "backbone.embeddings."): tensor for name, tensor in theirs.items()}

@@ -1,0 +1,142 @@
+"""Gated Linear Attention in plain PyTorch: loads flash-linear-attention's checkpoints.
+
+Per head, with ``g`` the log decay of each key channel (Yang et al. 2023, arXiv 2312.06635, eq. 3)::
+
+    S_t = exp(g_t) ⊙ S_{t-1} + k_t v_t^T          o_t = S_t^T q_t
+
+Nothing is erased, only forgotten.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from writesae.models.common import RecurrentForCausalLM, RecurrentModel, RecurrentPreTrainedModel, past_state, recur
+from writesae.models.gpu import fla_kernel
+from writesae.models.layers import GatedRMSNorm, MixerBlock, MixerConfig, ShortConvolution
+from writesae.recurrence import Recurrence, Write, at_least_float32
+
+GATE_RANK = 16
+GATE_NORMALIZER = 16  # log decays are divided by it: at rest a channel keeps 2^(-1/16) of itself a token
+
+
+@strict
+class GLAConfig(MixerConfig):
+    model_type = "gla"
+    only: ClassVar[dict[str, Any]] = {
+        "attn": None,
+        "attnres_block_size": None,
+        "feature_map": None,
+        "hidden_act": "swish",
+        "share_conv_kernel": False,
+        "use_gk": True,
+        "use_gv": False,
+    }
+
+    expand_k: float | int = 0.5
+    num_kv_heads: int | None = None
+    use_short_conv: bool = False
+    use_output_gate: bool = True
+    fuse_norm: bool = True  # decides no more than the output norm's name
+    elementwise_affine: bool | None = True
+    clamp_min: float | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_heads % (self.num_kv_heads or 1):
+            raise ValueError(f"gla: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        super().__post_init__(**kwargs)
+
+
+def gla_recurrence(
+    q: Float[Tensor, "batch pos head d_key"],
+    k: Float[Tensor, "batch pos head d_key"],
+    v: Float[Tensor, "batch pos head d_value"],
+    log_decay: Float[Tensor, "batch pos head d_key"],
+    initial_state: Float[Tensor, "batch head d_key d_value"] | None = None,
+    output_final_state: bool = False,
+) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"] | None]:
+    """The recurrence at the top of this file; `q` is scaled."""
+    if kernel := fla_kernel("gla", "chunk_gla", q):
+        return kernel(
+            q=q, k=k, v=v, g=log_decay, scale=1.0, initial_state=initial_state, output_final_state=output_final_state
+        )
+    return recur(Recurrence(q, log_decay), Write(k, v), initial_state, output_final_state)
+
+
+class GatedLinearAttention(nn.Module):
+    def __init__(self, config: GLAConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx, self.num_heads = layer_idx, config.num_heads
+        self.head_k_dim, self.head_v_dim = config.d_key // config.num_heads, config.d_value // config.num_heads
+        self.clamp_min = config.clamp_min
+
+        d, d_key, d_value = config.hidden_size, config.d_key, config.d_value
+        self.n_served = config.num_heads // (config.num_kv_heads or config.num_heads)  # heads that share k, v and decay
+        self.q_proj, self.k_proj = nn.Linear(d, d_key, bias=False), nn.Linear(d, d_key // self.n_served, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(d, d_value // self.n_served, bias=False), nn.Linear(d_value, d, bias=False)
+        self.gk_proj = nn.Sequential(nn.Linear(d, GATE_RANK, bias=False), nn.Linear(GATE_RANK, d_key // self.n_served))
+        self.g_proj = nn.Linear(d, d_value, bias=False) if config.use_output_gate else None
+        if config.use_short_conv:
+            self.q_conv1d = ShortConvolution(d_key, config.conv_size, state_idx=0)
+            self.k_conv1d = ShortConvolution(d_key // self.n_served, config.conv_size, state_idx=1)
+            self.v_conv1d = ShortConvolution(d_value // self.n_served, config.conv_size, state_idx=2)
+        norm = GatedRMSNorm if config.use_output_gate else nn.RMSNorm
+        self.norm_name = "g_norm_swish_gate" if config.use_output_gate and config.fuse_norm else "g_norm"
+        affine = bool(config.elementwise_affine)
+        self.add_module(self.norm_name, norm(self.head_v_dim, eps=config.norm_eps, elementwise_affine=affine))
+
+    def forward(
+        self, x: Float[Tensor, "batch pos hidden"], mask: Tensor | None, cache: Cache | None
+    ) -> Float[Tensor, "batch pos hidden"]:
+        x = x if mask is None else x * mask
+        state = past_state(cache, self.layer_idx)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if hasattr(self, "q_conv1d"):
+            q, k, v = (
+                F.silu(conv(y, cache, self.layer_idx))
+                for conv, y in ((self.q_conv1d, q), (self.k_conv1d, k), (self.v_conv1d, v))
+            )
+        log_decay = F.logsigmoid(at_least_float32(self.gk_proj(x))) / GATE_NORMALIZER
+        if self.clamp_min is not None:
+            log_decay = log_decay.clamp_min(self.clamp_min)
+        if mask is not None:  # padding changes no state
+            k, log_decay = k * mask, log_decay * mask
+
+        q = q.unflatten(-1, (self.num_heads, -1)) * self.head_k_dim**-0.5
+        k, v, log_decay = (
+            y.unflatten(-1, (self.num_heads // self.n_served, -1)).repeat_interleave(self.n_served, 2)
+            for y in (k, v, log_decay)
+        )
+        o, state = gla_recurrence(
+            q=q, k=k, v=v, log_decay=log_decay, initial_state=state, output_final_state=cache is not None
+        )
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)  # type: ignore[arg-type]
+        norm = self.get_submodule(self.norm_name)
+        o = norm(o) if self.g_proj is None else norm(o, self.g_proj(x).unflatten(-1, (self.num_heads, -1)))
+        return self.o_proj(o.flatten(2))
+
+
+class GLABlock(MixerBlock):
+    mixer = GatedLinearAttention
+
+
+class GLAPreTrainedModel(RecurrentPreTrainedModel):
+    config_class = GLAConfig
+
+
+class GLAModel(GLAPreTrainedModel, RecurrentModel):
+    block = GLABlock
+
+
+class GLAForCausalLM(GLAPreTrainedModel, RecurrentForCausalLM):
+    stack = GLAModel
+
+
+__all__ = ["GLAConfig", "GLAForCausalLM", "GLAModel", "gla_recurrence"]

@@ -1,0 +1,134 @@
+"""What DeltaNet and Gated Linear Attention share: short convolutions, gated norm, gated MLP, the block around a mixer.
+
+Module and field names are flash-linear-attention's (see `writesae.models.common`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from writesae.models.common import Block, RecurrentConfig, with_past
+from writesae.recurrence import at_least_float32
+
+
+@strict
+class MixerConfig(RecurrentConfig):
+    """The fields of both models' configs."""
+
+    number_of_conv_states: ClassVar[int] = 3  # the last tokens' q, k and v, before their convolutions
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    num_heads: int = 4
+    expand_k: float | int = 1.0
+    expand_v: float | int = 1.0
+    hidden_ratio: float | int | None = 4
+    intermediate_size: int | None = None
+    use_short_conv: bool = True
+    conv_size: int = 4
+    norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("expand_k", "expand_v"):
+            width = self.hidden_size * getattr(self, name)
+            if not math.isclose(width, round(width)) or round(width) % self.num_heads:
+                raise ValueError(
+                    f"{self.model_type} with hidden_size={self.hidden_size} and {name}={getattr(self, name)}: their "
+                    f"product must be a multiple of num_heads={self.num_heads}"
+                )
+        if self.use_short_conv and self.conv_size < 2:
+            raise ValueError(
+                f"{self.model_type} with conv_size={self.conv_size}: 2 or more is needed (or use_short_conv=False)"
+            )
+        if self.intermediate_size is None:
+            self.intermediate_size = 256 * math.ceil(int(self.hidden_size * (self.hidden_ratio or 4) * 2 / 3) / 256)
+        if not self.use_short_conv:
+            kwargs.pop("share_conv_kernel", None)  # of early configs, about the convolutions that there are not
+        super().__post_init__(**kwargs)
+
+    @property
+    def d_key(self) -> int:
+        """Of all heads together."""
+        return round(self.hidden_size * self.expand_k)
+
+    @property
+    def d_value(self) -> int:
+        """Of all heads together."""
+        return round(self.hidden_size * self.expand_v)
+
+
+class ShortConvolution(nn.Conv1d):
+    """A causal convolution of each channel over the last ``size`` tokens; a cache holds those before the call."""
+
+    def __init__(self, n_channels: int, size: int, state_idx: int):
+        super().__init__(n_channels, n_channels, size, groups=n_channels, bias=False)
+        self.state_idx = state_idx
+
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "batch pos channel"], cache: Cache | None, layer: int
+    ) -> Float[Tensor, "batch pos channel"]:
+        x = with_past(x, self.kernel_size[0] - 1, cache, layer, self.state_idx)
+        return super().forward(x.mT).mT
+
+
+class GatedRMSNorm(nn.Module):
+    """``norm(o, z)``: RMS norm of each head, times ``silu(z)``; in float32, like flash-linear-attention's."""
+
+    def __init__(self, d_value: int, eps: float, elementwise_affine: bool = True):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_value)) if elementwise_affine else None
+
+    def forward(
+        self, o: Float[Tensor, "batch pos head d_value"], z: Float[Tensor, "batch pos head d_value"]
+    ) -> Float[Tensor, "batch pos head d_value"]:
+        x, z = at_least_float32(o), at_least_float32(z)
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return (F.rms_norm(x, x.shape[-1:], weight, self.eps) * F.silu(z)).to(o.dtype)
+
+    def init_weights_(self) -> None:
+        if self.weight is not None:
+            init.ones_(self.weight)  # type: ignore[arg-type]
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, d: int, d_inner: int):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(d, d_inner, bias=False), nn.Linear(d, d_inner, bias=False)
+        self.down_proj = nn.Linear(d_inner, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MixerBlock(Block):
+    """Norm, mixer, norm, gated MLP. The mixer is called as ``mixer(x, mask, cache)``."""
+
+    mixer: ClassVar[type[nn.Module]]
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = self.mixer(config, layer_idx)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None, first: None) -> tuple[Tensor, None]:
+        x = x + self.attn(self.attn_norm(x), mask, cache)
+        return x + self.mlp(self.mlp_norm(x)), None
