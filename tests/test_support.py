@@ -1,4 +1,4 @@
-"""README's support table is this one: made from the adapters and from the list of architectures that the tests run over."""
+"""README's support table is this one: made from the adapters and the list of architectures that the tests run over."""
 
 from pathlib import Path
 

@@ -107,8 +107,9 @@ def written(model: HookedRecurrentModel, sae: WriteSAE, text: str, n_tokens: int
     about = {"write norm": write.norm()}
     if f"blocks.{layer}.mixer.hook_beta" in model.hook_names:
         about["beta"] = cache["beta", layer][0, :, head]
-    kept = cache["log_decay", layer][0, :, head].exp()
-    about["memory kept"] = kept.reshape(len(kept), -1).mean(1)  # over key channels, where each has its own
+    if f"blocks.{layer}.mixer.hook_log_decay" in model.hook_names:
+        kept = cache["log_decay", layer][0, :, head].exp()
+        about["memory kept"] = kept.reshape(len(kept), -1).mean(1)  # over key channels, where each has its own
     table = Table(
         title=f"What {_site(sae)} writes at each token", caption="cosine: of the atom and the write it stands for"
     )

@@ -86,7 +86,6 @@ class Tap:
     recorders: list[Callable[[Record], None]] = field(default_factory=list)
     shape: tuple[int, ...] = ()  # of the running call's output, [batch, pos, head, d_value]
     device: torch.device | None = None  # where that call runs; layers may lie on several
-    outer: list[Tap | None] = field(default_factory=list)  # what ran when its mixer began: a hook may run another model
 
     @property
     def busy(self) -> bool:
@@ -407,13 +406,11 @@ def _end(text_model: nn.Module, _args: Any, output: Any) -> None:
 
 
 def _enter(mixer: nn.Module, _args: Any) -> None:
-    tap: Tap = mixer.writesae_tap  # type: ignore[assignment]
-    tap.outer.append(_running.get())
-    _running.set(tap)
+    _running.set(mixer.writesae_tap)  # type: ignore[arg-type]
 
 
-def _leave(mixer: nn.Module, _args: Any, _output: Any) -> None:
-    _running.set(mixer.writesae_tap.outer.pop())  # type: ignore[union-attr]
+def _leave(_mixer: nn.Module, _args: Any, _output: Any) -> None:
+    _running.set(None)
 
 
 def _gate(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -428,10 +425,12 @@ def _gate(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 def _seen(module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
     """A quantity that is a submodule's output, heads side by side."""
-    tap, quantity = module.writesae_tap, module.writesae_quantity
-    if not tap.points[quantity].listening:  # type: ignore[union-attr, index]
+    tap: Tap = module.writesae_tap  # type: ignore[assignment]
+    quantity: str = module.writesae_quantity  # type: ignore[assignment]
+    if not tap.points[quantity].listening:
         return None
-    new = tap.show(quantity, output.reshape(*output.shape[:2], tap.site.n_heads, -1))  # type: ignore[union-attr, operator]
+    new = tap.show(quantity, output.reshape(*output.shape[:2], tap.site.n_heads, -1))
+    _running.set(tap)  # a hook may have run another model, and the recurrence is still to come
     return None if new is None else new.reshape(output.shape)
 
 
