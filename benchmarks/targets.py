@@ -1,0 +1,68 @@
+"""What an SAE is trained on, and what its atoms are worth in place of a write: the replacement test on every model.
+
+    python benchmarks/targets.py                                  # the shipped models, one head each
+    python benchmarks/targets.py --site tiny-rwkv7:3.4 --target state --firings 100
+
+For each head, an SAE on the native writes, on the deltas (what the state really gains; rank 2 for RWKV-7) and on the
+states (the paper's choice), all else equal, trained here on a part of the corpus; then firings on held-out text.
+``k`` is 1 throughout, so that an atom has to stand for what it was trained on alone. ``matched`` gives the top atom the
+native write's norm, so that only its direction counts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import writesae as ws
+from writesae.saes.collect import sequences, train_site
+from writesae.zoo import corpus, heldout_documents
+
+SITES = ["tiny-gdn:2.0", "tiny-mamba2:4.0", "tiny-mamba2:6.11", "tiny-rwkv7:3.5", "tiny-rwkv7:3.4"]
+CONTEXT = 512
+
+
+def main(
+    site: Annotated[list[str] | None, typer.Option(help="MODEL:LAYER.HEAD; repeat for several.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="write, delta, state; repeat for several.")] = None,
+    atoms: Annotated[int, typer.Option(help="Atoms of each SAE.")] = 1024,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 300,
+    tokens: Annotated[int, typer.Option(help="Tokens of text; of states, one in eight is taken.")] = 150_000,
+    firings: Annotated[int, typer.Option(help="Firings of the replacement test.")] = 300,
+    cache: Annotated[Path | None, typer.Option(help="Where the corpus is kept.")] = None,
+) -> None:
+    """Replacement rates by training target."""
+    transformers.logging.set_verbosity_error()
+    documents, _ = corpus.split(corpus.read(corpus.fetch(cache)))
+    table = Table(title=f"Replacement test, {firings} firings, {atoms} atoms, k=1, {steps} steps")
+    columns = ("head", "trained on", "nmse", "cosine to write", "atom beats deletion, at", "in total")
+    for column in (*columns, "matched, at", "in total"):
+        table.add_column(column)
+    models: dict[str, Any] = {}
+    for place in site or SITES:
+        name, where = place.split(":")
+        layer, head = (int(x) for x in where.split("."))
+        model = models.setdefault(name, ws.HookedRecurrentModel.from_pretrained(name))
+        ids = sequences(model, [d.text for d in documents], CONTEXT)
+        ids = ids[:: max(1, len(ids) * CONTEXT // tokens)]
+        for what in target or ("write", "delta", "state"):
+            stride = 8 if what == "state" else 1
+            options: Any = dict(target=what, stride=stride, n_atoms=atoms, k=1, steps=steps, progress=False)
+            sae = train_site(model, ids, layer, head, **options)
+            result = ws.replacement_test(model, sae, heldout_documents(), n_firings=firings)
+            rates = [result.wins(c, "delete", w) for c in ("atom", "matched") for w in ("at", "through")]  # type: ignore[arg-type]
+            cosine = float(torch.as_tensor(result.cosine).median())
+            row = (place, what, f"{sae.cfg.training['held_out']['nmse']:.2f}", f"{cosine:.2f}", *map(str, rates))
+            table.add_row(*row)
+            print(*row, sep=" | ", flush=True)
+    Console(width=200).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
