@@ -3,7 +3,7 @@
     python benchmarks/cost.py                       # both models, 1,024 tokens; memory at 1,024 and 4,096
     python benchmarks/cost.py --model tiny-gdn --rounds 30
 
-Models: ``tiny-gdn`` (shipped) and ``wide``, four layers of eight 128 x 128 heads as in Qwen3.5, hidden size 512, random
+Models: the shipped ones and ``wide``, four layers of eight 128 x 128 heads as in Qwen3.5, hidden size 512, random
 weights. TransformerLens takes part if it is installed; both run without the model's cache, which its hooks need.
 """
 
@@ -24,6 +24,7 @@ from rich.table import Table
 
 import writesae as ws
 from writesae.hooks.families import FAMILIES
+from writesae.models.load import load_model
 from writesae.zoo import shipped_model
 
 MODELS = ("tiny-gdn", "wide")
@@ -35,7 +36,7 @@ def load(name: str) -> Any:
     """A transformers model, not wrapped yet."""
     folder = shipped_model(name)
     if folder is not None:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return load_model(folder, dtype=torch.float32).eval()
     torch.manual_seed(0)
     config = transformers.Qwen3_5TextConfig(
         vocab_size=1024, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
@@ -140,7 +141,7 @@ def child(spec: str) -> None:
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="tiny-gdn or wide; both if not given.")] = None,
+    model: Annotated[str | None, typer.Option(help="A shipped model or wide; tiny-gdn and wide if not given.")] = None,
     pos: Annotated[int, typer.Option(help="Tokens.")] = 1024,
     rounds: Annotated[int, typer.Option(help="Rounds.")] = 20,
     memory: Annotated[bool, typer.Option(help="Also measure peak memory, at --pos and four times that.")] = True,

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from writesae.cli import app
+from writesae.zoo import shipped_models
 
 runner = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
 
@@ -39,9 +40,10 @@ def test_an_unknown_model_is_one_clear_line(command):
     assert "Traceback" not in result.output
 
 
-def test_demo_runs_and_leaves_a_picture(tmp_path):
+@pytest.mark.parametrize("model", shipped_models())
+def test_demo_runs_and_leaves_a_picture(model, tmp_path):
     picture = tmp_path / "demo.png"
-    result = runner.invoke(app, ["demo", "--firings", "12", "--picture", str(picture)])
+    result = runner.invoke(app, ["demo", "--model", model, "--firings", "12", "--picture", str(picture)])
     assert result.exit_code == 0, result.output
     for part in ("bits a byte", "writes at each token", "Replacement test", "beats deletion", "Steering", "Done in"):
         assert part in result.output

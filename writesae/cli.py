@@ -41,7 +41,7 @@ def _plainly() -> Iterator[None]:
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option(help="A shipped model.")] = "tiny-gdn",
+    model: Annotated[str, typer.Option(help="A shipped model: tiny-gdn, tiny-mamba2 or tiny-rwkv7.")] = "tiny-gdn",
     firings: Annotated[int, typer.Option(help="Firings of the replacement test, for each SAE.", min=1)] = 300,
     picture: Annotated[Path, typer.Option(help="Where to leave the picture.")] = Path("writesae-demo.png"),
 ) -> None:
