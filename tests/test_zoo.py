@@ -12,7 +12,6 @@ from writesae.models.rwkv7 import RWKV7ForCausalLM
 from writesae.zoo import ZOO, corpus, heldout_documents, shipped_model, shipped_models, shipped_saes
 from writesae.zoo.evaluate import bits_per_byte, xz_bits_per_byte
 
-
 CLASSES = {"tiny-gdn": Qwen3_5ForCausalLM, "tiny-mamba2": Mamba2ForCausalLM, "tiny-rwkv7": RWKV7ForCausalLM}
 each_model = pytest.mark.parametrize("name", shipped_models())
 
