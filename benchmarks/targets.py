@@ -4,9 +4,9 @@
     python benchmarks/targets.py --site tiny-rwkv7:3.4 --target state --firings 100
 
 For each head, an SAE on the native writes, on the deltas (what the state really gains; rank 2 for RWKV-7) and on the
-states (the paper's choice), all else equal, trained here on a part of the corpus; then firings on held-out text.
-``k`` is 1 throughout, so that an atom has to stand for what it was trained on alone. ``matched`` gives the top atom the
-native write's norm, so that only its direction counts.
+states (the paper's choice), all else equal, trained here on a part of the corpus; then firings on held-out text. With
+``k=1`` an atom has to stand for what it was trained on alone; the paper has 32 active in a state. ``matched`` gives the
+top atom the native write's norm, so that only its direction counts.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def main(
     site: Annotated[list[str] | None, typer.Option(help="MODEL:LAYER.HEAD; repeat for several.")] = None,
     target: Annotated[list[str] | None, typer.Option(help="write, delta, state; repeat for several.")] = None,
     atoms: Annotated[int, typer.Option(help="Atoms of each SAE.")] = 1024,
+    k: Annotated[int, typer.Option(help="Atoms active in a sample; the replacement test takes the strongest.")] = 1,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 300,
     tokens: Annotated[int, typer.Option(help="Tokens of text; of states, one in eight is taken.")] = 150_000,
     firings: Annotated[int, typer.Option(help="Firings of the replacement test.")] = 300,
@@ -40,7 +41,7 @@ def main(
     """Replacement rates by training target."""
     transformers.logging.set_verbosity_error()
     documents, _ = corpus.split(corpus.read(corpus.fetch(cache)))
-    table = Table(title=f"Replacement test, {firings} firings, {atoms} atoms, k=1, {steps} steps")
+    table = Table(title=f"Replacement test, {firings} firings, {atoms} atoms, k={k}, {steps} steps")
     columns = ("head", "trained on", "nmse", "cosine to write", "atom beats deletion, at", "in total")
     for column in (*columns, "matched, at", "in total"):
         table.add_column(column)
@@ -53,7 +54,7 @@ def main(
         ids = ids[:: max(1, len(ids) * CONTEXT // tokens)]
         for what in target or ("write", "delta", "state"):
             stride = 8 if what == "state" else 1
-            options: Any = dict(target=what, stride=stride, n_atoms=atoms, k=1, steps=steps, progress=False)
+            options: Any = dict(target=what, stride=stride, n_atoms=atoms, k=k, steps=steps, progress=False)
             sae = train_site(model, ids, layer, head, **options)
             result = ws.replacement_test(model, sae, heldout_documents(), n_firings=firings)
             rates = [result.wins(c, "delete", w) for c in ("atom", "matched") for w in ("at", "through")]  # type: ignore[arg-type]
