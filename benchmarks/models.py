@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import writesae as ws
+from writesae import kernels
 from writesae.models import common, formats
 from writesae.recurrence import step_loop
 
@@ -78,6 +79,19 @@ def by_steps(run: Callable[[], Any]) -> Callable[[], Any]:
     return timed
 
 
+def not_factored(run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` with a number for two tokens and a channel where a decay a key channel is mild (`writesae.kernels`)."""
+
+    def timed() -> Any:
+        mild, kernels.MILD = kernels.MILD, -1.0
+        try:
+            return run()
+        finally:
+            kernels.MILD = mild
+
+    return timed
+
+
 def of_authors(model: Any) -> dict[str, torch.Tensor]:
     """A RWKV-7 of ours under its authors' names and shapes."""
     tensors, theirs = model.state_dict(), {}
@@ -113,6 +127,8 @@ def speed(console: Console, pos: int, rounds: int) -> None:
         ids = torch.randint(0, COMMON["vocab_size"], (1, pos), generator=torch.Generator().manual_seed(0))
         run = lambda model=model, ids=ids: model(input_ids=ids, use_cache=False).logits  # noqa: E731
         runs = {kind: run, f"{kind}, step loop": by_steps(run)}
+        if kind != "delta_net":
+            runs[f"{kind}, decays not factored"] = not_factored(run)
         if kind == "rwkv7":
             runs |= official(model, ids)
         seconds = race(runs, rounds)
