@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import importlib.util
 import json
 import pickle
@@ -37,6 +38,7 @@ from writesae.models.gla import GLAConfig, GLAForCausalLM
 from writesae.models.load import FLA_KINDS, OURS, load_model
 from writesae.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 from writesae.models.tokenizers import WorldTokenizer, load_tokenizer
+from writesae.recurrence import Recurrence
 
 VOCAB = 97
 SIZES: dict[str, Any] = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2)
@@ -256,8 +258,9 @@ def _without_erase(native: Callable[..., Any], kappa: Tensor, iclr: Tensor, **re
 
 
 def _erase_swapped(native: Callable[..., Any], kappa: Tensor, iclr: Tensor, **rest: Any) -> Any:
-    rec = rwkv7.Recurrence(rest["q"], rest["log_decay"], a=kappa, b=-kappa * iclr)
-    return rwkv7.recur(rec, rwkv7.Write(rest["k"], rest["v"]), rest["initial_state"], rest["output_final_state"])
+    rec = Recurrence(rest["q"], rest["log_decay"], a=kappa, b=-kappa * iclr)
+    swapped = dataclasses.replace(rwkv7.RWKV7, recurrence=lambda get: rec)
+    return rwkv7.recur(swapped, rest, rest["initial_state"], rest["output_final_state"])
 
 
 @pytest.mark.parametrize("broken", [_without_erase, _erase_swapped, "v_first", "eps"])

@@ -144,13 +144,13 @@ def _scan(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Chunked recurrence from state ``S``: outputs, what the erase read (if ``erased``), final state."""
     n_pos = rec.n_pos
-    g, size = _cut_decay(rec.log_decay, chunk)
+    g, size, mild = _cut_decay(rec.log_decay, chunk)
     q = _cut(rec.q, size)
     p, u = (_cut(x, size) for x in write.factors())
     rank = p.shape[-2]
     p, u = (rearrange(x, "b h n c r d -> b h n (c r) d") for x in (p, u))  # writes of one chunk, token by token
 
-    decay = _Decay(g)
+    decay = _Decay(g, factored=mild)
     own = decay.scores(q, p, read, rank) @ u  # output due to this chunk's own writes
     q_first = q * decay.from_start  # ... and to its first state
     # What is left at the chunk's end of the writes and of the first state.
@@ -208,42 +208,36 @@ def _chunks(x: Tensor, size: int, dim: int = 1) -> Tensor:
 # --- decay within a chunk ---------------------------------------------------------------------------------------------
 
 
-def _cut_decay(log_decay: Tensor, chunk: int | None) -> tuple[Tensor, int]:
-    """Log decays in chunks, ``[batch, head, chunk, token, d_key or 1]``, and the size of a chunk.
-
-    Where each key channel has its own decay, the size that goes with these decays; see `_Decay`.
-    """
+def _cut_decay(log_decay: Tensor, chunk: int | None) -> tuple[Tensor, int, bool]:
+    """Log decays in chunks, ``[batch, head, chunk, token, d_key or 1]``; the size of a chunk; whether these decays, one
+    a key channel, are mild: ``exp`` of half a chunk's whole decay, and its inverse, are accurate. See `_Decay`."""
     per_key, n_pos = log_decay.ndim == 4, log_decay.shape[1]
     if not per_key:
         log_decay = log_decay[..., None]
     for size in (chunk,) if chunk else (CHUNK_MILD, CHUNK_PER_KEY) if per_key else (CHUNK,):
         size = min(size, n_pos)
         g = _cut(log_decay, size)
-        if not per_key or _mild(g):
+        mild = per_key and bool(g.sum(3).amin() >= -2 * MILD)
+        if mild:
             break
-    return g, size
-
-
-def _mild(g: Tensor) -> bool:
-    """Whether ``exp`` of half a chunk's whole decay, and its inverse, are accurate."""
-    return bool(g.sum(3).amin() >= -2 * MILD)
+    return g, size, mild
 
 
 class _Decay:
     """Decay within each chunk, from log decays ``g [batch, head, chunk, token, d_key or 1]``.
 
     Between two tokens it is one number if there is one decay a head. With one a key channel it is the product of a
-    factor for each token, ``exp(G_t - R) exp(R - G_j)``, as long as the chunk's whole decay is mild enough for these to
-    be accurate, and otherwise a number for each channel, which is much slower.
+    factor for each token, ``exp(G_t - R) exp(R - G_j)``, if ``factored``, as mild decays may be, and otherwise a number
+    for each channel, which is much slower.
     """
 
-    def __init__(self, g: Tensor):
+    def __init__(self, g: Tensor, factored: bool):
         G = g.cumsum(-2)  # from the chunk's start through token t
         G_before = torch.cat([torch.zeros_like(G[..., :1, :]), G[..., :-1, :]], -2)
         self.from_start, self.before_from_start = G.exp(), G_before.exp()
         self.per_key = g.shape[-1] > 1
-        self.factored = self.per_key and _mild(g)
-        if self.factored:
+        self.factored = factored
+        if factored:
             R = G[..., -1:, :] / 2
             self.reads, self.reads_before, self.writes = (G - R).exp(), (G_before - R).exp(), (R - G).exp()
             self.to_end = self.writes * R.exp()

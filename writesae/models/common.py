@@ -7,10 +7,12 @@ they compute is plain PyTorch on any device.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -21,8 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
+from writesae.hooks.families import Family
 from writesae.kernels import chunked
-from writesae.recurrence import Recurrence, Write
 
 # Fields of flash-linear-attention's configs that choose between equal computations, or concern training alone.
 NO_EFFECT = {
@@ -38,11 +40,12 @@ NO_EFFECT = {
 HOUSEKEEPING = {"_name_or_path", "architectures", "auto_map", "model_type", "name_or_path", "transformers_version"}
 
 
+@strict
 class RecurrentConfig(PreTrainedConfig):
     """Config of a model of ours. What a checkpoint asks for and we do not compute is an error, not a surprise.
 
-    Subclasses list every field they handle as an annotation, and in ``only`` the one value that we support of fields
-    that have others.
+    Subclasses list every further field they handle as an annotation, and in ``only`` the one value that we support of
+    fields that have others.
     """
 
     only: ClassVar[dict[str, Any]] = {}
@@ -50,6 +53,18 @@ class RecurrentConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     # Fields are checked by huggingface_hub's `strict`; jaxtyping would refuse those that only config.json has.
     __no_type_check__ = True
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    hidden_ratio: float | int | None = 4
+    intermediate_size: int | None = None
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, value in self.only.items():
@@ -68,7 +83,7 @@ class RecurrentConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        return ["linear_attention"] * self.num_hidden_layers  # type: ignore[attr-defined]
+        return ["linear_attention"] * self.num_hidden_layers
 
 
 # --- the past ---------------------------------------------------------------------------------------------------------
@@ -93,11 +108,13 @@ def with_past(
 
 
 def recur(
-    rec: Recurrence, write: Write, initial_state: Tensor | None, output_final_state: bool
+    family: Family, values: Mapping[str, Tensor], initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"] | None]:
-    """The recurrence as models want it: outputs in the dtype of the reads, the final state if asked for."""
-    o, state = chunked(rec, write, initial_state)
-    return o.to(rec.q.dtype), state if output_final_state else None
+    """A family's recurrence of canonical quantities, as models want it: outputs in the dtype of the reads, the final
+    state if asked for."""
+    get = values.__getitem__
+    o, state = chunked(family.recurrence(get), family.write(get), initial_state)
+    return o.to(values["q"].dtype), state if output_final_state else None
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

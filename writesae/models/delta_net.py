@@ -18,10 +18,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from writesae.models.common import RecurrentForCausalLM, RecurrentModel, RecurrentPreTrainedModel, past_state, recur
+from writesae.hooks.families import DELTANET
+from writesae.models.common import RecurrentForCausalLM, RecurrentModel, past_state, recur
 from writesae.models.gpu import fla_kernel
-from writesae.models.layers import GatedRMSNorm, MixerBlock, MixerConfig, ShortConvolution
-from writesae.recurrence import Recurrence, Write, at_least_float32
+from writesae.models.layers import Mixer, MixerBlock, MixerConfig
+from writesae.recurrence import at_least_float32
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "elu": lambda x: F.elu(x) + 1, "identity": lambda x: x}
 NORMS = {
@@ -69,41 +70,25 @@ def delta_rule_recurrence(
         return kernel(
             q=q, k=k, v=v, beta=beta, scale=1.0, initial_state=initial_state, output_final_state=output_final_state
         )
-    rec = Recurrence(q, torch.zeros_like(beta), a=-beta[..., None] * k, b=k)
-    return recur(rec, Write(k, beta[..., None] * v), initial_state, output_final_state)
+    return recur(DELTANET, dict(q=q, k=k, v=v, beta=beta), initial_state, output_final_state)
 
 
-class DeltaNet(nn.Module):
+class DeltaNet(Mixer):
     def __init__(self, config: DeltaNetConfig, layer_idx: int):
-        super().__init__()
-        self.layer_idx, self.num_heads = layer_idx, config.num_heads
-        self.head_k_dim, self.head_v_dim = config.d_key // config.num_heads, config.d_value // config.num_heads
+        super().__init__(config, layer_idx, gated=config.use_gate)
         self.activation, self.norm = ACTIVATIONS[config.qk_activation], NORMS[config.qk_norm]
         self.beta_max = 2.0 if config.allow_neg_eigval else 1.0
+        self.o_norm = self.make_norm(config.norm_eps)
 
-        d, d_key, d_value = config.hidden_size, config.d_key, config.d_value
-        self.q_proj, self.k_proj = nn.Linear(d, d_key, bias=False), nn.Linear(d, d_key, bias=False)
-        self.v_proj, self.o_proj = nn.Linear(d, d_value, bias=False), nn.Linear(d_value, d, bias=False)
-        self.b_proj = nn.Linear(d, config.num_heads, bias=False) if config.use_beta else None
-        self.g_proj = nn.Linear(d, d_value, bias=False) if config.use_gate else None
-        if config.use_short_conv:
-            self.q_conv1d = ShortConvolution(d_key, config.conv_size, state_idx=0)
-            self.k_conv1d = ShortConvolution(d_key, config.conv_size, state_idx=1)
-            self.v_conv1d = ShortConvolution(d_value, config.conv_size, state_idx=2)
-        norm = GatedRMSNorm if config.use_gate else nn.RMSNorm
-        self.o_norm = norm(self.head_v_dim, eps=config.norm_eps)
+    def make_gates(self, config: DeltaNetConfig) -> None:
+        self.b_proj = nn.Linear(config.hidden_size, config.num_heads, bias=False) if config.use_beta else None
 
     def forward(
         self, x: Float[Tensor, "batch pos hidden"], mask: Tensor | None, cache: Cache | None
     ) -> Float[Tensor, "batch pos hidden"]:
         x = x if mask is None else x * mask
         state = past_state(cache, self.layer_idx)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if hasattr(self, "q_conv1d"):
-            q, k, v = (
-                conv(y, cache, self.layer_idx)
-                for conv, y in ((self.q_conv1d, q), (self.k_conv1d, k), (self.v_conv1d, v))
-            )
+        q, k, v = self.project(x, cache)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (self.activation(q), self.activation(k), F.silu(v)))
         q, k = (self.norm(at_least_float32(y)).to(v.dtype) for y in (q, k))
         beta = torch.ones_like(q[..., 0]) if self.b_proj is None else self.b_proj(x).sigmoid()
@@ -119,26 +104,20 @@ class DeltaNet(nn.Module):
         )
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)  # type: ignore[arg-type]
-        if self.g_proj is None:
-            o = self.o_norm(o)
-        else:
-            o = self.o_norm(o, self.g_proj(x).unflatten(-1, (self.num_heads, -1)))
-        return self.o_proj(o.flatten(2))
+        return self.read_out(o, x, self.o_norm)
 
 
 class DeltaNetBlock(MixerBlock):
     mixer = DeltaNet
 
 
-class DeltaNetPreTrainedModel(RecurrentPreTrainedModel):
+class DeltaNetModel(RecurrentModel):
     config_class = DeltaNetConfig
-
-
-class DeltaNetModel(DeltaNetPreTrainedModel, RecurrentModel):
     block = DeltaNetBlock
 
 
-class DeltaNetForCausalLM(DeltaNetPreTrainedModel, RecurrentForCausalLM):
+class DeltaNetForCausalLM(RecurrentForCausalLM):
+    config_class = DeltaNetConfig
     stack = DeltaNetModel
 
 

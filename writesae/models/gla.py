@@ -17,10 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from writesae.models.common import RecurrentForCausalLM, RecurrentModel, RecurrentPreTrainedModel, past_state, recur
+from writesae.hooks.families import GLA
+from writesae.models.common import RecurrentForCausalLM, RecurrentModel, past_state, recur
 from writesae.models.gpu import fla_kernel
-from writesae.models.layers import GatedRMSNorm, MixerBlock, MixerConfig, ShortConvolution
-from writesae.recurrence import Recurrence, Write, at_least_float32
+from writesae.models.layers import Mixer, MixerBlock, MixerConfig
+from writesae.recurrence import at_least_float32
 
 GATE_RANK = 16
 GATE_NORMALIZER = 16  # log decays are divided by it: at rest a channel keeps 2^(-1/16) of itself a token
@@ -66,42 +67,29 @@ def gla_recurrence(
         return kernel(
             q=q, k=k, v=v, g=log_decay, scale=1.0, initial_state=initial_state, output_final_state=output_final_state
         )
-    return recur(Recurrence(q, log_decay), Write(k, v), initial_state, output_final_state)
+    return recur(GLA, dict(q=q, k=k, v=v, log_decay=log_decay), initial_state, output_final_state)
 
 
-class GatedLinearAttention(nn.Module):
+class GatedLinearAttention(Mixer):
     def __init__(self, config: GLAConfig, layer_idx: int):
-        super().__init__()
-        self.layer_idx, self.num_heads = layer_idx, config.num_heads
-        self.head_k_dim, self.head_v_dim = config.d_key // config.num_heads, config.d_value // config.num_heads
+        n_served = config.num_heads // (config.num_kv_heads or config.num_heads)
+        super().__init__(config, layer_idx, gated=config.use_output_gate, n_served=n_served)
         self.clamp_min = config.clamp_min
-
-        d, d_key, d_value = config.hidden_size, config.d_key, config.d_value
-        self.n_served = config.num_heads // (config.num_kv_heads or config.num_heads)  # heads that share k, v and decay
-        self.q_proj, self.k_proj = nn.Linear(d, d_key, bias=False), nn.Linear(d, d_key // self.n_served, bias=False)
-        self.v_proj, self.o_proj = nn.Linear(d, d_value // self.n_served, bias=False), nn.Linear(d_value, d, bias=False)
-        self.gk_proj = nn.Sequential(nn.Linear(d, GATE_RANK, bias=False), nn.Linear(GATE_RANK, d_key // self.n_served))
-        self.g_proj = nn.Linear(d, d_value, bias=False) if config.use_output_gate else None
-        if config.use_short_conv:
-            self.q_conv1d = ShortConvolution(d_key, config.conv_size, state_idx=0)
-            self.k_conv1d = ShortConvolution(d_key // self.n_served, config.conv_size, state_idx=1)
-            self.v_conv1d = ShortConvolution(d_value // self.n_served, config.conv_size, state_idx=2)
-        norm = GatedRMSNorm if config.use_output_gate else nn.RMSNorm
         self.norm_name = "g_norm_swish_gate" if config.use_output_gate and config.fuse_norm else "g_norm"
-        affine = bool(config.elementwise_affine)
-        self.add_module(self.norm_name, norm(self.head_v_dim, eps=config.norm_eps, elementwise_affine=affine))
+        self.add_module(self.norm_name, self.make_norm(config.norm_eps, bool(config.elementwise_affine)))
+
+    def make_gates(self, config: GLAConfig) -> None:
+        d, d_key = config.hidden_size, config.d_key // self.n_served  # decays are shared as keys are
+        self.gk_proj = nn.Sequential(nn.Linear(d, GATE_RANK, bias=False), nn.Linear(GATE_RANK, d_key))
 
     def forward(
         self, x: Float[Tensor, "batch pos hidden"], mask: Tensor | None, cache: Cache | None
     ) -> Float[Tensor, "batch pos hidden"]:
         x = x if mask is None else x * mask
         state = past_state(cache, self.layer_idx)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = self.project(x, cache)
         if hasattr(self, "q_conv1d"):
-            q, k, v = (
-                F.silu(conv(y, cache, self.layer_idx))
-                for conv, y in ((self.q_conv1d, q), (self.k_conv1d, k), (self.v_conv1d, v))
-            )
+            q, k, v = F.silu(q), F.silu(k), F.silu(v)
         log_decay = F.logsigmoid(at_least_float32(self.gk_proj(x))) / GATE_NORMALIZER
         if self.clamp_min is not None:
             log_decay = log_decay.clamp_min(self.clamp_min)
@@ -118,24 +106,20 @@ class GatedLinearAttention(nn.Module):
         )
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)  # type: ignore[arg-type]
-        norm = self.get_submodule(self.norm_name)
-        o = norm(o) if self.g_proj is None else norm(o, self.g_proj(x).unflatten(-1, (self.num_heads, -1)))
-        return self.o_proj(o.flatten(2))
+        return self.read_out(o, x, self.get_submodule(self.norm_name))
 
 
 class GLABlock(MixerBlock):
     mixer = GatedLinearAttention
 
 
-class GLAPreTrainedModel(RecurrentPreTrainedModel):
+class GLAModel(RecurrentModel):
     config_class = GLAConfig
-
-
-class GLAModel(GLAPreTrainedModel, RecurrentModel):
     block = GLABlock
 
 
-class GLAForCausalLM(GLAPreTrainedModel, RecurrentForCausalLM):
+class GLAForCausalLM(RecurrentForCausalLM):
+    config_class = GLAConfig
     stack = GLAModel
 
 

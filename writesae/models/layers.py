@@ -26,23 +26,12 @@ class MixerConfig(RecurrentConfig):
 
     number_of_conv_states: ClassVar[int] = 3  # the last tokens' q, k and v, before their convolutions
 
-    vocab_size: int = 32000
-    hidden_size: int = 2048
-    num_hidden_layers: int = 24
     num_heads: int = 4
     expand_k: float | int = 1.0
     expand_v: float | int = 1.0
-    hidden_ratio: float | int | None = 4
-    intermediate_size: int | None = None
     use_short_conv: bool = True
     conv_size: int = 4
     norm_eps: float = 1e-6
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in ("expand_k", "expand_v"):
@@ -117,15 +106,63 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class MixerBlock(Block):
-    """Norm, mixer, norm, gated MLP. The mixer is called as ``mixer(x, mask, cache)``."""
+class Mixer(nn.Module):
+    """Projections to q, k, v, with their convolutions, and from the reads back, through a gate if there is one.
 
-    mixer: ClassVar[type[nn.Module]]
+    Subclasses say what the gates of the recurrence come from (`make_gates`) and compute it between the two; they are
+    called as ``mixer(x, mask, cache)``. ``n_served`` heads share k and v.
+    """
+
+    def __init__(self, config: Any, layer_idx: int, gated: bool, n_served: int = 1):
+        super().__init__()
+        self.layer_idx, self.num_heads, self.n_served = layer_idx, config.num_heads, n_served
+        self.head_k_dim, self.head_v_dim = config.d_key // config.num_heads, config.d_value // config.num_heads
+        d, d_q, d_k = config.hidden_size, config.d_key, config.d_key // n_served
+        d_v, d_o = config.d_value // n_served, config.d_value
+        self.q_proj, self.k_proj = nn.Linear(d, d_q, bias=False), nn.Linear(d, d_k, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(d, d_v, bias=False), nn.Linear(d_o, d, bias=False)
+        self.make_gates(config)
+        self.g_proj = nn.Linear(d, d_o, bias=False) if gated else None
+        if config.use_short_conv:
+            self.q_conv1d = ShortConvolution(d_q, config.conv_size, state_idx=0)
+            self.k_conv1d = ShortConvolution(d_k, config.conv_size, state_idx=1)
+            self.v_conv1d = ShortConvolution(d_v, config.conv_size, state_idx=2)
+
+    def make_gates(self, config: Any) -> None:
+        """Add the projections to what the recurrence takes beside q, k and v."""
+        raise NotImplementedError
+
+    def project(self, x: Float[Tensor, "batch pos hidden"], cache: Cache | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v ``[batch, pos, channel]``, after their convolutions if there are any, before any activation."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if hasattr(self, "q_conv1d"):
+            q, k, v = (
+                conv(y, cache, self.layer_idx)
+                for conv, y in ((self.q_conv1d, q), (self.k_conv1d, k), (self.v_conv1d, v))
+            )
+        return q, k, v
+
+    def make_norm(self, eps: float, elementwise_affine: bool = True) -> nn.Module:
+        norm = nn.RMSNorm if self.g_proj is None else GatedRMSNorm
+        return norm(self.head_v_dim, eps=eps, elementwise_affine=elementwise_affine)
+
+    def read_out(
+        self, o: Float[Tensor, "batch pos head d_value"], x: Float[Tensor, "batch pos hidden"], norm: nn.Module
+    ) -> Float[Tensor, "batch pos hidden"]:
+        """The mixer's output, from its reads and its input."""
+        o = norm(o) if self.g_proj is None else norm(o, self.g_proj(x).unflatten(-1, (self.num_heads, -1)))
+        return self.o_proj(o.flatten(2))
+
+
+class MixerBlock(Block):
+    """Norm, mixer, norm, gated MLP."""
+
+    mixer: ClassVar[type[Mixer]]
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = self.mixer(config, layer_idx)
+        self.attn = self.mixer(config, layer_idx)  # type: ignore[call-arg]
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 

@@ -22,18 +22,18 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
+from writesae.hooks.families import RWKV7
 from writesae.models.common import (
     Block,
     RecurrentConfig,
     RecurrentForCausalLM,
     RecurrentModel,
-    RecurrentPreTrainedModel,
     past_state,
     recur,
     with_past,
 )
 from writesae.models.gpu import fla_kernel
-from writesae.recurrence import Recurrence, Write, at_least_float32
+from writesae.recurrence import at_least_float32
 
 
 @strict
@@ -44,13 +44,8 @@ class RWKV7Config(RecurrentConfig):
     only: ClassVar[dict[str, Any]] = {"attn": None, "hidden_act": "sqrelu"}
     number_of_conv_states: ClassVar[int] = 2  # the last token, as time mixing and as channel mixing saw it
 
-    vocab_size: int = 32000
-    hidden_size: int = 2048
-    num_hidden_layers: int = 24
     head_dim: int | None = 64
     num_heads: int | None = None
-    hidden_ratio: float | int | None = 4
-    intermediate_size: int | None = None
     decay_low_rank_dim: int | None = 64
     gate_low_rank_dim: int | None = 128
     a_low_rank_dim: int | None = 64
@@ -60,12 +55,6 @@ class RWKV7Config(RecurrentConfig):
     norm_bias: bool = True
     norm_eps: float = 1e-5
     group_norm_eps: float | None = None
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
@@ -102,8 +91,8 @@ def rwkv7_recurrence(
             r=q, w=log_decay, k=k, v=v, a=-kappa, b=kappa * iclr, scale=1.0,
             initial_state=initial_state, output_final_state=output_final_state,
         )  # fmt: skip
-    rec = Recurrence(q, log_decay, a=kappa * iclr, b=-kappa)
-    return recur(rec, Write(k, v), initial_state, output_final_state)
+    values = dict(q=q, k=k, v=v, log_decay=log_decay, kappa=kappa, iclr=iclr)
+    return recur(RWKV7, values, initial_state, output_final_state)
 
 
 class LoRA(nn.Module):
@@ -275,16 +264,14 @@ class RWKV7Block(Block):
         return x + self.ffn(self.ffn_norm(x), mask, cache), v_first  # type: ignore[return-value]
 
 
-class RWKV7PreTrainedModel(RecurrentPreTrainedModel):
+class RWKV7Model(RecurrentModel):
     config_class = RWKV7Config
-
-
-class RWKV7Model(RWKV7PreTrainedModel, RecurrentModel):
     block = RWKV7Block
     make_norm = staticmethod(_layer_norm)
 
 
-class RWKV7ForCausalLM(RWKV7PreTrainedModel, RecurrentForCausalLM):
+class RWKV7ForCausalLM(RecurrentForCausalLM):
+    config_class = RWKV7Config
     stack = RWKV7Model
 
 

@@ -24,10 +24,11 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> Any:
     hub = hub_arguments(kwargs)
     if is_pth(source):
         return WorldTokenizer()
-    if vocabulary := find(source, WORLD_VOCABULARY, hub):
+    fields, name = read_config(source, hub), source
+    may_be_rwkv = fields.get("model_type", "rwkv7") == "rwkv7"  # else spare the hub a question
+    if may_be_rwkv and (vocabulary := find(source, WORLD_VOCABULARY, hub)):
         return WorldTokenizer(vocabulary)
-    name = source
-    if is_mamba2_of_authors(read_config(source, hub)) and not find(source, "tokenizer_config.json", hub):
+    if is_mamba2_of_authors(fields) and not find(source, "tokenizer_config.json", hub):
         name, hub = MAMBA2_TOKENIZER, {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
     try:
         return AutoTokenizer.from_pretrained(name, **hub)

@@ -62,11 +62,14 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
 
 
+SHARED: dict[str, Any] = dict(hidden_size=192, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+
+
 def build_gdn(vocab_size: int) -> PreTrainedModel:
     """A 2.1M-parameter Qwen3.5: three Gated DeltaNet layers of four 32x32 heads, then one attention layer."""
     config = Qwen3_5TextConfig(
         vocab_size=vocab_size,
-        hidden_size=192,
+        **SHARED,
         intermediate_size=512,
         num_hidden_layers=4,
         layer_types=3 * ["linear_attention"] + ["full_attention"],
@@ -78,10 +81,6 @@ def build_gdn(vocab_size: int) -> PreTrainedModel:
         linear_key_head_dim=32,
         linear_value_head_dim=32,
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
     )
     model = Qwen3_5ForCausalLM(config)
     for layer in model.model.layers:
@@ -94,7 +93,7 @@ def build_mamba2(vocab_size: int) -> PreTrainedModel:
     """A 2.1M-parameter Mamba-2: seven layers of twelve 32x32 heads, and nothing else."""
     config = Mamba2Config(
         vocab_size=vocab_size,
-        hidden_size=192,
+        **SHARED,
         num_hidden_layers=7,
         state_size=32,
         head_dim=32,
@@ -102,10 +101,6 @@ def build_mamba2(vocab_size: int) -> PreTrainedModel:
         n_groups=1,
         chunk_size=64,
         initializer_range=0.02,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
     )
     return Mamba2ForCausalLM(config)
 
@@ -114,7 +109,7 @@ def build_rwkv7(vocab_size: int) -> PreTrainedModel:
     """A 2.0M-parameter RWKV-7: four layers of six 32x32 heads, each with channel mixing."""
     config = RWKV7Config(
         vocab_size=vocab_size,
-        hidden_size=192,
+        **SHARED,
         num_hidden_layers=4,
         head_dim=32,
         intermediate_size=512,
@@ -122,10 +117,6 @@ def build_rwkv7(vocab_size: int) -> PreTrainedModel:
         a_low_rank_dim=32,
         v_low_rank_dim=16,
         gate_low_rank_dim=48,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
     )
     return RWKV7ForCausalLM(config)
 
