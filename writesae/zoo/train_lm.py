@@ -67,19 +67,29 @@ SHARED: dict[str, Any] = dict(hidden_size=192, tie_word_embeddings=True, bos_tok
 
 def build_gdn(vocab_size: int) -> PreTrainedModel:
     """A 2.1M-parameter Qwen3.5: three Gated DeltaNet layers of four 32x32 heads, then one attention layer."""
+    return _qwen3_5(vocab_size, n_layers=3, n_heads=4, d_head=32)
+
+
+def build_gdn128(vocab_size: int) -> PreTrainedModel:
+    """A 1.9M-parameter Qwen3.5 whose states have the size of the real ones: two layers of two 128x128 heads, then one
+    attention layer. Not shipped; it is what benchmarks train SAEs on."""
+    return _qwen3_5(vocab_size, n_layers=2, n_heads=2, d_head=128)
+
+
+def _qwen3_5(vocab_size: int, n_layers: int, n_heads: int, d_head: int) -> PreTrainedModel:
     config = Qwen3_5TextConfig(
         vocab_size=vocab_size,
         **SHARED,
         intermediate_size=512,
-        num_hidden_layers=4,
-        layer_types=3 * ["linear_attention"] + ["full_attention"],
+        num_hidden_layers=n_layers + 1,
+        layer_types=n_layers * ["linear_attention"] + ["full_attention"],
         num_attention_heads=3,
         num_key_value_heads=1,
         head_dim=64,
-        linear_num_key_heads=4,
-        linear_num_value_heads=4,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
+        linear_num_key_heads=n_heads,
+        linear_num_value_heads=n_heads,
+        linear_key_head_dim=d_head,
+        linear_value_head_dim=d_head,
         max_position_embeddings=4096,
     )
     model = Qwen3_5ForCausalLM(config)
@@ -123,6 +133,7 @@ def build_rwkv7(vocab_size: int) -> PreTrainedModel:
 
 ARCHITECTURES: dict[str, Callable[[int], PreTrainedModel]] = {
     "gdn": build_gdn,
+    "gdn128": build_gdn128,
     "mamba2": build_mamba2,
     "rwkv7": build_rwkv7,
 }

@@ -1,0 +1,121 @@
+"""The states of one head along sequences, in factors: read by atoms, measured and averaged without being built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from writesae.kernels import chunked, decayed_sum
+from writesae.recurrence import Recurrence, Write, at_least_float32
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """``S_t = D_t S_{t-1} + gain_t`` from a zero state, for one head, at every token of some sequences.
+
+    What an atom reads of the states, ``v^T S_t w``, decays with them and gains ``(v.k_t)(w.delta_t)``; so do their
+    inner products with any matrix. Where the decay is one number a token, nothing here builds a state unless asked.
+
+    Attributes:
+        gain: what each token adds to the decayed state, ``[batch, pos]``, any rank: the model's *delta*, or its write
+            where nothing is erased.
+        log_decay: natural log of the decay, ``<= 0``; one number a token, or one a key channel.
+    """
+
+    gain: Write
+    log_decay: Float[Tensor, "batch pos"] | Float[Tensor, "batch pos d_key"]
+
+    def __post_init__(self) -> None:
+        lead, size = self.gain.shape, self.log_decay.shape
+        if len(lead) != 2 or size not in (lead, (*lead, self.gain.d_key)):
+            raise ValueError(
+                f"States need a gain of one head, [batch, pos], and log_decay [batch, pos] or [batch, pos, d_key]; got "
+                f"{list(lead)} and {list(size)}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[batch, pos]``."""
+        return self.gain.shape
+
+    @property
+    def d_key(self) -> int:
+        return self.gain.d_key
+
+    @property
+    def d_value(self) -> int:
+        return self.gain.d_value
+
+    @property
+    def one_decay(self) -> bool:
+        """One decay a token, not one a key channel: readings decay as the states do."""
+        return self.log_decay.ndim == 2
+
+    def __getitem__(self, index: slice | Tensor) -> States:
+        """Some of the sequences."""
+        return States(self.gain[index], self.log_decay[index])
+
+    def to(self, *args) -> States:
+        return States(self.gain.to(*args), self.log_decay.to(*args))
+
+    def read(
+        self, gained: Float[Tensor, "batch pos n"], initial: Float[Tensor, "batch n"] | None = None
+    ) -> Float[Tensor, "batch pos n"]:
+        """Inner products of the states with some matrices, from those of each token's gain (``one_decay`` only)."""
+        if not self.one_decay:
+            raise ValueError("with one decay a key channel, readings of a state do not decay as one number")
+        return decayed_sum(gained, self.log_decay, initial)
+
+    @cached_property
+    def norm2(self) -> Float[Tensor, "batch pos"]:
+        """``||S_t||^2``. Each token adds ``2 <D S_{t-1}, gain> + ||gain||^2`` to what has decayed twice as fast."""
+        if not self.one_decay:
+            return self.dense().square().sum((-1, -2))
+        gain, cross = self.gain, torch.zeros_like(self.log_decay)
+        keys, values = gain.factors()
+        for r in range(gain.rank):
+            rec = Recurrence(keys[:, :, None, r], self.log_decay[..., None])
+            before, _ = chunked(rec, Write(gain.key[:, :, None], gain.value[:, :, None], rank=gain.rank), read="next")
+            cross = cross + (before[:, :, 0] * values[:, :, r]).sum(-1)
+        grown = 2 * cross + gain.inner(gain)
+        return decayed_sum(grown[..., None], 2 * self.log_decay)[..., 0].clamp_min(0)
+
+    def sum(self) -> Float[Tensor, "d_key d_value"]:
+        """The sum of all states, over sequences and tokens."""
+        if not self.one_decay:
+            return self.dense().sum((0, 1))
+        # How often each token's gain is counted: in its own state and, decayed, in all later ones.
+        ones = torch.ones_like(at_least_float32(self.log_decay))[..., None]
+        later = torch.cat([self.log_decay[:, 1:], torch.zeros_like(self.log_decay[:, :1])], 1)
+        counts = decayed_sum(ones.flip(1), later.flip(1)).flip(1)[..., 0]
+        keys, values = (self.gain * counts).factors()
+        return keys.flatten(0, -2).T @ values.flatten(0, -2)
+
+    def at(self, rows: Int[Tensor, " n"], positions: Int[Tensor, " n"]) -> Float[Tensor, "n d_key d_value"]:
+        """The states of single tokens, built: ``d_key * d_value`` numbers each, and work in proportion to ``pos``."""
+        seen = torch.arange(self.shape[1], device=self.log_decay.device) <= positions[:, None]
+        log_decay = at_least_float32(self.log_decay[rows])
+        to_end = torch.where(seen if self.one_decay else seen[..., None], log_decay, 0)
+        # The decay after each token: a sum over later tokens only, so that one strong decay before takes no digits.
+        after = to_end.flip(1).cumsum(1).flip(1)
+        after = torch.cat([after[:, 1:], torch.zeros_like(after[:, :1])], 1).exp() * (
+            seen if self.one_decay else seen[..., None]
+        )
+        keys, values = (at_least_float32(x) for x in self.gain[rows].factors())
+        keys = keys * (after[..., None, None] if self.one_decay else after[..., None, :])
+        return keys.flatten(1, 2).mT @ values.flatten(1, 2)
+
+    def dense(self) -> Float[Tensor, "batch pos d_key d_value"]:
+        """Every state, built: ``d_key * d_value`` numbers a token."""
+        keys, values = (at_least_float32(x) for x in self.gain.factors())
+        decay = at_least_float32(self.log_decay).exp()
+        decay = decay[..., None, None] if self.one_decay else decay[..., None]
+        S, found = keys.new_zeros(len(keys), self.d_key, self.d_value), []
+        for t in range(self.shape[1]):
+            S = decay[:, t] * S + keys[:, t].mT @ values[:, t]
+            found.append(S)
+        return torch.stack(found, 1)
