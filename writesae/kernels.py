@@ -127,15 +127,16 @@ def decayed_sum(
     x, log_decay = at_least_float32(x), at_least_float32(log_decay)
     n_pos = x.shape[1]
     x, g = _chunks(x, CHUNK), _chunks(log_decay, CHUNK)
-    y = _between(g) @ x
-    G = g.cumsum(-1)
-    carried = torch.zeros_like(x[:, 0, 0]) if initial is None else at_least_float32(initial)
-    out = []
+    between, from_start = _between(g), g.cumsum(-1).exp()
+    # From chunk to chunk only the last value goes on; everything else is one matmul for all chunks.
+    gained = (between[..., -1:, :] @ x)[:, :, 0]
+    carried = torch.zeros_like(gained[:, 0]) if initial is None else at_least_float32(initial)
+    firsts = []
     for n in range(x.shape[1]):
-        y_n = y[:, n] + G[:, n, :, None].exp() * carried[:, None]
-        carried = y_n[:, -1]
-        out.append(y_n)
-    return torch.cat(out, 1)[:, :n_pos]
+        firsts.append(carried)
+        carried = torch.addcmul(gained[:, n], from_start[:, n, -1:], carried)
+    y = (between @ x).addcmul_(from_start[..., None], torch.stack(firsts, 1)[:, :, None])
+    return y.flatten(1, 2)[:, :n_pos]
 
 
 @_without_autocast

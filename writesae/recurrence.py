@@ -106,6 +106,10 @@ class Write:
         """Both factors moved or converted, as by ``Tensor.to``."""
         return replace(self, key=self.key.to(*args), value=self.value.to(*args))
 
+    def detach(self) -> Write:
+        """The same without gradients."""
+        return replace(self, key=self.key.detach(), value=self.value.detach())
+
     def __getitem__(self, index) -> Write:
         """Index the leading dimensions (one basic or tensor index per leading dimension, no ellipsis)."""
         return replace(self, key=self.key[index], value=self.value[index])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -56,11 +57,17 @@ class States:
         return self.log_decay.ndim == 2
 
     def __getitem__(self, index: slice | Tensor) -> States:
-        """Some of the sequences."""
-        return States(self.gain[index], self.log_decay[index])
+        """Some of the sequences; their norms too, if they are known."""
+        some = States(self.gain[index], self.log_decay[index])
+        if "norm2" in self.__dict__:
+            some.__dict__["norm2"] = self.norm2[index]
+        return some
 
-    def to(self, *args) -> States:
-        return States(self.gain.to(*args), self.log_decay.to(*args))
+    def to(self, *args: Any) -> States:
+        """Moved or converted, as by ``Tensor.to``; itself where that changes nothing."""
+        gain, log_decay = self.gain.to(*args), self.log_decay.to(*args)
+        same = log_decay is self.log_decay and gain.key is self.gain.key and gain.value is self.gain.value
+        return self if same else States(gain, log_decay)
 
     def read(
         self, gained: Float[Tensor, "batch pos n"], initial: Float[Tensor, "batch n"] | None = None

@@ -11,9 +11,10 @@ from rich.progress import track
 from torch import Tensor
 
 from writesae.recurrence import Write
-from writesae.saes.config import SAEConfig, Target
+from writesae.saes.config import VARIANTS, SAEConfig, Target
+from writesae.saes.matrices import Matrices
 from writesae.saes.train import train_sae
-from writesae.saes.write_sae import Matrices, WriteSAE
+from writesae.saes.write_sae import WriteSAE
 
 if TYPE_CHECKING:
     from writesae.hooks import ActivationCache
@@ -79,7 +80,7 @@ def train_site(
     n_atoms: int = 1024,
     k: int = 1,
     target: Target = "write",
-    tied: bool = True,
+    variant: str = "TiedSAE",
     context: int = 512,
     held_out: float = 0.1,
     stride: int = 1,
@@ -118,7 +119,7 @@ def train_site(
         n_atoms=n_atoms,
         k=k,
         target=target,
-        tied=tied,
+        **VARIANTS[variant],
         layer=layer,
         head=head,
         model_id=model.model_id,

@@ -1,4 +1,4 @@
-"""What an SAE is: its sizes, what it reads, and the one head of the one model it was trained on."""
+"""What an SAE is: its sizes, three choices (encoder, sparsity, decoder), and the one head it was trained on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 Target = Literal["write", "delta", "state"]
+Encoder = Literal["tied", "bilinear", "dense"]
+Sparsity = Literal["topk", "batch_topk", "jumprelu", "gated"]
+Decoder = Literal["factored", "dense"]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "WriteSAE": dict(encoder="bilinear", decoder="factored"),  # the paper's; its tables also call it Bilinear
+    "BilinearSAE": dict(encoder="bilinear", decoder="factored"),
+    "TiedSAE": dict(encoder="tied", decoder="factored"),
+    "BilinearFlatSAE": dict(encoder="bilinear", decoder="dense"),
+    "MatrixSAE": dict(encoder="dense", decoder="factored"),
+    "FlatSAE": dict(encoder="dense", decoder="dense"),
+    "Rank2SAE": dict(encoder="bilinear", decoder="factored", rank=2),  # as what RWKV-7 writes and erases
+}
+"""Names of the paper and its code for combinations of encoder and decoder; any sparsity goes with each."""
 
 
 @dataclass(frozen=True)
@@ -16,12 +30,21 @@ class SAEConfig:
     Attributes:
         d_key: rows of the matrices it reads, as in ``model.sites``.
         d_value: columns.
-        n_atoms: number of rank-1 atoms ``v_i w_i^T``.
-        k: how many atoms may be active in one matrix (TopK), 1 to ``n_atoms``.
+        n_atoms: number of atoms, matrices ``A_i``.
+        k: active atoms of a matrix, 1 to ``n_atoms``: at most (``"topk"``), on average (``"batch_topk"``), or what
+            training aims at (``"jumprelu"``, ``"gated"``).
         target: what it reads. ``"write"``: the native write ``k (beta v)^T``. ``"delta"``: what the state really gains
-            beyond its decay. ``"state"``: the state, less its mean over the training data (the paper, section 2).
-        tied: the encoder is the decoder, so that an activation is the exact inner product with its atom.
-        type: architecture; names the class that can load the file.
+            beyond its decay. ``"state"``: the state (the paper, section 2).
+        encoder: ``"bilinear"``: ``<X, V^T W>`` with factors of its own. ``"tied"``: the decoder's atoms, so that an
+            activation is the exact inner product with its atom. ``"dense"``: a matrix an atom.
+        sparsity: see `writesae.saes.sparsity`.
+        decoder: ``"factored"``: atoms ``sum_r v_r w_r^T`` of ``rank`` terms. ``"dense"``: a free matrix an atom.
+        rank: terms of a factored atom, of a bilinear encoder too; ``min(d_key, d_value)`` makes full matrices of them.
+        center: subtract the mean over the training data before encoding. Default: for states.
+        decoder_bias: a learnt matrix is added to every reconstruction.
+        unit_atoms: atoms have Frobenius norm 1, and are kept there in training.
+        gate_temperature: for ``"gated"``: 0 is a hard gate; else ``sigmoid(gate / temperature)``.
+        type: names the class that can load the file.
         layer: layer of the model, None if unknown.
         head: value head of that layer, None if unknown.
         model_id: hub id or name of the model, None if unknown.
@@ -35,7 +58,14 @@ class SAEConfig:
     n_atoms: int
     k: int
     target: Target = "write"
-    tied: bool = True
+    encoder: Encoder = "tied"
+    sparsity: Sparsity = "topk"
+    decoder: Decoder = "factored"
+    rank: int = 1
+    center: bool | None = None
+    decoder_bias: bool = False
+    unit_atoms: bool = True
+    gate_temperature: float = 0.0
     type: str = "write_sae"
     layer: int | None = None
     head: int | None = None
@@ -45,7 +75,20 @@ class SAEConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.center is None:
+            object.__setattr__(self, "center", self.target == "state")
         _check(vars(self))
+
+    @classmethod
+    def variant(cls, name: str, **values: Any) -> SAEConfig:
+        """A configuration by name: ``SAEConfig.variant("FlatSAE", d_key=32, d_value=32, n_atoms=512, k=8)``.
+
+        Raises:
+            ValueError: no such name; the names are the keys of `VARIANTS`.
+        """
+        if name not in VARIANTS:
+            raise ValueError(f"no variant {name!r}: allowed are {', '.join(VARIANTS)}")
+        return cls(**VARIANTS[name] | values)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,31 +97,43 @@ class SAEConfig:
     def from_dict(cls, values: dict[str, Any]) -> SAEConfig:
         """The inverse of `to_dict`; raises ValueError that names fields missing or not known."""
         known = {f.name for f in fields(cls)}
-        missing = sorted({"d_key", "d_value", "n_atoms", "k", "target", "tied"} - values.keys())
+        missing = sorted({"d_key", "d_value", "n_atoms", "k", "target", "encoder"} - values.keys())
         unknown = sorted(values.keys() - known)
         if missing or unknown:
             pairs = ("lacks", missing), ("has unknown", unknown)
             wrong = [f"{what} {', '.join(names)}" for what, names in pairs if names]
             raise ValueError(f"the configuration {' and '.join(wrong)}; its fields are {', '.join(sorted(known))}")
-        _check(values)
         return cls(**values)
 
 
+_CHOICES = {"target": Target, "encoder": Encoder, "sparsity": Sparsity, "decoder": Decoder}
+
+
 def _check(values: Mapping[str, Any]) -> None:
-    for name in ("d_key", "d_value", "n_atoms", "k"):
-        size = values[name]
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1; got {size!r}")
+    for name in ("d_key", "d_value", "n_atoms", "k", "rank"):
+        number = values[name]
+        if type(number) is not int or number < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1; got {number!r}")
     for name in ("layer", "head"):
-        place = values.get(name)
+        place = values[name]
         if place is not None and (type(place) is not int or place < 0):
             raise ValueError(f"{name} must be a whole number of at least 0, or None; got {place!r}")
     for name in ("model_id", "model_revision", "fingerprint"):
-        if not isinstance(values.get(name), str | None):
+        if not isinstance(values[name], str | None):
             raise ValueError(f"{name} must be text or None; got {values[name]!r}")
+    for name, choices in _CHOICES.items():
+        if values[name] not in get_args(choices):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}; got {values[name]!r}")
+    for name in ("center", "decoder_bias", "unit_atoms"):
+        if type(values[name]) is not bool:
+            raise ValueError(f"{name} must be true or false; got {values[name]!r}")
     if values["k"] > values["n_atoms"]:
         raise ValueError(f"k={values['k']} active atoms out of n_atoms={values['n_atoms']}: k must be 1 to n_atoms")
-    if values["target"] not in get_args(Target):
-        raise ValueError(f"target must be one of {', '.join(get_args(Target))}; got {values['target']!r}")
-    if type(values["tied"]) is not bool:
-        raise ValueError(f"tied must be true or false; got {values['tied']!r}")
+    most = min(values["d_key"], values["d_value"])
+    if values["rank"] > most:
+        raise ValueError(f"rank={values['rank']}: {values['d_key']}x{values['d_value']} matrices have rank 1 to {most}")
+    if type(values["type"]) is not str or values["type"] != "write_sae":
+        raise ValueError(f"type must be write_sae; got {values['type']!r}")
+    temperature = values["gate_temperature"]
+    if not isinstance(temperature, int | float) or isinstance(temperature, bool) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"gate_temperature must be a number of at least 0; got {temperature!r}")

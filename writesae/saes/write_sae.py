@@ -1,13 +1,14 @@
-"""The SAE whose atoms have the shape of a write: bilinear encoder, TopK, rank-1 decoder (the paper, section 2).
+"""The SAE of writes and states: one class, three choices (`SAEConfig`: encoder, sparsity, decoder).
 
-Letters, for matrices ``X [d_key, d_value]`` (a write, a delta or a state)::
+Letters, for matrices ``X [d_key, d_value]`` (a write, a delta or a state) and atoms ``A_i``::
 
-    pre_i = v_i^T (X - M) w_i + b_i        (v_i, w_i) = V_enc[i], W_enc[i]    M = mean, of states only
-    a     = ReLU(TopK(pre))                at most k numbers are not zero
-    X^    = M + sum_i a_i v_i w_i^T        (v_i, w_i) = V_dec[i], W_dec[i], both of norm 1, so is the atom
+    pre_i = <X - M, E_i> + b_i            E_i: bilinear v_i w_i^T, tied A_i, or dense;  M = mean, if centred
+    a     = sparsity(pre)                 `writesae.saes.sparsity`
+    X^    = M + B + sum_i a_i A_i         A_i: factored sum_r v_ir w_ir^T, or dense; of norm 1;  B = bias, if any
 
-Matrices given as a `Write` are never built: ``v^T (k u^T) w = (v.k)(u.w)``, and the error of a reconstruction needs
-only inner products and the ``k x k`` Gram matrix of the active atoms. ``...`` stands for any leading dimensions.
+The paper's WriteSAE (section 2) is bilinear, TopK, rank 1. Matrices in factors are never built with factored atoms:
+``v^T (k u^T) w = (v.k)(u.w)``, states follow by the recurrence (`States`), and the error of a reconstruction needs only
+inner products and the Gram matrix of the active atoms. ``...`` stands for any leading dimensions.
 """
 
 from __future__ import annotations
@@ -21,113 +22,198 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from writesae.kernels import decayed_sum
 from writesae.recurrence import Write
 from writesae.saes import files
 from writesae.saes.config import SAEConfig
+from writesae.saes.error import DenseCodes, Reading, SparseCodes, against, error2, revived_error2
+from writesae.saes.matrices import Atoms, Matrices, dense, norm2, project, size, take, with_one
+from writesae.saes.processes import ALONE, Processes
+from writesae.saes.sparsity import CountActive, JumpReLU, above, batch_threshold, largest
+from writesae.states import States
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
 
-Matrices = Write | Tensor  # matrices [..., d_key, d_value], in factors or dense
-
 
 @dataclass(frozen=True)
 class SAELoss:
-    """The reconstruction of one batch of matrices with leading dimensions ``...``. The first three carry gradients.
+    """The reconstruction of one batch of matrices with leading dimensions ``...``. Those up to ``aux`` carry gradients.
 
     Attributes:
-        loss: ``nmse + aux_weight * aux``: what training minimises.
-        nmse: squared error over squared norm, both summed over the batch (about the mean of states); 0 is perfect,
+        loss: ``nmse + aux_weight * aux + sparsity_weight * penalty (+ gate, for gated)``: what training minimises.
+        nmse: squared error over squared norm, both summed over the batch (about the mean, if centred); 0 is perfect,
             1 as bad as reconstructing nothing.
         aux: the same ratio for what is left, reconstructed by dead atoms; 0 if none is dead.
+        penalty: for jumprelu active atoms a matrix over ``k``; for gated the gates' sum, in the data's scale.
         error2: ``[...]`` squared error of each matrix.
         norm2: ``[...]`` squared norm of each.
         cosine: ``[...]`` cosine of each to its strongest atom; 0 where no atom is active.
-        values: ``[..., k]`` activations, strongest first.
-        indices: ``[..., k]`` their atoms.
+        fired: ``[n_atoms]`` how many matrices each atom was active in.
         n_dead: atoms that were dead when the batch came.
     """
 
     loss: Float[Tensor, ""]
     nmse: Float[Tensor, ""]
     aux: Float[Tensor, ""]
+    penalty: Float[Tensor, ""]
     error2: Float[Tensor, "..."]
     norm2: Float[Tensor, "..."]
     cosine: Float[Tensor, "..."]
-    values: Float[Tensor, "... k"]
-    indices: Int[Tensor, "... k"]
+    fired: Int[Tensor, " n_atoms"]
     n_dead: int
 
     @property
     def l0(self) -> float:
         """Mean number of active atoms."""
-        return float((self.values > 0).sum(-1).double().mean())
+        return float(self.fired.sum()) / self.error2.numel()
 
 
 class WriteSAE(nn.Module):
-    """Sparse autoencoder with rank-1 atoms ``v_i w_i^T`` over matrices ``[d_key, d_value]`` of one head.
+    """Sparse autoencoder over matrices ``[d_key, d_value]`` of one head; what it is made of, `SAEConfig` says.
 
     A new one has random unit atoms; `writesae.saes.train_sae` starts them from data. Computes in the dtype of its
     parameters (float32) whatever the input's.
 
     Attributes:
         cfg: what it is and where it belongs.
-        V_enc, W_enc: encoder factors ``[n_atoms, d_key]``, ``[n_atoms, d_value]``; the decoder's if ``cfg.tied``.
-        V_dec, W_dec: decoder factors, rows of norm 1.
+        V_dec, W_dec: factors of the atoms, ``[n_atoms, d_key]``, ``[n_atoms, d_value]`` (``[n_atoms, rank, ...]`` for
+            ``rank > 1``); V_enc, W_enc those of a bilinear encoder.
+        A_dec, A_enc: a dense decoder's and encoder's, ``[n_atoms, d_key, d_value]``.
         b_enc: ``[n_atoms]``, zero unless trained: with zeros the choice of atoms does not depend on a matrix's scale.
-        mean: ``[d_key, d_value]`` for target ``"state"``, else None.
+        b_dec, mean: ``[d_key, d_value]``, or None.
+        threshold: for batch_topk, a number; NaN until it is known.
+        log_threshold: for jumprelu, ``[n_atoms]``. r_mag, b_mag: for gated, ``[n_atoms]``.
     """
+
+    V_dec: nn.Parameter
+    W_dec: nn.Parameter
+    A_dec: nn.Parameter
+    V_enc: nn.Parameter
+    W_enc: nn.Parameter
+    A_enc: nn.Parameter
+    b_dec: nn.Parameter
+    log_threshold: nn.Parameter
+    r_mag: nn.Parameter
+    b_mag: nn.Parameter
+    mean: Tensor | None
+    threshold: Tensor
 
     def __init__(self, cfg: SAEConfig) -> None:
         super().__init__()
-        if cfg.type != "write_sae":
-            raise ValueError(f"WriteSAE cannot be of type {cfg.type!r}; its type is write_sae")
-        self.cfg = cfg
-        self.V_dec = nn.Parameter(F.normalize(torch.randn(cfg.n_atoms, cfg.d_key), dim=-1))
-        self.W_dec = nn.Parameter(F.normalize(torch.randn(cfg.n_atoms, cfg.d_value), dim=-1))
-        if not cfg.tied:
+        self.cfg = c = cfg
+        ranks = () if c.rank == 1 else (c.rank,)
+        dense_size, sizes = (c.n_atoms, c.d_key, c.d_value), {"V": (*ranks, c.d_key), "W": (*ranks, c.d_value)}
+
+        def add(side: str, factored: bool) -> None:
+            if factored:
+                for letter, rest in sizes.items():
+                    start = F.normalize(torch.randn(c.n_atoms, *rest), dim=-1)
+                    self.register_parameter(f"{letter}_{side}", nn.Parameter(start))
+            else:
+                self.register_parameter(f"A_{side}", nn.Parameter(torch.randn(dense_size)))
+
+        add("dec", c.decoder == "factored")
+        if c.unit_atoms:
+            self.normalize_decoder()
+        if c.encoder == "bilinear" and c.decoder == "factored":
             self.V_enc = nn.Parameter(self.V_dec.detach().clone())
             self.W_enc = nn.Parameter(self.W_dec.detach().clone())
-        self.b_enc = nn.Parameter(torch.zeros(cfg.n_atoms))
-        self.register_buffer("mean", torch.zeros(cfg.d_key, cfg.d_value) if cfg.target == "state" else None)
-        self.mean: Tensor | None
+        elif c.encoder == "dense" and c.decoder == "dense":
+            self.A_enc = nn.Parameter(self.A_dec.detach().clone())
+        elif c.encoder == "dense":
+            self.A_enc = nn.Parameter(dense(self.decoder).detach().clone())
+        elif c.encoder == "bilinear":
+            add("enc", factored=True)
+        self.b_enc = nn.Parameter(torch.zeros(c.n_atoms))
+        if c.decoder_bias:
+            self.b_dec = nn.Parameter(torch.zeros(c.d_key, c.d_value))
+        if c.sparsity == "jumprelu":
+            self.log_threshold = nn.Parameter(torch.zeros(c.n_atoms))
+        if c.sparsity == "gated":
+            self.r_mag, self.b_mag = nn.Parameter(torch.zeros(c.n_atoms)), nn.Parameter(torch.zeros(c.n_atoms))
+        self.register_buffer("mean", torch.zeros(c.d_key, c.d_value) if c.center else None)
+        if c.sparsity == "batch_topk":
+            self.register_buffer("threshold", torch.tensor(float("nan")))
 
     def extra_repr(self) -> str:
         c = self.cfg
         site = f"layer={c.layer}, head={c.head}, " if c.layer is not None else ""
-        return f"{site}target={c.target!r}, {c.n_atoms} atoms of {c.d_key}x{c.d_value}, k={c.k}, tied={c.tied}"
+        atoms = f"{c.n_atoms} {'dense' if c.decoder == 'dense' else f'rank-{c.rank}'} atoms of {c.d_key}x{c.d_value}"
+        return f"{site}target={c.target!r}, {atoms}, encoder={c.encoder!r}, sparsity={c.sparsity!r}, k={c.k}"
+
+    # Atoms
+
+    @property
+    def decoder(self) -> Atoms:
+        """The atoms, in factors (a `Write` with leading dimension ``[n_atoms]``) or dense."""
+        return Write(self.V_dec, self.W_dec, rank=self.cfg.rank) if self.cfg.decoder == "factored" else self.A_dec
+
+    @property
+    def encoder(self) -> Atoms:
+        """What is read of a matrix for each atom; the atoms themselves if tied."""
+        if self.cfg.encoder == "tied":
+            return self.decoder
+        return Write(self.V_enc, self.W_enc, rank=self.cfg.rank) if self.cfg.encoder == "bilinear" else self.A_enc
+
+    def atom(self, index: int | Int[Tensor, "..."]) -> Write:
+        """Atoms as `Write`, leading dimensions as ``index``; a dense atom has rank ``min(d_key, d_value)``.
+
+        Raises IndexError for a number outside ``0`` to ``n_atoms - 1``.
+        """
+        atoms = self.decoder
+        index = torch.as_tensor(index, device=self.b_enc.device)
+        if index.dtype.is_floating_point or index.dtype == torch.bool:
+            raise TypeError(f"an atom is asked for by a whole number or a tensor of them; got {index.dtype}")
+        bad = index[(index < 0) | (index >= self.cfg.n_atoms)]
+        if bad.numel():
+            raise IndexError(f"atom {bad.flatten()[0].item()}: this SAE has atoms 0 to {self.cfg.n_atoms - 1}")
+        return atoms[index] if isinstance(atoms, Write) else in_factors(atoms[index])
 
     # Encoder
 
-    def encoder(self) -> tuple[Float[Tensor, "n_atoms d_key"], Float[Tensor, "n_atoms d_value"]]:
-        """Factors ``v_i``, ``w_i`` that read; the decoder's own if tied."""
-        return (self.V_dec, self.W_dec) if self.cfg.tied else (self.V_enc, self.W_enc)
-
     def pre(self, x: Matrices) -> Float[Tensor, "... n_atoms"]:
-        """Pre-activations of all atoms, ``v_i^T (X - M) w_i + b_i``. Raises ValueError if ``x`` is of another size."""
-        return self._project(x) + self._offset()
+        """Pre-activations of all atoms, ``<X - M, E_i> + b_i``. Raises ValueError if ``x`` is of another size."""
+        return Reading(self._checked(x), self.encoder, self._offset()).all
 
-    def sparsify(self, pre: Float[Tensor, "... n_atoms"]) -> tuple[Float[Tensor, "... k"], Int[Tensor, "... k"]]:
-        """TopK, then ReLU: activations, largest first, and their atoms. Inactive ones among them are 0."""
-        values, indices = pre.topk(self.cfg.k, -1)
-        return values.relu(), indices
+    def encode(self, x: Matrices, *, over_batch: bool = False) -> Float[Tensor, "... n_atoms"]:
+        """Activations of all atoms.
 
-    def topk(self, x: Matrices) -> tuple[Float[Tensor, "... k"], Int[Tensor, "... k"]]:
-        """Activations ``[..., k]``, largest first, and their atoms: `encode` in sparse form.
-
-        Gradients are those of TopK, to the chosen atoms alone; they cost ``k`` atoms, not ``n_atoms``.
+        Args:
+            x: matrices, any leading dimensions.
+            over_batch: for batch_topk, choose the largest ``k`` a matrix on average over ``x``, as training does,
+                rather than by the threshold.
         """
-        if not torch.is_grad_enabled():
-            return self.sparsify(self.pre(x))
-        with torch.no_grad():
-            indices = self.sparsify(self.pre(x))[1]
-        return (self._inner(x, *self._rows(indices, encoder=True)) + self.b_enc[indices]).relu(), indices
-
-    def encode(self, x: Matrices) -> Float[Tensor, "... n_atoms"]:
-        """Activations of all atoms, at most ``k`` of them not zero."""
-        values, indices = self.topk(x)
+        if self.cfg.sparsity in ("jumprelu", "gated"):
+            return self._dense_codes(self.pre(x))
+        values, indices = self.topk(x, over_batch=over_batch)
         return values.new_zeros(*values.shape[:-1], self.cfg.n_atoms).scatter(-1, indices, values)
+
+    def topk(
+        self, x: Matrices, k: int | None = None, *, over_batch: bool = False
+    ) -> tuple[Float[Tensor, "... m"], Int[Tensor, "... m"]]:
+        """`encode` in sparse form: activations, largest first, and their atoms; inactive ones among them are 0.
+
+        With ``k`` the ``k`` strongest. Without, ``m`` is ``cfg.k`` for TopK, otherwise what the matrix with the most
+        active atoms has. Gradients go to the chosen atoms alone, and cost as many, not ``n_atoms``.
+        """
+        reading = Reading(self._checked(x), self.encoder, self._offset())
+        if self.cfg.sparsity in ("jumprelu", "gated"):
+            values, indices = self.sparsify(reading.all)
+        else:
+            pre = reading.chosen_from()
+            indices, active = self._choose(pre, over_batch)
+            values = (reading.at(indices) if torch.is_grad_enabled() else pre.gather(-1, indices)).relu() * active
+        return (values, indices) if k is None else (values[..., :k], indices[..., :k])
+
+    def sparsify(
+        self, pre: Float[Tensor, "... n_atoms"], *, over_batch: bool = False
+    ) -> tuple[Float[Tensor, "... m"], Int[Tensor, "... m"]]:
+        """Activations, largest first, and their atoms, from pre-activations; see `topk`."""
+        if self.cfg.sparsity in ("jumprelu", "gated"):
+            codes = self._dense_codes(pre)
+            return codes.topk(max(1, int((codes > 0).sum(-1).max())), -1)
+        indices, active = self._choose(pre, over_batch)
+        return pre.gather(-1, indices).relu() * active, indices
 
     def encode_states(
         self,
@@ -138,7 +224,8 @@ class WriteSAE(nn.Module):
         """Pre-activations of the states ``S_t`` at every position, no state built: equal to ``pre`` of each.
 
         ``v^T S_t w`` decays with the state and gains ``(v.k_t)(w.delta_t)``. Costs ``d_key + d_value`` an atom and
-        token, not ``d_key * d_value``. Give the result to `sparsify` for activations.
+        token, not ``d_key * d_value``. Give the result to `sparsify` for activations. The same as
+        ``pre(States(delta, log_decay))``, but for sequences in pieces.
 
         Args:
             delta: what each token adds to this head's decayed state, ``[batch, pos]``, any rank: the model's delta, or
@@ -159,36 +246,32 @@ class WriteSAE(nn.Module):
                 f"channel, encode dense states"
             )
         offset = self._offset()
+        gain = self._checked(delta)
+        assert isinstance(gain, Write)
         initial = None if initial_codes is None else initial_codes - offset
-        return decayed_sum(self._project(delta), log_decay, initial) + offset
+        return States(gain, log_decay.to(self.b_enc.dtype)).read(project(gain, self.encoder), initial) + offset
 
     # Decoder
 
     def decode(self, codes: Float[Tensor, "... n_atoms"]) -> Float[Tensor, "... d_key d_value"]:
-        """The dense reconstruction, the mean included. Costs ``n_atoms`` a matrix; `decode_write` costs ``k``."""
-        dense = (codes[..., None] * self.V_dec).mT @ self.W_dec
-        return dense if self.mean is None else dense + self.mean
+        """The dense reconstruction, mean and bias included. Costs ``n_atoms`` a matrix; `decode_write` the active."""
+        atoms = self.decoder
+        if isinstance(atoms, Tensor):
+            found = (codes @ atoms.flatten(1)).unflatten(-1, atoms.shape[1:])
+        else:
+            V, W = (f.flatten(0, 1) for f in atoms.factors())
+            codes = codes.repeat_interleave(atoms.rank, -1)
+            found = (codes[..., None] * V).mT @ W
+        constant = self._constant()
+        return found if constant is None else found + constant
 
-    def decode_write(self, values: Float[Tensor, "... k"], indices: Int[Tensor, "... k"]) -> Write:
-        """The reconstruction in factors, of rank ``k``, from `topk`'s pair. The mean of states is not in it."""
-        v, w = self._rows(indices)
-        w = w * values[..., None]
+    def decode_write(self, values: Float[Tensor, "... m"], indices: Int[Tensor, "... m"]) -> Write:
+        """The reconstruction in factors, from `topk`'s pair. Mean and bias are not in it."""
+        atoms = self.atom(indices) * values
         if indices.shape[-1] == 1:
-            return Write(v.squeeze(-2), w.squeeze(-2))
-        return Write(v, w, rank=indices.shape[-1])
-
-    def atom(self, index: int | Int[Tensor, "..."]) -> Write:
-        """Atoms ``v_i w_i^T``, of Frobenius norm 1, leading dimensions as ``index``.
-
-        Raises IndexError for a number outside ``0`` to ``n_atoms - 1``.
-        """
-        index = torch.as_tensor(index, device=self.V_dec.device)
-        if index.dtype.is_floating_point or index.dtype == torch.bool:
-            raise TypeError(f"an atom is asked for by a whole number or a tensor of them; got {index.dtype}")
-        bad = index[(index < 0) | (index >= self.cfg.n_atoms)]
-        if bad.numel():
-            raise IndexError(f"atom {bad.flatten()[0].item()}: this SAE has atoms 0 to {self.cfg.n_atoms - 1}")
-        return Write(self.V_dec[index], self.W_dec[index])
+            return atoms[(slice(None),) * (indices.ndim - 1) + (0,)]
+        v, w = (f.flatten(-3, -2) for f in atoms.factors())
+        return Write(v, w, rank=v.shape[-2])
 
     # Training
 
@@ -199,46 +282,83 @@ class WriteSAE(nn.Module):
         dead: Bool[Tensor, "n_atoms"] | None = None,
         aux_weight: float = 0.01,
         aux_k: int = 32,
+        sparsity_weight: float | Tensor = 0.0,
+        bandwidth: float = 0.5,
+        over_batch: bool = True,
+        processes: Processes = ALONE,
     ) -> SAELoss:
         """Reconstruction error of ``x``, plus the auxiliary loss that revives dead atoms (the paper, appendix D).
 
+        With several processes, ``x`` is this one's share; ``loss`` and its gradients add up to those of the whole.
+
         Args:
-            x: matrices, any leading dimensions; those in factors are never built.
-            dead: atoms to revive: what is left of ``x`` is reconstructed by their ``aux_k`` strongest.
+            x: matrices, any leading dimensions; those in factors are never built (with a factored decoder).
+            dead: atoms to revive: what is left of ``x`` is reconstructed by their ``aux_k`` strongest. For topk kinds.
             aux_weight: weight of that auxiliary loss; the paper has 0.01.
             aux_k: dead atoms used a matrix; the paper has 256.
+            sparsity_weight: weight of the penalty, for jumprelu and gated.
+            bandwidth: width of the thresholds' straight-through estimate, as a share of each threshold.
+            over_batch: for batch_topk: see `encode`.
+            processes: those that share the batch.
         """
         x = self._checked(x)
-        values, indices = self.topk(x)
-        v, w = self._rows(indices)
-        read = self._inner(x, v, w)  # <X - M, atom>
-        norm2 = self._norm2(x)
-        error2 = norm2 - 2 * (values * read).sum(-1) + _quadratic(values, gram(v, w, v, w))
-        nmse = error2.sum() / norm2.sum().clamp_min(1e-30)
-        aux = torch.zeros_like(nmse)
+        atoms, constant = self.decoder, self._constant()
+        encoding = Reading(x, self.encoder, self._offset())
+        shared = encoding if self.cfg.encoder == "tied" else None
+        reading = Reading(x, atoms, against(constant, atoms), shared)  # of X - C
+        whole2 = _about(x, self.mean)  # ||X - M||^2
+        given2 = _about(x, constant) if self.cfg.decoder_bias else whole2  # ||X - C||^2
+        power = processes.total(whole2.sum()).clamp_min(1e-30)
+
+        chosen = self.cfg.sparsity in ("topk", "batch_topk")
+        if chosen:
+            indices, active = self._choose(encoding.chosen_from(), over_batch, processes)
+            codes = self._codes(encoding, indices, active)
+        else:
+            codes = DenseCodes(self._dense_codes(encoding.all, bandwidth))
+        found2, left = error2(x, codes, atoms, reading, given2, constant)
+        nmse = found2.sum() / power
+
+        aux = penalty = gate = torch.zeros_like(nmse)
         n_dead = 0 if dead is None else int(dead.sum())
-        if dead is not None and n_dead and aux_weight:
-            with torch.no_grad():
-                pre = self.pre(x).masked_fill(~dead, -torch.inf)
-                dead_indices = pre.topk(min(aux_k, n_dead), -1).indices
-            dead_values = self._inner(x, *self._rows(dead_indices, encoder=True)) + self.b_enc[dead_indices]
-            dead_values = dead_values.relu()
-            dv, dw = self._rows(dead_indices)
-            # <what is left, dead atom>: what is left is given, only the dead atoms learn from it.
-            cross = (gram(dv, dw, v.detach(), w.detach()) @ values.detach()[..., None]).squeeze(-1)
-            left2 = error2.detach()
-            gain = 2 * (dead_values * (self._inner(x, dv, dw) - cross)).sum(-1)
-            aux = (left2 - gain + _quadratic(dead_values, gram(dv, dw, dv, dw))).sum() / left2.sum().clamp_min(1e-30)
-        cosine = (read[..., 0] * (values[..., 0] > 0) / norm2.sqrt().clamp_min(1e-30)).detach()
-        return SAELoss(
-            nmse + aux_weight * aux, nmse, aux, error2.detach(), norm2.detach(), cosine, values, indices, n_dead
-        )
+        if isinstance(codes, SparseCodes) and dead is not None and n_dead and aux_weight:
+            readings = encoding.chosen_from().masked_fill(~dead, -torch.inf)
+            revived = self._codes(encoding, readings.topk(min(aux_k, n_dead), -1).indices)
+            fixed = Reading(x, atoms, against(None if constant is None else constant.detach(), atoms), reading)
+            aux2 = revived_error2(revived, codes, atoms, fixed, found2, left)
+            aux = aux2.sum() / processes.total(found2.sum()).clamp_min(1e-30)
+        if not chosen:
+            n = processes.total(torch.ones_like(whole2).sum())
+            if self.cfg.sparsity == "jumprelu":
+                counts: Tensor = CountActive.apply(encoding.all, self.log_threshold, bandwidth)  # type: ignore[assignment]
+                penalty = counts.sum() / (n * self.cfg.k)
+            else:  # the gates alone should reconstruct too, with the decoder as it is
+                gates = DenseCodes(encoding.all.relu())
+                frozen, fixed = atoms.detach(), None if constant is None else constant.detach()
+                alone = Reading(x, frozen, against(fixed, frozen))
+                gate = error2(x, gates, frozen, alone, given2.detach(), fixed)[0].sum() / power
+                penalty = gates.values.sum() / (n * power).sqrt()
+        loss = nmse + aux_weight * aux + sparsity_weight * penalty + gate
+        with torch.no_grad():
+            strength, which = codes.strongest()
+            size = (norm2(atoms)[which] * given2).sqrt().clamp_min(1e-30)
+            cosine = reading.at(which[..., None])[..., 0] * (strength > 0) / size
+        fired = codes.fired(self.cfg.n_atoms)
+        return SAELoss(loss, nmse, aux, penalty, found2.detach(), whole2.detach(), cosine, fired, n_dead)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Bring every decoder factor back to norm 1."""
-        for p in (self.V_dec, self.W_dec):
-            p.copy_(F.normalize(p, dim=-1))
+        """Bring every atom back to norm 1, its key factors too."""
+        if self.cfg.decoder == "dense":
+            self.A_dec.copy_(F.normalize(self.A_dec.flatten(1), dim=-1).view_as(self.A_dec))
+        elif self.cfg.rank == 1:
+            for p in (self.V_dec, self.W_dec):
+                p.copy_(F.normalize(p, dim=-1))
+        else:
+            length = self.V_dec.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+            self.V_dec.div_(length)
+            self.W_dec.mul_(length)
+            self.W_dec.div_(norm2(self.decoder).sqrt().clamp_min(1e-30)[:, None, None])
 
     # Files and models
 
@@ -271,12 +391,12 @@ class WriteSAE(nn.Module):
         path = folder / files.WEIGHTS
         files.check_tensors(tensors, sae.state_dict(), path)
         sae.load_state_dict({name: t.to(torch.float32) for name, t in tensors.items()})
-        for name in ("V_dec", "W_dec"):
-            off = (tensors[name].float().norm(dim=-1) - 1).abs().max().item()
+        if cfg.unit_atoms:
+            off = (norm2(sae.decoder).sqrt() - 1).abs().max().item()
             if off > 0.02:
-                raise ValueError(f"{path}: rows of {name} must have norm 1, as atoms have; one is off by {off:.3g}")
-        if tensors["V_dec"].dtype != torch.float32:  # rounding moved the norms: put them right
-            sae.normalize_decoder()
+                raise ValueError(f"{path}: atoms must have norm 1; one is off by {off:.3g}")
+            if any(t.dtype != torch.float32 for t in tensors.values()):  # rounding moved the norms: put them right
+                sae.normalize_decoder()
         return sae
 
     def check_fits(self, model: HookedRecurrentModel, *, check_model: bool = True) -> None:
@@ -317,61 +437,75 @@ class WriteSAE(nn.Module):
 
     def _checked(self, x: Matrices) -> Matrices:
         """``x`` in the parameters' dtype; ValueError if its matrices are of another size than the SAE's."""
-        size = (x.d_key, x.d_value) if isinstance(x, Write) else tuple(x.shape[-2:])
-        if size != (self.cfg.d_key, self.cfg.d_value):
+        given = size(x)[-2:]
+        if given != (self.cfg.d_key, self.cfg.d_value):
             raise ValueError(
                 f"this SAE reads matrices [..., {self.cfg.d_key}, {self.cfg.d_value}]; "
-                f"got [..., {', '.join(map(str, size))}]"
+                f"got [..., {', '.join(map(str, given))}]"
             )
-        return x.to(self.V_dec.dtype)
+        return x.to(self.b_enc.dtype)
 
-    def _rows(self, indices: Tensor, encoder: bool = False) -> tuple[Tensor, Tensor]:
-        """Factors of the atoms at ``indices [..., k]``: ``[..., k, d_key]`` and ``[..., k, d_value]``."""
-        V, W = self.encoder() if encoder else (self.V_dec, self.W_dec)
-        return F.embedding(indices, V), F.embedding(indices, W)  # its backward adds up in a fixed order
+    def _offset(self) -> Float[Tensor, " n_atoms"]:
+        """What pre-activations have beyond ``<X, E_i>``: bias, less the inner product with the mean."""
+        centred = against(self.mean, self.encoder)
+        return self.b_enc if centred is None else self.b_enc + centred
 
-    def _project(self, x: Matrices) -> Tensor:
-        """``v_i^T X w_i`` for all encoder atoms, ``[..., n_atoms]``."""
-        x = self._checked(x)
-        V, W = self.encoder()
-        if not isinstance(x, Write):
-            if x[..., 0, 0].numel() <= self.cfg.d_key:
-                return ((V @ x) * W).sum(-1)
-            return x.flatten(-2) @ (V[:, :, None] * W[:, None, :]).flatten(1).T  # less memory for many matrices
-        terms = (x.key @ V.T) * (x.value @ W.T)
-        return terms if x.rank == 1 else terms.sum(-2)
+    def _constant(self) -> Float[Tensor, "d_key d_value"] | None:
+        """What every reconstruction contains: the mean, the bias, or both."""
+        bias = self.b_dec if self.cfg.decoder_bias else None
+        return bias if self.mean is None else self.mean if bias is None else self.mean + bias
 
-    def _offset(self) -> Tensor:
-        """What pre-activations have beyond ``v^T X w``: bias, less the atom's inner product with the mean."""
-        if self.mean is None:
-            return self.b_enc
-        V, W = self.encoder()
-        return self.b_enc - ((V @ self.mean) * W).sum(-1)
+    def _choose(self, pre: Tensor, over_batch: bool, processes: Processes = ALONE) -> tuple[Tensor, Tensor]:
+        """The atoms chosen by topk or batch_topk, ``[..., m]``, and 1 where they are active, else 0."""
+        if self.cfg.sparsity == "topk":
+            return largest(pre, self.cfg.k)
+        threshold = batch_threshold(pre, self.cfg.k, processes) if over_batch else self.threshold
+        if bool(torch.isnan(threshold)):
+            raise ValueError(
+                "this batch_topk SAE has no threshold yet to read single matrices with: sae.calibrate(data) finds it, "
+                "or encode(x, over_batch=True) chooses over x"
+            )
+        return above(pre, threshold)
 
-    def _inner(self, x: Matrices, v: Tensor, w: Tensor) -> Tensor:
-        """``<X - M, v_j w_j^T>`` for factors ``v [..., j, d_key]``, ``w [..., j, d_value]``; ``[..., j]``."""
-        x = self._checked(x)
-        if isinstance(x, Write):
-            keys, values = x.factors()
-            inner = ((v @ keys.mT) * (w @ values.mT)).sum(-1)
-        else:
-            inner = ((v @ x) * w).sum(-1)
-        return inner if self.mean is None else inner - ((v @ self.mean) * w).sum(-1)
+    def _codes(self, encoding: Reading, indices: Tensor, active: Tensor | float = 1.0) -> SparseCodes:
+        """Activations of the atoms at ``indices``, and those atoms."""
+        atoms = self.decoder
+        rows = take(atoms, indices) if isinstance(atoms, Write) else None
+        own = rows if self.cfg.encoder == "tied" else None
+        return SparseCodes(encoding.at(indices, own).relu() * active, indices, rows)
 
-    def _norm2(self, x: Matrices) -> Tensor:
-        """``||X - M||^2``, ``[...]``."""
-        if not isinstance(x, Write):
-            return (x if self.mean is None else x - self.mean).square().sum((-1, -2))
-        if self.mean is None:
-            return x.inner(x)
-        keys, values = x.factors()
-        return x.inner(x) - 2 * ((keys @ self.mean) * values).sum((-1, -2)) + self.mean.square().sum()
+    @torch.no_grad()
+    def calibrate(self, x: Matrices) -> float:
+        """Set the threshold of a batch_topk SAE so that ``k`` atoms a matrix are active on average over ``x``."""
+        if self.cfg.sparsity != "batch_topk":
+            raise ValueError(f"calibrate is for batch_topk; this SAE has sparsity {self.cfg.sparsity!r}")
+        self.threshold.copy_(batch_threshold(self.pre(x), self.cfg.k))
+        return float(self.threshold)
 
-
-def gram(v1: Tensor, w1: Tensor, v2: Tensor, w2: Tensor) -> Float[Tensor, "... i j"]:
-    """Inner products ``<v1_i w1_i^T, v2_j w2_j^T> = (v1_i.v2_j)(w1_i.w2_j)`` of rank-1 matrices."""
-    return (v1 @ v2.mT) * (w1 @ w2.mT)
+    def _dense_codes(self, pre: Tensor, bandwidth: float = 0.5) -> Tensor:
+        if self.cfg.sparsity == "jumprelu":
+            return JumpReLU.apply(pre, self.log_threshold, bandwidth)  # type: ignore[return-value]
+        strength = (self.r_mag.exp() * (pre - self.b_enc) + self.b_mag).relu()
+        temperature = self.cfg.gate_temperature
+        return strength * (torch.sigmoid(pre / temperature) if temperature else (pre > 0).to(pre.dtype))
 
 
-def _quadratic(values: Tensor, matrix: Tensor) -> Tensor:
-    return (values[..., None, :] @ matrix @ values[..., :, None])[..., 0, 0]
+def in_factors(dense: Float[Tensor, "... d_key d_value"]) -> Write:
+    """A dense matrix as a `Write` of rank ``min(d_key, d_value)``: each row, or column, under its unit vector."""
+    d_key, d_value = dense.shape[-2:]
+    if d_key <= d_value:
+        key, value = torch.eye(d_key, dtype=dense.dtype, device=dense.device).expand(*dense.shape[:-2], -1, -1), dense
+    else:
+        key = dense.mT
+        value = torch.eye(d_value, dtype=dense.dtype, device=dense.device).expand(*dense.shape[:-2], -1, -1)
+    rank = min(d_key, d_value)
+    return Write(key, value, rank=rank) if rank > 1 else Write(key[..., 0, :], value[..., 0, :])
+
+
+def _about(x: Matrices, C: Tensor | None) -> Float[Tensor, "..."]:
+    """``||X - C||^2``; ``C`` is zero if None."""
+    if C is None:
+        return norm2(x)
+    if isinstance(x, Tensor):
+        return norm2(x - C)
+    return norm2(x) - 2 * with_one(x, C) + C.square().sum()

@@ -1,0 +1,71 @@
+"""Several processes that train one SAE: each takes a share of every batch, and sums are taken over all of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes started by ``accelerate launch`` (or torchrun); `ALONE` where there is one.
+
+    Attributes:
+        count: how many.
+        index: which one this is, 0 to ``count - 1``.
+    """
+
+    count: int = 1
+    index: int = 0
+
+    @classmethod
+    def launched(cls) -> Processes:
+        """Those this process was launched with; joins them at the first call."""
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return ALONE
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.cuda.is_available())
+        return cls(state.num_processes, state.process_index)
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    def share(self, x: Tensor) -> Tensor:
+        """This process's share of a batch: every ``count``-th."""
+        return x[self.index :: self.count]
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over all processes, without a gradient."""
+        if self.count == 1:
+            return x.detach()
+        x = x.detach().clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    def all(self, x: Tensor) -> Tensor:
+        """What all processes have, one after another along the first dimension, without a gradient."""
+        if self.count == 1:
+            return x.detach()
+        lengths = [int(n) for n in self.all_lengths(len(x), x.device)]
+        padded = torch.cat([x.detach(), x.new_zeros(max(lengths) - len(x), *x.shape[1:])])
+        found = [torch.empty_like(padded) for _ in lengths]
+        torch.distributed.all_gather(found, padded)
+        return torch.cat([part[:n] for part, n in zip(found, lengths, strict=True)])
+
+    def all_lengths(self, n: int, device: torch.device) -> Tensor:
+        own = torch.zeros(self.count, dtype=torch.int64, device=device)
+        own[self.index] = n
+        return self.total(own)
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+ALONE = Processes()
