@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import writesae as ws
 from writesae.recurrence import Write
 from writesae.saes import SAEConfig, WriteSAE, collect, evaluate, train, train_sae, train_site
+from writesae.saes.data import InMemory
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,10 +48,10 @@ def equal(a, b):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("tied, k, steps", [(True, 1, 100), (False, 1, 100), (False, 2, 200)])
-def test_planted_atoms_are_found(tied, k, steps):
+@pytest.mark.parametrize("encoder, k, steps", [("tied", 1, 100), ("bilinear", 1, 100), ("bilinear", 2, 200)])
+def test_planted_atoms_are_found(encoder, k, steps):
     atoms, data = planted(per_sample=k)
-    cfg = SAEConfig(d_key=12, d_value=10, n_atoms=40, k=k, tied=tied)
+    cfg = SAEConfig(d_key=12, d_value=10, n_atoms=40, k=k, encoder=encoder)
     sae = train_sae(cfg, data, steps=steps, batch_size=256, lr=1e-2, validation=2500, progress=False)
     assert (found(sae, atoms) > 0.95).float().mean() > 0.9
     assert (found(WriteSAE(cfg), atoms) > 0.95).float().mean() < 0.1
@@ -100,9 +101,9 @@ def run_with_dead_atoms(**changes):
     data = Write(torch.rand(500, 12), torch.rand(500, 10))  # all positive
     settings = dict(
         steps=100, batch_size=128, lr=1e-3, warmup=1, train_bias=False, aux_weight=0.0, aux_k=8, dead_after=3,
-        resample_every=0, seed=0,
+        resample_every=0, seed=0, unit_norm=False, bandwidth=0.5,
     )  # fmt: skip
-    run = train._Run(CFG, data, settings | changes)
+    run = train.Run(CFG, InMemory(data), settings | changes)
     with torch.no_grad():
         run.sae.V_dec[16:] *= -1
     for _ in range(20):
@@ -144,17 +145,17 @@ class StopAt:
 
         def stop(sae):
             self.calls = getattr(self, "calls", 0) + 1
-            if self.calls == step:
+            if self.calls == step + 1:  # the constructor's is the first
                 signal.raise_signal(signal.SIGINT)
             return normalize(sae)
 
         monkeypatch.setattr(WriteSAE, "normalize_decoder", stop)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch, tied):
+@pytest.mark.parametrize("encoder", ["tied", "bilinear"])
+def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch, encoder):
     _, data = planted()
-    cfg = SAEConfig(d_key=12, d_value=10, n_atoms=200, k=2, tied=tied)  # many, so that some die
+    cfg = SAEConfig(d_key=12, d_value=10, n_atoms=200, k=2, encoder=encoder)  # many, so that some die
     settings = SETTINGS | dict(dead_after=4, resample_every=5, train_bias=True, validation=2500)
     whole = train_sae(cfg, data, **settings)
     assert whole.cfg.training["resampled"] > 0
@@ -216,7 +217,7 @@ def test_what_cannot_be_trained_on():
     broken.value[7, 3] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite; leave them out"):
         train_sae(CFG, broken, **SETTINGS)
-    untied = SAEConfig(d_key=12, d_value=10, n_atoms=32, k=1, tied=False)
+    untied = SAEConfig(d_key=12, d_value=10, n_atoms=32, k=1, encoder="bilinear")
     with pytest.raises(FloatingPointError, match=r"training diverged: the loss of step \d+ is .*; lower lr=1e\+30"):
         train_sae(untied, data, lr=1e30, **SETTINGS)
     for boundary in (0, 3000):

@@ -1,6 +1,7 @@
 """The SAE itself: factored equals dense, streaming equals states, files that come back equal or fail with a reason."""
 
 import hashlib
+import itertools
 import json
 import types
 
@@ -10,34 +11,50 @@ import torch
 import torch.nn.functional as F
 
 from writesae.recurrence import Recurrence, Write, states
-from writesae.saes import SAEConfig, WriteSAE, files, write_sae
+from writesae.saes import VARIANTS, SAEConfig, WriteSAE, error, files, matrices
+from writesae.saes.sparsity import CountActive, JumpReLU
+from writesae.states import States
 
 SIZES = dict(d_key=6, d_value=5, n_atoms=12, k=3)
-KINDS = [  # rank, target, tied, lead
-    (1, "write", True, (7,)),
-    (1, "delta", False, (2, 4)),
-    (2, "write", False, (7,)),
-    (3, "state", True, (2, 4)),
-    (1, "state", False, (7,)),
+# Every encoder with every decoder and every sparsity; rank, centring and bias vary along.
+KINDS = [
+    dict(encoder=encoder, decoder=decoder, sparsity=sparsity, rank=1 + n % 2, target=("write", "delta", "state")[n % 3])
+    | dict(decoder_bias=n % 4 > 1)
+    for n, (encoder, decoder, sparsity) in enumerate(
+        itertools.product(
+            ("tied", "bilinear", "dense"), ("factored", "dense"), ("topk", "batch_topk", "jumprelu", "gated")
+        )
+    )
 ]
+FORMS = ["write", "rank 2", "batches", "states", "states, a decay a key channel"]
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(str(v) for v in kind.values()))
 
 
 def make(seed=0, **changes):
-    """A float64 SAE in which no parameter is trivial: encoder, bias and mean are all random."""
+    """A float64 SAE in which no parameter is trivial: encoder, biases, mean and thresholds are all random."""
     torch.manual_seed(seed)
     sae = WriteSAE(SAEConfig(**(SIZES | changes))).double()
     with torch.no_grad():
-        sae.b_enc.normal_(std=0.1)
+        for name, p in sae.named_parameters():
+            if name.endswith("_enc") and name != "b_enc":
+                p.normal_()
+            elif name.startswith(("b_", "r_")):
+                p.normal_(std=0.1)
+            elif name == "log_threshold":
+                p.uniform_(-1, 0)
         if sae.mean is not None:
             sae.mean.normal_()
-        if not sae.cfg.tied:
-            sae.V_enc.normal_()
-            sae.W_enc.normal_()
+        if sae.cfg.sparsity == "batch_topk":
+            sae.threshold.fill_(0.7)
     return sae
 
 
-def matrices(rank=1, lead=(7,), seed=1):
+def matrices_of(form, seed=1):
     torch.manual_seed(seed)
+    if form.startswith("states"):
+        decay = -torch.rand(2, 70, *((6,) if "channel" in form else ())).double()
+        return States(Write(torch.randn(2, 70, 6).double(), torch.randn(2, 70, 5).double()), decay)
+    lead, rank = ((2, 4) if form == "batches" else (7,)), 2 if form == "rank 2" else 1
     extra = () if rank == 1 else (rank,)
     return Write(torch.randn(*lead, *extra, 6).double(), torch.randn(*lead, *extra, 5).double(), rank=rank)
 
@@ -51,85 +68,168 @@ def gradients(sae, scalar):
 def assert_same(a, b):
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], msg=name)
+        torch.testing.assert_close(a[name], b[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
-def explicit_nmse(sae, x):
-    """Reconstruction error as one would write it down: dense matrices, dense codes."""
+def explicit(sae, X, over_batch=True, chosen=None):
+    """Codes and reconstruction of dense matrices, as one would write them down."""
+    E = sae.encoder.dense() if isinstance(sae.encoder, Write) else sae.encoder
+    A = sae.decoder.dense() if isinstance(sae.decoder, Write) else sae.decoder
+    mean = torch.zeros(6, 5).double() if sae.mean is None else sae.mean
+    pre = torch.einsum("nkv,...kv->...n", E, X - mean) + sae.b_enc
+    if chosen is not None:
+        codes = pre.relu() * chosen
+    elif sae.cfg.sparsity == "topk":
+        codes = pre.relu() * torch.zeros_like(pre).scatter(-1, pre.topk(sae.cfg.k).indices, 1.0)
+    elif sae.cfg.sparsity == "batch_topk" and over_batch:
+        best = pre.detach().flatten().topk(sae.cfg.k * pre[..., 0].numel()).values
+        codes = pre.relu() * (pre >= best[-1])
+    elif sae.cfg.sparsity == "batch_topk":
+        codes = pre * (pre > sae.threshold)
+    elif sae.cfg.sparsity == "jumprelu":
+        codes = pre * (pre > sae.log_threshold.exp())
+    else:
+        codes = (pre > 0) * ((pre - sae.b_enc) * sae.r_mag.exp() + sae.b_mag).relu()
+    bias = sae.b_dec if sae.cfg.decoder_bias else 0
+    return codes, torch.einsum("...n,nkv->...kv", codes, A) + bias + mean
+
+
+@pytest.mark.parametrize("form", FORMS)
+@each_kind
+def test_codes_and_reconstructions_are_the_explicit_ones(kind, form):
+    sae, x = make(**kind), matrices_of(form)
     X = x.dense()
-    V, W = sae.encoder()
-    mean = torch.zeros_like(X[0, 0] if X.ndim == 4 else X[0]) if sae.mean is None else sae.mean
-    pre = torch.einsum("nk,...kv,nv->...n", V, X - mean, W) + sae.b_enc
-    kept = torch.zeros_like(pre).scatter(-1, pre.topk(sae.cfg.k).indices, 1.0)
-    reconstruction = mean + torch.einsum("...n,nk,nv->...kv", (pre * kept).relu(), sae.V_dec, sae.W_dec)
-    return (X - reconstruction).square().sum() / (X - mean).square().sum()
+    for over_batch in (True, False):
+        codes, reconstruction = explicit(sae, X, over_batch)
+        assert (codes > 0).any() and (codes == 0).any() and codes.shape == (*x.shape, 12)
+        for given in (x, X):
+            torch.testing.assert_close(sae.encode(given, over_batch=over_batch), codes)
+            with torch.no_grad():
+                torch.testing.assert_close(sae.encode(given, over_batch=over_batch), codes)
+            torch.testing.assert_close(sae.sparsify(sae.pre(given), over_batch=over_batch)[0].sum(-1), codes.sum(-1))
+        values, indices = sae.topk(x, over_batch=over_batch)
+        assert (values.diff(dim=-1) <= 0).all() and values.shape == indices.shape
+        assert sae.topk(x, 1, over_batch=over_batch)[0].equal(values[..., :1])
+        torch.testing.assert_close(sae.decode(codes), reconstruction)
+        constant = sae.decode(torch.zeros(12).double())
+        torch.testing.assert_close(sae.decode_write(values, indices).dense() + constant, reconstruction)
 
 
-@pytest.mark.parametrize("rank, target, tied, lead", KINDS)
-def test_factored_is_dense(rank, target, tied, lead):
-    sae, x = make(target=target, tied=tied), matrices(rank, lead)
-    torch.testing.assert_close(sae.pre(x), sae.pre(x.dense()))
-    codes = sae.encode(x)
-    assert codes.shape == (*lead, 12) and (codes > 0).any() and ((codes > 0).sum(-1) <= 3).all() and (codes >= 0).all()
-    torch.testing.assert_close(codes, sae.encode(x.dense()))
-    with torch.no_grad():
-        torch.testing.assert_close(codes, sae.encode(x))  # the path without gradients
-    values, indices = sae.topk(x)
-    assert values.shape == (*lead, 3) and (values.diff(dim=-1) <= 0).all()
+@pytest.mark.parametrize("form", FORMS)
+@each_kind
+def test_loss_and_gradients_are_those_of_the_explicit_error(kind, form):
+    sae, x = make(**kind), matrices_of(form)
+    X = x.dense()
     mean = 0 if sae.mean is None else sae.mean
-    torch.testing.assert_close(sae.decode(codes), sae.decode_write(values, indices).dense() + mean)
-    factored, dense = sae.loss(x), sae.loss(x.dense())
-    for name in ("loss", "nmse", "aux", "error2", "norm2", "cosine", "values"):
-        torch.testing.assert_close(getattr(factored, name), getattr(dense, name), msg=name)
-
-
-@pytest.mark.parametrize("rank, target, tied, lead", KINDS)
-def test_loss_and_gradients_are_those_of_the_explicit_error(rank, target, tied, lead):
-    sae, x = make(target=target, tied=tied), matrices(rank, lead)
-    explicit = explicit_nmse(sae, x)
-    expected = gradients(sae, explicit)
-    assert all(g.abs().max() > 1e-4 for g in expected.values())
-    for given in (x, x.dense()):
+    codes, reconstruction = explicit(sae, X)
+    nmse = (X - reconstruction).square().sum() / (X - mean).square().sum()
+    expected = gradients(sae, nmse)
+    if kind["sparsity"] == "jumprelu":  # thresholds have a straight-through gradient
+        expected["log_threshold"] = None
+    flat = {name for name, g in expected.items() if g is not None and g.abs().max() < 1e-4}
+    assert flat == ({"b_enc"} if kind["sparsity"] == "gated" else set())  # a hard gate passes no gradient
+    for given in (x, X):
         out = sae.loss(given)
-        torch.testing.assert_close(out.nmse, explicit)
-        assert_same(gradients(sae, out.loss), expected)
-    # the codes' own gradients, which a fused encoder can lose
-    sum_of_codes = sae.encode(x).square().sum()
-    V, W = sae.encoder()
-    X = x.dense() if sae.mean is None else x.dense() - sae.mean
-    pre = torch.einsum("nk,...kv,nv->...n", V, X, W) + sae.b_enc
-    assert_same(gradients(sae, sum_of_codes), gradients(sae, pre.topk(3).values.relu().square().sum()))
+        torch.testing.assert_close(out.nmse, nmse)
+        found = gradients(sae, out.nmse)
+        if kind["sparsity"] == "jumprelu":
+            found["log_threshold"] = None
+        assert_same(
+            {n: g for n, g in found.items() if g is not None}, {n: g for n, g in expected.items() if g is not None}
+        )
+        torch.testing.assert_close(out.error2, (X - reconstruction).square().sum((-1, -2)))
+        torch.testing.assert_close(out.norm2, (X - mean).square().sum((-1, -2)))
+        assert out.fired.equal((codes > 0).flatten(0, -2).sum(0)) and out.l0 == (codes > 0).sum(-1).double().mean()
+    if kind["sparsity"] in ("topk", "batch_topk"):  # the codes' own gradients, which a fused encoder can lose
+        ours = sae.encode(x, over_batch=True).square().sum()
+        assert_same(gradients(sae, ours), gradients(sae, explicit(sae, X)[0].square().sum()))
 
 
-def test_a_gram_matrix_without_the_values_fails(monkeypatch):
-    sae, x = make(), matrices()
-    monkeypatch.setattr(write_sae, "gram", lambda v1, w1, v2, w2: v1 @ v2.mT)
-    assert (sae.loss(x).nmse - explicit_nmse(sae, x)).abs() > 1e-3
-
-
-@pytest.mark.parametrize("rank, target, tied, lead", KINDS)
-def test_auxiliary_loss_is_the_residual_rebuilt_by_dead_atoms(rank, target, tied, lead):
-    sae, x = make(target=target, tied=tied), matrices(rank, lead)
+@pytest.mark.parametrize("form", FORMS)
+@each_kind
+def test_every_form_has_the_same_whole_loss_and_gradients(kind, form):
+    """With dead atoms revived, penalties and gates: streaming, in factors and dense."""
+    sae, x = make(**kind), matrices_of(form)
     dead = torch.zeros(12, dtype=torch.bool)
     dead[[1, 4, 7, 8]] = True
-    X = x.dense()
-    left = (X - sae.decode(sae.encode(x))).detach()
-    pre = sae.pre(X)[..., dead]
-    values, indices = pre.topk(2)
-    rebuilt = sum(
-        values[..., j, None, None].relu()
-        * sae.V_dec[dead][indices[..., j]][..., :, None]
-        * sae.W_dec[dead][indices[..., j]][..., None, :]
-        for j in range(2)
-    )
+    outs = []
+    for given in (x, x.dense()):
+        out = sae.loss(given, dead=dead, aux_k=2, aux_weight=0.5, sparsity_weight=0.3)
+        outs.append((out.loss, out.aux, out.penalty, out.cosine, gradients(sae, out.loss)))
+    for one, other in zip(outs[0][:4], outs[1][:4], strict=True):
+        torch.testing.assert_close(one, other)
+    assert_same(outs[0][4], outs[1][4])
+    assert (out.aux > 0) == (kind["sparsity"] in ("topk", "batch_topk"))
+
+
+@pytest.mark.parametrize("form", ["rank 2", "states"])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k["sparsity"] in ("topk", "batch_topk")], ids=str)
+def test_auxiliary_loss_is_the_residual_rebuilt_by_dead_atoms(kind, form):
+    sae, X = make(**kind), matrices_of(form).dense()
+    dead = torch.zeros(12, dtype=torch.bool)
+    dead[[1, 4, 7, 8]] = True
+    left = (X - explicit(sae, X)[1]).detach()
+    chosen = torch.zeros(*X.shape[:-2], 12).double()
+    chosen.scatter_(-1, sae.pre(X).detach().masked_fill(~dead, -torch.inf).topk(2).indices, 1.0)
+    rebuilt = explicit(sae, X, chosen=chosen)[1] - explicit(sae, X, chosen=0 * chosen)[1]
     aux = (left - rebuilt).square().sum() / left.square().sum()
-    expected = gradients(sae, aux)
-    for given in (x, X):
+    expected = {name: g for name, g in gradients(sae, aux).items() if name != "b_dec"}
+    for given in (matrices_of(form), X):
         out = sae.loss(given, dead=dead, aux_k=2, aux_weight=0.5)
         torch.testing.assert_close(out.aux, aux)
         torch.testing.assert_close(out.loss, out.nmse + 0.5 * out.aux)
-        assert_same(gradients(sae, out.aux), expected)
+        found = gradients(sae, out.aux)
+        assert found.pop("b_dec", torch.zeros(1)).abs().max() == 0  # only the dead atoms learn from what is left
+        assert_same(found, expected)
         assert out.n_dead == 4
+
+
+def test_gates_alone_reconstruct_with_the_decoder_as_it_is():
+    sae, X = make(sparsity="gated", encoder="bilinear", decoder_bias=True), matrices_of("write").dense()
+    gates = (torch.einsum("nkv,bkv->bn", sae.encoder.dense(), X) + sae.b_enc).relu()
+    alone = X - sae.b_dec.detach() - torch.einsum("bn,nkv->bkv", gates, sae.decoder.dense().detach())
+    power = X.square().sum()
+    expected = sae.loss(X).nmse + alone.square().sum() / power + 0.3 * gates.sum() / (7 * power).sqrt()
+    whole = sae.loss(X, sparsity_weight=0.3).loss
+    torch.testing.assert_close(whole, expected)
+    assert_same(gradients(sae, whole), gradients(sae, expected))
+
+
+def test_thresholds_have_the_straight_through_gradient():
+    torch.manual_seed(0)
+    pre, log_threshold, h = torch.rand(50, 4).double(), torch.full((4,), -0.7).double(), 0.4
+    pre.requires_grad_()
+    log_threshold.requires_grad_()
+    weight = torch.randn(50, 4).double()
+    theta = log_threshold.exp()
+    near = ((pre - theta).abs() < h * theta / 2).double()
+    assert 5 < near.sum() < 100
+    (JumpReLU.apply(pre, log_threshold, h) * weight).sum().backward()
+    # theta / width = 1 / h; and d theta / d log_threshold = theta
+    torch.testing.assert_close(log_threshold.grad, (-(theta / (h * theta)) * near * weight).sum(0) * theta)
+    torch.testing.assert_close(pre.grad, weight * (pre > theta))
+    log_threshold.grad = pre.grad = None
+    (CountActive.apply(pre, log_threshold, h) * weight[:, 0]).sum().backward()
+    torch.testing.assert_close(log_threshold.grad, (-near / (h * theta) * weight[:, :1]).sum(0) * theta)
+    assert pre.grad is None
+
+
+@pytest.mark.parametrize("form", ["write", "states"])
+@pytest.mark.parametrize("broken", ["no values in the Gram matrix", "no decay", "no offset"])
+def test_what_is_left_out_is_noticed(monkeypatch, form, broken):
+    sae, x = make(encoder="bilinear", target="state"), matrices_of(form)
+    nmse = float(sae.loss(x.dense()).nmse.detach())
+    torch.testing.assert_close(float(sae.loss(x).nmse.detach()), nmse)
+    if broken == "no values in the Gram matrix":
+        monkeypatch.setattr(error, "sum_norm2", lambda a, rows: matrices.sum_norm2(a, Write(rows.key, 0 * rows.value)))
+    elif broken == "no decay":
+        if form == "write":
+            return
+        x = States(x.gain, 0.9 * x.log_decay)
+    else:
+        monkeypatch.setattr(error.Reading, "all", error.Reading.plain)
+        monkeypatch.setattr(error, "pick", lambda offset, indices: 0)
+    assert abs(float(sae.loss(x).nmse.detach()) - nmse) > 1e-3
 
 
 def test_loss_reports_the_top_atom():
@@ -138,15 +238,86 @@ def test_loss_reports_the_top_atom():
         sae.b_enc.zero_()
     x = sae.atom(torch.tensor([3, 5])) * 2.5
     out = sae.loss(x)
-    assert out.indices[:, 0].tolist() == [3, 5]
+    values, indices = sae.topk(x)
+    assert indices[:, 0].tolist() == [3, 5]
     torch.testing.assert_close(out.cosine, torch.ones(2).double())
-    torch.testing.assert_close(out.values[:, 0], torch.full((2,), 2.5).double())
-    torch.testing.assert_close(out.norm2, torch.full((2,), 6.25).double())
+    torch.testing.assert_close(values[:, 0], torch.full((2,), 2.5).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.norm2, torch.full((2,), 6.25).double(), atol=1e-5, rtol=0)
     with torch.no_grad():
         sae.b_enc.fill_(-100.0)  # nothing fires: nothing is reconstructed
     out = sae.loss(x)
     assert out.l0 == 0 and out.nmse == 1 and (out.cosine == 0).all()
     assert (sae.encode(x) == 0).all()
+
+
+def test_many_active_atoms_of_one_matrix_cost_no_gram_matrix_each():
+    """One matrix with everything active, among others with nothing: codes of all atoms, and the same loss."""
+    sae = make(sparsity="batch_topk", k=4)
+    x = matrices_of("write") * torch.tensor([100.0, 1, 1, 1, 1, 1, 1]).double()
+    indices, active = sae._choose(sae.pre(x), True)
+    form = sae._codes(error.Reading(x, sae.encoder, sae.b_enc), indices, active)
+    wide = type(form)
+    codes, reconstruction = explicit(sae, x.dense())
+    for given in (x, x.dense()):
+        torch.testing.assert_close(sae.loss(given).error2, (x.dense() - reconstruction).square().sum((-1, -2)))
+    torch.testing.assert_close(form.spread(12), codes)
+    assert wide is error.DenseCodes or active.shape[-1] < 12
+
+
+def test_a_batch_topk_reads_single_matrices_by_its_threshold():
+    sae, x = make(sparsity="batch_topk"), matrices_of("states")
+    sae.threshold.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"no threshold yet .*calibrate"):
+        sae.encode(x)
+    sae.calibrate(x)
+    assert (sae.encode(x) > 0).sum() == 3 * 2 * 70
+    torch.testing.assert_close(sae.encode(x), sae.encode(x, over_batch=True))
+    torch.testing.assert_close(sae.encode(x[:1]), sae.encode(x)[:1])  # whatever it is seen with
+    assert not torch.allclose(sae.encode(x[:1], over_batch=True), sae.encode(x)[:1])
+    with pytest.raises(ValueError, match="calibrate is for batch_topk; this SAE has sparsity 'topk'"):
+        make().calibrate(x)
+
+
+def test_soft_gates_of_the_papers_code():
+    sae, x = make(sparsity="gated", gate_temperature=0.1), matrices_of("write")
+    pre = sae.pre(x)
+    strength = ((pre - sae.b_enc) * sae.r_mag.exp() + sae.b_mag).relu()
+    torch.testing.assert_close(sae.encode(x), torch.sigmoid(pre / 0.1) * strength)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_by_name(name):
+    cfg = SAEConfig.variant(name, **SIZES)
+    assert (cfg.encoder, cfg.decoder) == (VARIANTS[name]["encoder"], VARIANTS[name]["decoder"])
+    sae = WriteSAE(cfg)
+    torch.testing.assert_close(sae.atom(torch.arange(12)).norm(), torch.ones(12))
+    names = {n for n, _ in sae.named_parameters()}
+    assert ("A_dec" in names) == (cfg.decoder == "dense") and ("A_enc" in names) == (cfg.encoder == "dense")
+    assert ("V_enc" in names) == (cfg.encoder == "bilinear") and ("V_dec" in names) == (cfg.decoder == "factored")
+    rank = {"dense": 5}.get(cfg.decoder, cfg.rank)
+    assert sae.atom(3).rank == rank
+    atoms = sae.decoder if isinstance(sae.decoder, torch.Tensor) else sae.decoder.dense()
+    torch.testing.assert_close(sae.atom(torch.tensor([3, 4])).dense(), atoms[3:5])
+
+
+def test_an_unknown_variant():
+    with pytest.raises(ValueError, match="no variant 'FlatterSAE': allowed are WriteSAE, BilinearSAE"):
+        SAEConfig.variant("FlatterSAE", **SIZES)
+
+
+@pytest.mark.parametrize("kind", [dict(rank=1), dict(rank=3), dict(decoder="dense")], ids=str)
+def test_atoms_are_brought_back_to_norm_1(kind):
+    sae = make(encoder="bilinear", **kind)
+    with torch.no_grad():
+        for name in ("V_dec", "W_dec", "A_dec"):
+            if hasattr(sae, name):
+                getattr(sae, name).mul_(torch.rand(12, *[1] * (getattr(sae, name).ndim - 1)).double() + 0.5)
+    before = sae.atom(torch.arange(12))
+    assert (before.norm() - 1).abs().max() > 0.1
+    sae.normalize_decoder()
+    after = sae.atom(torch.arange(12))
+    torch.testing.assert_close(after.norm(), torch.ones(12).double())
+    torch.testing.assert_close(before.cosine(after), torch.ones(12).double())  # the same matrix but for its size
 
 
 @pytest.mark.parametrize("per_token", [1, 2])
@@ -183,7 +354,7 @@ def test_streaming_codes_are_those_of_the_states(per_token):
 
 
 def test_streaming_needs_states_and_one_decay():
-    delta = matrices(lead=(2, 4))
+    delta = matrices_of("batches")
     with pytest.raises(ValueError, match="target 'state'; this SAE reads each write: use encode"):
         make().encode_states(delta, torch.zeros(2, 4).double())
     with pytest.raises(ValueError, match=r"\[batch, pos\], one decay a token; got \[2, 4, 6\].*encode dense states"):
@@ -201,7 +372,7 @@ def test_atoms():
             sae.atom(bad)
     with pytest.raises(TypeError, match="whole number"):
         sae.atom(True)
-    values, indices = make(k=1).topk(matrices())
+    values, indices = make(k=1).topk(matrices_of("write"))
     assert make(k=1).decode_write(values, indices).rank == 1
 
 
@@ -220,22 +391,25 @@ def test_matrices_of_another_size_are_refused():
         (dict(n_atoms=0), "n_atoms must be a whole number of at least 1; got 0"),
         (dict(target="query"), "target must be one of write, delta, state; got 'query'"),
         (dict(model_id=3), "model_id must be text or None; got 3"),
+        (dict(sparsity="l1"), "sparsity must be one of topk, batch_topk, jumprelu, gated; got 'l1'"),
+        (dict(rank=6), "rank=6: 6x5 matrices have rank 1 to 5"),
+        (dict(gate_temperature=-1), "gate_temperature must be a number of at least 0; got -1"),
         (dict(head=-1), "head must be a whole number of at least 0, or None; got -1"),
     ],
 )
 def test_bad_configurations(changes, message):
     with pytest.raises(ValueError, match=message):
-        SAEConfig.from_dict(dict(target="write", tied=True) | SIZES | changes)
-    with pytest.raises(ValueError, match="its type is write_sae"):
-        WriteSAE(SAEConfig(**SIZES, type="flat"))
+        SAEConfig.from_dict(dict(target="write", encoder="tied") | SIZES | changes)
+    with pytest.raises(ValueError, match="type must be write_sae; got 'flat'"):
+        SAEConfig(**SIZES, type="flat")
 
 
 # Files
 
 
-@pytest.mark.parametrize("rank, target, tied, lead", KINDS)
-def test_saved_and_loaded_are_equal(tmp_path, rank, target, tied, lead):
-    sae = make(target=target, tied=tied, layer=9, head=4, model_id="a/b", training={"steps": 3}).float()
+@each_kind
+def test_saved_and_loaded_are_equal(tmp_path, kind):
+    sae = make(**kind, layer=9, head=4, model_id="a/b", training={"steps": 3}).float()
     sae.normalize_decoder()
     assert sae.save_pretrained(tmp_path / "new" / "sae") == tmp_path / "new" / "sae"
     for back in (WriteSAE.from_pretrained(tmp_path / "new" / "sae"), WriteSAE.from_pretrained(tmp_path / "new", "sae")):
@@ -309,7 +483,7 @@ DAMAGE = {
     ),
     "no checksum": (lambda f: rewrite_config(f, weights_sha256="drop"), ValueError, "lacks weights_sha256"),
     "field missing": (lambda f: rewrite_config(f, k="drop"), ValueError, "the configuration lacks k; its fields"),
-    "field unknown": (lambda f: rewrite_config(f, rank=2), ValueError, "cfg.json: the configuration has unknown rank"),
+    "field unknown": (lambda f: rewrite_config(f, size=2), ValueError, "cfg.json: the configuration has unknown size"),
     "k too large": (lambda f: rewrite_config(f, k=13), ValueError, "cfg.json: k=13 active atoms out of n_atoms=12"),
     "k is text": (lambda f: rewrite_config(f, k="3"), ValueError, "cfg.json: k must be a whole number"),
     "tensor missing": (
@@ -340,7 +514,7 @@ DAMAGE = {
     "not unit norm": (
         lambda f: rewrite_weights(f, lambda t: t["V_dec"].mul_(2)),
         ValueError,
-        "rows of V_dec must have norm 1.*off by 1",
+        "atoms must have norm 1; one is off by 1",
     ),
 }
 

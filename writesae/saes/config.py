@@ -103,6 +103,7 @@ class SAEConfig:
             pairs = ("lacks", missing), ("has unknown", unknown)
             wrong = [f"{what} {', '.join(names)}" for what, names in pairs if names]
             raise ValueError(f"the configuration {' and '.join(wrong)}; its fields are {', '.join(sorted(known))}")
+        _check({f.name: f.default for f in fields(cls)} | values)
         return cls(**values)
 
 
@@ -125,7 +126,7 @@ def _check(values: Mapping[str, Any]) -> None:
         if values[name] not in get_args(choices):
             raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}; got {values[name]!r}")
     for name in ("center", "decoder_bias", "unit_atoms"):
-        if type(values[name]) is not bool:
+        if type(values[name]) is not bool and not (name == "center" and values[name] is None):
             raise ValueError(f"{name} must be true or false; got {values[name]!r}")
     if values["k"] > values["n_atoms"]:
         raise ValueError(f"k={values['k']} active atoms out of n_atoms={values['n_atoms']}: k must be 1 to n_atoms")

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.recurrence import Write
-from writesae.saes.matrices import Atoms, Matrices, dense, gram, paired, project, take, with_one
+from writesae.saes.matrices import Atoms, Matrices, dense, gram, paired, pick, project, sum_norm2, take, with_one
 from writesae.states import States
 
 
@@ -54,7 +53,7 @@ class Reading:
         else:
             assert isinstance(self.atoms, Write) and not isinstance(self.x, States)
             found = paired(self.x, take(self.atoms, indices) if rows is None else rows)
-        return found if self.offset is None else found + F.embedding(indices, self.offset[:, None])[..., 0]
+        return found if self.offset is None else found + pick(self.offset, indices)
 
 
 def against(constant: Tensor | None, atoms: Atoms) -> Float[Tensor, " n_atoms"] | None:
@@ -79,7 +78,12 @@ class SparseCodes:
     def norm2(self, atoms: Write) -> Float[Tensor, "..."]:
         """``||sum_i a_i A_i||^2``"""
         assert self.rows is not None
-        return (self.values[..., None, :] @ gram(self.rows, self.rows) @ self.values[..., :, None])[..., 0, 0]
+        return sum_norm2(self.values, self.rows)
+
+    def overlap(self, dead: SparseCodes, atoms: Write) -> Float[Tensor, "... m"]:
+        """``<sum_i a_i A_i, A_j>`` for the atoms ``j`` of other codes; a gradient goes to those only."""
+        assert self.rows is not None and dead.rows is not None
+        return (gram(dead.rows, self.rows.detach()) @ self.values.detach()[..., None])[..., 0]
 
     def spread(self, n_atoms: int) -> Float[Tensor, "... n_atoms"]:
         return self.values.new_zeros(*self.values.shape[:-1], n_atoms).scatter(-1, self.indices, self.values)
@@ -102,6 +106,9 @@ class DenseCodes:
 
     def norm2(self, atoms: Write) -> Float[Tensor, "..."]:
         return ((self.values @ gram(atoms, atoms)) * self.values).sum(-1)
+
+    def overlap(self, dead: SparseCodes, atoms: Write) -> Float[Tensor, "... m"]:
+        return (self.values.detach() @ gram(atoms.detach(), atoms)).gather(-1, dead.indices)
 
     def spread(self, n_atoms: int) -> Float[Tensor, "... n_atoms"]:
         return self.values
@@ -132,7 +139,7 @@ def error2(
 
 
 def revived_error2(
-    dead: SparseCodes, codes: SparseCodes, atoms: Atoms, reading: Reading, left2: Tensor, left: Tensor | None
+    dead: SparseCodes, codes: Codes, atoms: Atoms, reading: Reading, left2: Tensor, left: Tensor | None
 ) -> Float[Tensor, "..."]:
     """Squared error of what is left of ``X``, reconstructed by ``dead`` atoms: only they learn from it.
 
@@ -141,10 +148,8 @@ def revived_error2(
     if isinstance(atoms, Tensor):
         assert left is not None
         return (left.detach() - _combined(dead, atoms)).square().sum((-1, -2))
-    assert dead.rows is not None and codes.rows is not None
-    active = codes.rows.detach()
-    cross = (gram(dead.rows, active) @ codes.values.detach()[..., None]).squeeze(-1)  # what the others account for
-    gain = (dead.values * (reading.at(dead.indices, dead.rows) - cross)).sum(-1)
+    left_over = reading.at(dead.indices, dead.rows) - codes.overlap(dead, atoms)  # <what is left, dead atom>
+    gain = (dead.values * left_over).sum(-1)
     return left2.detach() - 2 * gain + dead.norm2(atoms)
 
 

@@ -7,6 +7,8 @@ rank-1 atoms and data in factors an inner product is ``<k u^T, v w^T> = (k.v)(u.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -79,10 +81,52 @@ def gram(a: Write, b: Write) -> Float[Tensor, "... i j"]:
     return found if b.rank == 1 else found.unflatten(-1, (-1, b.rank)).sum(-1)
 
 
+def sum_norm2(values: Float[Tensor, "... k"], rows: Write) -> Float[Tensor, "..."]:
+    """``||sum_i a_i row_i||^2`` for ``rows`` with leading dimensions ``[..., k]``."""
+    v, w = (f.flatten(-3, -2) for f in rows.factors())
+    return _SumNorm2.apply(values.repeat_interleave(rows.rank, -1), v, w)  # type: ignore[return-value]
+
+
+class _SumNorm2(torch.autograd.Function):
+    """``sum_ij a_i a_j (v_i.v_j)(w_i.w_j)``. By hand, because the sum is symmetric: half of the work going back."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        vv, ww = v @ v.mT, w @ w.mT
+        half = ((vv * ww) @ a[..., None])[..., 0]
+        ctx.save_for_backward(a, v, w, vv, ww, half)
+        return (half * a).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, v, w, vv, ww, half = ctx.saved_tensors
+        grad = 2 * grads[0][..., None]
+        aa = (grad * a)[..., :, None] * a[..., None, :]
+        return grad * half, (aa * ww) @ v, (aa * vv) @ w
+
+
 def take(atoms: Write, indices: Int[Tensor, "..."]) -> Write:
-    """The atoms at ``indices``. Gradients of one taken often add up in a fixed order, unlike those of indexing."""
-    rows = [F.embedding(indices, f.flatten(1)).unflatten(-1, f.shape[1:]) for f in (atoms.key, atoms.value)]
-    return Write(*rows, rank=atoms.rank)
+    """The atoms at ``indices``."""
+    return Write(pick(atoms.key, indices), pick(atoms.value, indices), rank=atoms.rank)
+
+
+def pick(x: Float[Tensor, "n ..."], indices: Int[Tensor, "..."]) -> Tensor:
+    """``x[indices]``, whose gradient adds up what was picked often in a fixed order, as indexing's need not."""
+    return _Pick.apply(x, indices)  # type: ignore[return-value]
+
+
+class _Pick(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.size = x.shape
+        return x.index_select(0, indices.flatten()).unflatten(0, indices.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (indices,) = ctx.saved_tensors
+        grad = grads[0].flatten(0, indices.ndim - 1)
+        return grad.new_zeros(ctx.size).index_add_(0, indices.flatten(), grad), None
 
 
 def with_one(x: Matrices, C: Float[Tensor, "d_key d_value"]) -> Float[Tensor, "..."]:

@@ -29,6 +29,7 @@ from writesae.saes.data import Data, InMemory, check_data, n_samples, per_unit, 
 from writesae.saes.files import write_whole
 from writesae.saes.matrices import Matrices, dense, mean, norm2, parts, size, unit_norm
 from writesae.saes.processes import Processes
+from writesae.saes.sparsity import batch_threshold
 from writesae.saes.write_sae import WriteSAE
 from writesae.states import States
 
@@ -193,7 +194,6 @@ class Run:
             if self.sae.mean is not None:
                 self.sae.mean.copy_(mean(self.samples()))
             self._start_all_atoms()
-            self._start_sparsity()
         self._trim_log()
 
     @property
@@ -273,8 +273,7 @@ class Run:
         if sae.cfg.sparsity == "batch_topk":
             sae.calibrate(self.samples()[: max(1, 2**25 // sae.cfg.n_atoms // per_unit(train))])
         record = self.settings | {
-            "samples": n_samples(train), "resampled": self.n_resampled, "seconds": round(self.seconds, 1),
-            "train": evaluate(sae, few),
+            "samples": n_samples(train), "resampled": self.n_resampled, "train": evaluate(sae, few),
         }  # fmt: skip
         if self.data.held_out is not None:
             record["held_out"] = evaluate(sae, self.data.held_out)
@@ -336,8 +335,11 @@ class Run:
             if rounds > 1:
                 best = torch.cat([self.sae.pre(x)[:, atoms].amax(-1).cpu() for x in pieces(pool, 1024)])
                 left2 = torch.minimum(left2, size2 - best.relu().square())
+        few = next(pieces(pool, 2048))
+        self._start_thresholds(few)
         if self.sae.cfg.encoder != "tied":
-            self._start_scale(next(pieces(pool, 2048)))
+            self._start_scale(few)
+            self._start_thresholds(few)
 
     def _start_scale(self, x: Matrices) -> None:
         """Scale the encoder so that reconstructions have the right size: ``k`` atoms that are alike overshoot."""
@@ -356,15 +358,13 @@ class Run:
         units = torch.randperm(size(data)[0], generator=random)[: max(1, n // per_unit(data))]
         return data[units.to(self.device)]
 
-    @torch.no_grad()
-    def _start_sparsity(self) -> None:
-        """Thresholds such that ``k`` atoms a matrix are active at the start."""
+    def _start_thresholds(self, x: Matrices) -> None:
+        """Where they are learnt: such that ``k`` atoms a matrix are active at the start."""
         sae = self.sae
         if sae.cfg.sparsity not in ("jumprelu", "gated"):
             return
-        data = self.samples()
-        pre = sae.pre(data[: max(1, min(2048, 2**24 // sae.cfg.n_atoms) // per_unit(data))]).flatten(0, -2)
-        threshold = pre.flatten().topk(sae.cfg.k * len(pre)).values[-1].clamp_min(1e-12)
+        sae.b_enc.zero_()
+        threshold = batch_threshold(sae.pre(x), sae.cfg.k).clamp_min(1e-12)
         if sae.cfg.sparsity == "jumprelu":
             sae.log_threshold.fill_(float(threshold.log()))
         else:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from writesae.recurrence import Write
 from writesae.saes import files
 from writesae.saes.config import SAEConfig
-from writesae.saes.error import DenseCodes, Reading, SparseCodes, against, error2, revived_error2
+from writesae.saes.error import Codes, DenseCodes, Reading, SparseCodes, against, error2, revived_error2
 from writesae.saes.matrices import Atoms, Matrices, dense, norm2, project, size, take, with_one
 from writesae.saes.processes import ALONE, Processes
 from writesae.saes.sparsity import CountActive, JumpReLU, above, batch_threshold, largest
@@ -321,9 +321,9 @@ class WriteSAE(nn.Module):
 
         aux = penalty = gate = torch.zeros_like(nmse)
         n_dead = 0 if dead is None else int(dead.sum())
-        if isinstance(codes, SparseCodes) and dead is not None and n_dead and aux_weight:
+        if chosen and dead is not None and n_dead and aux_weight:
             readings = encoding.chosen_from().masked_fill(~dead, -torch.inf)
-            revived = self._codes(encoding, readings.topk(min(aux_k, n_dead), -1).indices)
+            revived = self._sparse(encoding, readings.topk(min(aux_k, n_dead), -1).indices)
             fixed = Reading(x, atoms, against(None if constant is None else constant.detach(), atoms), reading)
             aux2 = revived_error2(revived, codes, atoms, fixed, found2, left)
             aux = aux2.sum() / processes.total(found2.sum()).clamp_min(1e-30)
@@ -370,11 +370,44 @@ class WriteSAE(nn.Module):
         files.save(Path(folder), self.cfg, {name: t.to(dtype) for name, t in self.state_dict().items()})
         return Path(folder)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        subfolder: str | None = None,
+        private: bool = False,
+        commit_message: str = "Upload SAE",
+        revision: str | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes, and a model card, to the Hugging Face hub; returns the commit's address.
+
+        Args:
+            repo_id: ``owner/name``; made if it does not exist.
+            subfolder: where in it, for a repository of several SAEs. Its card lies there too; a card at the root, if
+                there is one, stays as it is.
+            private: for a new repository.
+            commit_message: what the history will say.
+            revision: branch, made if it does not exist; default: main.
+            license: for the card, as the hub abbreviates it (``"apache-2.0"``); left out if not given.
+
+        Raises:
+            ValueError: a number is not finite, or ``subfolder`` leads out of the repository. Nothing is uploaded then.
+        """
+        from writesae.saes import hub
+
+        return hub.push(
+            self, repo_id, subfolder=subfolder, private=private, commit_message=commit_message, revision=revision,
+            license=license,
+        )  # fmt: skip
+
     @classmethod
     def from_pretrained(
         cls, folder_or_hub_id: str | Path, subfolder: str | None = None, *, revision: str | None = None
     ) -> WriteSAE:
         """Load a saved SAE from a folder, the ones shipped here (``"tiny-gdn/L2H0"``), or the hub, as float32.
+
+        A folder with a ``best.pt`` of the paper's code in place of our two files will do (see `load_reference`).
 
         Args:
             folder_or_hub_id: a folder wins over a hub id of the same name.
@@ -386,6 +419,10 @@ class WriteSAE(nn.Module):
             ValueError: a file is damaged, of another kind, or the two files do not fit together.
         """
         folder = files.locate(folder_or_hub_id, subfolder, revision)
+        if not (folder / files.CONFIG).is_file() and (folder / files.REFERENCE[0]).is_file():
+            from writesae.saes.reference import load_reference
+
+            return load_reference(folder, root=folder.parents[len(Path(subfolder).parts) - 1] if subfolder else None)
         cfg, tensors = files.load(folder)
         sae = cls(cfg)
         path = folder / files.WEIGHTS
@@ -467,8 +504,16 @@ class WriteSAE(nn.Module):
             )
         return above(pre, threshold)
 
-    def _codes(self, encoding: Reading, indices: Tensor, active: Tensor | float = 1.0) -> SparseCodes:
-        """Activations of the atoms at ``indices``, and those atoms."""
+    def _codes(self, encoding: Reading, indices: Tensor, active: Tensor) -> Codes:
+        """Activations of the chosen atoms, in the form that costs less: a batch_topk may choose very many of one
+        matrix, and the Gram matrix of the active atoms is made for each matrix, that of all atoms but once."""
+        m, n, rows, d = active.shape[-1], self.cfg.n_atoms, active[..., 0].numel(), self.cfg.d_key + self.cfg.d_value
+        if m * m * d <= n * n * (1 + d / rows):
+            return self._sparse(encoding, indices, active)
+        kept = torch.zeros(*indices.shape[:-1], n, dtype=active.dtype, device=active.device)
+        return DenseCodes(encoding.all.relu() * kept.scatter(-1, indices, active))
+
+    def _sparse(self, encoding: Reading, indices: Tensor, active: Tensor | float = 1.0) -> SparseCodes:
         atoms = self.decoder
         rows = take(atoms, indices) if isinstance(atoms, Write) else None
         own = rows if self.cfg.encoder == "tied" else None
