@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 import writesae as ws
 from writesae.recurrence import Write
-from writesae.saes import SAEConfig, WriteSAE, collect, evaluate, train, train_sae, train_site
+from writesae.saes import SAEConfig, WriteSAE, collect, evaluate, train_sae, train_site
 from writesae.saes.data import InMemory
+from writesae.saes.run import Run, Settings
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -103,7 +104,7 @@ def run_with_dead_atoms(**changes):
         steps=100, batch_size=128, lr=1e-3, warmup=1, train_bias=False, aux_weight=0.0, aux_k=8, dead_after=3,
         resample_every=0, seed=0, unit_norm=False, bandwidth=0.5,
     )  # fmt: skip
-    run = train.Run(CFG, InMemory(data), settings | changes)
+    run = Run(CFG, InMemory(data), Settings(**settings | changes))
     with torch.no_grad():
         run.sae.V_dec[16:] *= -1
     for _ in range(20):
@@ -168,7 +169,8 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch, encoder):
     assert signal.getsignal(signal.SIGINT) is before
     torch.manual_seed(99)  # what else is drawn makes no difference
     steps = []
-    monkeypatch.setattr(train, "_rate", lambda step, s, rate=train._rate: steps.append(step) or rate(step, s))
+    rate = Settings.rate
+    monkeypatch.setattr(Settings, "rate", lambda s, step: steps.append(step) or rate(s, step))
     resumed = train_sae(cfg, data, checkpoint=path, checkpoint_every=7, **settings)
     assert steps == list(range(13, 40))
     assert equal(resumed, whole) and resumed.cfg == whole.cfg
@@ -244,8 +246,13 @@ def test_collected_are_the_caches_own(model):
         got = collect(model, tokens, layer, head, target, batch_size=2, progress=False)
         assert got.shape == (5 * 24,)
         torch.testing.assert_close(got.dense(), whole[:, :, head].dense().flatten(0, 1))
-    got = collect(model, tokens, layer, head, "state", stride=10, batch_size=2, progress=False)
-    torch.testing.assert_close(got, cache.state(layer, [9, 19])[:, :, head].flatten(0, 1))
+    got = collect(model, tokens, layer, head, "state", batch_size=2, progress=False)
+    assert got.shape == (5, 24)  # not built
+    torch.testing.assert_close(got.dense(), cache.state(layer, range(24))[:, :, head])
+    rwkv = ws.HookedRecurrentModel.from_pretrained("tiny-rwkv7")
+    got = collect(rwkv, tokens, 3, 2, "state", stride=10, batch_size=2, progress=False)  # a decay a key channel: built
+    _, cache = rwkv.run_with_cache(tokens)
+    torch.testing.assert_close(got, cache.state(3, [9, 19])[:, :, 2].flatten(0, 1))
     with pytest.raises(IndexError, match=f"head 4 of layer {layer}: allowed are 0 to 3"):
         collect(model, tokens, layer, 4)
 
@@ -259,9 +266,10 @@ def test_train_site(model, tmp_path):
     c = sae.cfg
     assert (c.layer, c.head, c.target, c.fingerprint) == (site.layer, 1, "write", model.fingerprint(site.layer))
     assert c.model_id == "tiny-gdn" and c.training["context"] == 16 and c.training["steps"] == 5
-    assert c.training["validation"] % 16 == 0 and c.training["held_out"]["n"] > 0
+    assert c.training["held_out"]["n"] > 0 and c.training["held_out"]["n"] % 16 == 0
+    assert (c.encoder, c.k) == ("tied", 1)
     assert WriteSAE.from_pretrained(sae.save_pretrained(tmp_path)).cfg == c
-    states = train_site(model, text, site.layer, 0, target="state", k=4, stride=4, **settings)
-    assert states.mean.abs().max() > 0 and states.cfg.training["stride"] == 4
+    states = train_site(model, text, site.layer, 0, target="state", k=4, **settings)
+    assert states.mean.abs().max() > 0 and states.cfg.encoder == "bilinear"
     with pytest.raises(ValueError, match="the text makes 0 sequences of 512 tokens: too few; give more text"):
         train_site(model, "Too short.", site.layer, 0)

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+from writesae import disk
 from writesae.recurrence import Recurrence, Write, states
 from writesae.saes import VARIANTS, SAEConfig, WriteSAE, error, files, matrices
 from writesae.saes.sparsity import CountActive, JumpReLU
@@ -544,7 +545,7 @@ def test_a_crash_while_saving_leaves_the_old_files(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(disk.os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         new.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from writesae.hooks import ActivationCache, Add, Delete, HookPoint, Intervention, Replace, Site, Substitute
     from writesae.model import HookedRecurrentModel
     from writesae.recurrence import Recurrence, Write
-    from writesae.saes import SAEConfig, WriteSAE
+    from writesae.saes import Codes, Contexts, SAEConfig, WriteSAE, top_contexts
+    from writesae.states import States
 
 __version__ = "0.1.0"
 
@@ -20,13 +21,15 @@ _HOME = {
     ),
     "writesae.model": ("HookedRecurrentModel",),
     "writesae.recurrence": ("Recurrence", "Write"),
-    "writesae.saes": ("SAEConfig", "WriteSAE"),
+    "writesae.saes": ("Codes", "Contexts", "SAEConfig", "WriteSAE", "top_contexts"),
+    "writesae.states": ("States",),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ActivationCache", "Add", "Delete", "HookPoint", "HookedRecurrentModel", "Intervention", "Recurrence", "Replace",
-    "ReplacementResult", "SAEConfig", "Site", "Substitute", "Write", "WriteSAE", "replacement_test",
+    "ActivationCache", "Add", "Codes", "Contexts", "Delete", "HookPoint", "HookedRecurrentModel", "Intervention",
+    "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Substitute", "Write", "WriteSAE",
+    "replacement_test", "top_contexts",
 ]  # fmt: skip
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from writesae.store import ActivationStore
 
 app = typer.Typer(
     name="writesae",
@@ -32,7 +37,7 @@ def _plainly() -> Iterator[None]:
     """What the user can mend is said in a line, without a traceback."""
     try:
         yield
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, KeyError, IndexError, ImportError) as error:
         from rich.console import Console
 
         Console(stderr=True).print(f"writesae: {error}", style="red", markup=False, highlight=False)
@@ -84,6 +89,259 @@ def hooks(
     for row in hooked.describe_hooks():
         table.add_row(*map(Text, row))  # plain text: shapes have brackets, which rich would take for markup
     console.print(table)
+
+
+@app.command()
+def extract(
+    model: Annotated[str, typer.Argument(help="A shipped model (tiny-gdn), a hub id or a folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the store: a new one, or one to continue.")],
+    site: Annotated[list[str], typer.Option(help="LAYER.HEAD, or LAYER.all; repeat for several.")],
+    text: Annotated[Path | None, typer.Option(help="A .txt file, or a folder of such.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="A data set: hub id, folder or file. Needs \\[data].")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="A .npy file of token ids, \\[pos] or \\[n, pos].")] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    column: Annotated[str, typer.Option(help="Column of its texts.")] = "text",
+    config: Annotated[str | None, typer.Option(help="Configuration of the data set, if it has several.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a sequence; what is left of a text is dropped.", min=1)] = 512,
+    batch: Annotated[int, typer.Option(help="Sequences run at once.", min=1)] = 8,
+    shard: Annotated[
+        int | None, typer.Option(help="Sequences of a file; without it, files of about 64 MB.", min=1)
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="At most so many tokens: spread over files, the beginning of a data set.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of what is kept: float16, bfloat16 or float32.")] = "float16",
+) -> None:
+    """Keep what heads write, and their states, on disk in factors. The same command continues a stopped one.
+
+    On several GPUs or processes: accelerate launch -m writesae.cli extract ...
+    """
+    _quiet()
+    with _plainly():
+        if sum(given is not None for given in (text, dataset, tokens)) != 1:
+            raise ValueError("give one source: --text PATH, --dataset NAME or --tokens FILE")
+        import torch
+        from rich.console import Console
+
+        import writesae.extract as making
+        from writesae import texts
+        from writesae.model import HookedRecurrentModel
+        from writesae.processes import Processes
+
+        if dtype not in making.DTYPES:
+            raise ValueError(f"--dtype {dtype}: allowed are {', '.join(making.DTYPES)}")
+        team = Processes.launched()
+        hooked = HookedRecurrentModel.from_pretrained(model)
+        sites = making.parse_sites(hooked, site)
+        hooked.to("cuda" if torch.cuda.is_available() else "cpu")  # accelerate has chosen each process's own
+        if text is not None:
+            ids, source = texts.from_files(hooked, text, context, max_tokens), f"text {text}"
+        elif dataset is not None:
+            ids = texts.from_dataset(hooked, dataset, context, max_tokens, split=split, column=column, config=config)
+            source = f"data set {dataset}, split {split}, column {column}"
+        else:
+            assert tokens is not None
+            ids, source = texts.from_array(tokens, context, max_tokens), f"tokens {tokens}"
+        store = making.extract(
+            hooked, ids, sites, out, batch_size=batch, shard_sequences=shard, dtype=getattr(torch, dtype), source=source
+        )
+    if team.first:
+        console = Console()
+        console.print(_store_table(store))
+        console.print(
+            f"{out}: {store.n_sequences:,} sequences of {store.context} tokens, {store.bytes_per_token:,.0f} bytes a "
+            f"token, {store.times_smaller:.1f} times smaller than these heads' dense states in float16",
+            highlight=False,
+        )
+
+
+@app.command()
+def train(
+    source: Annotated[str, typer.Argument(help="A store made by extract; or a model, with --text and --site.")],
+    out: Annotated[Path, typer.Argument(help="Each SAE goes to OUT/L<layer>H<head>; a folder to continue works too.")],
+    site: Annotated[
+        list[str] | None, typer.Option(help="LAYER.HEAD; repeat for several, trained side by side.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Of a model: a .txt file, or a folder of such.")] = None,
+    target: Annotated[str, typer.Option(help="What is read: write, delta or state.")] = "write",
+    variant: Annotated[str | None, typer.Option(help="WriteSAE, TiedSAE, BilinearFlatSAE, MatrixSAE, FlatSAE.")] = None,
+    sparsity: Annotated[str, typer.Option(help="topk, batch_topk, jumprelu or gated.")] = "topk",
+    atoms: Annotated[int, typer.Option(help="Atoms of each SAE.", min=1)] = 2048,
+    k: Annotated[int | None, typer.Option(help="Active atoms; else 1 of a write, 32 of a state.", min=1)] = None,
+    rank: Annotated[int, typer.Option(help="Terms of an atom.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 1500,
+    batch: Annotated[int | None, typer.Option(help="Samples a step; else 2048 writes, or 512 states.", min=1)] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the sequences that is only measured on.")] = 0.1,
+    evaluate_every: Annotated[int, typer.Option(help="Measure on those every so many steps.", min=1)] = 250,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 250,
+    context: Annotated[int, typer.Option(help="Of a model: tokens of a sequence.", min=1)] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Of a model: about so many, spread over the texts.", min=1)] = 500_000,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option()] = 0,
+    tracker: Annotated[
+        str | None, typer.Option(help="Also log to wandb, trackio, tensorboard, ... (installed beside).")
+    ] = None,
+) -> None:
+    """Train SAEs, one a head; the same command again goes on where it stopped.
+
+    With several processes (accelerate launch -m writesae.cli train ...) each takes a share of every batch.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from writesae.extract import parse_sites, record
+    from writesae.processes import Processes
+    from writesae.saes import train_store
+    from writesae.store import ActivationStore
+    from writesae.texts import from_files
+
+    _quiet()
+    with _plainly():
+        first = Processes.launched().first
+        if ActivationStore.is_at(source):
+            store = ActivationStore.open(source)
+            sites = [store.place(name) for name in site] if site else None
+        else:
+            from writesae.model import HookedRecurrentModel
+
+            if text is None or not site:
+                raise ValueError(f"{source} is no store, so it is taken for a model: that needs --text and --site")
+            model = HookedRecurrentModel.from_pretrained(source)
+            sites = parse_sites(model, site)
+            store = record(model, from_files(model, text, context, max_tokens), sites, progress=first)
+        given = {name: value for name, value in (("batch_size", batch), ("lr", lr)) if value is not None}
+        with _tracked(tracker, {"source": source, "target": target, "variant": variant, "seed": seed}) as log:
+            saes = train_store(
+                store, sites, target=target, variant=variant, sparsity=sparsity, n_atoms=atoms, k=k,  # type: ignore[arg-type]
+                choices={"rank": rank} if rank > 1 else None, out=out, held_out=held_out, device=device, also_log=log,
+                evaluate_every=evaluate_every, checkpoint_every=save_every, progress=first, steps=steps, seed=seed, **given,
+            )  # fmt: skip
+    if not first:
+        return
+    table = Table(title=f"SAEs of {store.info.model_id}, on held-out sequences")
+    for column in ("head", "folder", "nmse", "cosine of the top atom", "active atoms", "atoms ever active"):
+        table.add_column(column)
+    for (layer, head), sae in saes.items():
+        found = sae.cfg.training.get("held_out", sae.cfg.training["train"])
+        numbers = f"{found['nmse']:.3f}", f"{found['cosine']:.3f}", f"{found['l0']:.1f}", f"{found['alive']:.1%}"
+        table.add_row(f"{layer}.{head}", str(out / f"L{layer}H{head}"), *numbers)
+    Console().print(table)
+
+
+@contextmanager
+def _tracked(tracker: str | None, about: dict[str, object]) -> Iterator[Callable[[str, dict], object] | None]:
+    """A function that logs a head's numbers to the tracker."""
+    if tracker is None:
+        yield None
+        return
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(log_with=tracker, project_dir="runs", cpu=True)
+    accelerator.init_trackers("writesae", {name: value for name, value in about.items() if value is not None})
+
+    def log(head: str, record: dict) -> None:
+        accelerator.log({f"{head}/{name}": value for name, value in record.items() if name != "step"}, record["step"])
+
+    try:
+        yield log
+    finally:
+        accelerator.end_training()
+
+
+@app.command()
+def contexts(
+    sae: Annotated[str, typer.Argument(help="A shipped SAE (tiny-gdn/L2H0), a folder or a hub id.")],
+    model: Annotated[str | None, typer.Option(help="Its model, if not the one that the SAE names.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A .txt file, or a folder of such; else the shipped held-out documents.")
+    ] = None,
+    atom: Annotated[list[int] | None, typer.Option(help="Repeat for several; else the five that fire most.")] = None,
+    n: Annotated[int, typer.Option("-n", help="Places shown of each atom.", min=1)] = 10,
+    context: Annotated[int, typer.Option(help="Tokens read at once, from an empty memory.", min=1)] = 512,
+    batch: Annotated[int, typer.Option(help="Sequences run at once.", min=1)] = 8,
+) -> None:
+    """Show where in a text atoms fire most strongly."""
+    _quiet()
+    with _plainly():
+        from rich.console import Console
+
+        from writesae.model import HookedRecurrentModel
+        from writesae.saes import WriteSAE, top_contexts
+        from writesae.zoo import corpus, heldout_documents
+
+        found = WriteSAE.from_pretrained(sae)
+        name = model or found.cfg.model_id
+        if name is None:
+            raise ValueError(f"{sae} does not say which model it is of: give --model")
+        if text is not None and not text.exists():
+            raise FileNotFoundError(f"{text} does not exist: give a .txt file, or a folder of such")
+        texts = heldout_documents() if text is None else [document.text for document in corpus.read(text)]
+        hooked = HookedRecurrentModel.from_pretrained(name)
+        top = top_contexts(hooked, found, texts, n=n, atoms=atom, context=context, batch_size=batch)
+    console = Console()
+    for i in atom or top.most_frequent(5):
+        console.print(top.table(i) if top[i] else top.about(i), highlight=False)
+
+
+def _store_table(store: ActivationStore) -> Table:
+    """What keeping values in half precision costs."""
+    from rich.table import Table
+
+    table = Table(title=f"Error of states rebuilt from {store.info.dtype}, against float32")
+    for name in ("site", "state", "largest error", "median error"):
+        table.add_column(name, justify="right")
+    errors = store.report.get("state_error", {})
+    for site in store.info.sites:
+        error = errors.get(str(site), {})
+        found = (f"{error[name]:.2g}" if name in error else "?" for name in ("max", "median"))
+        table.add_row(str(site), f"{site.d_key} x {site.d_value}", *found)
+    return table
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A .pt file, a folder or a tree of them; or owner/name\\[/folder].")],
+    out: Annotated[Path, typer.Argument(help="Where the SAE goes; of a tree, the same tree again.")],
+    model: Annotated[str | None, typer.Option(help="The model they belong to: hub id, folder or name.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer, where the checkpoint does not say.", min=0)] = None,
+    head: Annotated[int | None, typer.Option(help="Head, where the checkpoint does not say.", min=0)] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+) -> None:
+    """Make SAEs of checkpoints of the paper's own code (JackYoung27/writesae-ckpts)."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from writesae.saes.convert import conversions
+
+    names = ("checkpoint", "type", "site", "matrices", "atoms", "k", "val. MSE", "SHA-256", "to")
+    table, remarks, failed = Table(*names), [], []
+    with _plainly():
+        for done in conversions(source, out, model_id=model, layer=layer, head=head, revision=revision):
+            if isinstance(done.result, Exception):
+                failed.append(str(done.result))
+                continue
+            cfg, record = done.result.cfg, done.result.cfg.training["reference"]
+            site = "?" if cfg.layer is None or cfg.head is None else f"{cfg.layer}.{cfg.head}"
+            mse = record.get("val_mse", record.get("best_val_mse"))
+            cells = (
+                done.checkpoint, record["sae_type"], site, f"{cfg.d_key}x{cfg.d_value}", f"{cfg.n_atoms:,}",
+                "" if cfg.sparsity in ("jumprelu", "gated") else cfg.k, "" if mse is None else f"{mse:.3g}",
+                "verified" if record["verified"] else "not listed", done.folder,
+            )  # fmt: skip
+            table.add_row(*(Text(str(cell)) for cell in cells))
+            if record["assumed"]:
+                remarks.append(f"{done.checkpoint}: assumed {', '.join(record['assumed'])}, which nothing says")
+            if done.passed_over:
+                remarks.append(f"{done.checkpoint}: left {', '.join(done.passed_over)} beside it alone")
+        console = Console()
+        if table.row_count:
+            console.print(table)
+        for remark in remarks:
+            console.print(remark, markup=False, highlight=False)
+        if failed:
+            raise ValueError("\nwritesae: ".join(failed))
 
 
 if __name__ == "__main__":

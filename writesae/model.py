@@ -34,7 +34,7 @@ from writesae.recurrence import Read
 from writesae.zoo import shipped_model, shipped_models
 
 if TYPE_CHECKING:
-    from writesae.saes import WriteSAE
+    from writesae.saes import Codes, WriteSAE
 
 Text: TypeAlias = str | Sequence[str] | Sequence[int] | Int[Tensor, "..."]
 Names: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
@@ -332,6 +332,16 @@ class HookedRecurrentModel(nn.Module):
         """`forward` with hooks attached for this one call; see `hooks`."""
         with self.hooks(hooks, state_positions=state_positions):
             return self(x, **kwargs)
+
+    def encode(self, sae: WriteSAE, x: Text, *, check_model: bool = True, **kwargs: Any) -> Codes:
+        """Which atoms of an SAE are active at every token, and how strongly; see `writesae.saes.reading.encode`.
+
+        >>> codes = model.encode(WriteSAE.from_pretrained("tiny-gdn/L2H0"), "The state of the Union")
+        >>> codes.values.shape, codes.indices.shape        # [batch, pos, m], largest first
+        """
+        from writesae.saes.reading import encode  # SAEs know models, so models learn of SAEs late
+
+        return encode(self, sae, x, check_model=check_model, **kwargs)
 
     # --- attaching ----------------------------------------------------------------------------------------------------
 

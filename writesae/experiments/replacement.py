@@ -21,7 +21,8 @@ from torch import Tensor
 
 from writesae.hooks import Delete, Intervention, Replace, Substitute
 from writesae.recurrence import Write
-from writesae.saes.collect import sequences, target_of
+from writesae.saes.collect import sequences
+from writesae.saes.reading import encode_matrices, inputs, target_of
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
@@ -181,9 +182,9 @@ def replacement_test(
         if done >= n_firings:
             break
         ids = windows[start : start + batch_size].to(model.device)
-        native, cache = model.run_with_cache(ids, names=_inputs(model, layer))
-        values, indices = sae.topk(target_of(cache, layer, head, sae.cfg.target, range(context)))
-        chosen = _choose(values, indices, atom, context // 4, context - 1 - horizon, generator)
+        native, cache = model.run_with_cache(ids, names=inputs(model, layer))
+        values, indices = encode_matrices(sae, *target_of(cache, layer, head, sae.cfg.target))
+        chosen = _choose(values[..., 0], indices[..., 0], atom, context // 4, context - 1 - horizon, generator)
         keep = chosen["row"][: n_firings - done]
         if not len(keep):
             continue
@@ -241,20 +242,12 @@ def _kl(edited: Tensor, native: Tensor, t: Tensor, horizon: int) -> Float[Tensor
 
 
 def _choose(
-    values: Tensor, indices: Tensor, atom: int | None, first: int, last: int, generator: torch.Generator
+    value: Tensor, top: Tensor, atom: int | None, first: int, last: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """One firing at random from each window that has any at tokens ``first`` to ``last``."""
-    value, best = values.max(-1)
-    top = indices.gather(-1, best[..., None]).squeeze(-1)
     fires = value > 0 if atom is None else (value > 0) & (top == atom)
     fires[:, :first] = False
     fires[:, last + 1 :] = False
     rows = fires.any(1).nonzero()[:, 0].cpu()
     position = torch.multinomial(fires[rows].float().cpu(), 1, generator=generator)[:, 0]
     return {"row": rows, "position": position, "atom": top[rows, position], "activation": value[rows, position]}
-
-
-def _inputs(model: HookedRecurrentModel, layer: int) -> Callable[[str], bool]:
-    """Names of what the writes, deltas and states of a layer are rebuilt from."""
-    quantities = model.family(layer).state_inputs
-    return {f"blocks.{layer}.mixer.hook_{quantity}" for quantity in quantities}.__contains__

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -192,7 +193,8 @@ def _place(write: Write, now: Moment) -> Write:
 class Substitute(Intervention):
     """The replacement test's edit (paper, sections 2 and 3.2): native write out, the SAE's top atom in.
 
-    The atom enters at its activation, ``a_i v_i w_i^T``. Where the SAE activates no atom, the native write stays.
+    The atom enters at its activation, ``a_i A_i``, whatever its rank (a dense atom takes ``min(d_key, d_value)`` terms
+    a token). Where the SAE activates no atom, the native write stays.
 
     Attributes:
         sae: a `WriteSAE`; layer and head are its site's.
@@ -229,12 +231,21 @@ class Substitute(Intervention):
         return True
 
     def edit(self, now: Moment) -> Write:
-        values, indices = self.sae.topk(now.target(self.sae.cfg.target))
-        value, best = values.max(-1)
-        top = indices.gather(-1, best[..., None]).squeeze(-1)
+        values, indices = self.sae.topk(now.target(self.sae.cfg.target), 1)
+        value, top = values[..., 0], indices[..., 0]
         fires = value > 0
         if self.atom is not None:
             fires = fires & (top == self.atom)
-        atom = self.sae.atom(top) * (value if self.norm == "code" else now.write.norm())
-        pick = lambda new, native: torch.where(fires[..., None], new, native)  # noqa: E731
-        return Write(pick(atom.key, now.write.key), pick(atom.value, now.write.value))
+        atom = self.sae.atom(top)
+        atom = atom * (value if self.norm == "code" else now.write.norm() / atom.norm().clamp_min(1e-30))
+        rank = max(atom.rank, now.write.rank)
+        pairs = zip(_of_rank(atom, rank).factors(), _of_rank(now.write, rank).factors(), strict=True)
+        key, value = (torch.where(fires[..., None, None], new, native) for new, native in pairs)
+        return Write(key, value, rank=rank) if rank > 1 else Write(key[..., 0, :], value[..., 0, :])
+
+
+def _of_rank(write: Write, rank: int) -> Write:
+    """The same matrix with terms of zero up to ``rank``."""
+    if write.rank == rank:
+        return write
+    return Write(*(F.pad(x, (0, 0, 0, rank - write.rank)) for x in write.factors()), rank=rank)

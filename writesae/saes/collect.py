@@ -1,27 +1,38 @@
-"""From a model and a text to an SAE of one head: gather what the head writes, train, note where the SAE belongs."""
+"""From a model and a text, or a store, to SAEs of its heads: gather what they write, train, note where each belongs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
-from rich.progress import track
 from torch import Tensor
 
-from writesae.recurrence import Write
-from writesae.saes.config import VARIANTS, SAEConfig, Target
+from writesae.extract import record
+from writesae.saes.config import SAEConfig, Sparsity, Target
+from writesae.saes.data import FromStore
 from writesae.saes.matrices import Matrices
-from writesae.saes.train import train_sae
+from writesae.saes.run import Log, Run, Settings
+from writesae.saes.train import train_runs
 from writesae.saes.write_sae import WriteSAE
+from writesae.store import ActivationStore
+from writesae.texts import sequences
 
 if TYPE_CHECKING:
-    from writesae.hooks import ActivationCache
     from writesae.model import HookedRecurrentModel
 
+RECIPES: dict[Target, dict[str, Any]] = {
+    # One atom has to carry a write alone, as the replacement test asks of it.
+    "write": dict(variant="TiedSAE", k=1, batch_size=2048, lr=5e-3),
+    "delta": dict(variant="TiedSAE", k=1, batch_size=2048, lr=5e-3),
+    # A state is a sum of many writes; the paper has 32 atoms active. Batches are whole sequences.
+    "state": dict(variant="WriteSAE", k=32, batch_size=512, lr=5e-3),
+}
 
-@torch.no_grad()
+
 def collect(
     model: HookedRecurrentModel,
     tokens: Int[Tensor, "n pos"],
@@ -29,7 +40,7 @@ def collect(
     head: int,
     target: Target = "write",
     *,
-    stride: int = 1,
+    stride: int = 8,
     batch_size: int = 8,
     progress: bool = True,
 ) -> Matrices:
@@ -40,35 +51,21 @@ def collect(
         tokens: sequences of equal length, without padding.
         layer, head: which head; head is a value head.
         target: ``"write"``, ``"delta"`` or ``"state"``, see `SAEConfig`.
-        stride: keep every so-manieth position of each sequence, from ``stride - 1`` on. A state takes
-            ``d_key * d_value`` numbers, so keep few of those.
+        stride: of states under one decay a key channel, keep every so-manieth position of each sequence, from
+            ``stride - 1`` on: each takes ``d_key * d_value`` numbers.
         batch_size: sequences run at once.
         progress: show a progress bar.
 
     Returns:
-        Samples in the order of the text: a `Write` with leading dimension ``[N]``; states ``[N, d_key, d_value]``.
+        Samples in the order of the text: a `Write` with leading dimension ``[N]``. For states, `States` ``[n, pos]``,
+        none of them built; under one decay a key channel ``[N, d_key, d_value]``.
 
     Raises:
         IndexError: no such recurrent layer, or head.
     """
-    site = model.site(layer)
-    if not 0 <= head < site.n_heads:
-        raise IndexError(f"head {head} of layer {layer}: allowed are 0 to {site.n_heads - 1}")
-    prefix = f"blocks.{layer}.mixer."
-    positions = list(range(stride - 1, tokens.shape[1], stride))
-    parts: list[Any] = []
-    for batch in track(tokens.split(batch_size), f"layer {layer}, head {head}", disable=not progress):
-        names = [n for n in model.hook_names if n.startswith(prefix) and not n.endswith("hook_state")]
-        _, cache = model.run_with_cache(batch, names=f"{prefix}hook_write" if target == "write" else names)
-        found = target_of(cache, layer, head, target, positions)
-        if isinstance(found, Write):
-            parts.append((found.key.flatten(0, 1), found.value.flatten(0, 1), found.rank))
-        else:
-            parts.append(found.flatten(0, 1))
-    if target == "state":
-        return torch.cat(parts)
-    keys, values, ranks = zip(*parts, strict=True)
-    return Write(torch.cat(keys), torch.cat(values), rank=ranks[0])
+    store = record(model, tokens, [(layer, head)], batch_size=batch_size, progress=progress)
+    data = FromStore(store, layer, head, target, held_out=0.0, stride=stride)
+    return data.load(torch.arange(len(store)))
 
 
 def train_site(
@@ -77,29 +74,19 @@ def train_site(
     layer: int,
     head: int,
     *,
-    n_atoms: int = 1024,
-    k: int = 1,
-    target: Target = "write",
-    variant: str = "TiedSAE",
     context: int = 512,
-    held_out: float = 0.1,
-    stride: int = 1,
     progress: bool = True,
-    **training: Any,
+    **options: Any,
 ) -> WriteSAE:
-    """Collect from a text, train, and fill in where the SAE belongs.
+    """Collect from a text in memory, train, and fill in where the SAE belongs.
 
     Args:
         model: hooked model.
         text: a text, several (each its own sequences), or token ids ``[n, pos]``.
         layer, head: which head.
-        n_atoms, k, target, tied: see `SAEConfig`. With ``k=1`` one atom has to carry a write alone, as the replacement
-            test asks of it; the paper has 32 atoms active in a state.
         context: tokens of a sequence; what is left of a text after the last whole sequence is dropped.
-        held_out: share of the sequences, at the end, that is only measured on.
-        stride: see `collect`.
         progress: show progress bars.
-        **training: for `train_sae`: ``steps``, ``batch_size``, ``lr``, ``checkpoint``, ``seed``, ...
+        **options: as for `train_store`: ``n_atoms``, ``k``, ``target``, ``variant``, ``steps``, ``checkpoint``, ...
 
     Returns:
         The SAE; ``sae.cfg.training`` holds settings and measurements.
@@ -108,37 +95,98 @@ def train_site(
         ValueError: the text is shorter than two sequences.
     """
     tokens = text if isinstance(text, Tensor) else sequences(model, text, context)
-    n_train = len(tokens) - round(held_out * len(tokens))
-    if n_train < 1:
+    if len(tokens) < 2:
         raise ValueError(f"the text makes {len(tokens)} sequences of {context} tokens: too few; give more text")
-    data = collect(model, tokens, layer, head, target, stride=stride, progress=progress)
-    site = model.site(layer)
-    cfg = SAEConfig(
+    store = record(model, tokens, [(layer, head)], progress=progress)
+    return train_store(store, progress=progress, **options)[layer, head]
+
+
+def train_store(
+    store: ActivationStore,
+    sites: Sequence[tuple[int, int]] | None = None,
+    *,
+    target: Target = "write",
+    variant: str | None = None,
+    sparsity: Sparsity = "topk",
+    n_atoms: int = 1024,
+    k: int | None = None,
+    choices: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    held_out: float = 0.1,
+    stride: int = 8,
+    buffer_tokens: int = 2**20,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 500,
+    log: str | Path | Log | None = None,
+    log_every: int = 50,
+    evaluate_every: int | None = None,
+    also_log: Callable[[str, dict[str, Any]], Any] | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+    **training: Any,
+) -> dict[tuple[int, int], WriteSAE]:
+    """Train an SAE for each of several heads of a store, side by side.
+
+    Args:
+        store: the store.
+        sites: ``(layer, head)`` of each; None for all of the store.
+        target: what the SAEs read, see `SAEConfig`.
+        variant: encoder and decoder by name, see `VARIANTS`. Default: ``RECIPES[target]``, as for ``k``, ``batch_size``
+            and ``lr``.
+        sparsity, n_atoms, k: see `SAEConfig`.
+        choices: further fields of `SAEConfig`: ``rank``, ``center``, ``decoder_bias``.
+        out: each SAE is saved to ``out/L<layer>H<head>``, with its checkpoint and its ``metrics.jsonl``; the same call
+            goes on where it stopped.
+        held_out: share of the sequences, evenly spread, that is only measured on.
+        stride, buffer_tokens: see `writesae.saes.data.FromStore`.
+        checkpoint, log: of a single site, instead of those in ``out``.
+        checkpoint_every, log_every, evaluate_every: in steps, see `train_sae`.
+        also_log: is given each head's name (``"L2H0"``) and what is logged.
+        device: where to train.
+        progress: show progress bars.
+        **training: fields of `Settings`: ``steps``, ``batch_size``, ``lr``, ``seed``, ...
+
+    Raises:
+        IndexError: no such site in the store.
+        ValueError: a setting that cannot be, or a checkpoint of another training.
+    """
+    recipe = dict(RECIPES[target])
+    settings = Settings(**{name: recipe[name] for name in ("batch_size", "lr")} | training)
+    values = dict(n_atoms=n_atoms, k=recipe["k"] if k is None else k, target=target, sparsity=sparsity)
+    runs: dict[tuple[int, int], Run] = {}
+    for layer, head in store.sites if sites is None else sites:
+        cfg = site_config(store, layer, head, variant or recipe["variant"], **values | dict(choices or {}))
+        data = FromStore(
+            store, layer, head, target, held_out=held_out, stride=stride, buffer_tokens=buffer_tokens,
+            seed=settings.seed, device=device,
+        )  # fmt: skip
+        folder = None if out is None else Path(out) / f"L{layer}H{head}"
+        runs[layer, head] = Run(
+            cfg, data, settings,
+            folder / "checkpoint.safetensors" if folder else None if checkpoint is None else Path(checkpoint),
+            checkpoint_every, log if folder is None or log is not None else folder / "metrics.jsonl", log_every,
+            evaluate_every, None if also_log is None else partial(also_log, f"L{layer}H{head}"),
+        )  # fmt: skip
+    saes = train_runs({f"L{layer}H{head}": run for (layer, head), run in runs.items()}, progress)
+    found = {place: saes[f"L{place[0]}H{place[1]}"] for place in runs}
+    if out is not None and next(iter(runs.values())).processes.first:
+        for (layer, head), sae in found.items():
+            sae.save_pretrained(Path(out) / f"L{layer}H{head}")
+    return found
+
+
+def site_config(store: ActivationStore, layer: int, head: int, variant: str, **values: Any) -> SAEConfig:
+    """The configuration of an SAE for one head of a store, see `SAEConfig.variant`."""
+    site, info = store.site(layer, head), store.info
+    return SAEConfig.variant(
+        variant,
         d_key=site.d_key,
         d_value=site.d_value,
-        n_atoms=n_atoms,
-        k=k,
-        target=target,
-        **VARIANTS[variant],
         layer=layer,
         head=head,
-        model_id=model.model_id,
-        model_revision=getattr(model.config, "_commit_hash", None),
-        fingerprint=model.fingerprint(layer),
-        training={"tokens": tokens.numel(), "context": tokens.shape[1], "stride": stride},
+        model_id=info.model_id,
+        model_revision=info.model_revision,
+        fingerprint=info.fingerprints[layer],
+        training={"tokens": info.n_sequences * info.context, "context": info.context},
+        **values,
     )
-    boundary = n_train * (tokens.shape[1] // stride) if n_train < len(tokens) else None
-    return train_sae(cfg, data, validation=boundary, progress=progress, **training)
-
-
-def sequences(model: HookedRecurrentModel, text: str | Sequence[str], context: int) -> Int[Tensor, "n pos"]:
-    """Each text cut into sequences of ``context`` tokens; what is left at its end is dropped."""
-    rows = [model.to_tokens(part)[0][0] for part in ([text] if isinstance(text, str) else text)]
-    return torch.cat([row[: len(row) // context * context].reshape(-1, context) for row in rows])
-
-
-def target_of(cache: ActivationCache, layer: int, head: int, target: Target, positions: Sequence[int]) -> Matrices:
-    """What an SAE with that target reads of a head, ``[batch, n_positions]``, from a pass without padding."""
-    if target == "state":
-        return cache.state(layer, positions, heads=[head])[:, :, 0]
-    return (cache.write(layer) if target == "write" else cache.delta(layer))[:, list(positions), head]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from writesae.recurrence import Write
 from writesae.saes.config import SAEConfig, Target
-from writesae.saes.matrices import Matrices, dense, leading, parts, size
+from writesae.saes.matrices import Matrices, dense, joined, leading, parts, size
 from writesae.states import States
 
 if TYPE_CHECKING:
@@ -104,16 +104,21 @@ class FromStore(Data):
 
     def load(self, sequences: Tensor) -> Matrices:
         """The samples of some sequences."""
+        found = joined([self._load(some) for some in sequences.split(16)])  # working out deltas takes memory
+        if isinstance(found, States):
+            found.norm2  # noqa: B018  (known from here on, for every batch of it)
+        return found
+
+    def _load(self, sequences: Tensor) -> Matrices:
         where = self.layer, self.head, sequences
         if self.target != "state":
             found = self.store.write(*where) if self.target == "write" else self.store.delta(*where)
             return Write(found.key.flatten(0, 1), found.value.flatten(0, 1), rank=found.rank).to(self.device)
         states = self.store.states(*where).to(self.device)
         if states.one_decay:
-            states.norm2  # noqa: B018  (known from here on, for every batch of it)
             return states
         positions = torch.arange(self.stride - 1, states.shape[1], self.stride)
-        return torch.cat([states[i : i + 1].dense()[0, positions] for i in range(len(states.log_decay))])
+        return torch.cat([states[i : i + 1].dense()[0, positions] for i in range(len(sequences))])
 
     def at(self, step: int, batch_size: int) -> Matrices:
         samples = self.per_buffer * self.store.context
@@ -131,8 +136,11 @@ class FromStore(Data):
         return self._buffer
 
     def identity(self) -> str:
-        about = f"{self.store.identity} {self.layer}.{self.head} {self.target} stride {self.stride}"
-        return f"{about}, {len(self.sequences)} sequences, {self.per_buffer} at once, seed {self.seed}"
+        info = self.store.info
+        about = f"{info.weights[:16]} {info.tokens_sha256[:16]} {info.dtype} {self.layer}.{self.head} {self.target}"
+        return (
+            f"{about} every {self.stride}, {len(self.sequences)} sequences, {self.per_buffer} at once, seed {self.seed}"
+        )
 
 
 def n_samples(data: Matrices) -> int:

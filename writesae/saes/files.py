@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from writesae.disk import write_whole
 from writesae.saes.config import SAEConfig
 from writesae.zoo import ZOO, shipped_model, shipped_saes
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 CHECKSUM = "weights_sha256"  # in cfg.json: which weights belong to this configuration
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+CHECKPOINTS = ("best.pt", "final.pt", "checkpoint.pt")  # what the paper's code leaves in a folder, best first
+REFERENCE = (CHECKPOINTS[0], "config.json")  # and what of it the hub has
+MANIFEST = "manifest.json"  # with checksums of them
 
 
 def save(folder: Path, cfg: SAEConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -55,8 +44,8 @@ def load(folder: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name} is missing: an SAE folder holds {CONFIG} and {WEIGHTS}; "
-                f"point to the folder with both, or give the subfolder"
+                f"{folder / name} is missing: an SAE folder holds {CONFIG} and {WEIGHTS} (or {CHECKPOINTS[0]} of the "
+                f"paper's code); point to the folder with both, or give the subfolder"
             )
     cfg, checksum = _read_config(folder / CONFIG)
     path = folder / WEIGHTS
@@ -92,13 +81,13 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
 def check_finite(tensors: Mapping[str, Tensor], trouble: str) -> None:
     for name, tensor in tensors.items():
         bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
+        if bad and not (name == "threshold" and bool(torch.isnan(tensor).all())):  # of batch_topk: not known yet
             raise ValueError(f"{trouble}: {bad} of {tensor.numel()} numbers in {name} are NaN or infinite")
 
 
 def locate(folder_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None) -> Path:
     """The folder of an SAE: one that exists here, else a shipped one (``"tiny-gdn/L2H0"``), else ``"owner/name"`` on
-    the hub, downloaded into its cache."""
+    the hub, downloaded into its cache. One without ``cfg.json`` may have a checkpoint of the paper's code."""
     folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
     model, _, site = name.partition("/")
     if not folder.is_dir() and shipped_model(model):
@@ -107,24 +96,39 @@ def locate(folder_or_hub_id: str | Path, subfolder: str | None = None, revision:
             have = ", ".join(f"{model}/{saes.name}" for saes in shipped_saes(model)) or "none"
             raise FileNotFoundError(f"no SAE {name} is shipped; shipped with {model}: {have}")
     elif not folder.is_dir():
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise FileNotFoundError(f"{name} is neither a folder here nor a hub id of the form owner/name")
-        from huggingface_hub import snapshot_download
-
-        wanted = [f"{subfolder}/{file}" if subfolder else file for file in (CONFIG, WEIGHTS)]
-        try:
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-        except (OSError, ValueError) as e:
-            raise FileNotFoundError(f"{name} is no folder here, and the hub did not give it: {e}") from e
+        within = f"{subfolder}/" if subfolder else ""
+        folder = fetch(name, [within + file for file in (CONFIG, WEIGHTS)], revision)
+        if not (folder / within / CONFIG).is_file():
+            folder = fetch(name, [*(within + file for file in REFERENCE), MANIFEST], revision)
     return folder / subfolder if subfolder else folder
 
 
-def _read_config(path: Path) -> tuple[SAEConfig, str]:
+def fetch(hub_id: str, wanted: list[str], revision: str | None = None) -> Path:
+    """What of a hub repository matches ``wanted``, in the hub's cache; FileNotFoundError if it does not come."""
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{hub_id} is neither a folder here nor a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError) as e:
+        raise FileNotFoundError(f"{hub_id} is no folder here, and the hub did not give it: {e}") from e
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError if it is damaged or anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"{path} is not JSON ({e}): it was cut off or edited; fetch or save it again") from e
-    if not isinstance(values, dict) or not isinstance(values.get("type"), str):
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a JSON {type(values).__name__}, not an object with names; fetch it again")
+    return values
+
+
+def _read_config(path: Path) -> tuple[SAEConfig, str]:
+    values = read_json(path)
+    if not isinstance(values.get("type"), str):
         raise ValueError(f'{path} does not say its "type": it is not an SAE configuration of this library')
     if not isinstance(values.get(CHECKSUM), str):
         raise ValueError(f"{path} lacks {CHECKSUM}, the checksum of {WEIGHTS}; save the SAE again")

@@ -7,6 +7,7 @@ rank-1 atoms and data in factors an inner product is ``<k u^T, v w^T> = (k.v)(u.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,17 @@ def parts(x: Matrices) -> tuple[Tensor, ...]:
     if isinstance(x, Tensor):
         return (x,)
     return (x.key, x.value) if isinstance(x, Write) else (x.gain.key, x.gain.value, x.log_decay)
+
+
+def joined(xs: Sequence[Matrices]) -> Matrices:
+    """Several of one form as one, along the first dimension."""
+    found = [torch.cat(part) for part in zip(*map(parts, xs), strict=True)]
+    first = xs[0]
+    if isinstance(first, Tensor):
+        return found[0]
+    rank = first.rank if isinstance(first, Write) else first.gain.rank
+    write = Write(found[0], found[1], rank=rank)
+    return write if isinstance(first, Write) else States(write, found[2])
 
 
 def dense(x: Matrices) -> Float[Tensor, "... d_key d_value"]:

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from writesae.processes import ALONE, Processes
 from writesae.recurrence import Write
 from writesae.saes import files
 from writesae.saes.config import SAEConfig
 from writesae.saes.error import Codes, DenseCodes, Reading, SparseCodes, against, error2, revived_error2
 from writesae.saes.matrices import Atoms, Matrices, dense, norm2, project, size, take, with_one
-from writesae.saes.processes import ALONE, Processes
 from writesae.saes.sparsity import CountActive, JumpReLU, above, batch_threshold, largest
 from writesae.states import States
 
@@ -380,7 +380,7 @@ class WriteSAE(nn.Module):
         revision: str | None = None,
         license: str | None = None,
     ) -> str:
-        """Upload what `save_pretrained` writes, and a model card, to the Hugging Face hub; returns the commit's address.
+        """Upload what `save_pretrained` writes, with a model card, to the Hugging Face hub; returns the commit's URL.
 
         Args:
             repo_id: ``owner/name``; made if it does not exist.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ class Processes:
             return ALONE
         from accelerate import PartialState
 
-        state = PartialState(cpu=not torch.cuda.is_available())
+        # Processes may finish their shares far apart: hours are no reason to give up.
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
         return cls(state.num_processes, state.process_index)
 
     @property
