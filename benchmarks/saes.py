@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 
 from writesae import HookedRecurrentModel
-from writesae.extract import extract, record
+from writesae.extraction import extract, record
 from writesae.saes import SAEConfig, Settings, WriteSAE, evaluate
 from writesae.saes.data import InMemory
 from writesae.saes.run import Run

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 import writesae as ws
-from writesae.saes.collect import sequences, train_site
+from writesae.saes import train_site
+from writesae.texts import sequences
 from writesae.zoo import corpus, heldout_documents
 
 SITES = ["tiny-gdn:2.0", "tiny-mamba2:4.0", "tiny-mamba2:6.11", "tiny-rwkv7:3.5", "tiny-rwkv7:3.4"]
@@ -53,8 +54,7 @@ def main(
         ids = sequences(model, [d.text for d in documents], CONTEXT)
         ids = ids[:: max(1, len(ids) * CONTEXT // tokens)]
         for what in target or ("write", "delta", "state"):
-            stride = 8 if what == "state" else 1
-            options: Any = dict(target=what, stride=stride, n_atoms=atoms, k=k, steps=steps, progress=False)
+            options: Any = dict(target=what, n_atoms=atoms, k=k, steps=steps, progress=False)
             sae = train_site(model, ids, layer, head, **options)
             result = ws.replacement_test(model, sae, heldout_documents(), n_firings=firings)
             rates = [result.wins(c, "delete", w) for c in ("atom", "matched") for w in ("at", "through")]  # type: ignore[arg-type]

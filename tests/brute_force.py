@@ -108,7 +108,7 @@ def replace(*matrices: Tensor, relative: float | None = None) -> Callable[[Now, 
 
 def substitute(sae: Any, *, atom: int | None = None, norm: str = "code") -> Callable[[Now, int], Tensor]:
     """The SAE's top atom at its activation for the native write, by dense products over all atoms."""
-    V_enc, W_enc = (x.detach().double() for x in sae.encoder())
+    V_enc, W_enc = (x.detach().double() for x in (sae.encoder.key, sae.encoder.value))
     V, W, bias = (x.detach().double() for x in (sae.V_dec, sae.W_dec, sae.b_enc))
     mean = 0.0 if sae.mean is None else sae.mean.double()
 

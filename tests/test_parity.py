@@ -187,15 +187,16 @@ def random_write(a: Architecture, seed: int, *lead: int, rank: int = 1, size: fl
     return write * (size / write.norm())
 
 
-def random_sae(a: Architecture, layer: int, head: int, target: str, tied: bool = True) -> WriteSAE:
+def random_sae(a: Architecture, layer: int, head: int, target: str, encoder: str = "tied") -> WriteSAE:
     torch.manual_seed(5)
-    cfg = SAEConfig(D_KEY, a.d_value, n_atoms=24, k=3, target=target, tied=tied, layer=layer, head=head)  # type: ignore[arg-type]
+    choices: dict[str, Any] = dict(target=target, encoder=encoder, layer=layer, head=head)
+    cfg = SAEConfig(D_KEY, a.d_value, n_atoms=24, k=3, **choices)
     sae = WriteSAE(cfg)
     with torch.no_grad():
         sae.b_enc.normal_(std=0.02)
         if sae.mean is not None:
             sae.mean.normal_(std=0.02)
-        if not tied:
+        if encoder == "bilinear":
             sae.V_enc.normal_(std=0.3)
             sae.W_enc.normal_(std=0.3)
     return sae
@@ -205,7 +206,7 @@ def interventions(a: Architecture, read: str) -> list[Case]:
     """One of each. In the cache protocol's reach (`N_NEXT`), and across a border of chunks."""
     one, three, rank2 = random_write(a, 1), random_write(a, 2, 3), random_write(a, 3, rank=2)
     for_two = torch.tensor([[4, 65]])
-    write_sae, delta_sae = random_sae(a, 1, 0, "write"), random_sae(a, 0, 3, "delta", tied=False)
+    write_sae, delta_sae = random_sae(a, 1, 0, "write"), random_sae(a, 0, 3, "delta", encoder="bilinear")
     state_sae = random_sae(a, 3, 2, "state")
     at_three = [2, 40, 66]
     return [
@@ -280,7 +281,7 @@ def together(name: str, cases: Iterable[Case]) -> Case:
 def combinations(a: Architecture) -> list[Case]:
     """Every kind at once, in few runs, for the modes; at the prompt, its last token, and what is generated."""
     one, three = random_write(a, 11), random_write(a, 12, 3)
-    write_sae, delta_sae = random_sae(a, 0, 0, "write"), random_sae(a, 1, 3, "delta", tied=False)
+    write_sae, delta_sae = random_sae(a, 0, 0, "write"), random_sae(a, 1, 3, "delta", encoder="bilinear")
     state_sae = random_sae(a, 3, 1, "state")
     return [
         together("interventions", [

@@ -24,7 +24,7 @@ import writesae.store
 from architectures import N_VOCAB, architecture_named, each_architecture, each_rule
 from writesae import texts
 from writesae.cli import app
-from writesae.extract import extract, parse_sites, record
+from writesae.extraction import extract, parse_sites, record
 from writesae.shards import read_info, shard_path
 from writesae.states import States
 from writesae.store import ActivationStore

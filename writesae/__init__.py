@@ -5,31 +5,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from writesae.experiments import ReplacementResult, replacement_test
+    from writesae.extraction import extract, record
     from writesae.hooks import ActivationCache, Add, Delete, HookPoint, Intervention, Replace, Site, Substitute
     from writesae.model import HookedRecurrentModel
     from writesae.recurrence import Recurrence, Write
-    from writesae.saes import Codes, Contexts, SAEConfig, WriteSAE, top_contexts
+    from writesae.saes import Codes, Contexts, SAEConfig, WriteSAE, top_contexts, train_site, train_store
     from writesae.states import States
+    from writesae.store import ActivationStore
 
 __version__ = "0.1.0"
 
 # Where each name lives. They load at first use, so that `writesae --help` need not wait for torch.
 _HOME = {
     "writesae.experiments": ("ReplacementResult", "replacement_test"),
+    "writesae.extraction": ("extract", "record"),
     "writesae.hooks": (
         "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Replace", "Site", "Substitute",
     ),
     "writesae.model": ("HookedRecurrentModel",),
     "writesae.recurrence": ("Recurrence", "Write"),
-    "writesae.saes": ("Codes", "Contexts", "SAEConfig", "WriteSAE", "top_contexts"),
+    "writesae.saes": ("Codes", "Contexts", "SAEConfig", "WriteSAE", "top_contexts", "train_site", "train_store"),
     "writesae.states": ("States",),
+    "writesae.store": ("ActivationStore",),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ActivationCache", "Add", "Codes", "Contexts", "Delete", "HookPoint", "HookedRecurrentModel", "Intervention",
-    "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Substitute", "Write", "WriteSAE",
-    "replacement_test", "top_contexts",
+    "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "HookPoint",
+    "HookedRecurrentModel", "Intervention", "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site",
+    "States", "Substitute", "Write", "WriteSAE", "extract", "record", "replacement_test", "top_contexts",
+    "train_site", "train_store",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -123,7 +123,7 @@ def extract(
         import torch
         from rich.console import Console
 
-        import writesae.extract as making
+        import writesae.extraction as making
         from writesae import texts
         from writesae.model import HookedRecurrentModel
         from writesae.processes import Processes
@@ -190,7 +190,7 @@ def train(
     from rich.console import Console
     from rich.table import Table
 
-    from writesae.extract import parse_sites, record
+    from writesae.extraction import parse_sites, record
     from writesae.processes import Processes
     from writesae.saes import train_store
     from writesae.store import ActivationStore
@@ -210,12 +210,13 @@ def train(
             model = HookedRecurrentModel.from_pretrained(source)
             sites = parse_sites(model, site)
             store = record(model, from_files(model, text, context, max_tokens), sites, progress=first)
-        given = {name: value for name, value in (("batch_size", batch), ("lr", lr)) if value is not None}
+        given: dict[str, Any] = dict(steps=steps, seed=seed, batch_size=batch, lr=lr)
+        given = {name: value for name, value in given.items() if value is not None}
         with _tracked(tracker, {"source": source, "target": target, "variant": variant, "seed": seed}) as log:
             saes = train_store(
                 store, sites, target=target, variant=variant, sparsity=sparsity, n_atoms=atoms, k=k,  # type: ignore[arg-type]
                 choices={"rank": rank} if rank > 1 else None, out=out, held_out=held_out, device=device, also_log=log,
-                evaluate_every=evaluate_every, checkpoint_every=save_every, progress=first, steps=steps, seed=seed, **given,
+                evaluate_every=evaluate_every, checkpoint_every=save_every, progress=first, **given,
             )  # fmt: skip
     if not first:
         return

@@ -22,7 +22,7 @@ from writesae.hooks import ActivationCache
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
 from writesae.saes import WriteSAE
-from writesae.saes.collect import target_of
+from writesae.saes.reading import encode_matrices, target_of
 from writesae.zoo import ZOO, heldout_documents, shipped_models, shipped_saes
 
 SENTENCE = "The Congress of the United States has the power to declare war, and the people have the right to peace."
@@ -95,7 +95,7 @@ def read_writes(model: HookedRecurrentModel, sae: WriteSAE, text: str) -> tuple[
     names = [name for name in model.hook_names if name.startswith(f"blocks.{layer}.mixer.") and "state" not in name]
     _, cache = model.run_with_cache(text, names=names)
     write = cache.write(layer)[0, :, head]
-    values, indices = (x[0] for x in sae.topk(target_of(cache, layer, head, sae.cfg.target, range(len(write.key)))))
+    values, indices = (x[0] for x in encode_matrices(sae, *target_of(cache, layer, head, sae.cfg.target)))
     return cache, write, values[:, 0], indices[:, 0], sae.atom(indices[:, 0]).cosine(write)
 
 

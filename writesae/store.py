@@ -2,7 +2,7 @@
 
 A state of a 128 x 128 head has 16,384 numbers a token; what a Gated DeltaNet's depends on, k, v, beta and log_decay,
 has 258. A store keeps those along sequences that each begin from a zero state, in half precision, and rebuilds the rest
-with the code that `ActivationCache` uses, without the model. `writesae.extract` makes stores, `writesae.shards` says
+with the code that `ActivationCache` uses, without the model. `writesae.extraction` makes stores, `writesae.shards` says
 what their files are.
 """
 
@@ -41,7 +41,7 @@ class ActivationStore:
 
     Attributes:
         info: what it holds.
-        folder: where it is; None if it is in memory (`writesae.extract.record`).
+        folder: where it is; None if it is in memory (`writesae.extraction.record`).
 
     >>> store = ActivationStore.open("my-store")
     >>> store.write(2, 0, [5, 3]).shape                        # [2, pos]
@@ -124,7 +124,7 @@ class ActivationStore:
 
     @property
     def report(self) -> dict[str, Any]:
-        """What `writesae.extract.store_error` measured when the store was made; empty if it is not there."""
+        """What `writesae.extraction.store_error` measured when the store was made; empty if it is not there."""
         path = self.folder and self.folder / REPORT
         return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
 

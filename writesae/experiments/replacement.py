@@ -21,8 +21,8 @@ from torch import Tensor
 
 from writesae.hooks import Delete, Intervention, Replace, Substitute
 from writesae.recurrence import Write
-from writesae.saes.collect import sequences
 from writesae.saes.reading import encode_matrices, inputs, target_of
+from writesae.texts import sequences
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel

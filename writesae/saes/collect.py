@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from writesae.extract import record
+from writesae.extraction import record
 from writesae.saes.config import SAEConfig, Sparsity, Target
 from writesae.saes.data import FromStore
 from writesae.saes.matrices import Matrices

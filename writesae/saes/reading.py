@@ -126,6 +126,7 @@ def encode(
     return _joined(parts, ids)
 
 
+@torch.no_grad()
 def encode_matrices(
     sae: WriteSAE, x: Matrices, initial: Float[Tensor, "batch d_key d_value"] | None = None
 ) -> tuple[Float[Tensor, "batch pos m"], Int[Tensor, "batch pos m"]]:
@@ -139,10 +140,17 @@ def encode_matrices(
         initial: for `States`: the state before the first token, None for zero.
     """
     x = x.to(sae.b_enc.device)
-    found = [sae.sparsify(pre) for pre in _pre(sae, x, None if initial is None else initial.to(sae.b_enc.device))]
-    m = max(values.shape[-1] for values, _ in found)
-    wide = [[F.pad(part, (0, m - part.shape[-1])) for part in pair] for pair in found]
-    values, indices = (torch.cat(parts, 1) for parts in zip(*wide, strict=True))
+    initial = None if initial is None else initial.to(sae.b_enc.device)
+    # Filled in place: small results kept between large blocks would leave the memory in holes that no block fits into.
+    values = sae.b_enc.new_zeros(*size(x)[:2], sae.cfg.k if sae.cfg.sparsity == "topk" else 1)
+    indices, start = torch.zeros_like(values, dtype=torch.long), 0
+    for pre in _pre(sae, x, initial):
+        found, m = sae.sparsify(pre), values.shape[-1]
+        if (more := found[0].shape[-1] - m) > 0:
+            values, indices = (F.pad(part, (0, more)) for part in (values, indices))
+        for whole, part in zip((values, indices), found, strict=True):
+            whole[:, start : start + pre.shape[1], : part.shape[-1]] = part
+        start += pre.shape[1]
     return values, indices
 
 
@@ -161,13 +169,13 @@ def _pre(sae: WriteSAE, x: Matrices, initial: Tensor | None) -> Iterator[Float[T
             yield sae.pre(x[here])
         elif x.one_decay:
             pre = sae.encode_states(x.gain[here], x.log_decay[here], codes)
-            codes = pre[:, -1]
+            codes = pre[:, -1].clone()
             yield pre
         else:
             S = States(x.gain[here], x.log_decay[here]).dense()
             if state is not None:  # a state is linear in the one before and what was gained since
                 S = S + x.log_decay[here].cumsum(1).exp()[..., None] * state[:, None]
-            state = S[:, -1]
+            state = S[:, -1].clone()  # without the block it is of
             yield sae.pre(S)
 
 

@@ -35,17 +35,15 @@ def above(
     return indices, (values > threshold).to(pre.dtype)
 
 
-def batch_threshold(
-    pre: Float[Tensor, "... n"], k: int, processes: Processes = ALONE, scale: float = 1.0
-) -> Float[Tensor, ""]:
+def batch_threshold(pre: Float[Tensor, "... n"], k: int, processes: Processes = ALONE) -> Float[Tensor, ""]:
     """A number above which ``k`` activations a matrix are left, on average over the batch (of all processes); never
-    below 0. Halfway between the last that is kept and the first that is not."""
+    below 0. It is the first activation that is not kept."""
     count = processes.total(torch.tensor(float(pre[..., 0].numel()), device=pre.device))
-    n_kept = int(k * count.item() * scale)
+    n_kept = k * int(count)
     best = processes.all(pre.flatten().topk(min(n_kept + 1, pre.numel())).values).sort(descending=True).values
     if n_kept >= len(best):
         return torch.zeros_like(best[0])
-    return (best[n_kept - 1] / 2 + best[n_kept] / 2).clamp_min(0)
+    return best[n_kept].clamp_min(0)
 
 
 class JumpReLU(torch.autograd.Function):
