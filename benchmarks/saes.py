@@ -36,6 +36,7 @@ from torch import Tensor
 from writesae import HookedRecurrentModel
 from writesae.extraction import extract, record
 from writesae.saes import SAEConfig, Settings, WriteSAE, evaluate
+from writesae.saes.collect import RECIPES
 from writesae.saes.data import InMemory
 from writesae.saes.run import Run
 from writesae.states import States
@@ -126,9 +127,9 @@ def race(
     train, held_out = states[keep.nonzero()[:, 0]], states[aside].dense()[:, 3::4].flatten(0, 1)
     power = float(held_out.square().mean())
     n_states = train.shape.numel()
-    settings = Settings(
-        steps=n_states // batch, batch_size=batch, lr=5e-3, resample_every=max(1, n_states // batch // 4)
-    )
+    recipe = {name: value for name, value in RECIPES["state"].items() if name in ("lr", "aux_weight")}
+    steps = n_states // batch
+    settings = Settings(steps=steps, batch_size=batch, resample_every=max(1, min(250, steps // 4)), **recipe)
     began = time.perf_counter()
     ours = Run(SAEConfig.variant("WriteSAE", **SIZES, target="state"), InMemory(train), settings)
     our_seconds = started = time.perf_counter() - began

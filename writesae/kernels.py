@@ -27,6 +27,7 @@ from torch import Tensor
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32, check_dense, first_state
 
 CHUNK = 64  # tokens, one decay a head
+CHUNK_SUM = 32  # tokens, of numbers that decay: there work within a chunk is all there is
 CHUNK_MILD = 32  # tokens, one decay a key channel, and none so strong that a chunk forgets more than exp(-2 MILD)
 CHUNK_PER_KEY = 16  # tokens, stronger decays a key channel: scores need [chunk, chunk, d_key]
 MILD = 20.0  # exp(x) has x times the rounding error of x, so factors up to exp(20) are right to some 1e-6
@@ -126,7 +127,7 @@ def decayed_sum(
     """
     x, log_decay = at_least_float32(x), at_least_float32(log_decay)
     n_pos = x.shape[1]
-    x, g = _chunks(x, CHUNK), _chunks(log_decay, CHUNK)
+    x, g = _chunks(x, CHUNK_SUM), _chunks(log_decay, CHUNK_SUM)
     between, from_start = _between(g), g.cumsum(-1).exp()
     # From chunk to chunk only the last value goes on; everything else is one matmul for all chunks.
     gained = (between[..., -1:, :] @ x)[:, :, 0]

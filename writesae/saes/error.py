@@ -41,10 +41,11 @@ class Reading:
 
     def chosen_from(self) -> Float[Tensor, "... n_atoms"]:
         """`all` without a gradient, to choose by."""
-        if self.whole:
+        if self.whole and torch.is_grad_enabled():
             return self.all.detach()
         with torch.no_grad():
-            return Reading(self.x, self.atoms, self.offset).all
+            found = project(self.x, self.atoms)
+            return found if self.offset is None else found.add_(self.offset)
 
     def at(self, indices: Int[Tensor, "... m"], rows: Write | None = None) -> Float[Tensor, "... m"]:
         """Of the atoms at ``indices``; ``rows`` are these atoms, if they have been taken already."""

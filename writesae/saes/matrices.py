@@ -64,7 +64,8 @@ def project(x: Matrices, atoms: Atoms) -> Float[Tensor, "... n_atoms"]:
         return dense(x).flatten(-2) @ atoms.flatten(1).T
     V, W = (f.flatten(0, 1) for f in atoms.factors())  # [n_atoms * rank, d]
     if isinstance(x, Write):
-        found = (x.key @ V.T) * (x.value @ W.T)
+        found, of_values = x.key @ V.T, x.value @ W.T
+        found = found * of_values if torch.is_grad_enabled() else found.mul_(of_values)  # memory is what takes the time
         found = found if x.rank == 1 else found.sum(-2)
     elif x[..., 0, 0].numel() <= x.shape[-2]:
         found = ((V @ x) * W).sum(-1)

@@ -22,8 +22,21 @@ from writesae.processes import ALONE, Processes
 
 def largest(pre: Float[Tensor, "... n"], k: int) -> tuple[Int[Tensor, "... k"], Float[Tensor, "... k"]]:
     """TopK: the chosen atoms, largest first, and 1 for each (0 where it is not active)."""
-    values, indices = pre.topk(k, -1)
+    values, indices = topk(pre, k)
     return indices, (values > 0).to(pre.dtype)
+
+
+def topk(x: Float[Tensor, "... n"], k: int, groups_of: int = 4) -> tuple[Float[Tensor, "... k"], Int[Tensor, "... k"]]:
+    """``x.topk(k)``, faster where ``k`` is small: the largest are in the ``k`` groups that have the largest maxima."""
+    n = x.shape[-1]
+    if n % groups_of or groups_of * k > n // 2:
+        found = x.topk(k, -1)
+        return found.values, found.indices
+    groups = x.unflatten(-1, (groups_of, -1)).amax(-2).topk(k, -1, sorted=False).indices  # group j: j, j + n / 4, ...
+    members = torch.arange(groups_of, device=x.device)[:, None] * (n // groups_of)
+    candidates = (groups[..., None, :] + members).flatten(-2)
+    found = x.gather(-1, candidates).topk(k, -1)
+    return found.values, candidates.gather(-1, found.indices)
 
 
 def above(

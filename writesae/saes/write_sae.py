@@ -173,7 +173,8 @@ class WriteSAE(nn.Module):
 
     def pre(self, x: Matrices) -> Float[Tensor, "... n_atoms"]:
         """Pre-activations of all atoms, ``<X - M, E_i> + b_i``. Raises ValueError if ``x`` is of another size."""
-        return Reading(self._checked(x), self.encoder, self._offset()).all
+        reading = Reading(self._checked(x), self.encoder, self._offset())
+        return reading.all if torch.is_grad_enabled() else reading.chosen_from()
 
     def encode(self, x: Matrices, *, over_batch: bool = False) -> Float[Tensor, "... n_atoms"]:
         """Activations of all atoms.
