@@ -144,7 +144,7 @@ def race(
         if any((theirs.step - 1) * 256 < mark <= theirs.step * 256 for mark in marks):
             curves["theirs"].append((theirs.step * 256, theirs.seconds, theirs.mse(held_out)))
             print("theirs", *curves["theirs"][-1], flush=True)
-        for _ in range(2 if ours.left else 0):
+        while ours.left and ours.step * batch < theirs.step * 256:
             before = time.perf_counter()
             ours.one_step()
             per_step["ours"].append((time.perf_counter() - before) / batch)
@@ -158,9 +158,13 @@ def race(
     for (n, s, mse), (_, their_s, their_mse) in zip(curves["ours"], curves["theirs"], strict=False):
         table.add_row(f"{n:,}", f"{mse / power:.4f}", f"{s:.1f}", f"{their_mse / power:.4f}", f"{their_s:.1f}")
     console.print(table)
-    ours_rate, their_rate = (1 / median(per_step[name]) for name in ("ours", "theirs"))
-    rates = {"ours": ours_rate, "theirs": their_rate}
-    print(f"states/s, median step: {ours_rate:.0f}, reference {their_rate:.0f}, ratio {ours_rate / their_rate:.1f}")
+    # A step of ours beside the steps of theirs for as many states: the machine was as fast for both.
+    beside = [median(per_step["theirs"][i * batch // 256 : (i + 1) * batch // 256]) for i in range(ours.step)]
+    ratios = sorted(b / a for a, b in zip(per_step["ours"], beside, strict=True))
+    rates = {name: 1 / median(seconds) for name, seconds in per_step.items()}
+    quartiles = [ratios[len(ratios) * q // 4] for q in (1, 2, 3)]
+    print(f"states/s, median step: ours {rates['ours']:.0f}, reference {rates['theirs']:.0f}")
+    print(f"ratio of neighbouring steps: median {quartiles[1]:.1f}, quartiles {quartiles[0]:.1f} to {quartiles[2]:.1f}")
     ratio = (theirs.seconds / theirs.step / 256) / (our_seconds / ours.step / batch)
     print(f"over the whole training, our start ({started:.1f} s) and all revivals included: ratio {ratio:.1f}")
     print("atoms used on held-out states:", evaluate(ours.sae, held_out))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from writesae import disk
 from writesae.recurrence import Recurrence, Write, states
 from writesae.saes import VARIANTS, SAEConfig, WriteSAE, error, files, matrices
-from writesae.saes.sparsity import CountActive, JumpReLU
+from writesae.saes.sparsity import CountActive, JumpReLU, topk
 from writesae.states import States
 
 SIZES = dict(d_key=6, d_value=5, n_atoms=12, k=3)
@@ -194,6 +194,15 @@ def test_gates_alone_reconstruct_with_the_decoder_as_it_is():
     whole = sae.loss(X, sparsity_weight=0.3).loss
     torch.testing.assert_close(whole, expected)
     assert_same(gradients(sae, whole), gradients(sae, expected))
+
+
+@pytest.mark.parametrize("n, k", [(2048, 32), (2048, 1), (64, 8), (60, 8), (63, 1), (64, 9)])
+def test_topk_by_groups_is_topk(n, k):
+    torch.manual_seed(0)
+    for x in (torch.randn(3, 50, n), torch.randint(0, 5, (40, n)).float(), torch.zeros(2, n)):
+        values, indices = topk(x, k)
+        assert values.equal(x.topk(k).values) and x.gather(-1, indices).equal(values)
+        assert all(len(row.unique()) == k for row in indices.flatten(0, -2))
 
 
 def test_thresholds_have_the_straight_through_gradient():

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import writesae as ws
 from writesae.cli import app
 from writesae.extraction import extract, record
+from writesae.processes import Processes
 from writesae.saes import WriteSAE, evaluate, train_store
 from writesae.saes.data import FromStore
 from writesae.states import States
@@ -174,6 +175,12 @@ def test_several_processes_train_as_one(on_disk, tmp_path, sparsity):
     for a, b in zip(*records, strict=True):
         if "held_out_nmse" in a:
             assert abs(a["held_out_nmse"] - b["held_out_nmse"]) < 1e-3
+
+
+def test_a_batch_too_small_to_share(store, monkeypatch):
+    monkeypatch.setattr(Processes, "launched", lambda: Processes(2, 0))
+    with pytest.raises(ValueError, match=r"batch_size=24 is 1 sequence\(s\) of 24 states.*at least 48"):
+        train_store(store, target="state", k=4, batch_size=24, **SMALL)
 
 
 def run(*arguments):

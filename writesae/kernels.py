@@ -126,17 +126,20 @@ def decayed_sum(
     With ``x_i(t) = (v_i . k_t)(w_i . delta_t)`` and a scalar decay, ``y_i(t) = v_i^T S_t w_i`` exactly.
     """
     x, log_decay = at_least_float32(x), at_least_float32(log_decay)
+    first = x.new_zeros(x[:, 0].shape) if initial is None else at_least_float32(initial)
+    return _decayed_sum(x, log_decay, first)
+
+
+def _decayed_sum(x: Tensor, log_decay: Tensor, first: Tensor) -> Tensor:
     n_pos = x.shape[1]
+    if n_pos <= CHUNK_SUM:
+        return (_between(log_decay) @ x).addcmul_(log_decay.cumsum(-1).exp()[..., None], first[:, None])
     x, g = _chunks(x, CHUNK_SUM), _chunks(log_decay, CHUNK_SUM)
-    between, from_start = _between(g), g.cumsum(-1).exp()
-    # From chunk to chunk only the last value goes on; everything else is one matmul for all chunks.
-    gained = (between[..., -1:, :] @ x)[:, :, 0]
-    carried = torch.zeros_like(gained[:, 0]) if initial is None else at_least_float32(initial)
-    firsts = []
-    for n in range(x.shape[1]):
-        firsts.append(carried)
-        carried = torch.addcmul(gained[:, n], from_start[:, n, -1:], carried)
-    y = (between @ x).addcmul_(from_start[..., None], torch.stack(firsts, 1)[:, :, None])
+    between = _between(g)
+    # Sums at the chunks' ends are sums of the same kind, of what each chunk adds; the rest is one matmul for all chunks.
+    ends = _decayed_sum((between[..., -1:, :] @ x)[:, :, 0], g.sum(-1), first)
+    firsts = torch.cat([first[:, None], ends[:, :-1]], 1)
+    y = (between @ x).addcmul_(g.cumsum(-1).exp()[..., None], firsts[:, :, None])
     return y.flatten(1, 2)[:, :n_pos]
 
 

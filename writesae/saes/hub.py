@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from writesae.saes.config import VARIANTS, SAEConfig
 
 if TYPE_CHECKING:
-    from writesae.saes.write_sae import WriteSAE
+    from writesae.saes.saved import Saved
 
 CARD = "README.md"
 
 
 def push(
-    sae: WriteSAE,
+    sae: Saved,
     repo_id: str,
     *,
     subfolder: str | None,

@@ -21,7 +21,7 @@ from writesae.processes import Processes
 from writesae.saes.config import SAEConfig
 from writesae.saes.data import Data, check_data, n_samples, per_unit, pieces
 from writesae.saes.evaluate import evaluate
-from writesae.saes.matrices import Matrices, mean, parts, size, unit_norm
+from writesae.saes.matrices import Matrices, mean, norm2, parts, size, unit_norm
 from writesae.saes.start import start, start_atoms
 from writesae.saes.write_sae import WriteSAE
 from writesae.states import States
@@ -152,6 +152,11 @@ class Run:
         """One optimiser step, and resampling when it is due; what there is to log."""
         s, sae, data = self.settings, self.sae, self.samples()
         n_units = max(1, s.batch_size // per_unit(data))
+        if n_units < self.processes.count:
+            raise ValueError(
+                f"batch_size={s.batch_size} is {n_units} sequence(s) of {per_unit(data)} states: too few for "
+                f"{self.processes.count} processes to share; make it at least {self.processes.count * per_unit(data)}"
+            )
         batch = torch.randint(size(data)[0], (n_units,), generator=self._random(1))
         x = data[self.processes.share(batch).to(self.device)]
         weight = self.weight if sae.cfg.sparsity in ("jumprelu", "gated") else 0.0
@@ -227,7 +232,9 @@ class Run:
         error2 = torch.cat([self.sae.loss(x).error2.flatten() for x in pieces(pool, 1024)]).cpu()
         chosen = torch.multinomial(error2.clamp_min(1e-12), min(len(dead), len(error2)), generator=random)
         dead = dead[: len(chosen)]
-        start_atoms(self.sae, dead, pool, chosen)
+        alive = ~self.dead()
+        strength = float(norm2(self.sae.encoder)[alive].sqrt().mean()) if bool(alive.any()) else 1.0
+        start_atoms(self.sae, dead, pool, chosen, strength)
         self.silent[dead] = 0
         for p, state in self.adam.state.items():
             if p.shape[0] == self.sae.cfg.n_atoms:

@@ -41,8 +41,11 @@ def start(sae: WriteSAE, pool: Matrices, random: torch.Generator, rounds: int = 
 
 
 @torch.no_grad()
-def start_atoms(sae: WriteSAE, atoms: Tensor, pool: Matrices, chosen: Tensor) -> None:
-    """Set some atoms, encoder and decoder alike, to the leading parts of samples (of states: of what was written)."""
+def start_atoms(sae: WriteSAE, atoms: Tensor, pool: Matrices, chosen: Tensor, strength: float = 1.0) -> None:
+    """Set some atoms, encoder and decoder alike, to the leading parts of samples (of states: of what was written).
+
+    ``strength`` is the norm of what an encoder of its own reads them with: 1 overshoots where others have learnt less.
+    """
     device = sae.b_enc.device
     for which, piece in zip(atoms.split(256), chosen.to(device).split(256), strict=True):
         if isinstance(pool, States):
@@ -53,11 +56,11 @@ def start_atoms(sae: WriteSAE, atoms: Tensor, pool: Matrices, chosen: Tensor) ->
             sae.A_dec[which] = dense(unit_norm(x))
         if sae.cfg.decoder == "factored" or sae.cfg.encoder == "bilinear":
             v, w = rank_parts(x, sae.cfg.rank)
-            for name, rows in (("V_dec", v), ("W_dec", w), ("V_enc", v), ("W_enc", w)):
+            for name, rows in (("V_dec", v), ("W_dec", w), ("V_enc", strength * v), ("W_enc", w)):
                 if hasattr(sae, name):
                     getattr(sae, name)[which] = rows.reshape(-1, *getattr(sae, name).shape[1:])
         if sae.cfg.encoder == "dense":
-            sae.A_enc[which] = dense(sae.decoder[which])
+            sae.A_enc[which] = strength * dense(sae.decoder[which])
     if sae.cfg.sparsity not in ("jumprelu", "gated"):
         sae.b_enc[atoms] = 0
 
