@@ -12,10 +12,10 @@ paper's. The reference gets its states ready-made, and its recipe is that of its
 
 from __future__ import annotations
 
-import filecmp
 import itertools
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import safetensors.torch
 import torch
 import transformers
 import typer
@@ -276,35 +277,45 @@ def kill(n: Annotated[int, typer.Option(help="Kills of each.")] = 10, seed: int 
 
 
 def survive(command: list[str], folder: Path, n: int, seed: int) -> None:
+    """Run to the end once; then again and again, killed, and compare every time that it comes to its end."""
+
     def start(out: str) -> subprocess.Popen[bytes]:
         line = [sys.executable, "-m", "writesae.cli", *(part.format(folder / out) for part in command)]
-        return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     began = time.monotonic()
     assert start("whole").wait() == 0
-    whole, draw, kills, runs = time.monotonic() - began, random.Random(seed), 0, 0
-    while True:
-        process, runs = start("killed"), runs + 1
+    took, draw, kills, ends = time.monotonic() - began, random.Random(seed), 0, 0
+    while kills < n or not ends:
+        process = start("killed")
         try:
-            process.wait(draw.uniform(0.3, 1.0) * whole if kills < n else None)
+            process.wait(draw.uniform(0.2, 1.0) * took if kills < n else None)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             kills += 1
-        if process.wait() == 0:
-            if kills >= n:
-                break
-            subprocess.run(["rm", "-r", str(folder / "killed")], check=True)  # done too early: kill the next one
-    paths = sorted(p.relative_to(folder / "whole") for p in (folder / "whole").rglob("*") if p.is_file())
-    again = sorted(p.relative_to(folder / "killed") for p in (folder / "killed").rglob("*") if p.is_file())
-    timed = {"metrics.jsonl", "checkpoint.safetensors"}  # these hold seconds
-    different = [
-        str(p)
-        for p in paths
-        if p.name not in timed and not filecmp.cmp(folder / "whole" / p, folder / "killed" / p, False)
-    ]
-    same_lines = all(lines(folder / "whole" / p) == lines(folder / "killed" / p) for p in paths if p.suffix == ".jsonl")
-    print(f"{command[0]}: {kills} kills in {runs} runs; {len(paths)} files, same names {paths == again}, "
-          f"different bytes in {different or 'none'}, same metrics {same_lines}")  # fmt: skip
+        if process.wait() == 0 or kills == n:
+            assert start("killed").wait() == 0  # to the end, if it was not there yet
+            ends += 1
+            differences = different(folder / "whole", folder / "killed")
+            if differences:
+                raise SystemExit(f"{command[0]}: after {kills} kills these differ: {', '.join(differences)}")
+            shutil.rmtree(folder / "killed")
+    print(f"{command[0]}: {kills} kills, {ends} runs to the end after kills, all files the same at each")
+
+
+def different(whole: Path, again: Path) -> list[str]:
+    """Names of files that are not the same, but for the seconds that logs and checkpoints record."""
+    names = [sorted(p.relative_to(x) for p in x.rglob("*") if p.is_file()) for x in (whole, again)]
+    if names[0] != names[1]:
+        return [str(p) for p in set(names[0]) ^ set(names[1])]
+    same = {"checkpoint.safetensors": same_tensors, "metrics.jsonl": lambda a, b: lines(a) == lines(b)}
+    plain = lambda a, b: a.read_bytes() == b.read_bytes()  # noqa: E731
+    return [str(p) for p in names[0] if not same.get(p.name, plain)(whole / p, again / p)]
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    one, other = (safetensors.torch.load_file(x) for x in (a, b))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

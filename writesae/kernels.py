@@ -136,7 +136,7 @@ def _decayed_sum(x: Tensor, log_decay: Tensor, first: Tensor) -> Tensor:
         return (_between(log_decay) @ x).addcmul_(log_decay.cumsum(-1).exp()[..., None], first[:, None])
     x, g = _chunks(x, CHUNK_SUM), _chunks(log_decay, CHUNK_SUM)
     between = _between(g)
-    # Sums at the chunks' ends are sums of the same kind, of what each chunk adds; the rest is one matmul for all chunks.
+    # Sums at the chunks' ends are sums of the same kind, of what each chunk adds; the rest is one matmul for all.
     ends = _decayed_sum((between[..., -1:, :] @ x)[:, :, 0], g.sum(-1), first)
     firsts = torch.cat([first[:, None], ends[:, :-1]], 1)
     y = (between @ x).addcmul_(g.cumsum(-1).exp()[..., None], firsts[:, :, None])

@@ -108,7 +108,7 @@ class Run:
         self.sae.b_enc.requires_grad_(bool(settings.train_bias))
         self.adam = torch.optim.Adam([p for p in self.sae.parameters() if p.requires_grad], fused=True)
         self.silent = torch.zeros(cfg.n_atoms, dtype=torch.int64, device=self.device)  # steps since last active
-        self.weight = torch.tensor(0.1, device=self.device)  # of the sparsity penalty: it moves until L0 is k
+        self.weight = torch.tensor([0.1, 1.0], device=self.device)  # of the sparsity penalty; and L0 / k, of late
         if path is not None and path.exists():
             self.restore(path)
         else:
@@ -159,7 +159,8 @@ class Run:
             )
         batch = torch.randint(size(data)[0], (n_units,), generator=self._random(1))
         x = data[self.processes.share(batch).to(self.device)]
-        weight = self.weight if sae.cfg.sparsity in ("jumprelu", "gated") else 0.0
+        led = sae.cfg.sparsity in ("jumprelu", "gated")
+        weight = self.weight[0] if led else 0.0
         out = sae.loss(
             x, dead=self.dead(), aux_weight=s.aux_weight, aux_k=s.aux_k, sparsity_weight=weight,
             bandwidth=s.bandwidth, processes=self.processes,
@@ -182,13 +183,24 @@ class Run:
         self.silent[fired > 0] = 0
         self.step += 1
         l0 = int(fired.sum()) / (n_units * per_unit(data))
-        if sae.cfg.sparsity in ("jumprelu", "gated"):
-            self.weight *= math.exp(0.02 * max(-1.0, min(1.0, l0 / sae.cfg.k - 1)))
+        if led:
+            self._lead(l0 / sae.cfg.k)
         every = s.resample_every
         if every and self.step % every == 0 and self.step <= 0.75 * s.steps:
             self._resample()
         nmse, aux = (float(self.processes.total(x)) for x in (out.nmse, out.aux))
         return {"step": self.step, "nmse": nmse, "aux": aux, "l0": l0, "dead": int(self.dead().sum()), "lr": rate}
+
+    @torch.no_grad()
+    def _lead(self, l0: float) -> None:
+        """Bring L0 to ``k``: by the penalty's weight, which is slow, and by moving all thresholds alike."""
+        self.weight[1] = 0.9 * self.weight[1] + 0.1 * l0
+        excess = (self.weight[1] - 1).clamp(-1, 1)
+        self.weight[0] *= (0.02 * excess).exp()
+        if self.sae.cfg.sparsity == "jumprelu":
+            self.sae.log_threshold += 0.03 * excess
+        else:
+            self.sae.b_enc -= 0.03 * excess * self.sae.b_enc.abs().mean()
 
     def dead(self) -> Tensor:
         return self.silent >= self.settings.dead_after
