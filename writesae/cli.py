@@ -237,7 +237,14 @@ def _tracked(tracker: str | None, about: dict[str, object]) -> Iterator[Callable
         yield None
         return
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
 
+    installed = [str(name.value) for name in get_available_trackers()]
+    if tracker not in installed:  # it would be left out in silence
+        raise ImportError(
+            f"--tracker {tracker} is not installed (installed: {', '.join(installed) or 'none'}): pip install it, or "
+            f"leave the option out"
+        )
     accelerator = Accelerator(log_with=tracker, project_dir="runs", cpu=True)
     accelerator.init_trackers("writesae", {name: value for name, value in about.items() if value is not None})
 

@@ -198,9 +198,9 @@ class Run:
         excess = (self.weight[1] - 1).clamp(-1, 1)
         self.weight[0] *= (0.02 * excess).exp()
         if self.sae.cfg.sparsity == "jumprelu":
-            self.sae.log_threshold += 0.03 * excess
+            self.sae.log_threshold.add_(0.03 * excess)
         else:
-            self.sae.b_enc -= 0.03 * excess * self.sae.b_enc.abs().mean()
+            self.sae.b_enc.sub_(0.03 * excess * self.sae.b_enc.abs().mean())
 
     def dead(self) -> Tensor:
         return self.silent >= self.settings.dead_after
