@@ -161,7 +161,7 @@ def test_several_processes_train_as_one(on_disk, tmp_path, sparsity):
         "train", str(on_disk.folder), "{}", "--target", "state", "--k", "4", "--atoms", "24", "--steps", "25",
         "--batch", "96", "--held-out", "0.2", "--sparsity", sparsity, "--site", "2.0", "--evaluate-every", "5",
     ]  # fmt: skip
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     for name, launch in (("one", [sys.executable]), ("two", launcher)):
         command = [*launch, "-m", "writesae.cli", *(a.format(tmp_path / name) for a in arguments)]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
