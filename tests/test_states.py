@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from writesae.recurrence import Recurrence, Write, states
+from writesae.recurrence import Write
 from writesae.states import States
 
 CASES = [(rank, per_key) for rank in (1, 2) for per_key in (False, True)]
@@ -17,9 +17,13 @@ def make(rank=1, per_key=False, pos=150):
 
 
 def by_the_loop(s):
-    rec = Recurrence(torch.zeros(*s.shape, 1, 6).double(), s.log_decay[:, :, None])
-    gain = Write(s.gain.key[:, :, None], s.gain.value[:, :, None], rank=s.gain.rank)
-    return torch.stack(list(states(rec, gain)), 1)[:, :, 0]
+    keys, values = s.gain.factors()
+    decay = s.log_decay.exp()[..., None] if s.log_decay.ndim == 3 else s.log_decay.exp()[..., None, None]
+    S, found = torch.zeros(len(keys), 6, 5).double(), []
+    for t in range(s.shape[1]):
+        S = decay[:, t] * S + torch.einsum("brk,brv->bkv", keys[:, t], values[:, t])
+        found.append(S)
+    return torch.stack(found, 1)
 
 
 @pytest.mark.parametrize("rank, per_key", CASES)

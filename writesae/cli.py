@@ -335,7 +335,7 @@ def convert(
             mse = record.get("val_mse", record.get("best_val_mse"))
             cells = (
                 done.checkpoint, record["sae_type"], site, f"{cfg.d_key}x{cfg.d_value}", f"{cfg.n_atoms:,}",
-                "" if cfg.sparsity in ("jumprelu", "gated") else cfg.k, "" if mse is None else f"{mse:.3g}",
+                cfg.k if cfg.chooses else "", "" if mse is None else f"{mse:.3g}",
                 "verified" if record["verified"] else "not listed", done.folder,
             )  # fmt: skip
             table.add_row(*(Text(str(cell)) for cell in cells))

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.kernels import chunked, decayed_sum
-from writesae.recurrence import Recurrence, Write, at_least_float32
+from writesae.recurrence import Recurrence, Write, at_least_float32, states
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class States:
         keys, values = gain.factors()
         for r in range(gain.rank):
             rec = Recurrence(keys[:, :, None, r], self.log_decay[..., None])
-            before, _ = chunked(rec, Write(gain.key[:, :, None], gain.value[:, :, None], rank=gain.rank), read="next")
+            before, _ = chunked(rec, self._one_head, read="next")
             cross = cross + (before[:, :, 0] * values[:, :, r]).sum(-1)
         grown = 2 * cross + gain.inner(gain)
         return decayed_sum(grown[..., None], 2 * self.log_decay)[..., 0].clamp_min(0)
@@ -118,11 +118,11 @@ class States:
 
     def dense(self) -> Float[Tensor, "batch pos d_key d_value"]:
         """Every state, built: ``d_key * d_value`` numbers a token."""
-        keys, values = (at_least_float32(x) for x in self.gain.factors())
-        decay = at_least_float32(self.log_decay).exp()
-        decay = decay[..., None, None] if self.one_decay else decay[..., None]
-        S, found = keys.new_zeros(len(keys), self.d_key, self.d_value), []
-        for t in range(self.shape[1]):
-            S = decay[:, t] * S + keys[:, t].mT @ values[:, t]
-            found.append(S)
-        return torch.stack(found, 1)
+        reads = torch.zeros_like(self.gain.factors()[0][:, :, :1])
+        rec = Recurrence(reads, self.log_decay[:, :, None])
+        return torch.cat(list(states(rec, self._one_head)), 1)
+
+    @property
+    def _one_head(self) -> Write:
+        """The gain, ``[batch, pos, 1]``, as the recurrence takes it."""
+        return Write(self.gain.key[:, :, None], self.gain.value[:, :, None], rank=self.gain.rank)

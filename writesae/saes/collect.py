@@ -154,26 +154,26 @@ def train_store(
     recipe = dict(RECIPES[target])
     settings = Settings(**{name: recipe[name] for name in recipe if name not in ("variant", "k")} | training)
     values = dict(n_atoms=n_atoms, k=recipe["k"] if k is None else k, target=target, sparsity=sparsity)
-    runs: dict[tuple[int, int], Run] = {}
-    for layer, head in store.sites if sites is None else sites:
+    places = {f"L{layer}H{head}": (layer, head) for layer, head in (store.sites if sites is None else sites)}
+    runs: dict[str, Run] = {}
+    for name, (layer, head) in places.items():
         cfg = site_config(store, layer, head, variant or recipe["variant"], **values | dict(choices or {}))
         data = FromStore(
             store, layer, head, target, held_out=held_out, stride=stride, buffer_tokens=buffer_tokens,
             seed=settings.seed, device=device,
         )  # fmt: skip
-        folder = None if out is None else Path(out) / f"L{layer}H{head}"
-        runs[layer, head] = Run(
+        folder = None if out is None else Path(out) / name
+        runs[name] = Run(
             cfg, data, settings,
             folder / "checkpoint.safetensors" if folder else None if checkpoint is None else Path(checkpoint),
             checkpoint_every, log if folder is None or log is not None else folder / "metrics.jsonl", log_every,
-            evaluate_every, None if also_log is None else partial(also_log, f"L{layer}H{head}"),
+            evaluate_every, None if also_log is None else partial(also_log, name),
         )  # fmt: skip
-    saes = train_runs({f"L{layer}H{head}": run for (layer, head), run in runs.items()}, progress)
-    found = {place: saes[f"L{place[0]}H{place[1]}"] for place in runs}
-    if out is not None and next(iter(runs.values())).processes.first:
-        for (layer, head), sae in found.items():
-            sae.save_pretrained(Path(out) / f"L{layer}H{head}")
-    return found
+    saes = train_runs(runs, progress)
+    for name, sae in saes.items():
+        if out is not None and runs[name].processes.first:
+            sae.save_pretrained(Path(out) / name)
+    return {place: saes[name] for name, place in places.items()}
 
 
 def site_config(store: ActivationStore, layer: int, head: int, variant: str, **values: Any) -> SAEConfig:

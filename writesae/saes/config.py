@@ -79,6 +79,12 @@ class SAEConfig:
             object.__setattr__(self, "center", self.target == "state")
         _check(vars(self))
 
+    @property
+    def chooses(self) -> bool:
+        """Whether atoms are chosen by rank among others (topk, batch_topk), not by thresholds of their own that are
+        learnt (jumprelu, gated)."""
+        return self.sparsity in ("topk", "batch_topk")
+
     @classmethod
     def variant(cls, name: str, **values: Any) -> SAEConfig:
         """A configuration by name: ``SAEConfig.variant("FlatSAE", d_key=32, d_value=32, n_atoms=512, k=8)``.

@@ -27,6 +27,7 @@ class Data(ABC):
     """
 
     held_out: Matrices | None
+    device: torch.device
 
     @abstractmethod
     def at(self, step: int, batch_size: int) -> Matrices:
@@ -46,6 +47,7 @@ class InMemory(Data):
             raise ValueError(f"validation={validation} must split the {n} samples: 1 to {n - 1}")
         self.train = data if validation is None else data[:validation]
         self.held_out = None if validation is None else data[validation:]
+        self.device = parts(data)[0].device
 
     def at(self, step: int, batch_size: int) -> Matrices:
         return self.train
@@ -88,7 +90,7 @@ class FromStore(Data):
         device: torch.device | str = "cpu",
     ) -> None:
         self.store, self.layer, self.head, self.target = store, layer, head, target
-        self.stride, self.seed, self.device = stride, seed, device
+        self.stride, self.seed, self.device = stride, seed, torch.device(device)
         n = store.n_sequences
         n_held_out = min(round(held_out * n), n - 1) if held_out else 0
         if held_out and not n_held_out:

@@ -15,7 +15,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.recurrence import Write
-from writesae.saes.matrices import Atoms, Matrices, dense, gram, paired, pick, project, sum_norm2, take, with_one
+from writesae.saes.matrices import (
+    Atoms,
+    Matrices,
+    combined,
+    dense,
+    gram,
+    paired,
+    pick,
+    project,
+    sum_norm2,
+    take,
+    with_one,
+)
 from writesae.states import States
 
 
@@ -135,7 +147,7 @@ def error2(
     if isinstance(atoms, Write):
         return norm2 - 2 * codes.cross(reading) + codes.norm2(atoms), None
     left = dense(x) if constant is None else dense(x) - constant
-    left = left - _combined(codes, atoms)
+    left = left - combined(codes.spread(len(atoms)), atoms)
     return left.square().sum((-1, -2)), left
 
 
@@ -148,11 +160,7 @@ def revived_error2(
     """
     if isinstance(atoms, Tensor):
         assert left is not None
-        return (left.detach() - _combined(dead, atoms)).square().sum((-1, -2))
+        return (left.detach() - combined(dead.spread(len(atoms)), atoms)).square().sum((-1, -2))
     left_over = reading.at(dead.indices, dead.rows) - codes.overlap(dead, atoms)  # <what is left, dead atom>
     gain = (dead.values * left_over).sum(-1)
     return left2.detach() - 2 * gain + dead.norm2(atoms)
-
-
-def _combined(codes: Codes, atoms: Tensor) -> Tensor:
-    return (codes.spread(len(atoms)) @ atoms.flatten(1)).unflatten(-1, atoms.shape[1:])

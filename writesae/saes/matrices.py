@@ -142,6 +142,14 @@ class _Pick(torch.autograd.Function):
         return grad.new_zeros(ctx.size).index_add_(0, indices.flatten(), grad), None
 
 
+def combined(codes: Float[Tensor, "... n_atoms"], atoms: Atoms) -> Float[Tensor, "... d_key d_value"]:
+    """``sum_i a_i A_i``, dense."""
+    if isinstance(atoms, Tensor):
+        return (codes @ atoms.flatten(1)).unflatten(-1, atoms.shape[1:])
+    V, W = (f.flatten(0, 1) for f in atoms.factors())
+    return (codes.repeat_interleave(atoms.rank, -1)[..., None] * V).mT @ W
+
+
 def with_one(x: Matrices, C: Float[Tensor, "d_key d_value"]) -> Float[Tensor, "..."]:
     """``<X, C>`` with one and the same matrix."""
     if isinstance(x, States):

@@ -21,7 +21,7 @@ from writesae.processes import Processes
 from writesae.saes.config import SAEConfig
 from writesae.saes.data import Data, check_data, n_samples, per_unit, pieces
 from writesae.saes.evaluate import evaluate
-from writesae.saes.matrices import Matrices, mean, norm2, parts, size, unit_norm
+from writesae.saes.matrices import Matrices, mean, norm2, size, unit_norm
 from writesae.saes.start import start, start_atoms
 from writesae.saes.write_sae import WriteSAE
 from writesae.states import States
@@ -100,11 +100,11 @@ class Run:
         self.seconds, self._since = 0.0, time.monotonic()
         self.processes = Processes.launched()
         self._given: Matrices | None = None
-        self.device = parts(data.at(0, settings.batch_size))[0].device
+        self.device = data.device
         with torch.random.fork_rng(devices=[]):  # the random start is overwritten: leave the caller's generator alone
             self.sae = WriteSAE(cfg).to(self.device)
         if settings.train_bias is None:
-            self.settings = settings = dataclasses.replace(settings, train_bias=cfg.sparsity in ("jumprelu", "gated"))
+            self.settings = settings = dataclasses.replace(settings, train_bias=not cfg.chooses)
         self.sae.b_enc.requires_grad_(bool(settings.train_bias))
         self.adam = torch.optim.Adam([p for p in self.sae.parameters() if p.requires_grad], fused=True)
         self.silent = torch.zeros(cfg.n_atoms, dtype=torch.int64, device=self.device)  # steps since last active
@@ -122,7 +122,7 @@ class Run:
     def left(self) -> bool:
         return self.step < self.settings.steps
 
-    def advance(self, stopping: bool = False) -> float:
+    def advance(self) -> float:
         """One step, with its log and its checkpoint; the batch's nmse."""
         record = self.one_step()
         if not math.isfinite(record["nmse"]):
@@ -159,8 +159,7 @@ class Run:
             )
         batch = torch.randint(size(data)[0], (n_units,), generator=self._random(1))
         x = data[self.processes.share(batch).to(self.device)]
-        led = sae.cfg.sparsity in ("jumprelu", "gated")
-        weight = self.weight[0] if led else 0.0
+        weight = 0.0 if sae.cfg.chooses else self.weight[0]
         out = sae.loss(
             x, dead=self.dead(), aux_weight=s.aux_weight, aux_k=s.aux_k, sparsity_weight=weight,
             bandwidth=s.bandwidth, processes=self.processes,
@@ -183,7 +182,7 @@ class Run:
         self.silent[fired > 0] = 0
         self.step += 1
         l0 = int(fired.sum()) / (n_units * per_unit(data))
-        if led:
+        if not sae.cfg.chooses:
             self._lead(l0 / sae.cfg.k)
         every = s.resample_every
         if every and self.step % every == 0 and self.step <= 0.75 * s.steps:
@@ -236,7 +235,8 @@ class Run:
     @torch.no_grad()
     def _resample(self) -> None:
         """Start dead atoms anew from samples that are reconstructed badly."""
-        dead = self.dead().nonzero()[:, 0]
+        alive = ~self.dead()
+        dead = (~alive).nonzero()[:, 0]
         if not len(dead):
             return
         random = self._random(2)
@@ -244,7 +244,6 @@ class Run:
         error2 = torch.cat([self.sae.loss(x).error2.flatten() for x in pieces(pool, 1024)]).cpu()
         chosen = torch.multinomial(error2.clamp_min(1e-12), min(len(dead), len(error2)), generator=random)
         dead = dead[: len(chosen)]
-        alive = ~self.dead()
         strength = float(norm2(self.sae.encoder)[alive].sqrt().mean()) if bool(alive.any()) else 1.0
         start_atoms(self.sae, dead, pool, chosen, strength)
         self.silent[dead] = 0

@@ -61,7 +61,7 @@ def start_atoms(sae: WriteSAE, atoms: Tensor, pool: Matrices, chosen: Tensor, st
                     getattr(sae, name)[which] = rows.reshape(-1, *getattr(sae, name).shape[1:])
         if sae.cfg.encoder == "dense":
             sae.A_enc[which] = strength * dense(sae.decoder[which])
-    if sae.cfg.sparsity not in ("jumprelu", "gated"):
+    if sae.cfg.chooses:
         sae.b_enc[atoms] = 0
 
 
@@ -79,7 +79,7 @@ def _start_scale(sae: WriteSAE, x: Matrices) -> None:
 
 def _start_thresholds(sae: WriteSAE, x: Matrices) -> None:
     """Where they are learnt: such that ``k`` atoms a matrix are active at the start."""
-    if sae.cfg.sparsity not in ("jumprelu", "gated"):
+    if sae.cfg.chooses:
         return
     sae.b_enc.zero_()
     threshold = batch_threshold(sae.pre(x), sae.cfg.k).clamp_min(1e-12)

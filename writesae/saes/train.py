@@ -81,7 +81,7 @@ def train_runs(runs: Mapping[str, Run], progress: bool = True) -> dict[str, Writ
         while any(run.left for run in runs.values()):
             for name, run in runs.items():
                 if run.left:
-                    nmse = run.advance(stopping=interrupted())
+                    nmse = run.advance()
                     bar.update(tasks[name], completed=run.step, description=f"training {name}, nmse {nmse:.3f}")
             if interrupted():
                 for run in runs.values():

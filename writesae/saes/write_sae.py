@@ -24,7 +24,7 @@ from writesae.processes import ALONE, Processes
 from writesae.recurrence import Write
 from writesae.saes.config import SAEConfig
 from writesae.saes.error import Codes, DenseCodes, Reading, SparseCodes, against, error2, revived_error2
-from writesae.saes.matrices import Atoms, Matrices, dense, norm2, project, size, take, with_one
+from writesae.saes.matrices import Atoms, Matrices, combined, dense, norm2, project, size, take, with_one
 from writesae.saes.saved import Saved
 from writesae.saes.sparsity import CountActive, JumpReLU, above, batch_threshold, largest
 from writesae.states import States
@@ -113,8 +113,6 @@ class WriteSAE(Saved):
         if c.encoder == "bilinear" and c.decoder == "factored":
             self.V_enc = nn.Parameter(self.V_dec.detach().clone())
             self.W_enc = nn.Parameter(self.W_dec.detach().clone())
-        elif c.encoder == "dense" and c.decoder == "dense":
-            self.A_enc = nn.Parameter(self.A_dec.detach().clone())
         elif c.encoder == "dense":
             self.A_enc = nn.Parameter(dense(self.decoder).detach().clone())
         elif c.encoder == "bilinear":
@@ -179,7 +177,7 @@ class WriteSAE(Saved):
             over_batch: for batch_topk, choose the largest ``k`` a matrix on average over ``x``, as training does,
                 rather than by the threshold.
         """
-        if self.cfg.sparsity in ("jumprelu", "gated"):
+        if not self.cfg.chooses:
             return self._dense_codes(self.pre(x))
         values, indices = self.topk(x, over_batch=over_batch)
         return values.new_zeros(*values.shape[:-1], self.cfg.n_atoms).scatter(-1, indices, values)
@@ -192,20 +190,19 @@ class WriteSAE(Saved):
         With ``k`` the ``k`` strongest. Without, ``m`` is ``cfg.k`` for TopK, otherwise what the matrix with the most
         active atoms has. Gradients go to the chosen atoms alone, and cost as many, not ``n_atoms``.
         """
-        reading = Reading(self._checked(x), self.encoder, self._offset())
-        if self.cfg.sparsity in ("jumprelu", "gated"):
-            values, indices = self.sparsify(reading.all)
+        if self.cfg.chooses and torch.is_grad_enabled():
+            reading = Reading(self._checked(x), self.encoder, self._offset())
+            indices, active = self._choose(reading.chosen_from(), over_batch)
+            values = reading.at(indices).relu() * active
         else:
-            pre = reading.chosen_from()
-            indices, active = self._choose(pre, over_batch)
-            values = (reading.at(indices) if torch.is_grad_enabled() else pre.gather(-1, indices)).relu() * active
+            values, indices = self.sparsify(self.pre(x), over_batch=over_batch)
         return (values, indices) if k is None else (values[..., :k], indices[..., :k])
 
     def sparsify(
         self, pre: Float[Tensor, "... n_atoms"], *, over_batch: bool = False
     ) -> tuple[Float[Tensor, "... m"], Int[Tensor, "... m"]]:
         """Activations, largest first, and their atoms, from pre-activations; see `topk`."""
-        if self.cfg.sparsity in ("jumprelu", "gated"):
+        if not self.cfg.chooses:
             codes = self._dense_codes(pre)
             return codes.topk(max(1, int((codes > 0).sum(-1).max())), -1)
         indices, active = self._choose(pre, over_batch)
@@ -251,14 +248,7 @@ class WriteSAE(Saved):
 
     def decode(self, codes: Float[Tensor, "... n_atoms"]) -> Float[Tensor, "... d_key d_value"]:
         """The dense reconstruction, mean and bias included. Costs ``n_atoms`` a matrix; `decode_write` the active."""
-        atoms = self.decoder
-        if isinstance(atoms, Tensor):
-            found = (codes @ atoms.flatten(1)).unflatten(-1, atoms.shape[1:])
-        else:
-            V, W = (f.flatten(0, 1) for f in atoms.factors())
-            codes = codes.repeat_interleave(atoms.rank, -1)
-            found = (codes[..., None] * V).mT @ W
-        constant = self._constant()
+        found, constant = combined(codes, self.decoder), self._constant()
         return found if constant is None else found + constant
 
     def decode_write(self, values: Float[Tensor, "... m"], indices: Int[Tensor, "... m"]) -> Write:
@@ -306,8 +296,7 @@ class WriteSAE(Saved):
         given2 = _about(x, constant) if self.cfg.decoder_bias else whole2  # ||X - C||^2
         power = processes.total(whole2.sum()).clamp_min(1e-30)
 
-        chosen = self.cfg.sparsity in ("topk", "batch_topk")
-        if chosen:
+        if self.cfg.chooses:
             indices, active = self._choose(encoding.chosen_from(), over_batch, processes)
             codes = self._codes(encoding, indices, active)
         else:
@@ -317,13 +306,13 @@ class WriteSAE(Saved):
 
         aux = penalty = gate = torch.zeros_like(nmse)
         n_dead = 0 if dead is None else int(dead.sum())
-        if chosen and dead is not None and n_dead and aux_weight:
+        if self.cfg.chooses and dead is not None and n_dead and aux_weight:
             readings = encoding.chosen_from().masked_fill(~dead, -torch.inf)
             revived = self._sparse(encoding, readings.topk(min(aux_k, n_dead), -1).indices)
             fixed = Reading(x, atoms, against(None if constant is None else constant.detach(), atoms), reading)
             aux2 = revived_error2(revived, codes, atoms, fixed, found2, left)
             aux = aux2.sum() / processes.total(found2.sum()).clamp_min(1e-30)
-        if not chosen:
+        if not self.cfg.chooses:
             n = processes.total(torch.ones_like(whole2).sum())
             if self.cfg.sparsity == "jumprelu":
                 counts: Tensor = CountActive.apply(encoding.all, self.log_threshold, bandwidth)  # type: ignore[assignment]
