@@ -164,12 +164,25 @@ class HookedRecurrentModel(nn.Module):
             raise IndexError(f"layer {layer!r} is not recurrent; recurrent layers are {sorted(self._by_layer)}")
         return self._by_layer[layer]
 
+    def _mixer(self, layer: int) -> nn.Module:
+        tap = self._tap(layer)
+        return next(m for m in self.hf_model.modules() if getattr(m, "writesae_tap", None) is tap)
+
+    def W_O(self, layer: int) -> Float[Tensor, "head d_value d_model"]:
+        """The output projection of a recurrent layer, head by head; norm and gate before it are not in it."""
+        return self.family(layer).projection(self._mixer(layer))
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model vocab"]:
+        """The output embedding: what makes logits of the normalised residual stream."""
+        return self.hf_model.get_output_embeddings().weight.T  # type: ignore[union-attr, operator]
+
     def fingerprint(self, layer: int) -> str:
         """A hash of the recurrent layer's weights, rounded to bfloat16 so that it does not depend on the load dtype.
 
         SAEs record it, and are refused by a model with other weights.
         """
-        mixer = next(m for m in self.hf_model.modules() if getattr(m, "writesae_tap", None) is self._tap(layer))
+        mixer = self._mixer(layer)
         digest = hashlib.sha256()
         for name, parameter in sorted(mixer.named_parameters()):
             digest.update(f"{name}{list(parameter.shape)}".encode())

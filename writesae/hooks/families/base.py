@@ -127,6 +127,7 @@ class Family:
         helpers: other functions of the modeling module that an installed GPU package may have taken over; on CPU
             tensors the torch versions run instead.
         fused: functions that do a whole mixer at once, where ``None`` tells the mixer to go step by step.
+        projections: names a mixer may have for its output projection, which takes the heads side by side.
         gate_norms: names a mixer may have for its gated norm, called as ``norm(o, z)``: where ``z`` is seen.
         seen_at: ``{quantity: submodule}`` for what is no input of the recurrence but the output of a submodule that
             runs before it, in firing order. A mixer need not have them all.
@@ -147,6 +148,7 @@ class Family:
     write: Callable[[Get], Write]
     helpers: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
+    projections: tuple[str, ...] = ("out_proj", "o_proj")
     gate_norms: tuple[str, ...] = ()
     seen_at: Mapping[str, str] = field(default_factory=dict)
     decay_per_key: bool = False
@@ -167,6 +169,12 @@ class Family:
         """The mixer's norm, if that takes the gate as its second argument (without a gate it takes one)."""
         norms = (getattr(mixer, name) for name in self.gate_norms if hasattr(mixer, name))
         return next((norm for norm in norms if len(inspect.signature(norm.forward).parameters) > 1), None)
+
+    def projection(self, mixer: nn.Module) -> Float[Tensor, "head d_value d_model"]:
+        """What the mixer's output projection makes of each head's output; norm and gate before it are left out."""
+        weight = next(getattr(mixer, name) for name in self.projections if hasattr(mixer, name)).weight
+        n_heads, _, d_value = (int(getattr(mixer, name)) for name in self.sizes)
+        return weight.T.unflatten(0, (n_heads, d_value))
 
     def quantities(self, mixer: nn.Module) -> tuple[str, ...]:
         """All hook points of a mixer, in firing order."""
