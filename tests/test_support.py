@@ -32,7 +32,7 @@ def models(family: Family) -> list[str]:
 
 def points(family: Family) -> list[str]:
     """Its hook points in any model, in firing order."""
-    gate = ["z"] if family.gate_norms and "z" not in family.seen_at else []
+    gate = ["z"] if family.norms and "z" not in family.seen_at else []
     return [*family.seen_at, *family.inputs, "write", "state", "o", *gate]
 
 

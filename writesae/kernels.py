@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32, check_dense, first_state
@@ -113,6 +113,59 @@ def states_at(
     if not positions:
         return S.new_zeros(S.shape[0], 0, *S.shape[1:])
     return torch.stack([found[t] for t in positions], 1)
+
+
+def adjoint(rec: Recurrence, reads: Float[Tensor, "batch pos head d_key"] | None = None) -> Recurrence:
+    """The recurrence, over tokens from last to first, of the gradient of any number with respect to what is written.
+
+    Let ``g_t`` be the number's gradient with respect to the output ``o_t``, and ``M_t`` that with respect to an edit
+    ``E_t`` of the state, so that ``<M_t, E_t>`` is the edit's effect to first order. Then, from the last token on::
+
+        M_t = D_{t+1} M_{t+1} + b_{t+1} (a_{t+1}^T M_{t+1}) + q_t g_t^T
+
+    the same recurrence with erase write and read exchanged, and native write ``q g^T``. So every function of this file
+    does for gradients what it does for states: with ``back = adjoint(rec, p)`` and ``w = Write(q.flip(1), g.flip(1))``,
+    ``chunked(back, w)[0].flip(1)`` is ``M_t^T p_t`` (with ``read="next"`` that of edits which ``t`` itself does not
+    see), and ``states_at(back, w, ...)`` the ``M_t``.
+
+    Args:
+        rec: the recurrence as it ran.
+        reads: what to read the gradients with, in the order of the text; None: ``rec.q``.
+    """
+
+    def of_next(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1).flip(1)
+
+    reads = rec.q if reads is None else reads
+    log_decay = of_next(rec.log_decay)
+    assert log_decay is not None
+    return Recurrence(reads.flip(1), log_decay, a=of_next(rec.b), b=of_next(rec.a))
+
+
+@_without_autocast
+def carried(
+    rec: Recurrence, keys: Float[Tensor, "batch n d_key"], positions: Int[Tensor, "batch n"]
+) -> Float[Tensor, "batch pos n"]:
+    """How strongly each later read sees an edit: ``q_t^T A_t ... A_{j+1} p`` for a key ``p`` written at ``j``.
+
+    Decay and erase act on keys alone, so an edit ``p u^T`` changes the output at ``t`` by this number times ``u``,
+    whatever ``u`` is: the key travels as a vector, and no state is built. 0 before the edit.
+
+    Args:
+        rec: of one head, ``[batch, pos, 1]``.
+        keys: of ``n`` edits of each sequence, each alone.
+        positions: the token of each.
+    """
+    rec = rec[:, :, 0:1].float()
+    found, x = [], torch.zeros_like(at_least_float32(keys))
+    for t in range(rec.n_pos):
+        decay = rec.log_decay[:, t].exp()
+        x_t = x * (decay[..., None] if decay.ndim == 2 else decay)
+        if rec.a is not None and rec.b is not None:
+            x_t = x_t + (x @ rec.b[:, t].mT) * rec.a[:, t]
+        x = x_t + keys * (positions == t)[..., None]
+        found.append((x @ rec.q[:, t].mT)[..., 0])
+    return torch.stack(found, 1)
 
 
 @_without_autocast

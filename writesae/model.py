@@ -172,6 +172,10 @@ class HookedRecurrentModel(nn.Module):
         """The output projection of a recurrent layer, head by head; norm and gate before it are not in it."""
         return self.family(layer).projection(self._mixer(layer))
 
+    def norm(self, layer: int) -> nn.Module | None:
+        """The module that normalises (and gates) what the heads of a recurrent layer read; None where nothing does."""
+        return self.family(layer).norm(self._mixer(layer))
+
     @property
     def W_U(self) -> Float[Tensor, "d_model vocab"]:
         """The output embedding: what makes logits of the normalised residual stream."""
@@ -219,6 +223,18 @@ class HookedRecurrentModel(nn.Module):
         if len(ids) != 1:
             raise ValueError(f"to_str_tokens takes one text; got {len(ids)}")
         return [self._tokenizer().decode([i]) for i in ids[0].tolist()]
+
+    def to_single_token(self, token: str | int) -> int:
+        """The id of a text that is one token (an id is checked and returned).
+
+        Raises:
+            ValueError: the text makes another number of tokens, which the message shows; an id outside the vocabulary.
+        """
+        ids = self.to_tokens([token] if isinstance(token, int) else token)[0][0].tolist()
+        if len(ids) != 1:
+            parts = ", ".join(repr(self._tokenizer().decode([i])) for i in ids)
+            raise ValueError(f"{token!r} is {len(ids)} tokens ({parts}); give one that is a single token")
+        return ids[0]
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:

@@ -33,6 +33,9 @@ class ActivationCache(Mapping[str, Any]):
     def _store(self, name: str, value: Value) -> None:
         self._values[name] = value
 
+    def _detach(self) -> None:
+        self._values = {name: value.detach() for name, value in self._values.items()}
+
     def _only(self, names: set[str]) -> None:
         self._values = {name: value for name, value in self._values.items() if name in names}
 

@@ -128,7 +128,8 @@ class Family:
             tensors the torch versions run instead.
         fused: functions that do a whole mixer at once, where ``None`` tells the mixer to go step by step.
         projections: names a mixer may have for its output projection, which takes the heads side by side.
-        gate_norms: names a mixer may have for its gated norm, called as ``norm(o, z)``: where ``z`` is seen.
+        norms: names a mixer may have for the norm of what was read, called as ``norm(o, z)`` if gated: where ``z`` is
+            seen.
         seen_at: ``{quantity: submodule}`` for what is no input of the recurrence but the output of a submodule that
             runs before it, in firing order. A mixer need not have them all.
         decay_per_key: ``log_decay`` is ``[batch, pos, head, d_key]``.
@@ -149,7 +150,7 @@ class Family:
     helpers: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
     projections: tuple[str, ...] = ("out_proj", "o_proj")
-    gate_norms: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
     seen_at: Mapping[str, str] = field(default_factory=dict)
     decay_per_key: bool = False
     delta_rank: int = 1
@@ -165,10 +166,14 @@ class Family:
         sizes = (int(getattr(mixer, name)) for name in self.sizes)
         return Site(int(mixer.layer_idx), *sizes, rule=self.rule)  # type: ignore[arg-type]
 
+    def norm(self, mixer: nn.Module) -> nn.Module | None:
+        """The mixer's norm of what its heads read, if it has one."""
+        return next((getattr(mixer, name) for name in self.norms if hasattr(mixer, name)), None)
+
     def gate_norm(self, mixer: nn.Module) -> nn.Module | None:
-        """The mixer's norm, if that takes the gate as its second argument (without a gate it takes one)."""
-        norms = (getattr(mixer, name) for name in self.gate_norms if hasattr(mixer, name))
-        return next((norm for norm in norms if len(inspect.signature(norm.forward).parameters) > 1), None)
+        """That norm, if it takes the gate as its second argument (without a gate it takes one)."""
+        norm = self.norm(mixer)
+        return norm if norm is not None and len(inspect.signature(norm.forward).parameters) > 1 else None
 
     def projection(self, mixer: nn.Module) -> Float[Tensor, "head d_value d_model"]:
         """What the mixer's output projection makes of each head's output; norm and gate before it are left out."""

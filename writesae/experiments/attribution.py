@@ -1,0 +1,202 @@
+"""Which earlier tokens' writes made a prediction: the part of every write in a logit, by layer, head and token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from writesae.experiments.result import Number, Result, figure
+from writesae.gradients import Gradient, Logit, gradient
+from writesae.saes.reading import encode_matrices, target_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from writesae.model import HookedRecurrentModel, Text
+    from writesae.saes import WriteSAE
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution(Result):
+    """What every write of one text contributes to a logit, or to a difference of two.
+
+    A write's contribution is ``<M, k v^T>``, with ``M`` the gradient of the logit with respect to that write: exact
+    within the layer, later decays and erases included, and to first order from what the head reads on. The
+    contributions of a head's writes sum to what its whole output contributes, ``sum_t g_t . o_t``.
+
+    Attributes:
+        tokens: of the text, as strings.
+        question: the logit asked about, in words.
+        value: that logit (or difference).
+        contributions: layer -> ``[pos, head]``.
+        deletions: layer -> ``[pos, head]``, what taking the write out would change: exact up to the head's norm. Only
+            if asked for.
+        outputs: layer -> ``[head]``, what the head's output contributes as a whole.
+        atoms: (layer, head) -> ``(indices, contributions)`` ``[pos, m]``: the contribution of each active atom to what
+            its SAE reads there; they sum to the write's up to what the SAE leaves out.
+    """
+
+    tokens: list[str]
+    question: str
+    value: float
+    contributions: dict[int, Float[Tensor, "pos head"]]
+    outputs: dict[int, Float[Tensor, " head"]]
+    deletions: dict[int, Float[Tensor, "pos head"]] | None = None
+    atoms: dict[tuple[int, int], tuple[Int[Tensor, "pos m"], Float[Tensor, "pos m"]]] | None = None
+
+    @property
+    def title(self) -> str:
+        return f"Writes behind {self.question}"
+
+    @property
+    def about(self) -> str:
+        return (
+            f"What each write contributes to {self.question} ({self.value:.3f}): exact within a layer, later decays "
+            f"and erases included, to first order through the rest of the model. The contributions of a head's writes "
+            f"sum to the contribution of its output."
+        )
+
+    @property
+    def by_token(self) -> Float[Tensor, " pos"]:
+        """Summed over layers and heads."""
+        return torch.stack([x.sum(1) for x in self.contributions.values()]).sum(0)
+
+    def top(self, n: int = 10) -> list[tuple[int, int, int, float]]:
+        """The ``n`` writes with the largest contributions in size: ``(layer, head, position, contribution)``."""
+        rows: Any = self.records().sort_values("contribution", key=abs, ascending=False).head(n)
+        return [(int(r.layer), int(r.head), int(r.position), float(r.contribution)) for r in rows.itertuples()]
+
+    def numbers(self) -> Sequence[Number]:
+        made = [Number("the number asked about", self.value)]
+        made += [Number(f"layer {layer}, all writes", float(x.sum())) for layer, x in self.contributions.items()]
+        made += [
+            Number(f"layer {layer} head {head}, {self.tokens[position]!r} at {position}", found)
+            for layer, head, position, found in self.top(8)
+        ]
+        return made
+
+    def records(self) -> pd.DataFrame:
+        import pandas as pd
+
+        parts = []
+        for layer, found in self.contributions.items():
+            n_pos, n_heads = found.shape
+            columns: dict[str, Any] = {
+                "layer": layer,
+                "head": torch.arange(n_heads).repeat(n_pos).numpy(),
+                "position": torch.arange(n_pos).repeat_interleave(n_heads).numpy(),
+                "token": [token for token in self.tokens for _ in range(n_heads)],
+                "contribution": found.flatten().numpy(),
+            }
+            if self.deletions is not None:
+                columns["deletion"] = self.deletions[layer].flatten().numpy()
+            parts.append(pd.DataFrame(columns))
+        return pd.concat(parts, ignore_index=True)
+
+    def atom_records(self) -> pd.DataFrame:
+        """One row an active atom: layer, head, position, token, atom, contribution."""
+        import pandas as pd
+
+        rows = [
+            (layer, head, t, self.tokens[t], int(atom), float(found))
+            for (layer, head), (indices, values) in (self.atoms or {}).items()
+            for t in range(len(indices))
+            for atom, found in zip(indices[t], values[t], strict=True)
+            if found != 0
+        ]
+        return pd.DataFrame(rows, columns=["layer", "head", "position", "token", "atom", "contribution"])
+
+    def plot(self, n_heads: int = 16) -> Figure:
+        """Tokens across, heads down (those with the largest contributions), and all heads' sum above."""
+        found = self.records()
+        size: Any = found["contribution"].abs().groupby([found["layer"], found["head"]]).sum()
+        heads = sorted(size.nlargest(n_heads).index)
+        grid = torch.stack([self.contributions[layer][:, head] for layer, head in heads]).numpy()
+        made, (axis,) = figure(1, width=max(4.6, 0.28 * len(self.tokens) + 1.5), height=0.22 * len(heads) + 1.6)
+        limit = float(abs(grid).max()) or 1.0
+        image = axis.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+        shown = [repr(token)[1:-1] for token in self.tokens]
+        axis.set_xticks(range(len(shown)), shown, rotation=90, fontsize=7, parse_math=False)
+        axis.set_yticks(range(len(heads)), [f"{layer}.{head}" for layer, head in heads], fontsize=7)
+        axis.set_ylabel("layer.head")
+        axis.set_title(self.title, fontsize=9, parse_math=False)
+        made.colorbar(image, ax=axis, label="contribution to the logit")
+        return made
+
+
+def attribute(
+    model: HookedRecurrentModel,
+    text: Text,
+    token: str | int | None = None,
+    *,
+    minus: str | int | None = None,
+    position: int = -1,
+    saes: Sequence[WriteSAE] = (),
+    deletions: bool = False,
+    check_model: bool = True,
+) -> Attribution:
+    """Attribute a logit to every write of a text, from one backward pass.
+
+    Args:
+        model: the model.
+        text: one text, or the token ids of one.
+        token: whose logit (a text of one token, or an id); None: the most likely one there.
+        minus: a token whose logit is subtracted.
+        position: the token after which it is predicted; -1 is the last.
+        saes: SAEs of some heads: their active atoms' contributions too.
+        deletions: also estimate what deleting each write would change; costs ``pos^2 * d_value`` a head.
+        check_model: refuse SAEs trained on other weights.
+
+    Raises:
+        ValueError: several texts, or a token that is several; IndexError: a position that is not there.
+    """
+    ids, _ = model.to_tokens(text)
+    if len(ids) != 1:
+        raise ValueError(f"attribute takes one text; got {len(ids)}")
+    for sae in saes:
+        sae.check_fits(model, check_model=check_model)
+    n_pos = ids.shape[1]
+    if not -n_pos <= position < n_pos:
+        raise IndexError(f"position {position} is out of range: the text has {n_pos} tokens (0 to {n_pos - 1})")
+    position %= n_pos
+    wanted = None if token is None else model.to_single_token(token)
+    other = None if minus is None else model.to_single_token(minus)
+    ids = ids[:, : position + 1]  # what comes later plays no part
+    if wanted is None:
+        with torch.no_grad():
+            wanted = int(model(ids)[0, -1].argmax())
+    found = gradient(model, ids, Logit(wanted, minus=other))
+    strings = [str(i) for i in ids[0].tolist()] if model.tokenizer is None else model.to_str_tokens(ids)
+    name = lambda i: str(i) if model.tokenizer is None else repr(model.to_str_tokens([i])[0])  # noqa: E731
+    question = f"the logit of {name(wanted)}" + ("" if other is None else f" minus that of {name(other)}")
+    return Attribution(
+        tokens=strings,
+        question=f"{question} after {strings[-1]!r}",
+        value=float(found.value[0]),
+        contributions={layer: g.price(g.write)[0].cpu() for layer, g in found.layers.items()},
+        outputs={layer: g.of_output()[0].cpu() for layer, g in found.layers.items()},
+        deletions={layer: _deletions(found, layer) for layer in found.layers} if deletions else None,
+        atoms={(s.cfg.layer, s.cfg.head): _by_atom(found, s) for s in saes} if saes else None,  # type: ignore[misc]
+    )
+
+
+def _deletions(found: Gradient, layer: int) -> Float[Tensor, "pos head"]:
+    g = found[layer]
+    _, n_pos, n_heads = g.write.shape
+    every = torch.arange(n_pos, device=g.output.device)[None]
+    return torch.stack([g.effect(head, every, -g.write[:, :, head])[0].cpu() for head in range(n_heads)], 1)
+
+
+@torch.no_grad()
+def _by_atom(found: Gradient, sae: WriteSAE) -> tuple[Int[Tensor, "pos m"], Float[Tensor, "pos m"]]:
+    layer, head = sae.cfg.layer, sae.cfg.head
+    assert layer is not None and head is not None
+    values, indices = encode_matrices(sae, *target_of(found.cache, layer, head, sae.cfg.target))
+    prices = found[layer].prices(head, sae.decoder).gather(-1, indices.to(found.value.device))
+    return indices[0].cpu(), (values.to(prices.device) * prices)[0].cpu()

@@ -1,0 +1,166 @@
+"""Attribution against the real thing: single writes deleted, the change compared with what the gradient predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from writesae.experiments.result import Number, Result, figure
+from writesae.experiments.statistics import bootstrap, r_squared
+from writesae.gradients import Logit, gradient
+from writesae.hooks import Delete
+from writesae.texts import sequences
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from writesae.model import HookedRecurrentModel
+
+PREDICTIONS = {
+    "first order": "minus its contribution",
+    "exact through the norm": "the deletion's effect, exact up to the head's norm",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class AttributionTest(Result):
+    """Predicted changes of a logit difference when single writes are deleted, against the changes measured.
+
+    Attributes:
+        layer, head, position, prompt: of each deletion.
+        lag: tokens from the write to the prediction.
+        measured: change of the logit difference, the model run with the write taken out.
+        predicted: by each of `PREDICTIONS`.
+        context: tokens a prompt.
+    """
+
+    layer: Int[Tensor, " n"]
+    head: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    prompt: Int[Tensor, " n"]
+    lag: Int[Tensor, " n"]
+    measured: Float[Tensor, " n"]
+    predicted: dict[str, Float[Tensor, " n"]]
+    context: int
+
+    @property
+    def title(self) -> str:
+        return f"Attribution against {len(self.measured):,} deletions of single writes"
+
+    @property
+    def about(self) -> str:
+        return (
+            f"The logit of the most likely next token minus that of the second, after prompts of {self.context} "
+            f"tokens; one write (any layer, any head; its distance from the prediction drawn evenly on a log scale) is "
+            f"deleted, and the change is compared with what one backward pass predicts: minus the write's contribution "
+            f"(first order behind the head), and the deletion's effect with the head's norm taken exactly. Nothing is "
+            f"fitted. Intervals: bootstrap over prompts."
+        )
+
+    def correlation(self, prediction: str, chosen: Tensor | None = None) -> float:
+        keep = slice(None) if chosen is None else chosen
+        return float(torch.corrcoef(torch.stack([self.measured[keep], self.predicted[prediction][keep]]))[0, 1])
+
+    def numbers(self) -> Sequence[Number]:
+        made = []
+        large = self.measured.abs() >= self.measured.abs().quantile(0.75)
+        for name, predicted in self.predicted.items():
+            pairs = np.stack([self.measured.numpy(), predicted.numpy()], 1)
+            r = bootstrap(pairs, self.prompt, lambda x: float(np.corrcoef(x.T)[0, 1]), n_resamples=500)
+            made += [
+                Number.of(f"correlation with deletions, {name}", r),
+                Number(f"R², {name}", r_squared(self.measured, predicted), n=len(predicted)),
+                Number(
+                    f"correlation with the largest quarter, {name}", self.correlation(name, large), n=int(large.sum())
+                ),
+            ]
+            sign = (predicted[large] > 0) == (self.measured[large] > 0)
+            made.append(
+                Number(f"right sign of the largest quarter, {name}", float(sign.float().mean()), "%", n=len(sign))
+            )
+        return [*made, Number("median size of a change", float(self.measured.abs().median()))]
+
+    def records(self) -> pd.DataFrame:
+        import pandas as pd
+
+        columns = {
+            name: getattr(self, name).numpy() for name in ("layer", "head", "position", "prompt", "lag", "measured")
+        }
+        return pd.DataFrame(columns | {name: x.numpy() for name, x in self.predicted.items()})
+
+    def plot(self) -> Figure:
+        made, axes = figure(len(self.predicted))
+        for axis, (name, predicted) in zip(axes, self.predicted.items(), strict=True):
+            axis.scatter(predicted, self.measured, s=5, alpha=0.5, c=self.layer, cmap="viridis")
+            ends = [float(self.measured.min()), float(self.measured.max())]
+            axis.plot(ends, ends, color="0.3", lw=0.8, ls="--")
+            axis.set(xlabel=f"predicted, {name}", ylabel="measured change of the logit difference")
+            axis.set_title(f"r = {self.correlation(name):.3f}", fontsize=9)
+        return made
+
+
+def attribution_test(
+    model: HookedRecurrentModel,
+    text: str | Sequence[str],
+    *,
+    n_deletions: int = 1024,
+    n_prompts: int = 32,
+    context: int = 96,
+    seed: int = 0,
+    progress: Callable[[int], Any] | None = None,
+) -> AttributionTest:
+    """Delete single writes, and compare what that does with what the gradient said it would.
+
+    Args:
+        model: the model.
+        text: cut into prompts of ``context`` tokens, of which ``n_prompts`` are drawn.
+        n_deletions: writes deleted, rounded up to a multiple of ``n_prompts``; each time one layer and head, drawn
+            evenly, and in each prompt one token.
+        n_prompts: prompts.
+        context: tokens of each; the question is about what follows the last.
+        seed: of all that is drawn.
+        progress: called with the number of deletions done.
+
+    Raises:
+        ValueError: the text has too few prompts.
+    """
+    windows = sequences(model, text, context)
+    if len(windows) < n_prompts:
+        raise ValueError(
+            f"the text has {len(windows)} prompts of {context} tokens; {n_prompts} were asked for: give a longer text, "
+            f"or lower n_prompts or context"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    ids = windows[torch.randperm(len(windows), generator=generator)[:n_prompts]].to(model.device)
+    with torch.no_grad():
+        best = model(ids)[:, -1].topk(2).indices
+    question = Logit(best[:, 0], minus=best[:, 1])
+    found = gradient(model, ids, question)
+    sites = [(site.layer, head) for site in model.sites for head in range(site.n_heads)]
+    rows, done = [], 0
+    while done < n_deletions:
+        layer, head = sites[int(torch.randint(len(sites), (), generator=generator))]
+        lag = (context ** torch.rand(n_prompts, generator=generator)).long() - 1
+        at = (context - 1 - lag).to(model.device)[:, None]
+        with torch.no_grad(), model.intervene(Delete(layer, head), positions=at):
+            measured = question(model(ids)) - found.value
+        g, each = found[layer], torch.arange(n_prompts, device=model.device)
+        effect = g.effect(head, at, -g.write[each[:, None], at, torch.full_like(at, head)])[:, 0]
+        first = -g.price(g.write)[each, at[:, 0], head]
+        site = torch.tensor([layer, head]).expand(n_prompts, 2)
+        rows.append([*site.T, at[:, 0], torch.arange(n_prompts), lag, measured, first, effect])
+        done += n_prompts
+        if progress is not None:
+            progress(done)
+    layer, head, position, prompt, lag, measured, first, effect = (
+        torch.cat([row[i].cpu() for row in rows]) for i in range(8)
+    )
+    predicted = dict(zip(PREDICTIONS, (first, effect), strict=True))
+    return AttributionTest(layer, head, position, prompt, lag, measured, predicted, context)
