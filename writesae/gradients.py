@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from writesae.hooks.interventions import delta_of
 from writesae.kernels import adjoint, carried, chunked, states_at
+from writesae.norms import Norm
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32
 from writesae.saes.matrices import Atoms, project
 from writesae.states import States
@@ -37,49 +38,6 @@ if TYPE_CHECKING:
 
 
 BLOCK = 2**22  # numbers: outputs of a norm, worked on at once
-
-
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """The norm behind a layer's reads, as it was called in the pass.
-
-    Attributes:
-        module: it.
-        inputs: ``o`` (and, where it is gated, ``z``), heads flattened as the module takes them.
-        output: what it returned.
-        gradient: of the number, with respect to that.
-    """
-
-    module: nn.Module
-    inputs: tuple[Tensor, ...]
-    output: Tensor
-    gradient: Tensor
-
-    def rows(self, x: Tensor, shape: torch.Size, used: slice, head: int) -> Float[Tensor, "batch pos width"]:
-        """Of an input or output: the rows that the head is in, its own where the module takes each head by itself."""
-        if x.shape[-1] == shape[-1]:
-            return x.reshape(shape)[:, used, head]
-        return x.reshape(*shape[:2], -1)[:, used]
-
-    def effect(
-        self, used: slice, head: int, shape: torch.Size, o_change: Float[Tensor, "batch used n d_value"]
-    ) -> Float[Tensor, "batch n"]:
-        """What ``n`` changes of what a head reads would do to the number: the norm as it is, to first order beyond.
-
-        Args:
-            used: the tokens (columns of the pass) at which it reads them.
-            head: which head.
-            shape: of ``hook_o``, ``[batch, pos, head, d_value]``.
-            o_change: each change by itself.
-        """
-        o, *gates = (self.rows(x, shape, used, head)[:, :, None] for x in self.inputs)
-        before, gradient = (self.rows(x, shape, used, head)[:, :, None] for x in (self.output, self.gradient))
-        rows = o.repeat(1, 1, o_change.shape[2], 1)
-        d = shape[-1]
-        rows[..., slice(0, d) if o.shape[-1] == d else slice(head * d, (head + 1) * d)] += o_change.to(o.dtype)
-        flat = (x.expand(rows.shape).flatten(0, 2) for x in (rows, *gates))
-        after = self.module(*flat).reshape(rows.shape)
-        return ((after - before) * gradient).sum((1, 3))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +75,18 @@ class LayerGradient:
         state from before the pass contributes)."""
         o, _ = chunked(self.recurrence, self.write)
         return (o * self.output).sum((1, 3))
+
+    @property
+    def at_fixed_scale(self) -> LayerGradient:
+        """The same with the scale of the layer's norm held fixed, so that what lies behind the head is linear.
+
+        A norm undoes the scale of what it is given, so that, to first order, the parts of what a head reads sum to
+        nothing. With its scale held fixed, as is usual when logits are attributed, they sum to what the normalised
+        output contributes. The same as this where there is no norm.
+        """
+        if self.norm is None:
+            return self
+        return replace(self, output=self.norm.at_fixed_scale().reshape(self.output.shape), norm=None)
 
     @torch.no_grad()
     def effect(

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.experiments.result import Number, Result, figure
-from writesae.gradients import Gradient, Logit, gradient
+from writesae.gradients import Gradient, LayerGradient, Logit, gradient
 from writesae.saes.reading import encode_matrices, target_of
 
 if TYPE_CHECKING:
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 class Attribution(Result):
     """What every write of one text contributes to a logit, or to a difference of two.
 
-    A write's contribution is ``<M, k v^T>``, with ``M`` the gradient of the logit with respect to that write: exact
-    within the layer, later decays and erases included, and to first order from what the head reads on. The
-    contributions of a head's writes sum to what its whole output contributes, ``sum_t g_t . o_t``.
+    A write's contribution is ``<M, k v^T>``, with ``M`` the gradient of the logit with respect to that write, the scale
+    of the head's norm held fixed: exact within the layer, later decays and erases included, and to first order behind
+    it. The contributions of a head's writes sum to what its whole output contributes, ``sum_t g_t . o_t``. Taking a
+    write out also changes the norm's scale; `deletions` have that in them, and do not add up.
 
     Attributes:
         tokens: of the text, as strings.
@@ -58,8 +59,8 @@ class Attribution(Result):
     def about(self) -> str:
         return (
             f"What each write contributes to {self.question} ({self.value:.3f}): exact within a layer, later decays "
-            f"and erases included, to first order through the rest of the model. The contributions of a head's writes "
-            f"sum to the contribution of its output."
+            f"and erases included, to first order through the rest of the model, the scale of the head's norm held "
+            f"fixed. The contributions of a head's writes sum to the contribution of its output."
         )
 
     @property
@@ -172,6 +173,7 @@ def attribute(
         with torch.no_grad():
             wanted = int(model(ids)[0, -1].argmax())
     found = gradient(model, ids, Logit(wanted, minus=other))
+    fixed = {layer: g.at_fixed_scale for layer, g in found.layers.items()}
     strings = [str(i) for i in ids[0].tolist()] if model.tokenizer is None else model.to_str_tokens(ids)
     name = lambda i: str(i) if model.tokenizer is None else repr(model.to_str_tokens([i])[0])  # noqa: E731
     question = f"the logit of {name(wanted)}" + ("" if other is None else f" minus that of {name(other)}")
@@ -179,10 +181,10 @@ def attribute(
         tokens=strings,
         question=f"{question} after {strings[-1]!r}",
         value=float(found.value[0]),
-        contributions={layer: g.price(g.write)[0].cpu() for layer, g in found.layers.items()},
-        outputs={layer: g.of_output()[0].cpu() for layer, g in found.layers.items()},
+        contributions={layer: g.price(g.write)[0].cpu() for layer, g in fixed.items()},
+        outputs={layer: g.of_output()[0].cpu() for layer, g in fixed.items()},
         deletions={layer: _deletions(found, layer) for layer in found.layers} if deletions else None,
-        atoms={(s.cfg.layer, s.cfg.head): _by_atom(found, s) for s in saes} if saes else None,  # type: ignore[misc]
+        atoms={(s.cfg.layer, s.cfg.head): _by_atom(found, fixed[s.cfg.layer], s) for s in saes} if saes else None,  # type: ignore[misc]
     )
 
 
@@ -194,9 +196,9 @@ def _deletions(found: Gradient, layer: int) -> Float[Tensor, "pos head"]:
 
 
 @torch.no_grad()
-def _by_atom(found: Gradient, sae: WriteSAE) -> tuple[Int[Tensor, "pos m"], Float[Tensor, "pos m"]]:
+def _by_atom(found: Gradient, g: LayerGradient, sae: WriteSAE) -> tuple[Int[Tensor, "pos m"], Float[Tensor, "pos m"]]:
     layer, head = sae.cfg.layer, sae.cfg.head
     assert layer is not None and head is not None
     values, indices = encode_matrices(sae, *target_of(found.cache, layer, head, sae.cfg.target))
-    prices = found[layer].prices(head, sae.decoder).gather(-1, indices.to(found.value.device))
+    prices = g.prices(head, sae.decoder).gather(-1, indices.to(found.value.device))
     return indices[0].cpu(), (values.to(prices.device) * prices)[0].cpu()

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
 
 PREDICTIONS = {
-    "first order": "minus its contribution",
+    "contribution": "minus its contribution, the scale of the head's norm held fixed",
+    "first order": "minus its price, the gradient as it is",
     "exact through the norm": "the deletion's effect, exact up to the head's norm",
 }
 
@@ -60,8 +61,9 @@ class AttributionTest(Result):
             f"The logit of the most likely next token minus that of the second, after prompts of {self.context} "
             f"tokens; one write (any layer, any head; its distance from the prediction drawn evenly on a log scale) is "
             f"deleted, and the change is compared with what one backward pass predicts: minus the write's contribution "
-            f"(first order behind the head), and the deletion's effect with the head's norm taken exactly. Nothing is "
-            f"fitted. Intervals: bootstrap over prompts."
+            f"(the scale of the head's norm held fixed, so that contributions add up), minus its price (the gradient "
+            f"as it is), and the deletion's effect with the head's norm taken exactly. Nothing is fitted. Intervals: "
+            f"bootstrap over prompts."
         )
 
     def correlation(self, prediction: str, chosen: Tensor | None = None) -> float:
@@ -153,14 +155,12 @@ def attribution_test(
             measured = question(model(ids)) - found.value
         g, each = found[layer], torch.arange(n_prompts, device=model.device)
         effect = g.effect(head, at, -g.write[each[:, None], at, torch.full_like(at, head)])[:, 0]
-        first = -g.price(g.write)[each, at[:, 0], head]
+        first, fixed = (-x.price(x.write)[each, at[:, 0], head] for x in (g, g.at_fixed_scale))
         site = torch.tensor([layer, head]).expand(n_prompts, 2)
-        rows.append([*site.T, at[:, 0], torch.arange(n_prompts), lag, measured, first, effect])
+        rows.append([*site.T, at[:, 0], torch.arange(n_prompts), lag, measured, fixed, first, effect])
         done += n_prompts
         if progress is not None:
             progress(done)
-    layer, head, position, prompt, lag, measured, first, effect = (
-        torch.cat([row[i].cpu() for row in rows]) for i in range(8)
-    )
-    predicted = dict(zip(PREDICTIONS, (first, effect), strict=True))
-    return AttributionTest(layer, head, position, prompt, lag, measured, predicted, context)
+    columns = [torch.cat([row[i].cpu() for row in rows]) for i in range(len(rows[0]))]
+    predicted = dict(zip(PREDICTIONS, columns[6:], strict=True))
+    return AttributionTest(*columns[:6], predicted=predicted, context=context)  # type: ignore[misc]

@@ -1,0 +1,109 @@
+"""The norm right behind what the heads of a layer read: what changes of its input do beyond it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """The norm behind a layer's reads, as it was called in the pass.
+
+    Attributes:
+        module: it.
+        inputs: ``o`` (and, where it is gated, ``z``), heads flattened as the module takes them.
+        output: what it returned.
+        gradient: of the number, with respect to that.
+    """
+
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    gradient: Tensor
+
+    def rows(self, x: Tensor, shape: torch.Size, used: slice, head: int) -> Float[Tensor, "batch pos width"]:
+        """Of an input or output: the rows that the head is in, its own where the module takes each head by itself."""
+        if x.shape[-1] == shape[-1]:
+            return x.reshape(shape)[:, used, head]
+        return x.reshape(*shape[:2], -1)[:, used]
+
+    def effect(
+        self, used: slice, head: int, shape: torch.Size, o_change: Float[Tensor, "batch used n d_value"]
+    ) -> Float[Tensor, "batch n"]:
+        """What ``n`` changes of what a head reads would do to the number: the norm as it is, to first order beyond.
+
+        Args:
+            used: the tokens (columns of the pass) at which it reads them.
+            head: which head.
+            shape: of ``hook_o``, ``[batch, pos, head, d_value]``.
+            o_change: each change by itself.
+        """
+        o, *gates = (self.rows(x, shape, used, head)[:, :, None] for x in self.inputs)
+        before, gradient = (self.rows(x, shape, used, head)[:, :, None] for x in (self.output, self.gradient))
+        rows, o_ndim = o.repeat(1, 1, o_change.shape[2], 1), self.inputs[0].ndim
+        d = shape[-1]
+        rows[..., slice(0, d) if o.shape[-1] == d else slice(head * d, (head + 1) * d)] += o_change.to(o.dtype)
+        flat = (x.expand(rows.shape).reshape(*(1,) * (o_ndim - 2), -1, rows.shape[-1]) for x in (rows, *gates))
+        after = self.module(*flat).reshape(rows.shape)
+        return ((after - before) * gradient).sum((1, 3))
+
+    def at_fixed_scale(self) -> Tensor:
+        """The gradient with respect to the input, with the norm's scale held fixed (its mean, if it has one, is not).
+
+        Raises:
+            ValueError: the module computes its scale in a way that is not known here (a fused kernel).
+        """
+        o = self.inputs[0].detach().clone().requires_grad_()
+        with torch.enable_grad(), _FixedScale():
+            y = self.module(o, *self.inputs[1:])
+            (found,) = torch.autograd.grad(y, o, self.gradient)
+        with torch.no_grad():
+            parts = self.gradient * (y - self.module(torch.zeros_like(o), *self.inputs[1:]))
+            # Linear now, so that the input times its gradient is what the output (without a bias) contributes.
+            left = float(((found * o).sum() - parts.sum()).abs())
+            if left > 1e-3 * float(parts.abs().sum()) + 1e-12:
+                raise ValueError(
+                    f"the scale of {type(self.module).__name__} can't be held fixed: it is not computed by functions "
+                    f"of torch that are known here"
+                )
+        return found
+
+
+class _FixedScale(TorchFunctionMode):
+    """Norms computed inside pass no gradient through their scale."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.rsqrt, Tensor.rsqrt):
+            return func(args[0].detach())
+        if func is F.group_norm:
+            return _group_norm(*args, **kwargs)
+        if func is F.rms_norm:
+            return _rms_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _rms_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:  # as torch names its arguments
+    dims = tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    scale = (input.square().mean(dims, keepdim=True) + eps).detach().rsqrt()
+    return input * scale if weight is None else input * scale * weight
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    groups = input.unflatten(1, (num_groups, -1))
+    centred = groups - groups.mean(-1, keepdim=True)
+    y = (centred * (centred.square().mean(-1, keepdim=True) + eps).detach().rsqrt()).flatten(1, 2)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
