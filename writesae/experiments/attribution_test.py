@@ -15,6 +15,7 @@ from writesae.experiments.result import Number, Result, figure
 from writesae.experiments.statistics import bootstrap, r_squared
 from writesae.gradients import Logit, gradient
 from writesae.hooks import Delete
+from writesae.hooks.intercept import short_chunks
 from writesae.texts import sequences
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def attribution_test(
         layer, head = sites[int(torch.randint(len(sites), (), generator=generator))]
         lag = (context ** torch.rand(n_prompts, generator=generator)).long() - 1
         at = (context - 1 - lag).to(model.device)[:, None]
-        with torch.no_grad(), model.intervene(Delete(layer, head), positions=at):
+        with torch.no_grad(), short_chunks(), model.intervene(Delete(layer, head), positions=at):
             measured = question(model(ids)) - found.value
         g, each = found[layer], torch.arange(n_prompts, device=model.device)
         effect = g.effect(head, at, -g.write[each[:, None], at, torch.full_like(at, head)])[:, 0]
