@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import writesae as ws
 from writesae.recurrence import Write
 from writesae.saes import SAEConfig, WriteSAE, collect, evaluate, train_sae, train_site
-from writesae.saes.data import InMemory
+from writesae.saes.data import InMemory, spread
 from writesae.saes.run import Run, Settings
 
 
@@ -273,3 +273,16 @@ def test_train_site(model, tmp_path):
     assert states.mean.abs().max() > 0 and states.cfg.encoder == "bilinear"
     with pytest.raises(ValueError, match="the text makes 0 sequences of 512 tokens: too few; give more text"):
         train_site(model, "Too short.", site.layer, 0)
+
+
+def test_another_seed_is_another_training():
+    """torch's generator takes 32 bits of a seed: what tells seeds of ours apart must lie in these."""
+    _, data = planted()
+    one, same, other = (train_sae(CFG, data, **SETTINGS | dict(seed=seed)) for seed in (1, 1, 2))
+    assert equal(one, same) and not equal(one, other)
+    drawn = [
+        tuple(torch.randint(2**31, (2,), generator=torch.Generator().manual_seed(spread(seed, which))).tolist())
+        for seed in (0, 1, 2, 5000)
+        for which in (0, 1, 2**20)
+    ]
+    assert len(set(drawn)) == len(drawn)

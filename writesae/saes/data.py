@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from writesae.store import ActivationStore
 
 
+def spread(seed: int, which: int) -> int:
+    """A seed of torch's for the ``which``-th drawing under a seed of ours.
+
+    torch's CPU generator takes the lowest 32 bits, so seeds of ours have to differ there: they start far apart (2^32
+    divided by the golden ratio), and drawings under one follow each other.
+    """
+    return (seed * 2_654_435_769 + which) % 2**32
+
+
 class Data(ABC):
     """Samples to train on, and samples held out.
 
@@ -129,7 +138,7 @@ class FromStore(Data):
             per_pass = len(self.sequences) // self.per_buffer
             which, part = divmod(number, per_pass)
             order = torch.randperm(
-                len(self.sequences), generator=torch.Generator().manual_seed((self.seed << 20) + which)
+                len(self.sequences), generator=torch.Generator().manual_seed(spread(self.seed, which))
             )
             chosen = order[part * self.per_buffer : (part + 1) * self.per_buffer].sort().values
             self._number, self._buffer = number, None  # let go of the old one before reading the new

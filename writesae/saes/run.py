@@ -19,7 +19,7 @@ from torch import Tensor
 from writesae.disk import write_whole
 from writesae.processes import Processes
 from writesae.saes.config import SAEConfig
-from writesae.saes.data import Data, check_data, n_samples, per_unit, pieces
+from writesae.saes.data import Data, check_data, n_samples, per_unit, pieces, spread
 from writesae.saes.evaluate import evaluate
 from writesae.saes.matrices import Matrices, mean, norm2, size, unit_norm
 from writesae.saes.start import start, start_atoms
@@ -260,7 +260,7 @@ class Run:
         return data[units.to(self.device)]
 
     def _random(self, purpose: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.settings.seed << 34) + (self.step << 2) + purpose)
+        return torch.Generator().manual_seed(spread(self.settings.seed, (self.step << 2) + purpose))
 
     # Files
 
