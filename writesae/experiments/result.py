@@ -55,7 +55,8 @@ class Number:
     def _show(self, x: float, bare: bool = False) -> str:
         if self.unit == "%":
             return f"{100 * x:.1f}" + ("" if bare else "%")
-        return f"{x:.3g}" + ("" if bare or not self.unit else f" {self.unit}")
+        shown = f"{x:,.0f}" if x == round(x) and 10 <= abs(x) < 1e9 else f"{x:.3g}" if abs(x) < 0.99 else f"{x:.4g}"
+        return shown + ("" if bare or not self.unit else f" {self.unit}")
 
 
 class Result(ABC):

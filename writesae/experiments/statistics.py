@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -13,6 +13,7 @@ from torch import Tensor
 
 Array: TypeAlias = np.ndarray
 Values: TypeAlias = Float[Tensor, " n"] | Shaped[Array, " n"]
+OtherValues: TypeAlias = Float[Tensor, " m"] | Shaped[Array, " m"]  # of a sample that may have another size
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def wilson(count: int, n: int) -> Rate:
 
 
 def bootstrap(
-    values: Values,
+    values: Float[Tensor, "n ..."] | Shaped[Array, "n ..."],
     clusters: Shaped[Array, " n"] | Shaped[Tensor, " n"] | None = None,
     statistic: Callable[[Array], float] = np.mean,  # type: ignore[assignment]
     *,
@@ -85,7 +86,7 @@ def bootstrap(
     """A statistic with its percentile bootstrap 95% interval; where observations belong to clusters, these are drawn.
 
     Args:
-        values: observations.
+        values: observations, of one number or more each.
         clusters: of each observation, which cluster it belongs to (a document, an atom): observations of one are not
             independent, and the interval without them is too narrow.
         statistic: of an array.
@@ -93,10 +94,12 @@ def bootstrap(
         seed: of the drawing.
 
     Raises:
-        ValueError: fewer than two clusters (observations).
+        ValueError: fewer than two clusters (observations), or not a cluster for each value.
     """
     x = np.asarray(values)
     groups = np.arange(len(x)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    if len(groups) != len(x):
+        raise ValueError(f"each value needs its cluster; got {len(x)} values and {len(groups)} clusters")
     n_groups = int(groups.max(initial=-1)) + 1
     if n_groups < 2:
         what = "observations" if clusters is None else "clusters"
@@ -105,10 +108,12 @@ def bootstrap(
     order = np.argsort(groups, kind="stable")
     ends = np.cumsum(np.bincount(groups))
     members = [order[a:b] for a, b in zip(np.r_[0, ends[:-1]], ends, strict=True)]
-    if statistic is np.mean:  # sums of clusters are all a mean needs
+    if statistic is np.mean and x.ndim == 1:  # sums of clusters are all a mean needs
         sums, sizes = np.array([x[m].sum() for m in members]), np.array([len(m) for m in members])
         drawn = rng.integers(n_groups, size=(n_resamples, n_groups))
         found = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    elif clusters is None:
+        found = np.array([statistic(x[rng.integers(n_groups, size=n_groups)]) for _ in range(n_resamples)])
     else:
         found = np.array(
             [
@@ -120,34 +125,27 @@ def bootstrap(
     return Interval(float(statistic(x)), float(low), float(high), len(x))
 
 
-def cliffs_delta(x: Values, y: Values) -> float:
+def cliffs_delta(x: Values, y: OtherValues) -> float:
     """``P(x > y) - P(x < y)`` over all pairs, from -1 to 1: how far two samples lie apart, ties counting half."""
     a, b = np.asarray(x), np.asarray(y)
     return float(2 * stats.mannwhitneyu(a, b).statistic / (len(a) * len(b)) - 1)
 
 
-def paired(x: Values, y: Values) -> Paired:
+def paired(x: Values, y: OtherValues) -> Paired:
     """Compare two conditions pair by pair; ValueError for fewer than two pairs, or different lengths."""
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(f"a paired comparison needs two or more pairs; got {len(a)} and {len(b)} values")
     d = a - b
-    sd = float(d.std(ddof=1))
-    if sd == 0:  # the tests divide by it
-        p = 1.0 if d[0] == 0 else 0.0
-        return Paired(
-            len(d),
-            float(d[0]),
-            float(d[0]),
-            float(d[0]),
-            float(d[0]),
-            p,
-            p,
-            float(np.sign(d[0]) * np.inf) if d[0] else 0.0,
-        )
+    wilcoxon: Any = stats.wilcoxon(d) if d.any() else None
+    p_w = 1.0 if wilcoxon is None else float(wilcoxon.pvalue)
+    if (d == d[0]).all():  # the t-test and Cohen's d divide by the standard deviation
+        one = float(d[0])
+        return Paired(len(d), one, one, one, one, float(one == 0), p_w, float(np.sign(one) * np.inf) if one else 0.0)
+    mean, sd = float(d.mean()), float(d.std(ddof=1))
     half = float(stats.t.ppf(0.975, len(d) - 1)) * sd / len(d) ** 0.5
-    mean = float(d.mean())
-    p_t, p_w = float(stats.ttest_1samp(d, 0).pvalue), float(stats.wilcoxon(d).pvalue)
+    t_test: Any = stats.ttest_1samp(d, 0)
+    p_t = float(t_test.pvalue)
     return Paired(len(d), mean, mean - half, mean + half, float(np.median(d)), p_t, p_w, mean / sd)
 
 

@@ -1,0 +1,192 @@
+"""Do SAEs of one site find the same atoms? (Paper, section 3.1 and Table 16: the classes recur, the atoms do not.)"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from writesae.experiments.classes import CLASSES, COLORS, AtomClasses
+from writesae.experiments.result import Number, Result, figure
+from writesae.experiments.statistics import Array, wilson
+from writesae.saes.matrices import Atoms, project, size, unit_norm
+from writesae.saes.reading import BLOCK
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from writesae.saes import WriteSAE
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """For the atoms of one SAE, the most similar atom of another.
+
+    Attributes:
+        sae, other: which two, counted from 0.
+        atoms: those compared; all, or the alive ones.
+        partner: for each, the atom of ``other`` with the largest |cosine|.
+        cosine: that |cosine|, of the two matrices.
+    """
+
+    sae: int
+    other: int
+    atoms: Int[Tensor, " atom"]
+    partner: Int[Tensor, " atom"]
+    cosine: Float[Tensor, " atom"]
+
+
+@dataclass(frozen=True, eq=False)
+class SeedStability(Result):
+    """How far SAEs of one site agree, atom by atom and class by class.
+
+    Attributes:
+        layer, head: the site.
+        threshold: an atom has a partner if some atom of the other SAE has a larger |cosine| to it.
+        matches: for every ordered pair of SAEs.
+        classes: of each SAE's atoms; None if they were not given.
+    """
+
+    layer: int | None
+    head: int | None
+    threshold: float
+    matches: tuple[Match, ...]
+    classes: tuple[Shaped[Array, " atom"], ...] | None
+
+    @property
+    def n_saes(self) -> int:
+        return 1 + max(match.sae for match in self.matches)
+
+    @property
+    def title(self) -> str:
+        return f"Stability over seeds, layer {self.layer} head {self.head}: {self.n_saes} SAEs"
+
+    @property
+    def about(self) -> str:
+        which = "Every atom" if self.classes is None else "Every alive atom"
+        text = (
+            f"{which} of each SAE against those of every other SAE of the same head, as matrices: it has a partner if "
+            f"one of them has an |cosine| above {self.threshold:g} to it. The share is over all ordered pairs of SAEs; "
+            f"its interval takes atoms as independent. Paper: section 3.1 and Table 16, less than 1% at 0.9."
+        )
+        if self.classes is not None:
+            text += " Variation of a class: standard deviation of its counts over the SAEs, over their mean."
+        return text
+
+    def shares(self) -> dict[tuple[int, int], float]:
+        """For each ordered pair of SAEs, how many atoms of the first have a partner in the second."""
+        return {(m.sae, m.other): float((m.cosine > self.threshold).float().mean()) for m in self.matches}
+
+    def numbers(self) -> list[Number]:
+        best = self._all("cosine")
+        pairs = self.shares()
+        found = [
+            Number.of("atoms with a partner", wilson(int((best > self.threshold).sum()), len(best))),
+            Number("atoms with a partner, least pair", min(pairs.values()), "%", n=len(pairs)),
+            Number("atoms with a partner, best pair", max(pairs.values()), "%", n=len(pairs)),
+        ]
+        found += [Number(f"best |cosine|, {q}%", float(np.quantile(best, q / 100)), n=len(best)) for q in (10, 50, 90)]
+        if self.classes is None:
+            return found
+        label = self._all("class")
+        for name in CLASSES[:2]:
+            counts = np.array([(of_one == name).sum() for of_one in self.classes], dtype=float)
+            mine = best[label == name]
+            if not len(mine):
+                continue
+            found += [
+                Number(
+                    f"variation of the number of {name}s", float(counts.std(ddof=1) / counts.mean()), "%", n=len(counts)
+                ),
+                Number.of(f"{name}s with a partner", wilson(int((mine > self.threshold).sum()), len(mine))),
+            ]
+        return found
+
+    def _all(self, what: str) -> Array:
+        """A column of the records."""
+        return self.records()[what].to_numpy()
+
+    def records(self) -> pd.DataFrame:
+        """One row an atom and other SAE."""
+        import pandas as pd
+
+        parts = []
+        for match in self.matches:
+            columns = {"sae": match.sae, "other": match.other, "atom": match.atoms.numpy()}
+            if self.classes is not None:
+                columns["class"] = self.classes[match.sae][match.atoms.numpy()]
+            parts.append(pd.DataFrame(columns | {"partner": match.partner.numpy(), "cosine": match.cosine.numpy()}))
+        return pd.concat(parts, ignore_index=True)
+
+    def plot(self) -> Figure:
+        """How alike the most similar atoms are; and the classes of each SAE."""
+        fig, axes = figure(1 if self.classes is None else 2)
+        axes[0].hist(self._all("cosine"), np.linspace(0, 1, 51), color="tab:blue")
+        axes[0].axvline(self.threshold, color="black", lw=1, ls="--")
+        axes[0].set(xlabel="largest |cosine| to an atom of the other SAE", ylabel="atoms, all pairs")
+        if self.classes is not None:
+            bottom = np.zeros(self.n_saes)
+            for name in CLASSES:
+                counts = np.array([(of_one == name).sum() for of_one in self.classes])
+                axes[1].bar(range(self.n_saes), counts, bottom=bottom, color=COLORS[name], label=name)
+                bottom = bottom + counts
+            axes[1].set(xlabel="SAE", ylabel="atoms", xticks=range(self.n_saes))
+            axes[1].legend(frameon=False)
+        return fig
+
+
+@torch.no_grad()
+def seed_stability(
+    saes: Sequence[WriteSAE], *, threshold: float = 0.9, classes: Sequence[AtomClasses] | None = None
+) -> SeedStability:
+    """Look for each atom's partner in SAEs of the same head that were trained with other seeds.
+
+    Args:
+        saes: two or more, of one head and target; their atoms may be of any rank or dense.
+        threshold: |cosine| above which two atoms are the same.
+        classes: of each SAE, in order, from `atom_classes`: only alive atoms are compared then, and classes counted.
+
+    Raises:
+        ValueError: fewer than two SAEs, SAEs of different heads, sizes, targets or models, classes of other SAEs, or
+            no alive atom in one.
+    """
+    if len(saes) < 2:
+        raise ValueError(f"stability over seeds needs two or more SAEs; got {len(saes)}")
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold={threshold}: a |cosine| to lie above, from 0 to less than 1")
+    first = saes[0].cfg
+    for name in ("layer", "head", "d_key", "d_value", "target", "fingerprint"):
+        found = [getattr(sae.cfg, name) for sae in saes]
+        if len(set(found)) > 1:
+            raise ValueError(f"SAEs of one head are compared; these differ in {name}: {', '.join(map(str, found))}")
+    if classes is not None and [c.cfg for c in classes] != [sae.cfg for sae in saes]:
+        raise ValueError("classes must be those of the SAEs, one for each, in the same order")
+    alive = [torch.arange(sae.cfg.n_atoms) for sae in saes]
+    if classes is not None:
+        alive = [torch.from_numpy(c.alive).nonzero()[:, 0] for c in classes]
+        for i, atoms in enumerate(alive):
+            if not len(atoms):
+                raise ValueError(f"no atom of SAE {i} is alive: give atom_classes more text, or lower min_firings")
+    atoms = [unit_norm(sae.decoder[own.to(sae.b_enc.device)]) for sae, own in zip(saes, alive, strict=True)]
+    matches = []
+    for i, j in ((i, j) for i in range(len(saes)) for j in range(len(saes)) if i != j):
+        cosine, partner = _nearest(atoms[i], atoms[j])
+        matches.append(Match(i, j, alive[i], alive[j][partner], cosine))
+    labels = None if classes is None else tuple(c.classes for c in classes)
+    return SeedStability(first.layer, first.head, threshold, tuple(matches), labels)
+
+
+def _nearest(atoms: Atoms, others: Atoms) -> tuple[Float[Tensor, " atom"], Int[Tensor, " atom"]]:
+    """The largest |inner product| of each atom with the others, and which, a block of atoms at a time."""
+    ranks = [1 if isinstance(x, Tensor) else x.rank for x in (atoms, others)]
+    n_others, d_key, d_value = size(others)
+    step = max(1, BLOCK // max(n_others * ranks[0] * ranks[1], d_key * d_value))
+    parts = [project(atoms[i : i + step], others).abs().max(-1) for i in range(0, size(atoms)[0], step)]
+    cosine, partner = (torch.cat([part[k] for part in parts]).cpu() for k in range(2))
+    return cosine.float().clamp(max=1), partner
