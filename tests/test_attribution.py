@@ -7,7 +7,7 @@ import torch
 
 import writesae as ws
 from writesae.experiments.attribution import attribute
-from writesae.experiments.attribution_test import PREDICTIONS, attribution_test
+from writesae.experiments.deletions import PREDICTIONS, attribution_test
 from writesae.gradients import Logit, gradient
 from writesae.recurrence import Write
 from writesae.zoo import heldout_documents, shipped_saes

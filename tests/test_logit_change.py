@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import writesae as ws
-from writesae.experiments.logit_change import PREDICTIONS, LogitChange, gated, logit_change
+from writesae.experiments.logit_changes import PREDICTIONS, LogitChange, gated, logit_change
 from writesae.kernels import carried
 from writesae.recurrence import Recurrence
 from writesae.texts import sequences

@@ -4,8 +4,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from writesae.experiments import ReplacementResult, replacement_test
+    from writesae.experiments import (
+        ReplacementResult,
+        amplify,
+        atom_classes,
+        attribute,
+        attribution_test,
+        choose_atoms,
+        erase,
+        install,
+        logit_change,
+        population_test,
+        replacement_test,
+        reproduce,
+        seed_stability,
+        sign_test,
+    )
     from writesae.extraction import extract, record
+    from writesae.gradients import Gradient, Logit, gradient
     from writesae.hooks import ActivationCache, Add, Delete, HookPoint, Intervention, Replace, Site, Substitute
     from writesae.model import HookedRecurrentModel
     from writesae.recurrence import Recurrence, Write
@@ -17,7 +33,11 @@ __version__ = "0.1.0"
 
 # Where each name lives. They load at first use, so that `writesae --help` need not wait for torch.
 _HOME = {
-    "writesae.experiments": ("ReplacementResult", "replacement_test"),
+    "writesae.experiments": (
+        "ReplacementResult", "amplify", "atom_classes", "attribute", "attribution_test", "choose_atoms", "erase",
+        "install", "logit_change", "population_test", "replacement_test", "reproduce", "seed_stability", "sign_test",
+    ),
+    "writesae.gradients": ("Gradient", "Logit", "gradient"),
     "writesae.extraction": ("extract", "record"),
     "writesae.hooks": (
         "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Replace", "Site", "Substitute",
@@ -31,10 +51,11 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "HookPoint",
-    "HookedRecurrentModel", "Intervention", "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site",
-    "States", "Substitute", "Write", "WriteSAE", "extract", "record", "replacement_test", "top_contexts",
-    "train_site", "train_store",
+    "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "Gradient", "HookPoint",
+    "HookedRecurrentModel", "Intervention", "Logit", "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site",
+    "States", "Substitute", "Write", "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test",
+    "choose_atoms", "erase", "extract", "gradient", "install", "logit_change", "population_test", "record",
+    "replacement_test", "reproduce", "seed_stability", "sign_test", "top_contexts", "train_site", "train_store",
 ]  # fmt: skip
 
 

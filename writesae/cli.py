@@ -292,6 +292,73 @@ def contexts(
         console.print(top.table(i) if top[i] else top.about(i), highlight=False)
 
 
+@app.command()
+def reproduce(
+    model: Annotated[str, typer.Option(help="A shipped model (tiny-gdn), a hub id or a folder.")],
+    sae: Annotated[
+        list[str] | None, typer.Option(help="An SAE of one of its heads; repeat for several. Else those shipped.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; the same one again continues.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="An experiment; repeat for several. Else all.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A .txt file, or a folder of such; else the shipped held-out documents.")
+    ] = None,
+    flat: Annotated[list[str] | None, typer.Option(help="Flat SAEs of states, one for each head: a control.")] = None,
+    other_seed: Annotated[
+        list[str] | None, typer.Option(help="SAEs of the same heads trained with other seeds.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small samples: a look in a minute or two.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option()] = 0,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="Take SAEs that do not say which weights they were trained on.")
+    ] = False,
+) -> None:
+    """Run the paper's experiments on a model and its SAEs, and write a report beside the paper's numbers.
+
+    Stopped, the same command goes on with the first experiment that is not there. --only names one of:
+    replacement_test, population_test, atom_classes, seed_stability, logit_change, attribution_test, erase, sign_test,
+    install, amplify.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from writesae.experiments.reproduction import Sizes
+    from writesae.experiments.reproduction import reproduce as run
+    from writesae.model import HookedRecurrentModel
+    from writesae.saes import WriteSAE
+    from writesae.zoo import corpus, heldout_documents, shipped_saes
+
+    _quiet()
+    with _plainly():
+        names = sae or [str(folder) for folder in shipped_saes(model)]
+        if not names:
+            raise ValueError(f"no SAEs are shipped with {model}: give --sae, a folder or a hub id, once for each head")
+        if text is not None and not text.exists():
+            raise FileNotFoundError(f"{text} does not exist: give a .txt file, or a folder of such")
+        texts = heldout_documents() if text is None else [document.text for document in corpus.read(text)]
+        hooked = HookedRecurrentModel.from_pretrained(model).to(device)
+        load = lambda names: [WriteSAE.from_pretrained(name).to(device) for name in names or ()]  # noqa: E731
+        folder = out or Path("runs") / f"reproduce-{Path(model).name}"
+        outcomes = run(
+            hooked, load(names), texts, folder, only=only, sizes=Sizes.quick() if quick else None, flat=load(flat),
+            other_seeds=load(other_seed), seed=seed, check_model=not unchecked, console=Console(),
+        )  # fmt: skip
+    table = Table(title=f"{model}: first number of each experiment")
+    for column in ("experiment", "", "", "s"):
+        table.add_column(column, justify="right" if column == "s" else "left")
+    for outcome in outcomes:
+        first = outcome.numbers[0] if outcome.numbers else None
+        what = (first.name, str(first)) if first is not None else ("failed", outcome.error or "")
+        table.add_row(*map(Text, (outcome.key, *what, f"{outcome.seconds or 0:.0f}")))
+    console = Console()
+    console.print(table)
+    console.print(f"Report: {folder / 'report.html'} and report.md beside it", highlight=False)
+    if any(outcome.error is not None for outcome in outcomes):
+        raise typer.Exit(1)
+
+
 def _store_table(store: ActivationStore) -> Table:
     """What keeping values in half precision costs."""
     from rich.table import Table

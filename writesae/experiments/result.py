@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -55,7 +55,9 @@ class Number:
     def _show(self, x: float, bare: bool = False) -> str:
         if self.unit == "%":
             return f"{100 * x:.1f}" + ("" if bare else "%")
-        shown = f"{x:,.0f}" if x == round(x) and 10 <= abs(x) < 1e9 else f"{x:.3g}" if abs(x) < 0.99 else f"{x:.4g}"
+        shown = (
+            f"{x:,.0f}" if float(x).is_integer() and 10 <= abs(x) < 1e9 else f"{x:.3g}" if abs(x) < 0.99 else f"{x:.4g}"
+        )
         return shown + ("" if bare or not self.unit else f" {self.unit}")
 
 
@@ -101,7 +103,7 @@ def figure(n_columns: int = 1, width: float = 4.6, height: float = 3.4) -> tuple
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
     with rc_context(style):
         made = Figure(figsize=(width * n_columns, height), layout="constrained")
         FigureCanvasAgg(made)

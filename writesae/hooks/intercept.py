@@ -16,7 +16,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,25 @@ from writesae.kernels import chunked
 from writesae.recurrence import Read, Write, at_least_float32, first_state
 
 _running: ContextVar[Tap | None] = ContextVar("running_tap", default=None)
+_short: ContextVar[bool] = ContextVar("short_chunks", default=False)
+
+
+SHORT = 32  # tokens
+
+
+@contextmanager
+def short_chunks() -> Iterator[None]:
+    """Torch functions that work in chunks (mostly of 64 tokens) take chunks of at most `SHORT` tokens while the block
+    runs, as few and as short as a call needs.
+
+    They fill every call up to whole chunks with nothing, which is most of the work for short pieces of many sequences.
+    Results move by rounding alone.
+    """
+    token = _short.set(True)
+    try:
+        yield
+    finally:
+        _short.reset(token)
 
 
 @dataclass(eq=False)
@@ -465,6 +485,13 @@ def _dispatcher(function: Callable[..., Any], tapped: bool, fused: bool) -> Call
             raise ValueError(f"{torch_function.__name__} cannot keep packed sequences ({packed[0]}) apart on a CPU")
         if not takes_any:
             kwargs = {name: value for name, value in kwargs.items() if name in signature.parameters}
+        if _short.get() and "chunk_size" in signature.parameters:
+            call = signature.bind_partial(*args, **kwargs)
+            call.apply_defaults()
+            n_pos = next(iter(call.arguments.values())).shape[1]
+            n_chunks = -(-n_pos // min(call.arguments["chunk_size"], SHORT))
+            call.arguments["chunk_size"] = -(-n_pos // n_chunks)
+            return torch_function(*call.args, **call.kwargs)
         return torch_function(*args, **kwargs)
 
     @functools.wraps(function)

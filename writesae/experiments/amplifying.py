@@ -1,0 +1,253 @@
+"""Amplifying atoms while a model writes (paper, section 4, table 4): does the text have more, or less, of something?
+
+Atoms that are more active on a class of tokens than on others are added to the memory at every generated token, and a
+number is read off the text; as many other atoms, at the same norm, are the control.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+
+from writesae.experiments.continuations import SameChance, go_on, prompts_of, text_of
+from writesae.experiments.directions import estimate
+from writesae.experiments.result import Number, Result, figure
+from writesae.experiments.statistics import Array, paired
+from writesae.experiments.token_classes import ChosenAtoms
+from writesae.hooks import Add
+from writesae.recurrence import Write
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from writesae.model import HookedRecurrentModel
+    from writesae.model import Text as Prompts
+
+Metric: TypeAlias = Callable[[str], float]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text)
+
+
+METRICS: dict[str, Metric] = {
+    "newlines": lambda text: float(text.count("\n")),
+    "paragraphs": lambda text: float(len([p for p in text.split("\n\n") if p.strip()])),
+    "word length": lambda text: float(np.mean([len(w) for w in _words(text)] or [0])),
+    "capitalised words": lambda text: float(np.mean([w[0].isupper() for w in _words(text)] or [0])),
+    "commas": lambda text: float(text.count(",")),
+    "sentence ends": lambda text: float(len(re.findall(r"[.!?]", text))),
+}
+
+
+@dataclass(frozen=True)
+class AmplifyResult(Result):
+    """Texts written with atoms amplified, and what was read off them.
+
+    Attributes:
+        sites: layer and head of each SAE. atoms: amplified in each. what: the class they were chosen by.
+        contrast: the largest contrast among them.
+        doses: factors of the mean activation on the class.
+        n_tokens, temperature: of the texts.
+        prompts: what they continue.
+        texts: by condition, one a prompt: ``"baseline"``, ``"5x"``, ``"random 5x"`` ...
+        scores: metric -> condition -> one number a prompt; the first metric is what tests are of.
+    """
+
+    sites: tuple[tuple[int, int], ...]
+    atoms: tuple[tuple[int, ...], ...]
+    what: str
+    contrast: float
+    doses: tuple[float, ...]
+    n_tokens: int
+    temperature: float
+    prompts: tuple[str, ...]
+    texts: dict[str, tuple[str, ...]]
+    scores: dict[str, dict[str, Array]]
+
+    @property
+    def title(self) -> str:
+        where = ", ".join(f"layer {layer} head {head}" for layer, head in self.sites)
+        return f"Amplifying {self.what} atoms, {where}: {len(self.prompts)} prompts"
+
+    @property
+    def about(self) -> str:
+        n = sum(map(len, self.atoms))
+        return (
+            f"The {n} atoms most active on {self.what} tokens relative to others (largest contrast "
+            f"{self.contrast:.3g}) were added at every generated token, each at dose x its mean activation on such "
+            f"tokens; not in the prompt. {len(self.prompts)} prompts were continued by {self.n_tokens} tokens at "
+            f"temperature {self.temperature:g}, the end of a text never being chosen. The noise of the sampling is the "
+            f"same for a prompt in every condition, so conditions are compared pair by pair. Control: other active "
+            f"atoms, drawn anew for each prompt, their sum at the same norm. p of paired t-tests; adjusted: times the "
+            f"number of doses (Bonferroni). Intervals are bootstraps over prompts. Paper: section 4, table 4."
+        )
+
+    def numbers(self) -> list[Number]:
+        found = []
+        for metric, scores in self.scores.items():
+            found += [estimate(f"{metric}, {condition}", values) for condition, values in scores.items()]
+            if metric == next(iter(self.scores)) and len(self.prompts) > 1:
+                found += self._tests(metric, scores)
+        return found
+
+    def _tests(self, metric: str, scores: dict[str, Array]) -> list[Number]:
+        found = []
+        for dose in self.doses:
+            name, control = f"{dose:g}x", f"random {dose:g}x"
+            test, other = paired(scores[name], scores["baseline"]), paired(scores[control], scores["baseline"])
+            direct = paired(scores[name], scores[control])
+            found += [
+                Number(f"change of {metric}, {name}", test.mean, "", test.low, test.high, test.n),
+                Number(f"p, {name}", test.p_t),
+                Number(f"p adjusted, {name}", min(1.0, test.p_t * len(self.doses))),
+                Number(f"p (Wilcoxon), {name}", test.p_wilcoxon),
+                Number(f"Cohen's d, {name}", test.cohens_d),
+                Number(f"change of {metric}, {control}", other.mean, "", other.low, other.high, other.n),
+                Number(f"p, {control}", other.p_t),
+                Number(f"p, {name} against random", direct.p_t),
+            ]
+        return found
+
+    def records(self) -> pd.DataFrame:
+        import pandas as pd
+
+        rows = []
+        for condition, texts in self.texts.items():
+            for i, text in enumerate(texts):
+                scores = {metric: float(values[condition][i]) for metric, values in self.scores.items()}
+                rows.append({"prompt": i, "condition": condition, **scores, "text": text})
+        return pd.DataFrame(rows)
+
+    def plot(self) -> Figure:
+        made, axes = figure(len(self.scores))
+        for axis, (metric, scores) in zip(axes, self.scores.items(), strict=True):
+            for name, style in (("{:g}x", "o-"), ("random {:g}x", "s--")):
+                at = (0.0, *self.doses)
+                found = [estimate("", scores["baseline" if i == 0 else name.format(d)]) for i, d in enumerate(at)]
+                values = [x.value for x in found]
+                low = [x.value - (x.value if x.low is None else x.low) for x in found]
+                high = [(x.value if x.high is None else x.high) - x.value for x in found]
+                label = "chosen atoms" if name == "{:g}x" else "random atoms"
+                axis.errorbar(at, values, yerr=[low, high], fmt=style, ms=4, label=label)
+            axis.set(xlabel="dose", ylabel=metric)
+        axes[0].legend(frameon=False)
+        return made
+
+
+@torch.no_grad()
+def amplify(
+    model: HookedRecurrentModel,
+    chosen: ChosenAtoms | Sequence[ChosenAtoms],
+    prompts: Prompts,
+    metric: str | Metric | Sequence[str] | Mapping[str, Metric] = "newlines",
+    *,
+    doses: Sequence[float | int] = (2.0, 5.0, 10.0),
+    n_tokens: int = 200,
+    temperature: float | int = 0.7,
+    batch_size: int = 64,
+    seed: int = 0,
+    check_model: bool = True,
+    progress: Callable[[int], Any] | None = None,
+) -> AmplifyResult:
+    """Let a model write with atoms added to its memory at every generated token.
+
+    >>> chosen = choose_atoms(model, sae, texts, "boundary")
+    >>> amplify(model, chosen, prompts, ["newlines", "paragraphs", "word length"]).table()
+
+    Args:
+        model: the model.
+        chosen: atoms of one SAE, or of several (all heads of a layer, say), which are then amplified together.
+        prompts: a text, several, or token ids; a test needs two or more.
+        metric: what is read off the text generated: names of `METRICS`, functions by name, or one function. The first
+            is what is tested.
+        doses: factors of the mean activation on the class.
+        n_tokens: how many tokens to generate.
+        temperature: of the sampling.
+        batch_size: rows generated at once.
+        seed: of the sampling and of the random atoms.
+        check_model: refuse SAEs trained on other weights.
+        progress: called with the number of texts done, of prompts x (1 + 2 x doses).
+
+    Raises:
+        ValueError: no such metric; no dose; fewer other active atoms than chosen ones; an SAE of another model.
+    """
+    sets = [chosen] if isinstance(chosen, ChosenAtoms) else list(chosen)
+    if not sets or not doses or min(doses) < 0 or len(set(doses)) < len(doses) or n_tokens < 2 or temperature <= 0:
+        raise ValueError(
+            f"{len(sets)} sets of atoms, doses={list(doses)}, n_tokens={n_tokens}, temperature={temperature}: give at "
+            f"least one set and one dose of 0 or more, 2 or more tokens, and a temperature above 0"
+        )
+    for x in sets:
+        x.sae.check_fits(model, check_model=check_model)
+        if len(x.pool) < len(x.atoms):
+            raise ValueError(f"{len(x.pool)} other atoms were active, and the control needs {len(x.atoms)}")
+    metrics = _metrics(metric)
+    ids, mask, lengths, shown = prompts_of(model, prompts)
+    n = len(ids)
+    names = ["baseline", *(f"{k}{dose:g}x" for dose in doses for k in ("", "random "))]
+    factors = [0.0, *(float(dose) for dose in doses for _ in range(2))]
+    generator = torch.Generator().manual_seed(seed)
+    writes = []  # of each SAE, [2, prompt]: of the chosen atoms, and of each prompt's random ones
+    for x in sets:
+        drawn = torch.stack([x.pool[torch.randperm(len(x.pool), generator=generator)[: len(x.atoms)]] for _ in shown])
+        own, other = x.write(x.atoms.expand(n, -1)), x.write(drawn)
+        key, value = torch.stack([own.key, other.key]), torch.stack([own.value, other.value])
+        writes.append(Write(key, value, own.rank))
+
+    texts: list[str] = []
+    for batch in torch.arange(n * len(names)).split(batch_size):
+        condition, row = batch // n, batch % n
+        at, random = row.to(ids.device), ((condition > 0) & (condition % 2 == 0)).long()
+        factor = torch.tensor(factors)[condition]
+        edits = [
+            Add(*x.site, write=(w[random, row] * factor.to(w.key))[:, None]) for x, w in zip(sets, writes, strict=True)
+        ]
+        positions = lengths[at, None] + torch.arange(n_tokens - 1, device=ids.device)  # the last is never fed
+        own_mask = None if mask is None else mask[at]
+        chance = SameChance(row, temperature, seed)
+        new = go_on(model, ids[at], own_mask, n_tokens, edits, positions, chance=chance, whole=True)
+        texts += [text_of(model, r) for r in new]
+        if progress is not None:
+            progress(len(texts))
+    by_condition = {name: tuple(texts[i * n : (i + 1) * n]) for i, name in enumerate(names)}
+    scores = {
+        label: {name: np.array([float(measure(t)) for t in found]) for name, found in by_condition.items()}
+        for label, measure in metrics.items()
+    }
+    return AmplifyResult(
+        tuple(x.site for x in sets),
+        tuple(tuple(x.atoms.tolist()) for x in sets),
+        sets[0].what, max(float(x.contrast.max()) for x in sets), tuple(map(float, doses)), n_tokens,
+        float(temperature), tuple(shown), by_condition, scores,
+    )  # fmt: skip
+
+
+def count_of(what: str) -> Metric:
+    """A metric: how often a string occurs."""
+    return lambda text: float(text.count(what))
+
+
+def _metrics(metric: str | Metric | Sequence[str] | Mapping[str, Metric]) -> dict[str, Metric]:
+    found: dict[str, Metric]
+    if isinstance(metric, Mapping):
+        found = dict(metric)
+    elif callable(metric):
+        found = {str(getattr(metric, "__name__", "metric")): metric}
+    else:
+        given = [metric] if isinstance(metric, str) else list(metric)
+        for name in given:
+            if name not in METRICS:
+                raise ValueError(
+                    f"metric {name!r}: there are {', '.join(METRICS)}; or give {{name: function of a text}}"
+                )
+        found = {name: METRICS[name] for name in given}
+    if not found:
+        raise ValueError("metric is empty: name at least one")
+    return found

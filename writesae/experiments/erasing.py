@@ -1,0 +1,323 @@
+"""Erasing an atom where it fires (paper, section 4 and appendix I.4): which token loses, how much, and only there?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+
+from writesae.experiments.directions import estimate, keep_last
+from writesae.experiments.result import Number, Result, figure
+from writesae.experiments.statistics import paired, wilson
+from writesae.experiments.targets import ranks, show_token
+from writesae.hooks import Add, Delete, Intervention
+from writesae.hooks.intercept import short_chunks
+from writesae.recurrence import Read
+from writesae.saes.reading import encode
+from writesae.texts import sequences
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from writesae.model import HookedRecurrentModel
+    from writesae.saes import WriteSAE
+
+Mode: TypeAlias = Literal["delete", "subtract"]
+Edit: TypeAlias = Callable[[Tensor], Intervention]
+WHAT = {"delete": "the native write was deleted", "subtract": "the atom at its activation was subtracted"}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one edit did to one token at some positions: its log probability, nats, and its rank (1 is the first)."""
+
+    window: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    native: Float[Tensor, " n"]
+    edited: Float[Tensor, " n"]
+    native_rank: Int[Tensor, " n"]
+    edited_rank: Int[Tensor, " n"]
+
+    @property
+    def change(self) -> Float[Tensor, " n"]:
+        return self.edited - self.native
+
+    def numbers(self, where: str) -> list[Number]:
+        """Median change with its bootstrap interval over windows, and Wilcoxon's p."""
+        return [
+            estimate(f"median change of log p{where}", self.change, self.window, np.median, "nats"),
+            Number(f"p (Wilcoxon){where}", paired(self.edited, self.native).p_wilcoxon),
+        ]
+
+
+@dataclass(frozen=True)
+class EraseResult(Result):
+    """What erasing an atom does to the token it prefers.
+
+    Attributes:
+        layer, head, atom, mode, read: what was erased, and which read first sees it.
+        activation: median of the atom's at the firings, the ``a*`` of the paper.
+        token, token_text: the preferred token, chosen on other firings than those it is tested on.
+        token_same: the one chosen on all firings, as the paper does.
+        fires: at how many of the ``n_tokens`` tokens that could be used the atom fires.
+        effects: by condition: ``"erase"`` of the token at the firings kept for the test; ``"erase, same firings"`` of
+            ``token_same`` at all of them; ``"minus m"`` with ``m`` times the atom at its activation subtracted; and
+            where the atom does not fire ``"no firing: delete"`` and ``"no firing: plus m"``, with ``m a*`` added.
+    """
+
+    layer: int
+    head: int
+    atom: int
+    mode: Mode
+    read: Read
+    activation: float
+    token: int
+    token_text: str
+    token_same: int
+    fires: int
+    n_tokens: int
+    doses: tuple[float, ...]
+    effects: dict[str, Effect]
+
+    @property
+    def title(self) -> str:
+        return f"Erasing atom {self.atom}, layer {self.layer} head {self.head}: {len(self.erased.window)} firings"
+
+    @property
+    def about(self) -> str:
+        same = self.effects["erase, same firings"]
+        return (
+            f"Atom {self.atom} fires at {self.fires:,} of {self.n_tokens:,} tokens, with a median activation "
+            f"a* = {self.activation:.3g}. At {len(same.window)} of these firings {WHAT[self.mode]}. On one half of "
+            f"them (by windows of the text) the token was chosen whose log probability falls most in sum, the "
+            f"preferred token: {self.token_text!r} (id {self.token}); the numbers are of that token at the other half. "
+            f"To choose and to test on the same firings, as the paper does, finds a fall also where there is none; "
+            f"that is given for comparison (token id {self.token_same}). 'minus m' subtracts m times the atom at its "
+            f"activation. The control is at {len(self.effects['no firing: delete'].window)} tokens where the atom does "
+            f"not fire: the write deleted, or m a* of the atom added. Intervals are bootstraps over windows. Paper: "
+            f"section 4, appendix I.4."
+        )
+
+    @property
+    def erased(self) -> Effect:
+        return self.effects["erase"]
+
+    def numbers(self) -> list[Number]:
+        e, same = self.erased, self.effects["erase, same firings"]
+        found = [
+            *e.numbers(""),
+            estimate("mean change of log p", e.change, e.window, unit="nats"),
+            Number.of("log p falls", wilson(int((e.change < 0).sum()), len(e.change))),
+            Number("median rank before", float(e.native_rank.double().median()), n=len(e.change)),
+            Number("median rank after", float(e.edited_rank.double().median()), n=len(e.change)),
+            *same.numbers(", same firings"),
+        ]
+        for name, effect in self.effects.items():
+            if name not in ("erase", "erase, same firings"):
+                found += effect.numbers(f", {name}")
+        if len(self.doses) > 1:
+            for name, place in (("minus", "at firings"), ("no firing: plus", "elsewhere")):
+                changes = [self.effects[f"{name} {m:g}"].change for m in self.doses]
+                x = np.repeat(self.doses, [len(change) for change in changes])
+                y = torch.cat(changes).numpy()
+                found.append(Number(f"trend with dose, {place} (Spearman)", _spearman(x, y), n=len(x)))
+        return found
+
+    def records(self) -> pd.DataFrame:
+        import pandas as pd
+
+        tables = []
+        for name, e in self.effects.items():
+            columns: dict[str, Any] = {k: v.numpy() for k, v in vars(e).items()}
+            token = self.token_same if name == "erase, same firings" else self.token
+            tables.append(pd.DataFrame({"condition": name, "token": token, **columns, "change": e.change.numpy()}))
+        return pd.concat(tables, ignore_index=True)
+
+    def plot(self) -> Figure:
+        made, (spread, dose) = figure(2)
+        shown = {"erased": "erase", "elsewhere: deleted": "no firing: delete"}
+        spread.boxplot([self.effects[n].change.numpy() for n in shown.values()], showfliers=False)
+        spread.set_xticks(range(1, len(shown) + 1), list(shown))
+        spread.axhline(0, color="gray", lw=0.6)
+        spread.set(ylabel=f"change of log p of {self.token_text!r}, nats")
+        for sign, name, label in ((-1, "minus", "at firings"), (1, "no firing: plus", "where it does not fire")):
+            medians = [
+                estimate("", e.change, e.window, np.median) for m in self.doses if (e := self.effects[f"{name} {m:g}"])
+            ]
+            at = [sign * m for m in self.doses]
+            bars = [[m.value - (m.low or m.value) for m in medians], [(m.high or m.value) - m.value for m in medians]]
+            dose.errorbar(at, [m.value for m in medians], yerr=bars, fmt="o-", ms=4, label=label)
+        dose.axhline(0, color="gray", lw=0.6)
+        dose.set(xlabel="times the atom at its activation, added", ylabel="median change, nats")
+        dose.legend(frameon=False)
+        return made
+
+
+@torch.no_grad()
+def erase(
+    model: HookedRecurrentModel,
+    sae: WriteSAE,
+    atom: int,
+    text: str | Sequence[str],
+    *,
+    n: int = 150,
+    mode: Mode = "delete",
+    doses: Sequence[float | int] = (1.0, 2.0, 4.0),
+    read: Read = "same",
+    context: int = 64,
+    batch_size: int = 32,
+    seed: int = 0,
+    check_model: bool = True,
+    progress: Callable[[int], Any] | None = None,
+) -> EraseResult:
+    """Take an atom out of the memory where it fires, and see which token becomes less likely.
+
+    Args:
+        model: the model.
+        sae: an SAE of one of its heads.
+        atom: which of its atoms; any activation above 0 is a firing.
+        text: cut into windows of ``context`` tokens, of which the first quarter is only context.
+        n: firings, half of them to choose the token and half to test it; and ``n // 2`` tokens without a firing.
+        mode: ``"delete"``: take out the native write, as the paper does; ``"subtract"``: ``a_i A_i`` alone.
+        doses: what ``a_i A_i`` is multiplied by where it is subtracted at firings, or added elsewhere.
+        read: ``"same"``: the token's own read sees the edit, and the token after it is predicted; ``"next"``: the next
+            token's read does, and the one after that is predicted.
+        context: tokens of a window.
+        batch_size: windows run at once.
+        seed: of the choice of firings and of other tokens.
+        check_model: refuse an SAE trained on other weights.
+        progress: called with the number of distributions done, about ``n * (3 + len(doses))`` in all.
+
+    Raises:
+        ValueError: the text is too short, or the atom fires too rarely in it or never; the message has the numbers.
+        IndexError: no such atom.
+    """
+    if mode not in WHAT:
+        raise ValueError(f"mode={mode!r}: allowed are 'delete' and 'subtract'")
+    if min(n, context) < 4 or len(set(doses)) < len(doses) or min(doses, default=0) < 0:
+        raise ValueError(
+            f"n={n}, context={context}, doses={list(doses)}: n and context are at least 4; doses are not negative, "
+            f"and each is given once"
+        )
+    sae.check_fits(model, check_model=check_model)
+    sae.atom(atom)  # raises for one out of range
+    layer, head = sae.cfg.layer, sae.cfg.head
+    assert layer is not None and head is not None
+    generator = torch.Generator().manual_seed(seed)
+    windows = sequences(model, text, context)
+    if not len(windows):
+        raise ValueError(f"no text has {context} tokens: give longer texts or a smaller context")
+    windows = windows[torch.randperm(len(windows), generator=generator)]
+    usable = slice(context // 4, context - (read == "next"))
+    codes = [encode(model, sae, x, check_model=False, batch_size=batch_size) for x in windows.split(batch_size)]
+    activation = torch.cat([x.atom(atom)[:, usable].cpu() for x in codes])
+    fires, others = _choose(activation, atom, n, generator)
+    for_choice = fires[:, 0] < fires[n // 2, 0]  # rows are in order, so no window is on both sides
+    tested = fires[~for_choice]
+    if not bool(for_choice.any()) or len(tested[:, 0].unique()) < 2:
+        raise ValueError(
+            f"the {n} firings of atom {atom} lie in {len(fires[:, 0].unique())} windows: too few to choose the token "
+            f"on some and test it on others; give more text or a smaller context"
+        )
+    run = _Run(model, windows, usable.start, read, batch_size, progress)
+    typical = float(activation[tuple(fires.T)].median())
+
+    def add(times: float | int, of: Float[Tensor, " n"]) -> Add:  # so much of the atom, at one position a row
+        atoms = sae.atom(torch.full((len(of), 1), atom))
+        return Add(layer, head, write=atoms * (times * of)[:, None].to(atoms.key))
+
+    def minus(times: float | int) -> Edit:
+        return lambda at: add(-times, activation[tuple(at.T)])
+
+    def plus(times: float | int) -> Edit:
+        return lambda at: add(times, torch.full((len(at),), typical))
+
+    def delete(_: Tensor) -> Delete:
+        return Delete(layer, head)
+
+    native, erased = run(fires), run(fires, delete if mode == "delete" else minus(1))
+    lost = native - erased
+    token, token_same = int(lost[for_choice].sum(0).argmax()), int(lost.sum(0).argmax())
+    native_others = run(others)
+    effects = {
+        "erase": run.effect(tested, native[~for_choice], erased[~for_choice], token),
+        "erase, same firings": run.effect(fires, native, erased, token_same),
+        **{f"minus {m:g}": run.effect(tested, native[~for_choice], run(tested, minus(m)), token) for m in doses},
+        "no firing: delete": run.effect(others, native_others, run(others, delete), token),
+        **{f"no firing: plus {m:g}": run.effect(others, native_others, run(others, plus(m)), token) for m in doses},
+    }
+    return EraseResult(
+        layer, head, atom, mode, read, typical, token, show_token(model, token), token_same,
+        int((activation > 0).sum()), activation.numel(), tuple(float(m) for m in doses), effects,
+    )  # fmt: skip
+
+
+def _choose(
+    activation: Float[Tensor, "window pos"], atom: int, n: int, generator: torch.Generator
+) -> tuple[Int[Tensor, "n 2"], Int[Tensor, "m 2"]]:
+    """``n`` firings at random, and half as many other tokens; both in the order of the windows."""
+    fires, others = (activation > 0).nonzero(), (activation <= 0).nonzero()
+    if min(len(fires), 2 * len(others)) < n:
+        raise ValueError(
+            f"atom {atom} {f'fires at {len(fires)}' if len(fires) else 'never fires at any'} of {activation.numel():,} "
+            f"tokens of the text; n={n} firings, and {n // 2} other tokens, were asked for: lower n, give more text, "
+            f"or choose an atom that fires more (top_contexts has counts)"
+        )
+    some = lambda x, m: x[torch.randperm(len(x), generator=generator)[:m].sort().values]  # noqa: E731
+    return some(fires, n), some(others, n // 2)
+
+
+@dataclass
+class _Run:
+    """Next-token distributions at single tokens, each a row ``(window, column)``, with or without an edit there."""
+
+    model: Any
+    windows: Int[Tensor, "n_windows context"]
+    first: int  # position of column 0
+    read: Read
+    batch_size: int
+    progress: Callable[[int], Any] | None
+    done: int = 0
+
+    def __call__(self, at: Int[Tensor, "n 2"], edit: Edit | None = None) -> Float[Tensor, "n vocab"]:
+        """Log probabilities at the first token whose read sees the edit."""
+        found = []
+        for part in at.split(self.batch_size):
+            found.append(self._log_p(part, None if edit is None else edit(part)).cpu())
+            self.done += len(part)
+            if self.progress is not None:
+                self.progress(self.done)
+        return torch.cat(found)
+
+    def _log_p(self, at: Int[Tensor, "n 2"], edit: Intervention | None) -> Float[Tensor, "n vocab"]:
+        device, position = self.windows.device, at[:, 1] + self.first
+        last = position + (self.read == "next")  # nothing after that token is run; shorter rows are padded on the left
+        column = torch.arange(int(last.max()) + 1) - (last.max() - last)[:, None]
+        real = column >= 0
+        tokens = self.windows[at[:, :1].to(device), column.clamp_min(0).to(device)]
+        given = {"attention_mask": None if bool(real.all()) else real.long().to(device), **keep_last(self.model)}
+        editing = nullcontext()
+        if edit is not None:
+            editing = self.model.intervene(edit, positions=position[:, None], read=self.read, check_model=False)
+        with short_chunks(), editing:
+            logits = self.model(tokens, **given)
+        return logits[:, -1].float().log_softmax(-1)
+
+    def effect(
+        self, at: Int[Tensor, "n 2"], native: Float[Tensor, "n vocab"], edited: Float[Tensor, "n vocab"], token: int
+    ) -> Effect:
+        which = torch.full((len(at),), token)
+        rank = [ranks(x, which) for x in (native, edited)]
+        return Effect(at[:, 0], at[:, 1] + self.first, native[:, token], edited[:, token], *rank)
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    return 0.0 if y.std() == 0 else float(stats.spearmanr(x, y)[0])  # type: ignore[arg-type]

@@ -1,0 +1,335 @@
+"""Installing a token (paper, section 4 and appendix I.6): write its direction into the memory at the end of a prompt,
+let the model go on greedily, and see whether the token turns up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from rich.table import Table
+from rich.text import Text
+from scipy.stats import binomtest
+from torch import Tensor
+
+from writesae.experiments.continuations import go_on, prompts_of, text_of
+from writesae.experiments.directions import (
+    Direction,
+    Key,
+    Places,
+    at_positions,
+    check_head,
+    choose_writes,
+    estimate,
+    keep_last,
+    setting,
+)
+from writesae.experiments.result import Number, Result, figure
+from writesae.experiments.statistics import wilson
+from writesae.experiments.targets import Targets, choose_targets, ranks, show_token
+from writesae.hooks import Add
+from writesae.recurrence import Read, Write
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from writesae.model import HookedRecurrentModel
+    from writesae.model import Text as Prompts
+
+STRATA = (2, 11, 101, 1001)
+CONDITIONS = ("edited", "random")
+
+
+@dataclass(frozen=True)
+class InstallResult(Result):
+    """Trials of installing, one row a prompt, target and scale; the scales one after the other.
+
+    Attributes:
+        layer, heads, n_positions, direction, key, max_new_tokens: what was done.
+        scales: sizes of the write over the native write's; the first is the one that most numbers are of.
+        strata: names of the strata of targets. prompts: the prompts. natives: how the unmodified model goes on.
+        prompt, target, stratum: of each trial, ``stratum`` as a number. scale: of each.
+        rank: of the target in the unmodified model, 1 is the first. log_p: its log probability, nats.
+        rank_after, log_p_after: the same with the write, ``[2, n]``: of the direction, and of a random value.
+        native: whether the unmodified model's continuation has the target.
+        included: whether the edited ones have it, ``[2, n]`` likewise.
+        targets, texts: the target and the edited continuation, as strings.
+    """
+
+    layer: int
+    heads: tuple[int, ...]
+    n_positions: int
+    direction: str
+    key: str
+    max_new_tokens: int
+    scales: tuple[float, ...]
+    strata: tuple[str, ...]
+    prompts: tuple[str, ...]
+    natives: tuple[str, ...]
+    prompt: Int[Tensor, " n"]
+    target: Int[Tensor, " n"]
+    stratum: Int[Tensor, " n"]
+    scale: Float[Tensor, " n"]
+    rank: Int[Tensor, " n"]
+    log_p: Float[Tensor, " n"]
+    rank_after: Int[Tensor, "2 n"]
+    log_p_after: Float[Tensor, "2 n"]
+    native: Bool[Tensor, " n"]
+    included: Bool[Tensor, "2 n"]
+    targets: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        heads = f"head {self.heads[0]}" if len(self.heads) == 1 else f"heads {', '.join(map(str, self.heads))}"
+        return f"Installing tokens, layer {self.layer} {heads}: {len(self.prompt):,} trials"
+
+    @property
+    def about(self) -> str:
+        return (
+            f"The {self.direction} direction of a target token (key: {self.key}) was written at the last "
+            f"{self.n_positions} tokens of a prompt, at {self.scales[0]:g} times the norm of what each head itself "
+            f"writes there; then the model went on greedily for {self.max_new_tokens} tokens. A target is included if "
+            f"it is among these. Targets are in strata by their rank as next token of the unmodified model; that "
+            f"model's continuations are the comparison (paired, McNemar's exact test), and a random value at the same "
+            f"keys and norms the control. Lift is the change of the target's log probability as first new token. "
+            f"Intervals of lifts are bootstraps over prompts. Paper: section 4, appendix I.6, tables 3, 20 and 21, "
+            f"whose ranks are among some 248,000 tokens."
+        )
+
+    def of_scale(self, scale: float) -> Bool[Tensor, " n"]:
+        return self.scale == scale
+
+    def numbers(self) -> list[Number]:
+        first = self.of_scale(self.scales[0])
+        found = self._inclusion(first, "")
+        for i, name in enumerate(self.strata):
+            if bool((here := first & (self.stratum == i)).any()):
+                found += self._inclusion(here, f", {name}")
+        lift, shift = self.log_p_after - self.log_p, self.rank - self.rank_after
+        prompt = self.prompt[first]
+        found += [
+            Number.of("rank improved", wilson(int((shift[0, first] > 0).sum()), int(first.sum()))),
+            Number("median rank shift", float(shift[0, first].double().median()), n=int(first.sum())),
+            estimate("first-step lift", lift[0, first], prompt, np.median, "nats"),
+            estimate("mean first-step lift", lift[0, first], prompt, unit="nats"),
+            estimate("first-step lift, random value", lift[1, first], prompt, np.median, "nats"),
+        ]
+        for scale in self.scales if len(self.scales) > 1 else ():
+            here = self.of_scale(scale)
+            for name, hits in zip(("", ", random value"), self.included[:, here], strict=True):
+                found.append(Number.of(f"inclusion at {scale:g}x{name}", wilson(*_count(hits))))
+        return found
+
+    def _inclusion(self, here: Bool[Tensor, " n"], where: str) -> list[Number]:
+        edited, native = self.included[0, here], self.native[here]
+        gained, lost = int((edited & ~native).sum()), int((native & ~edited).sum())
+        p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+        return [
+            Number.of(f"inclusion{where}", wilson(*_count(edited))),
+            Number.of(f"inclusion, unmodified{where}", wilson(*_count(native))),
+            Number.of(f"inclusion, random value{where}", wilson(*_count(self.included[1, here]))),
+            Number(f"p (McNemar){where}", float(p), n=gained + lost),
+        ]
+
+    def records(self) -> pd.DataFrame:
+        import pandas as pd
+
+        names = ("prompt", "target", "scale", "rank", "log_p", "native")
+        columns: dict[str, Any] = {name: getattr(self, name).numpy() for name in names}
+        columns |= {"target_text": self.targets, "stratum": [self.strata[i] for i in self.stratum.tolist()]}
+        for i, condition in enumerate(CONDITIONS):
+            for name in ("rank_after", "log_p_after", "included"):
+                columns[f"{name}_{condition}"] = getattr(self, name)[i].numpy()
+        return pd.DataFrame(columns | {"text": self.texts})
+
+    def plot(self) -> Figure:
+        made, (bars, dose) = figure(2)
+        first = self.of_scale(self.scales[0])
+        present = [i for i in range(len(self.strata)) if bool((first & (self.stratum == i)).any())]
+        series = {"unmodified": self.native, "random value": self.included[1], "edited": self.included[0]}
+        for j, (name, hits) in enumerate(series.items()):
+            rates = [wilson(*_count(hits[first & (self.stratum == i)])) for i in present]
+            spread = [[r.rate - r.low for r in rates], [r.high - r.rate for r in rates]]
+            at = np.arange(len(present)) + 0.27 * (j - 1)
+            bars.bar(at, [r.rate for r in rates], 0.25, yerr=spread, label=name, error_kw={"lw": 0.8})
+        bars.set_xticks(range(len(present)), [self.strata[i].removeprefix("ranks ") for i in present])
+        bars.set(xlabel="rank of the target before", ylabel="target in continuation", ylim=(0, 1))
+        bars.legend(frameon=False)
+        for i, name in enumerate(("edited", "random value")):
+            rates = [wilson(*_count(self.included[i, self.of_scale(s)])) for s in self.scales]
+            spread = [[r.rate - r.low for r in rates], [r.high - r.rate for r in rates]]
+            dose.errorbar(self.scales, [r.rate for r in rates], yerr=spread, fmt="o-", ms=4, label=name)
+        dose.axhline(float(self.native.double().mean()), color="gray", lw=0.8, ls="--", label="unmodified")
+        dose.set(xlabel="size of the write / native write", ylabel="target in continuation", ylim=(0, 1))
+        dose.legend(frameon=False)
+        return made
+
+    def table(self) -> Table:
+        """The numbers; of a few trials also the texts."""
+        table = super().table()
+        if len(self.prompt) <= 12:
+            lines = []
+            for i in range(len(self.prompt)):
+                p = int(self.prompt[i])
+                change = f"rank {int(self.rank[i])} to {int(self.rank_after[0, i])} at {float(self.scale[i]):g}x"
+                lines.append(
+                    f"{self.targets[i]!r}, {change}: {self.prompts[p]!r} ...\n"
+                    f"  before {self.natives[p]!r}\n  after  {self.texts[i]!r}"
+                )
+            table.caption = Text("\n".join(lines), justify="left")
+        return table
+
+
+@torch.no_grad()
+def install(
+    model: HookedRecurrentModel,
+    layer: int,
+    head: int | Sequence[int] | None,
+    prompts: Prompts,
+    *,
+    targets: Targets | None = None,
+    strata: Sequence[int] = STRATA,
+    per_stratum: int = 2,
+    n_positions: int = 3,
+    scale: float | int | Sequence[float | int] = 3.0,
+    max_new_tokens: int = 20,
+    direction: Direction = "formula",
+    key: Key = "native",
+    read: Read = "same",
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: Callable[[int], Any] | None = None,
+) -> InstallResult:
+    """Write the direction of a target at the end of prompts, and see whether greedy continuations have the target.
+
+    >>> install(model, 2, 0, "The captain", targets=[" war"]).table()      # one prompt: its texts before and after
+
+    Args:
+        model: the model.
+        layer: whose state is written to.
+        head: one head, several, or None for all of the layer.
+        prompts: a text, several, or token ids.
+        targets: tokens tried with every prompt, ids or strings of one token each; None to draw them by rank.
+        strata: the lowest rank of each stratum of targets; the last has no end.
+        per_stratum: targets drawn from each for every prompt, special tokens left out.
+        n_positions: how many tokens at the prompt's end get the write.
+        scale: its size over the native write's, or several; the first is the one that the numbers are about.
+        max_new_tokens: length of the continuations.
+        direction, key: see `writesae.experiments.directions.choose_writes`.
+        read: ``"same"``: the read of a token written at sees the write. ``"next"``: the next token's does.
+        batch_size: rows generated at once.
+        seed: of targets and random values.
+        progress: called with the number of continuations done: trials, twice for the control, and prompts.
+
+    Raises:
+        ValueError: a target is not one token; a prompt is shorter than ``n_positions``; no token is in a stratum.
+        IndexError: no such layer, head or token.
+    """
+    heads = _heads(model, layer, head)
+    scales = tuple(float(x) for x in ([scale] if isinstance(scale, float | int) else scale))
+    if not scales or len(set(scales)) < len(scales) or min(n_positions, max_new_tokens, per_stratum) < 1:
+        raise ValueError(
+            f"scale={scale}, n_positions={n_positions}, max_new_tokens={max_new_tokens}, per_stratum={per_stratum}: "
+            f"give at least one scale, each once, and counts of at least 1"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    ids, mask, lengths, texts = prompts_of(model, prompts)
+    if int(lengths.min()) < n_positions:
+        short = int(lengths.argmin())
+        raise ValueError(
+            f"n_positions={n_positions}, but prompt {short} has {int(lengths[short])} tokens: lower n_positions or "
+            f"give a longer prompt"
+        )
+    positions = lengths[:, None] - n_positions + torch.arange(n_positions, device=ids.device)
+    write, query, logits = at_positions(model, layer, ids, mask, positions)
+    prompt, target = choose_targets(model, logits.cpu(), targets, strata, per_stratum, generator)
+    names = [f"ranks {a} to {b - 1}" for a, b in pairwise(strata)]
+    names += [f"ranks {strata[-1]} and up", f"ranks below {strata[0]}"]
+
+    log_p = logits.log_softmax(-1).cpu()
+    rank = ranks(logits.cpu()[prompt], target)
+    native = go_on(model, ids, mask, max_new_tokens).cpu()
+    done = len(ids)
+    parts: dict[str, list[Tensor]] = {}
+    for size in scales:
+        for batch in torch.arange(len(prompt)).split(batch_size):
+            rows, wanted = prompt[batch].to(ids.device), target[batch].to(ids.device)
+            own, made = None if mask is None else mask[rows], {}
+            for h in heads:
+                native_write, reads = write[rows, :, h], query[rows, :, h]
+                here = Places(model, layer, h, ids[rows], own, positions[rows], wanted, native_write, reads)
+                made[h] = choose_writes(here, direction, key, generator)
+            for condition in CONDITIONS:
+                if condition == "random":
+                    made = {h: _with_random_value(w, generator) for h, w in made.items()}
+                edits = [Add(layer, h, write=w, scale=size, relative=True) for h, w in made.items()]
+                with model.intervene(edits, positions=positions[rows], read=read):
+                    after = model(ids[rows], attention_mask=own, **keep_last(model))[:, -1].float()
+                new = go_on(model, ids[rows], own, max_new_tokens, edits, positions[rows], read)
+                found = {
+                    "rank_after": ranks(after, wanted),
+                    "log_p_after": after.log_softmax(-1).gather(-1, wanted[:, None])[:, 0],
+                    "included": included(new, wanted),
+                    "new": new,
+                }
+                for name, x in found.items():
+                    parts.setdefault(f"{name} {condition}", []).append(x.cpu())
+                done += len(batch)
+                if progress is not None:
+                    progress(done)
+    n = len(scales)
+    both = {
+        name: torch.stack([torch.cat(parts[f"{name} {c}"]) for c in CONDITIONS])
+        for name in ("rank_after", "log_p_after", "included")
+    }
+    stratum = torch.bucketize(rank, torch.tensor(strata), right=True) - 1
+    once = {
+        "prompt": prompt,
+        "target": target,
+        "stratum": torch.where(stratum < 0, len(strata), stratum),
+        "rank": rank,
+        "log_p": log_p[prompt, target],
+        "native": included(native[prompt], target),
+    }
+    return InstallResult(
+        layer, tuple(heads), n_positions, setting(direction), setting(key), max_new_tokens, scales, tuple(names),
+        tuple(texts), tuple(text_of(model, row) for row in native),
+        scale=torch.tensor(scales, dtype=torch.float64).repeat_interleave(len(prompt)),
+        targets=tuple(show_token(model, t) for t in target.tolist()) * n,
+        texts=tuple(text_of(model, row) for new in parts["new edited"] for row in new),
+        **both,
+        **{name: x.repeat(n) for name, x in once.items()},
+    )  # fmt: skip
+
+
+def _with_random_value(write: Write, generator: torch.Generator) -> Write:
+    """The same keys with a random value a row, for `Add` with ``relative=True``."""
+    one = torch.randn(len(write.value), 1, *write.value.shape[2:], generator=generator)
+    return Write(write.key, one.to(write.value).expand_as(write.value), write.rank)
+
+
+def included(new: Int[Tensor, "n new"], target: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+    """Whether each continuation has its target."""
+    return (new == target[:, None]).any(-1)
+
+
+def _heads(model: HookedRecurrentModel, layer: int, head: int | Sequence[int] | None) -> list[int]:
+    if head is None:
+        return list(range(model.site(layer).n_heads))
+    heads = [head] if isinstance(head, int) else list(head)
+    if not heads or len(set(heads)) < len(heads):
+        raise ValueError(f"head={head!r}: give one head, several different ones, or None for all")
+    for h in heads:
+        check_head(model, layer, h)
+    return heads
+
+
+def _count(hits: Bool[Tensor, " n"]) -> tuple[int, int]:
+    return int(hits.sum()), len(hits)

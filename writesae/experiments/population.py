@@ -1,0 +1,288 @@
+"""The population test (paper, appendix F.2): does every atom stand in for writes, or only the frequent ones?
+
+The replacement test gives every firing the same weight, and so frequent atoms the most. Here each atom is tested at a
+few of its own firings, and atoms count alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, Shaped
+from scipy import stats
+from torch import Tensor
+
+from writesae.experiments.conditions import (
+    Generators,
+    Texts,
+    check_conditions,
+    check_sites,
+    flats_for,
+    measure,
+    place_of,
+    top_atoms,
+    windows_of,
+)
+from writesae.experiments.replacement import joined
+from writesae.experiments.replacement_result import ReplacementResult
+from writesae.experiments.replay import LOGITS, Replayer
+from writesae.experiments.result import Number, Result, figure
+from writesae.experiments.statistics import Array, bootstrap, cliffs_delta
+from writesae.recurrence import Read
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from writesae.model import HookedRecurrentModel
+    from writesae.saes import WriteSAE
+
+BINS = (0.0, 0.05, 0.2, 0.3, 0.6, 0.8)
+"""Edges of the bins of cosine: the paper's (table 13), and two more, for SAEs of writes."""
+
+
+@dataclass(frozen=True)
+class PopulationResult(Result):
+    """The replacement test atom by atom.
+
+    Attributes:
+        firings: every firing tested.
+        min_firings, max_firings: an atom with fewer is left out; of one with more, so many are drawn.
+        n_alive: atoms that are the top one anywhere in the text.
+        classes: the class of each atom, if classes were given.
+    """
+
+    firings: ReplacementResult
+    min_firings: int
+    max_firings: int
+    n_alive: int
+    classes: Mapping[int, str] | None = None
+
+    @property
+    def atoms(self) -> pd.DataFrame:
+        """One row an atom: its firings tested, how often it beats deletion (and matched to the native norm), its median
+        cosine to the writes, how often the top token changes, and whether it ``inverts``: wins at its coefficient at
+        more than half of its firings, and loses at the native norm at more than half."""
+        import pandas as pd
+
+        f = self.firings
+        atom, delete = f.score("atom"), f.score("delete")
+        columns: dict[str, Tensor] = {
+            "wins": atom < delete,
+            "wins_in_total": f.score("atom", "through") < f.score("delete", "through"),
+            "flips_delete": f.flips["delete"],
+            "flips_atom": f.flips["atom"],
+        }
+        if "matched" in f.kl:
+            columns["wins_matched"] = f.score("matched") < delete
+            columns["loses_matched"] = f.score("matched") > delete
+        table = pd.DataFrame({name: x.double().numpy() for name, x in columns.items()})
+        rows: Any = table.groupby(f.atom.numpy()).mean()
+        rows.insert(0, "firings", table.groupby(f.atom.numpy()).size())
+        medians = pd.DataFrame({"cosine": f.cosine.numpy(), "kl_lost": (delete - atom).numpy()})
+        rows = rows.join(medians.groupby(f.atom.numpy()).median())
+        if "matched" in f.kl:
+            rows["inverts"] = (rows["wins"] > 0.5) & (rows.pop("loses_matched") > 0.5)
+        if self.classes is not None:
+            rows["class"] = [self.classes.get(int(i), "") for i in rows.index]
+        return rows.rename_axis("atom")
+
+    @property
+    def title(self) -> str:
+        return f"Population test, {self.firings.where}: {len(self.firings.atom.unique())} atoms"
+
+    @property
+    def about(self) -> str:
+        return (
+            f"Of {self.n_alive} atoms that are the strongest somewhere in the text, those with at least "
+            f"{self.min_firings} such firings were tested at up to {self.max_firings} of them, drawn at random, as in "
+            f"the replacement test. Rates are worked out atom by atom and then averaged; intervals draw atoms. An atom "
+            f"inverts if it beats deletion at its coefficient at most of its firings and loses to it, with the same "
+            f"direction, at the native write's norm (F87 in the paper). Paper: sections 3.2 and appendices F.2 and H, "
+            f"tables 13 and 17. {self.firings.about}"
+        )
+
+    def numbers(self) -> list[Number]:
+        atoms: Any = self.atoms
+        found = [
+            _mean("atom beats deletion, mean over atoms", atoms["wins"], "%"),
+            _mean("atom beats deletion, mean over atoms, in total", atoms["wins_in_total"], "%"),
+            Number("atom beats deletion, median over atoms", float(atoms["wins"].median()), "%", n=len(atoms)),
+            Number("atom beats deletion, lowest atom", float(atoms["wins"].min()), "%", n=len(atoms)),
+            Number.of("atom beats deletion, all firings", self.firings.wins("atom", "delete")),
+        ]
+        if len(atoms) > 2 and atoms["wins"].nunique() > 1 and atoms["cosine"].nunique() > 1:
+            pearson: Any = stats.pearsonr(atoms["cosine"], atoms["wins"])
+            spearman: Any = stats.spearmanr(atoms["cosine"], atoms["wins"])
+            for name, r in (("Pearson r", pearson), ("Spearman rho", spearman)):
+                found.append(Number(f"{name}, cosine and win rate", float(r.statistic), n=len(atoms)))
+                found.append(Number(f"p of {name}, cosine and win rate", float(r.pvalue)))
+        for name, column, unit in (
+            ("top-1 flips under deletion", "flips_delete", "%"),
+            ("top-1 flips under the atom", "flips_atom", "%"),
+            ("KL of deletion less that of the atom", "kl_lost", "nats"),
+        ):
+            values = atoms[column]
+            made = bootstrap(values.to_numpy(), statistic=np.median) if len(atoms) > 1 else float(values.median())
+            found.append(Number.of(f"{name}, median over atoms", made, unit))  # type: ignore[arg-type]
+        if "inverts" in atoms:
+            found.append(_mean("matched-norm atom beats deletion, mean over atoms", atoms["wins_matched"], "%"))
+            found.append(_mean("atoms that invert at the native norm", atoms["inverts"].astype(float), "%"))
+        edges = [-np.inf, *BINS, np.inf]
+        for low, high in pairwise(edges):
+            some = atoms[(atoms["cosine"] >= low) & (atoms["cosine"] < high)]
+            if len(some):
+                name = f"cosine < {high}" if low == -np.inf else f"cosine >= {low}" + f" and < {high}" * (high < np.inf)
+                found.append(_mean(f"atom beats deletion, {name}", some["wins"], "%"))
+        return found + self._by_class(atoms)
+
+    def _by_class(self, atoms: Any) -> list[Number]:
+        if self.classes is None:
+            return []
+        groups = {str(name): rows for name, rows in atoms.groupby("class") if name}
+        found = [_mean(f"atom beats deletion, {name} atoms", rows["wins"], "%") for name, rows in groups.items()]
+        if {"register", "bundle"} <= groups.keys():
+            pair = groups["register"], groups["bundle"]
+            for column, label in (
+                ("wins", "win rate"),
+                ("flips_delete", "flips under deletion"),
+                ("kl_lost", "KL lost"),
+            ):
+                x, y = (rows[column].to_numpy() for rows in pair)
+                p: Any = stats.mannwhitneyu(x, y)
+                found.append(Number.of(f"Cliff's delta, register against bundle, {label}", cliffs_delta(x, y)))
+                found.append(Number.of(f"Mann-Whitney p, register against bundle, {label}", float(p.pvalue)))
+        return found
+
+    def records(self) -> pd.DataFrame:
+        return self.atoms.reset_index()
+
+    def plot(self) -> Figure:
+        atoms: Any = self.atoms
+        made, (left, right) = figure(2)
+        left.scatter(atoms["cosine"], 100 * atoms["wins"], s=8, alpha=0.5)
+        left.set(xlabel="median cosine of atom and write", ylabel="atom beats deletion (% of its firings)")
+        right.hist(100 * atoms["wins"], bins=np.linspace(0, 100, 21).tolist(), color="C0", label="at its coefficient")
+        if "wins_matched" in atoms:
+            bins = np.linspace(0, 100, 21).tolist()
+            right.hist(100 * atoms["wins_matched"], bins=bins, histtype="step", color="C3", label="at the native norm")
+        right.set(xlabel="atom beats deletion (% of its firings)", ylabel="atoms")
+        right.legend(frameon=False)
+        return made
+
+
+def _mean(name: str, values: Any, unit: Any) -> Number:
+    """A mean with its bootstrap interval over atoms, where there are two or more."""
+    return Number.of(name, bootstrap(values.to_numpy()) if len(values) > 1 else float(values.mean()), unit)
+
+
+@torch.no_grad()
+def population_test(
+    model: HookedRecurrentModel,
+    sae: WriteSAE,
+    text: Texts,
+    *,
+    min_firings: int = 5,
+    max_firings: int = 30,
+    n_atoms: int | None = None,
+    context: int = 96,
+    horizon: int = 16,
+    conditions: tuple[str, ...] = ("atom", "matched", "delete"),
+    read: Read = "same",
+    classes: Mapping[int, str] | Sequence[str] | Shaped[Array, " atom"] | None = None,
+    flat: WriteSAE | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    check_model: bool = True,
+    progress: Callable[[int], Any] | None = None,
+) -> PopulationResult:
+    """Run the replacement test for every atom that fires often enough.
+
+    Args:
+        model: the model.
+        sae: an SAE of one of its heads.
+        text, context, horizon, conditions, read, flat, check_model: as for `replacement_test`.
+        min_firings: firings an atom needs, as the strongest, at tokens that can be tested.
+        max_firings: firings tested of each atom at most.
+        n_atoms: test so many atoms, drawn at random from those that qualify; None for all of them.
+        classes: of atoms, to compare: ``{atom: "register" or "bundle" or ...}``, or one for every atom, as
+            ``AtomClasses.classes``.
+        batch_size: windows a forward pass.
+        seed: of what is drawn.
+        progress: called with the number of firings tested.
+
+    Raises:
+        ValueError: no atom fires ``min_firings`` times in the text.
+    """
+    check_sites(model, [sae], check_model)
+    chosen = check_conditions((*conditions, *(["flat_svd"] if flat is not None else [])), flat)
+    flats, place = flats_for([sae], flat, model), place_of(sae)
+    if not 1 <= min_firings <= max_firings:
+        raise ValueError(
+            f"min_firings={min_firings}, max_firings={max_firings}: 1 <= min_firings <= max_firings is needed"
+        )
+    if n_atoms is not None and n_atoms < 1:
+        raise ValueError(f"n_atoms={n_atoms}: it must be at least 1, or None for all")
+    if classes is not None and not isinstance(classes, Mapping):
+        if len(classes) != sae.cfg.n_atoms:
+            raise ValueError(f"classes of {len(classes)} atoms; this SAE has {sae.cfg.n_atoms}")
+        classes = {i: str(name) for i, name in enumerate(classes)}
+    windows, document = windows_of(model, text, context, horizon)
+    replayer, generators = Replayer(model, [place], horizon=horizon, read=read), Generators(seed)
+    step = max(1, min(batch_size, LOGITS // (context * model.W_U.shape[1])))
+
+    tops = []
+    for ids in windows.split(step):
+        value, atom = top_atoms(replayer.native(ids.to(model.device), logits=False), sae)
+        tops.append(atom.masked_fill(value <= 0, -1).cpu())
+    top = torch.cat(tops)
+    n_alive = len(top[top >= 0].unique())
+    can = top.clone()
+    can[:, : context // 4] = -1
+    can[:, context - horizon :] = -1
+    window, position = _draw(can, min_firings, max_firings, n_atoms, torch.Generator().manual_seed(seed))
+    if not len(window):
+        most = int(can[can >= 0].bincount().max()) if bool((can >= 0).any()) else 0
+        raise ValueError(
+            f"no atom of the SAE fires {min_firings} times in {len(windows)} windows of {context} tokens (the most "
+            f"frequent one {most} times): give a longer text, or lower min_firings"
+        )
+    parts: list[dict[str, Any]] = []
+    done = 0
+    for some in window.unique().split(step):  # only windows with something to test, in order
+        native = replayer.native(windows[some].to(model.device))
+        here = (window >= some[0]) & (window <= some[-1])
+        local = torch.searchsorted(some, window[here])
+        found = {place: top_atoms(native, sae)}
+        part = measure(replayer, native, [sae], local, position[here], found, chosen, generators, flats)
+        part |= {name: torch.full_like(local, x) for name, x in zip(("layer", "head"), place, strict=True)}
+        parts.append(part | {"window": window[here], "document": document[window[here]]})
+        done += len(local)
+        if progress is not None:
+            progress(done)
+    firings = ReplacementResult(**joined(parts), places=(place,), read=read, context=context, way=replayer.way)
+    return PopulationResult(firings, min_firings, max_firings, n_alive, classes)
+
+
+def _draw(
+    top: Int[Tensor, "window pos"], least: int, most: int, n_atoms: int | None, generator: torch.Generator
+) -> tuple[Int[Tensor, " firing"], Int[Tensor, " firing"]]:
+    """Window and position of up to ``most`` firings of each atom with at least ``least``, by window."""
+    at = (top >= 0).nonzero()
+    at = at[torch.randperm(len(at), generator=generator)]
+    atom = top[at[:, 0], at[:, 1]]
+    order = atom.argsort(stable=True)  # firings of each atom side by side, at random among themselves
+    counts = atom.bincount(minlength=1)
+    rank = torch.arange(len(order)) - (counts.cumsum(0) - counts)[atom[order]]
+    qualified = (counts >= least).nonzero()[:, 0]
+    if n_atoms is not None:
+        qualified = qualified[torch.randperm(len(qualified), generator=generator)[:n_atoms]]
+    keep = (rank < most) & torch.isin(atom[order], qualified)
+    at = at[order[keep]]
+    at = at[(at[:, 0] * top.shape[1] + at[:, 1]).argsort()]
+    return at[:, 0], at[:, 1]

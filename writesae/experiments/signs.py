@@ -1,0 +1,252 @@
+"""The sign test (paper, section 4 and appendix I.5): does a token's logit move as the formula says, after one write?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from writesae.experiments.directions import (
+    Direction,
+    Key,
+    Places,
+    at_positions,
+    check_head,
+    choose_writes,
+    estimate,
+    keep_last,
+    promotion,
+    setting,
+)
+from writesae.experiments.result import Number, Result, figure
+from writesae.experiments.statistics import r_squared, wilson
+from writesae.experiments.targets import Targets, ordinary_tokens, token_ids
+from writesae.hooks import Add
+from writesae.hooks.intercept import short_chunks
+from writesae.recurrence import Read
+from writesae.texts import sequences
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from writesae.model import HookedRecurrentModel
+
+
+@dataclass(frozen=True)
+class SignTest(Result):
+    """Trials of the sign test: for each, a target and the tokens scored, from the first that sees the write on.
+
+    Attributes:
+        layer, head: the site. scale: size of the write over the native write's. read: which read first sees it.
+        direction, key, chosen: how values, keys and targets were chosen.
+        window: which window of the text a trial is in. position: where it writes. target: the token.
+        predicted: change of the target's logit if nothing stood between the head's read and the logits: ``(k.q) v^T W_O
+            W_U[T]``, with decay and erase for later tokens. No norm or gate is in it, so only its sign and its ups and
+            downs can be right, unless by chance.
+        measured: change of the logit. log_p: change of the log probability, nats.
+    """
+
+    layer: int
+    head: int
+    scale: float
+    read: Read
+    direction: str
+    key: str
+    chosen: str
+    window: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]
+    target: Int[Tensor, " n"]
+    predicted: Float[Tensor, "n scored"]
+    measured: Float[Tensor, "n scored"]
+    log_p: Float[Tensor, "n scored"]
+
+    @property
+    def title(self) -> str:
+        return f"Sign test, layer {self.layer} head {self.head}: {len(self.target):,} trials"
+
+    @property
+    def about(self) -> str:
+        seen = "the same token's read" if self.read == "same" else "the next token's read"
+        return (
+            f"At one token of each context a write of {self.scale:g} times the native write's norm was added, with the "
+            f"{self.direction} direction for a target token (key: {self.key}; targets: {self.chosen}). The logit of "
+            f"the target is compared with the unmodified model's at {seen}. Predicted is what the head reads more, "
+            f"through W_O and W_U, with neither gate nor norms; so the ratio of measured to predicted depends on the "
+            f"model's scale, and R squared is of the prediction as it is. Paper: section 4, appendix I.5."
+        )
+
+    def numbers(self) -> list[Number]:
+        predicted, measured, n = self.predicted[:, 0], self.measured[:, 0], len(self.target)
+        agrees = predicted.sign() == measured.sign()
+        found = [
+            Number.of("sign as predicted", wilson(int(agrees.sum()), n)),
+            estimate("sign as predicted, by window", agrees.float(), self.window, unit="%"),
+            Number.of("target's logit rises", wilson(int((measured > 0).sum()), n)),
+            Number.of("target's log p rises", wilson(int((self.log_p[:, 0] > 0).sum()), n)),
+        ]
+        if self.measured.shape[1] > 1:
+            rises = self.measured.sum(1) > 0
+            found.append(Number.of("target's logit rises, in total", wilson(int(rises.sum()), n)))
+        if n > 2 and min(float(predicted.std()), float(measured.std())) > 0:
+            x, y = predicted.double().numpy(), measured.double().numpy()
+            slope = float(x @ y / (x @ x))  # one factor for all, as norms and gates would give if they did not vary
+            found += [
+                Number("Pearson r", float(np.corrcoef(x, y)[0, 1]), n=n),
+                Number("median measured / predicted", float(np.median(y[x != 0] / x[x != 0])), n=n),
+                Number("R squared", r_squared(y, x), n=n),
+                Number("R squared, one factor fitted", r_squared(y, slope * x), n=n),
+            ]
+        found.append(estimate("median change of log p", self.log_p[:, 0], self.window, np.median, "nats"))
+        return found
+
+    def records(self) -> pd.DataFrame:
+        import pandas as pd
+
+        columns: dict[str, Any] = {name: getattr(self, name).numpy() for name in ("window", "position", "target")}
+        for name in ("predicted", "measured", "log_p"):
+            for i, column in enumerate(getattr(self, name).T):
+                columns[f"{name} +{i + (self.read == 'next')}"] = column.numpy()
+        return pd.DataFrame(columns)
+
+    def plot(self) -> Figure:
+        made, (cloud, along) = figure(2)
+        cloud.scatter(self.predicted[:, 0], self.measured[:, 0], s=6, alpha=0.4, linewidths=0)
+        cloud.axhline(0, color="gray", lw=0.6)
+        cloud.axvline(0, color="gray", lw=0.6)
+        cloud.set(xlabel="predicted change of the target's logit", ylabel="measured")
+        n = len(self.target)
+        rates = [wilson(int((column > 0).sum()), n) for column in self.measured.T]
+        at = np.arange(len(rates)) + (self.read == "next")
+        spread = [[r.rate - r.low for r in rates], [r.high - r.rate for r in rates]]
+        along.errorbar(at, [r.rate for r in rates], yerr=spread, fmt="o-", ms=4)
+        along.axhline(0.5, color="gray", lw=0.6)
+        along.set(xlabel="tokens after the write", ylabel="share of trials whose logit rises", ylim=(0, 1))
+        return made
+
+
+@torch.no_grad()
+def sign_test(
+    model: HookedRecurrentModel,
+    layer: int,
+    head: int,
+    text: str | Sequence[str],
+    *,
+    n: int = 500,
+    targets: Literal["random", "top"] | Targets = "random",
+    top: int = 10,
+    scale: float | int = 1.0,
+    direction: Direction = "formula",
+    key: Key = "native",
+    read: Read = "same",
+    horizon: int = 0,
+    context: int = 64,
+    per_window: int = 4,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Callable[[int], Any] | None = None,
+) -> SignTest:
+    """Write a target's direction at one token, and look whether the target's logit moves as predicted.
+
+    Args:
+        model: the model.
+        layer, head: whose state is written to.
+        text: cut into windows of ``context`` tokens; the write is at the last token that has ``horizon`` scored ones
+            after it, so that all trials have as much before them.
+        n: trials.
+        targets: ``"random"``: any token of the vocabulary; ``"top"``: one of the model's ``top`` most likely next
+            tokens there; or the tokens to draw from, ids or strings.
+        top: see ``targets``.
+        scale: size of the write, in native writes.
+        direction, key: see `choose_writes`.
+        read: ``"same"``: the token's own read sees the write; ``"next"``: the next token's does first, and is scored.
+        horizon: how many tokens to score after the first that sees the write.
+        context: tokens of a window.
+        per_window: targets tried in a window.
+        batch_size: windows run at once; ``per_window`` times as many with the write.
+        seed: of windows and targets.
+        progress: called with the number of trials done.
+
+    Raises:
+        ValueError: the text is too short; a target is not one token.
+        IndexError: no such layer, head or token.
+    """
+    check_head(model, layer, head)
+    position = context - 1 - horizon - (read == "next")
+    if position < 0 or min(n, per_window, top) < 1:
+        raise ValueError(
+            f"n={n}, per_window={per_window}, top={top}, context={context}, horizon={horizon}, read={read!r}: counts "
+            f"are at least 1, and a window holds the token written at and the {horizon + (read == 'next')} after it"
+        )
+    pool = ordinary_tokens(model).nonzero()[:, 0]
+    if not (isinstance(targets, str) and targets in ("random", "top")):
+        pool = token_ids(model, targets)
+    windows = sequences(model, text, context)
+    n_windows = -(-n // per_window)
+    if len(windows) < n_windows:
+        raise ValueError(
+            f"{n} trials, {per_window} a window, need {n_windows} windows of {context} tokens; the text has "
+            f"{len(windows)}: give a longer text, or lower n or context, or raise per_window"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(windows), generator=generator)[:n_windows]
+    parts: dict[str, list[Tensor]] = {}
+    times = torch.arange(horizon + 1)
+    for batch in order.split(batch_size):
+        ids = windows[batch]
+        at = torch.full((len(ids), 1), position, device=ids.device)
+        write, query, logits = at_positions(model, layer, ids[:, : position + 1], None, at)
+        rows = torch.arange(len(ids)).repeat_interleave(per_window)
+        if isinstance(targets, str) and targets == "top":
+            usable = logits.cpu().masked_fill(~ordinary_tokens(model), -torch.inf).topk(top).indices
+            choice = torch.rand(len(ids), top, generator=generator).argsort(1)
+            choice = choice.repeat(1, -(-per_window // top))[:, :per_window]
+            target = usable.gather(1, choice).flatten()
+        else:
+            target = pool[torch.randint(len(pool), (len(rows),), generator=generator)]
+        on = target.to(ids.device)
+        here = Places(
+            model, layer, head, ids[rows, : position + 1], None, at[rows], on, write[rows, :, head],
+            query[rows, :, head],
+        )  # fmt: skip
+        edit = Add(layer, head, write=choose_writes(here, direction, key, generator), scale=scale, relative=True)
+        native = _scored(model, layer, head, ids, horizon)
+        with model.intervene(edit, positions=at[rows], read=read):
+            edited = _scored(model, layer, head, ids[rows], horizon)
+        extra = edited[1] - native[1][rows]
+        where = on[:, None].expand(-1, horizon + 1)
+        measured = edited[0].gather(-1, where[..., None])[..., 0] - native[0][rows[:, None], times, where]
+        spread = edited[0].logsumexp(-1) - native[0].logsumexp(-1)[rows]
+        found = {
+            "window": batch[rows],
+            "position": at[rows, 0],
+            "target": target,
+            "predicted": (extra @ promotion(model, layer, head, target)[:, :, None].to(extra))[..., 0],
+            "measured": measured,
+            "log_p": measured - spread,
+        }
+        for name, x in found.items():
+            parts.setdefault(name, []).append(x.cpu())
+        if progress is not None:
+            progress(min(n, sum(map(len, parts["target"]))))
+    chosen = {"random": "random tokens", "top": f"among the {top} most likely"}
+    drawn = chosen.get(targets) if isinstance(targets, str) else None
+    return SignTest(
+        layer, head, float(scale), read, setting(direction), setting(key), drawn or f"among {len(pool)} given",
+        **{name: torch.cat(x)[:n] for name, x in parts.items()},
+    )  # fmt: skip
+
+
+def _scored(
+    model: HookedRecurrentModel, layer: int, head: int, ids: Int[Tensor, "batch pos"], horizon: int
+) -> tuple[Float[Tensor, "batch scored vocab"], Float[Tensor, "batch scored d_value"]]:
+    """Logits of the last tokens, and what the head reads there."""
+    name = f"blocks.{layer}.mixer.hook_o"
+    with short_chunks():
+        logits, cache = model.run_with_cache(ids, names=name, **keep_last(model, horizon + 1))
+    return logits[:, -1 - horizon :].float(), cache[name][:, -1 - horizon :, head].float()
