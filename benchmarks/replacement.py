@@ -25,7 +25,8 @@ from transformers import DynamicCache
 
 import writesae as ws
 from writesae.experiments.conditions import DEFAULT, Generators, place_of, put_in, top_atoms, windows_of
-from writesae.experiments.replay import Replayer, divergence, kl_from, stacked
+from writesae.experiments.divergence import divergence
+from writesae.experiments.replay import Replayer, kl_from, stacked
 from writesae.zoo import heldout_documents, shipped_models, shipped_saes
 
 

@@ -10,7 +10,8 @@ from transformers import DynamicCache
 import brute_force as bf
 import writesae as ws
 from architectures import N_VOCAB, architecture_named, each_architecture, each_rule
-from writesae.experiments.replay import WAYS, Replayer, divergence, kl_from, stacked
+from writesae.experiments.divergence import divergence
+from writesae.experiments.replay import WAYS, Replayer, kl_from, stacked
 from writesae.hooks.intercept import short_chunks
 from writesae.texts import sequences
 from writesae.zoo import heldout_documents

@@ -101,7 +101,7 @@ def test_the_command(tmp_path):
     for wrong, message in (
         (["--only", "replacement"], "no experiment 'replacement'"),
         (["--text", str(tmp_path / "nowhere")], "does not exist"),
-        (["--sae", "tiny-rwkv7/L3H4"], "tiny-gdn"),
+        (["--sae", "tiny-rwkv7/L3H4"], "this SAE is for layer 3, not recurrent here"),
     ):
         result = CliRunner().invoke(app, [*arguments, *wrong])
         assert result.exit_code == 1 and message in " ".join(result.output.split()), result.output

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from writesae.experiments.replay import Native, Place, Replayer, divergence, stacked
+from writesae.experiments.divergence import divergence
+from writesae.experiments.replay import Native, Place, Replayer, stacked
 from writesae.recurrence import Write
 from writesae.saes.reading import encode_matrices, target_of
 from writesae.texts import cut

@@ -301,8 +301,8 @@ class Plan:
         common: dict[str, Any] = dict(seed=self.seed, check_model=self.check_model)
         prompts = _prompts(model, texts, sizes.prompts)
         yield self.task(
-            "population_test", one, lambda **s: population_test(model, sae, texts, **s),
-            n_atoms=sizes.population, **common,
+            "population_test", one, lambda **s: _population(model, sae, texts, **s),
+            n_atoms=sizes.population, max_tokens=sizes.classes, **common,
         )  # fmt: skip
         yield self.task(
             "atom_classes", one, lambda **s: atom_classes(model, sae, texts, **s), max_tokens=sizes.classes, **common
@@ -338,6 +338,15 @@ def _site(sae: WriteSAE) -> tuple[int, int]:
     layer, head = sae.cfg.layer, sae.cfg.head
     assert layer is not None and head is not None  # `check_fits` has seen to it
     return layer, head
+
+
+def _population(
+    model: HookedRecurrentModel, sae: WriteSAE, texts: str | Sequence[str], max_tokens: int, **settings: Any
+) -> Result:
+    """With the classes of the atoms, so that registers and bundles are compared."""
+    shared = {name: settings[name] for name in ("seed", "check_model")}
+    classes = atom_classes(model, sae, texts, max_tokens=max_tokens, **shared).classes
+    return population_test(model, sae, texts, classes=classes, **settings)
 
 
 def _erase(model: HookedRecurrentModel, sae: WriteSAE, texts: str | Sequence[str], n: int, **settings: Any) -> Result:
