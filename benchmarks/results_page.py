@@ -97,6 +97,8 @@ def controls(reports: list[Report]) -> str:
         "another atom beats deletion, in total": "another atom beats deletion, in total",
         "matched-norm random beats deletion, in total": "random at the native norm beats deletion, in total",
         "orthogonal rank-1 beats deletion, in total": "orthogonal rank-1 beats deletion, in total",
+        "flat-SAE top SVD beats deletion": "flat SAE's top singular pair beats deletion, at the firing",
+        "flat-SAE top SVD beats deletion, in total": "the same, in total",
         "cluster bootstrap by atom": "atom beats deletion, interval over atoms",
         "atom beats deletion, smallest quarter of effects": "smallest quarter of effects",
         "atom beats deletion, largest quarter of effects": "largest quarter of effects",

@@ -41,6 +41,17 @@ def test_against_the_loop(rank, per_key):
     assert (late.norm2 - s.norm2).abs().max() > 0.1 and (late.sum() - s.sum()).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("rank, per_key", CASES)
+@pytest.mark.parametrize("step", [1, 64, 150, 1000])
+def test_in_pieces(rank, per_key, step):
+    s = make(rank, per_key)
+    pieces = list(s.pieces(step))
+    assert max(piece.shape[1] for piece in pieces) <= step
+    torch.testing.assert_close(torch.cat(pieces, 1), by_the_loop(s))
+    later = States(s.gain[:, 40:], s.log_decay[:, 40:])
+    torch.testing.assert_close(torch.cat(list(later.pieces(step, by_the_loop(s)[:, 39])), 1), by_the_loop(s)[:, 40:])
+
+
 def test_some_sequences_keep_what_is_known_of_them():
     s = make()
     assert "norm2" not in s[1:].__dict__

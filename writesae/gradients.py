@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel, Text
 
 
-BLOCK = 2**22  # numbers: outputs of a norm, worked on at once
+BLOCK = 2**22  # numbers: outputs of a norm, or entries of gradients, worked on at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +132,17 @@ class LayerGradient:
     def prices(self, head: int, atoms: Atoms, *, read: Read = "same") -> Float[Tensor, "batch pos n_atoms"]:
         """`price` of every atom, at strength 1, at every token: what an SAE's encoder does, on gradients.
 
-        With one decay a head no gradient is built; with one a key channel they are, ``d_key * d_value`` a token.
+        With one decay a head no gradient is built; with one a key channel they are, a few tokens at a time.
         """
         one = (slice(None), slice(None), [head])
         back, write = adjoint(self.recurrence[one]), self._write[one]
         gain = delta_of(back, write, None, rank=2)[:, :, 0]
-        found = project(States(gain, back.log_decay[:, :, 0]), atoms).flip(1)
+        gradients = States(gain, back.log_decay[:, :, 0])
+        if gradients.one_decay:
+            found = project(gradients, atoms).flip(1)
+        else:
+            step = max(1, BLOCK // (len(self.output) * gradients.d_key * gradients.d_value))
+            found = torch.cat([project(M, atoms) for M in gradients.pieces(step)], 1).flip(1)
         if read == "next":
             own = Write(self.recurrence.q[:, :, head], self.output[:, :, head]).to(found.dtype)
             found = found - project(own, atoms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -121,6 +122,24 @@ class States:
         reads = torch.zeros_like(self.gain.factors()[0][:, :, :1])
         rec = Recurrence(reads, self.log_decay[:, :, None])
         return torch.cat(list(states(rec, self._one_head)), 1)
+
+    def pieces(
+        self, step: int, initial: Float[Tensor, "batch d_key d_value"] | None = None
+    ) -> Iterator[Float[Tensor, "batch piece d_key d_value"]]:
+        """Every state, built ``step`` tokens at a time, so that never more than those are held.
+
+        ``initial`` is the state before the first token, None for zero.
+        """
+        state = initial
+        for start in range(0, self.shape[1], step):
+            here = (slice(None), slice(start, start + step))
+            piece = States(self.gain[here], self.log_decay[here])
+            S = piece.dense()
+            if state is not None:  # a state is linear in the one before and what was gained since
+                kept = piece.log_decay.cumsum(1).exp()
+                S = S + (kept[..., None, None] if self.one_decay else kept[..., None]) * state[:, None]
+            state = S[:, -1].clone()  # without the piece it is of
+            yield S
 
     @property
     def _one_head(self) -> Write:

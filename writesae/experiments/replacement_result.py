@@ -168,10 +168,11 @@ class ReplacementResult(Result):
             for name in self.conditions:
                 found.append(self._median(f"median KL, {LABELS[name]}{suffix}", self.score(name, when)))
             found += self._effects(suffix, when)
-        if not self.together and len(self.places) > 1:
-            rates = {place: part.wins("atom", "delete") for place, part in self.by_site().items() if part.n}
-            found += [Number.of(f"atom beats deletion, L{a}H{b}", rate) for (a, b), rate in rates.items()]
-            found.append(self._mean("atom beats deletion, mean of sites", np.array([r.rate for r in rates.values()])))
+            if not self.together and len(self.places) > 1:
+                rates = {place: part.wins("atom", "delete", when) for place, part in self.by_site().items() if part.n}
+                found += [Number.of(f"atom beats deletion{suffix}, L{a}H{b}", rate) for (a, b), rate in rates.items()]
+                mean = np.array([rate.rate for rate in rates.values()])
+                found.append(self._mean(f"atom beats deletion{suffix}, mean of sites", mean))
         found.append(self._median("median cosine of atom and write", self.cosine, unit=""))
         return found
 

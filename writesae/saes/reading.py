@@ -160,23 +160,18 @@ def _pre(sae: WriteSAE, x: Matrices, initial: Tensor | None) -> Iterator[Float[T
     rank = x.gain.rank if isinstance(x, States) else x.rank if isinstance(x, Write) else 1
     step = BLOCK // (batch * max(sae.cfg.n_atoms * sae.cfg.rank * rank, d_key * d_value))
     step = step // CHUNK * CHUNK or max(step, 1)  # whole chunks of the decayed sum
-    state, codes = initial, None
-    if isinstance(x, States) and x.one_decay and initial is not None:
-        codes = sae.pre(initial)
+    if isinstance(x, States) and not x.one_decay:
+        yield from map(sae.pre, x.pieces(step, initial))
+        return
+    codes = sae.pre(initial) if isinstance(x, States) and initial is not None else None
     for start in range(0, n_pos, step):
         here = (slice(None), slice(start, start + step))
         if not isinstance(x, States):
             yield sae.pre(x[here])
-        elif x.one_decay:
+        else:
             pre = sae.encode_states(x.gain[here], x.log_decay[here], codes)
             codes = pre[:, -1].clone()
             yield pre
-        else:
-            S = States(x.gain[here], x.log_decay[here]).dense()
-            if state is not None:  # a state is linear in the one before and what was gained since
-                S = S + x.log_decay[here].cumsum(1).exp()[..., None] * state[:, None]
-            state = S[:, -1].clone()  # without the block it is of
-            yield sae.pre(S)
 
 
 # What an SAE reads of a pass
