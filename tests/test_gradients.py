@@ -231,6 +231,21 @@ def test_of_several_texts_of_unequal_length(shipped):
             torch.testing.assert_close(price, here.price(here.write)[0], rtol=1e-3, atol=1e-5)
 
 
+def test_in_half_precision(shipped):
+    """Hooks and norms run in the model's dtype, the recurrence backwards in float32: the same to what bfloat16 has."""
+    model, ids = shipped
+    half = ws.HookedRecurrentModel.from_pretrained(model.model_id, dtype=torch.bfloat16)
+    token = model(ids)[:, -1].argmax(-1)
+    for found, own in zip(
+        gradient(half, ids, Logit(token)).layers.values(),
+        gradient(model, ids, Logit(token)).layers.values(),
+        strict=True,
+    ):
+        for a, b in ((found, own), (found.at_fixed_scale, own.at_fixed_scale)):
+            prices = torch.stack([x.price(x.write).flatten() for x in (a, b)])
+            assert prices.dtype == torch.float32 and torch.corrcoef(prices)[0, 1] > 0.98
+
+
 def test_parameters_keep_wanting_gradients_and_get_none(shipped):
     model, ids = shipped
     wanted = [p.requires_grad for p in model.hf_model.parameters()]

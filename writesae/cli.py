@@ -347,7 +347,7 @@ def reproduce(
         )  # fmt: skip
     table = Table(title=f"{model}: first number of each experiment")
     for column in ("experiment", "", "", "s"):
-        table.add_column(column, justify="right" if column == "s" else "left")
+        table.add_column(column, justify="right" if column == "s" else "left", overflow="fold")
     for outcome in outcomes:
         first = outcome.numbers[0] if outcome.numbers else None
         what = (first.name, str(first)) if first is not None else ("failed", outcome.error or "")
