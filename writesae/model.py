@@ -230,11 +230,20 @@ class HookedRecurrentModel(nn.Module):
         Raises:
             ValueError: the text makes another number of tokens, which the message shows; an id outside the vocabulary.
         """
-        ids = self.to_tokens([token] if isinstance(token, int) else token)[0][0].tolist()
+        if isinstance(token, int):
+            return int(self._check_ids(torch.tensor([token]))[0])
+        split = lambda text: self._tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
+        ids = split(token)
         if len(ids) != 1:
-            parts = ", ".join(repr(self._tokenizer().decode([i])) for i in ids)
-            raise ValueError(f"{token!r} is {len(ids)} tokens ({parts}); give one that is a single token")
+            parts = [self._tokenizer().decode([i]) for i in ids]
+            also = f"; {' ' + token!r} is one" if len(split(" " + token)) == 1 else ""
+            raise ValueError(f"{token!r} is {len(ids)} tokens, {parts}: give one token{also}")
         return ids[0]
+
+    def logits_of_last(self, n: int) -> dict[str, Any]:
+        """The argument that has the model make logits of the last ``n`` tokens alone (0: of all), if it knows one: with
+        a large vocabulary they may cost as much as the layers."""
+        return {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(self.hf_model.forward).parameters else {}
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:

@@ -24,6 +24,19 @@ def sequences(model: HookedRecurrentModel, text: str | Sequence[str], context: i
     return torch.cat([cut(model.to_tokens(part)[0][0], context) for part in texts])
 
 
+def prompts(
+    model: HookedRecurrentModel, text: str | Sequence[str], context: int, n: int, generator: torch.Generator
+) -> Int[Tensor, "n pos"]:
+    """``n`` of a text's sequences of ``context`` tokens, drawn at random; ValueError if it has fewer."""
+    found = sequences(model, text, context)
+    if len(found) < n:
+        raise ValueError(
+            f"the text has {len(found)} prompts of {context} tokens; {n} were asked for: give a longer text, or lower "
+            f"n_prompts or context"
+        )
+    return found[torch.randperm(len(found), generator=generator)[:n]]
+
+
 def cut(row: Int[Tensor, " pos"], context: int) -> Int[Tensor, "n context"]:
     """One text's tokens in sequences of ``context``, without the remainder."""
     return row[: len(row) // context * context].reshape(-1, context)

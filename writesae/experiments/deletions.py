@@ -16,7 +16,7 @@ from writesae.experiments.statistics import bootstrap, r_squared
 from writesae.gradients import Logit, gradient
 from writesae.hooks import Delete
 from writesae.hooks.intercept import short_chunks
-from writesae.texts import sequences
+from writesae.texts import prompts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,14 +134,8 @@ def attribution_test(
     Raises:
         ValueError: the text has too few prompts.
     """
-    windows = sequences(model, text, context)
-    if len(windows) < n_prompts:
-        raise ValueError(
-            f"the text has {len(windows)} prompts of {context} tokens; {n_prompts} were asked for: give a longer text, "
-            f"or lower n_prompts or context"
-        )
     generator = torch.Generator().manual_seed(seed)
-    ids = windows[torch.randperm(len(windows), generator=generator)[:n_prompts]].to(model.device)
+    ids = prompts(model, text, context, n_prompts, generator).to(model.device)
     with torch.no_grad():
         best = model(ids)[:, -1].topk(2).indices
     question = Logit(best[:, 0], minus=best[:, 1])

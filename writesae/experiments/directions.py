@@ -7,7 +7,6 @@ names a value only; the key is the one under which the model itself writes at th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -72,7 +71,7 @@ def promotion(
     model: HookedRecurrentModel, layer: int, head: int, tokens: Int[Tensor, " n"]
 ) -> Float[Tensor, "n d_value"]:
     """``W_O[head] W_U[:, T]``: by how much one unit read out of a head raises the logit of ``T``, norms left out."""
-    check_head(model, layer, head)
+    model.site(layer).check_head(head)
     ids = token_ids(model, tokens).to(model.device)
     return model.W_U[:, ids].T.float() @ model.W_O(layer)[head].T.float()
 
@@ -161,10 +160,8 @@ def at_positions(
             f"positions {positions[row].tolist()} of sequence {row}, which has {int(lengths[row])} tokens "
             f"(positions 0 to {int(lengths[row]) - 1})"
         )
-    query = f"blocks.{layer}.mixer.hook_q"
-    logits, cache = model.run_with_cache(
-        tokens, names=[*inputs(model, layer), query], attention_mask=mask, **keep_last(model)
-    )
+    query, few = f"blocks.{layer}.mixer.hook_q", model.logits_of_last(1)
+    logits, cache = model.run_with_cache(tokens, names=[*inputs(model, layer), query], attention_mask=mask, **few)
     columns = positions + (tokens.shape[1] - lengths)[:, None]
     rows = torch.arange(len(tokens), device=tokens.device)[:, None]
     write = cache.write(layer)
@@ -173,17 +170,6 @@ def at_positions(
 
 
 # What the experiments of this section share
-
-
-def keep_last(model: HookedRecurrentModel, n: int = 1) -> dict[str, Any]:
-    """The argument for logits of the last ``n`` tokens alone, where the model has it: a big vocabulary costs."""
-    return {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(model.hf_model.forward).parameters else {}
-
-
-def check_head(model: HookedRecurrentModel, layer: int, head: int) -> None:
-    n_heads = model.site(layer).n_heads
-    if not 0 <= head < n_heads:
-        raise IndexError(f"head {head} at layer {layer}: allowed are 0 to {n_heads - 1}")
 
 
 def estimate(

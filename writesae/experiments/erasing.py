@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from writesae.experiments.directions import estimate, keep_last
+from writesae.experiments.directions import estimate
 from writesae.experiments.result import Number, Result, figure
 from writesae.experiments.statistics import paired, wilson
 from writesae.experiments.targets import ranks, show_token
@@ -303,7 +303,7 @@ class _Run:
         column = torch.arange(int(last.max()) + 1) - (last.max() - last)[:, None]
         real = column >= 0
         tokens = self.windows[at[:, :1].to(device), column.clamp_min(0).to(device)]
-        given = {"attention_mask": None if bool(real.all()) else real.long().to(device), **keep_last(self.model)}
+        given = {"attention_mask": None if bool(real.all()) else real.long().to(device), **self.model.logits_of_last(1)}
         editing = nullcontext()
         if edit is not None:
             editing = self.model.intervene(edit, positions=position[:, None], read=self.read, check_model=False)

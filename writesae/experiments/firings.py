@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +35,7 @@ def firings(
     """
     layer, head = sae.cfg.layer, sae.cfg.head
     assert layer is not None and head is not None
-    # Nobody wants the logits, and they may cost as much as the layers.
-    few: Any = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.hf_model.forward).parameters else {}
+    few: Any = model.logits_of_last(1)  # nobody wants them
     lengths = norm2(sae.decoder).sqrt()
     dense = sae.cfg.decoder == "dense"
     size = sae.cfg.d_key * sae.cfg.d_value if dense else sae.cfg.rank * (sae.cfg.d_key + sae.cfg.d_value)

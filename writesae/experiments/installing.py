@@ -23,10 +23,8 @@ from writesae.experiments.directions import (
     Key,
     Places,
     at_positions,
-    check_head,
     choose_writes,
     estimate,
-    keep_last,
     setting,
 )
 from writesae.experiments.result import Number, Result, figure
@@ -271,7 +269,7 @@ def install(
                     made = {h: _with_random_value(w, generator) for h, w in made.items()}
                 edits = [Add(layer, h, write=w, scale=size, relative=True) for h, w in made.items()]
                 with model.intervene(edits, positions=positions[rows], read=read):
-                    after = model(ids[rows], attention_mask=own, **keep_last(model))[:, -1].float()
+                    after = model(ids[rows], attention_mask=own, **model.logits_of_last(1))[:, -1].float()
                 new = go_on(model, ids[rows], own, max_new_tokens, edits, positions[rows], read)
                 found = {
                     "rank_after": ranks(after, wanted),
@@ -327,7 +325,7 @@ def _heads(model: HookedRecurrentModel, layer: int, head: int | Sequence[int] | 
     if not heads or len(set(heads)) < len(heads):
         raise ValueError(f"head={head!r}: give one head, several different ones, or None for all")
     for h in heads:
-        check_head(model, layer, h)
+        model.site(layer).check_head(h)
     return heads
 
 

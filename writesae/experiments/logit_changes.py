@@ -34,7 +34,7 @@ from writesae.hooks import Add
 from writesae.hooks.intercept import short_chunks
 from writesae.kernels import carried
 from writesae.recurrence import Recurrence, Write, at_least_float32
-from writesae.texts import sequences
+from writesae.texts import prompts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -224,11 +224,8 @@ def logit_change(
             f"lags={tuple(lags)}, context={context}, n_prompts={n_prompts}: lags are 0 to {context // 2 - 1} (half a "
             f"prompt), and half of at least 4 prompts is fitted on"
         )
-    windows = sequences(model, text, context)
-    if len(windows) < n_prompts:
-        raise ValueError(f"the text has {len(windows)} prompts of {context} tokens; {n_prompts} were asked for")
     generator = torch.Generator().manual_seed(seed)
-    ids = windows[torch.randperm(len(windows), generator=generator)[:n_prompts]].to(model.device)
+    ids = prompts(model, text, context, n_prompts, generator).to(model.device)
     position = torch.randint(context // 2, context - max(lags), (n_prompts,), generator=generator).to(model.device)
     chosen = _chosen(model, sae, ids, atoms, generator).to(model.device)
     edits = sae.atom(chosen).detach()  # [atom]

@@ -12,7 +12,6 @@ what they have in common, and all of it is exact but for rounding:
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,7 +25,7 @@ from transformers import DynamicCache
 
 from writesae.hooks import ActivationCache, Replace
 from writesae.hooks.intercept import find_mixers, short_chunks
-from writesae.hooks.interventions import _of_rank
+from writesae.hooks.interventions import of_rank
 from writesae.recurrence import Read, Write
 from writesae.saes.reading import inputs
 
@@ -112,8 +111,7 @@ class Replayer:
         if stride < 3:  # a piece of one token takes another path through some models
             raise ValueError(f"stride={stride}: it must be at least 3")
         for layer, head in places:
-            if not 0 <= head < model.site(layer).n_heads:
-                raise IndexError(f"head {head} at layer {layer}: allowed are 0 to {model.site(layer).n_heads - 1}")
+            model.site(layer).check_head(head)
         self.model, self.places = model, list(places)
         self.horizon, self.stride, self.rows = horizon, stride, rows
         self.read: Read = read
@@ -121,8 +119,6 @@ class Replayer:
         self.below = _layers_below(model, min(layer for layer, _ in places))
         self.way: tuple[bool, bool] | None = None
         self.exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
-        takes = inspect.signature(model.hf_model.forward).parameters
-        self.keeps = "logits_to_keep" in takes
 
     @torch.no_grad()
     def native(self, ids: Int[Tensor, "window pos"], logits: bool = True) -> Native:
@@ -132,16 +128,14 @@ class Replayer:
         handle = self.below[-1].register_forward_hook(lambda *args: seen.append(args[-1])) if self.below else None
         try:
             with short_chunks():
-                found, cache = self.model.run_with_cache(ids, names=names, **self._keep(0 if logits else 1))
+                found, cache = self.model.run_with_cache(
+                    ids, names=names, **self.model.logits_of_last(0 if logits else 1)
+                )
         finally:
             if handle is not None:
                 handle.remove()
         below = seen[0] if len(seen) == 1 and _by_token(seen[0], ids.shape) else None
         return Native(ids, found, cache, below)
-
-    def _keep(self, n: int) -> dict[str, Any]:
-        """Tell the model to make logits of the last ``n`` tokens alone (0: of all)."""
-        return {"logits_to_keep": n} if self.keeps else {}
 
     @torch.no_grad()
     def futures(
@@ -215,7 +209,7 @@ class Replayer:
         # Layers of attention have to be fed, or the cache would not know how long it is.
         attention = any(hasattr(layer, "keys") for layer in cache.layers[: len(self.below)])
         with short_chunks(), self._skipping(native, slice(None), start, end, not attention):
-            self.model(ids, past_key_values=cache, **self._keep(1))
+            self.model(ids, past_key_values=cache, **self.model.logits_of_last(1))
 
     def _future(
         self,
@@ -240,7 +234,9 @@ class Replayer:
         editing = self.model.intervene(edits, positions=at[:, None], read=self.read) if edits else nullcontext()
         begin, n_steps = int(at.min()) + self.first, self.horizon + 1 - self.first
         with short_chunks(), self._skipping(native, rows, start, end), editing:
-            logits = self.model(native.ids[rows, start:end], past_key_values=cache, **self._keep(end - begin))
+            logits = self.model(
+                native.ids[rows, start:end], past_key_values=cache, **self.model.logits_of_last(end - begin)
+            )
         # Slices, no copies. Counted from the end, as some models give all logits.
         steps = [slice(a := int(t) + self.first - end + logits.shape[1], a + n_steps) for t in position]
         return [logits[i * n : (i + 1) * n, here] for i, here in enumerate(steps)]
@@ -303,7 +299,7 @@ class Replayer:
 def stacked(writes: Sequence[Write]) -> Write:
     """Writes ``[firing]`` as conditions of one, ``[firing, condition]``, of the rank of the highest."""
     rank = max(write.rank for write in writes)
-    same = [_of_rank(write, rank) for write in writes]
+    same = [of_rank(write, rank) for write in writes]
     return Write(torch.stack([w.key for w in same], 1), torch.stack([w.value for w in same], 1), rank)
 
 

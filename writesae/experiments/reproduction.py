@@ -20,7 +20,7 @@ from torch import Tensor
 
 from writesae.experiments.amplifying import amplify
 from writesae.experiments.classes import atom_classes
-from writesae.experiments.conditions import check_sites, several
+from writesae.experiments.conditions import check_sites, place_of, several
 from writesae.experiments.deletions import attribution_test
 from writesae.experiments.erasing import erase
 from writesae.experiments.installing import install
@@ -160,6 +160,7 @@ def reproduce(
     if not tasks:
         raise ValueError(f"nothing to run of {', '.join(only or ())}: seed_stability needs SAEs of other seeds")
     out, shared = Path(out), _shared(model, texts, seed)
+    prints = {id(sae): _fingerprint(sae) for sae in (*saes, *flat, *other_seeds)}
     columns = [
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -171,29 +172,32 @@ def reproduce(
     with Progress(*columns, console=console or Console(quiet=True), transient=True) as progress:
         whole = progress.add_task("experiments", total=len(tasks))
         for task in tasks:
-            outcome = _done(out / task.key, task, shared)
+            settings = _as_saved(task, shared, prints)
+            outcome = _done(out / task.key, settings)
+            there = outcome is not None
             if outcome is None:
                 bar = progress.add_task(task.key, total=None)
                 tell = lambda done, bar=bar: progress.update(bar, completed=done)  # noqa: E731
-                outcome = _run(out / task.key, task, shared, model, tell)
+                outcome = _run(out / task.key, task, settings, model, tell)
                 progress.remove_task(bar)
             outcomes.append(outcome)
             progress.advance(whole)
+            if there and task is not tasks[-1]:
+                continue  # it is in the report that is there, or will be in the next
             write_report(out, outcomes, title=title or f"writesae: {model.model_id}", intro=_intro(model, saes))
     return outcomes
 
 
-def _done(folder: Path, task: Task, shared: Mapping[str, Any]) -> Outcome | None:
+def _done(folder: Path, settings: Mapping[str, Any]) -> Outcome | None:
     """What is in the folder, if it was made with the same settings and did not fail."""
     try:
         outcome = load_outcome(folder)
     except (FileNotFoundError, ValueError):  # not there, or damaged: made again
         return None
-    same = outcome.settings == _as_saved(task, shared)
-    return outcome if same and outcome.error is None else None
+    return outcome if outcome.settings == settings and outcome.error is None else None
 
 
-def _run(folder: Path, task: Task, shared: Mapping[str, Any], model: HookedRecurrentModel, tell: Report) -> Outcome:
+def _run(folder: Path, task: Task, settings: Mapping[str, Any], model: HookedRecurrentModel, tell: Report) -> Outcome:
     began = time.monotonic()
     try:
         result: Result | Exception = task.run(tell)
@@ -204,7 +208,7 @@ def _run(folder: Path, task: Task, shared: Mapping[str, Any], model: HookedRecur
         result,
         folder,
         task.experiment,
-        _as_saved(task, shared),
+        settings,
         model_id=model.model_id,
         sites=task.sites,
         rule=model.site(layers[0]).rule,
@@ -212,10 +216,10 @@ def _run(folder: Path, task: Task, shared: Mapping[str, Any], model: HookedRecur
     )
 
 
-def _as_saved(task: Task, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that the outcome depends on, as JSON gives it back."""
-    prints = {f"SAE {i}": _fingerprint(sae) for i, sae in enumerate(task.saes)}
-    settings = {**shared, **prints, **task.settings}
+def _as_saved(task: Task, shared: Mapping[str, Any], prints: Mapping[int, str]) -> dict[str, Any]:
+    """Everything that the outcome depends on, as JSON gives it back; ``prints`` are those of the SAEs, by their id."""
+    used = {f"SAE {i}": prints[id(sae)] for i, sae in enumerate(task.saes)}
+    settings = {**shared, **used, **task.settings}
     return {name: list(x) if isinstance(x, tuple) else x for name, x in settings.items()}
 
 
@@ -273,7 +277,7 @@ class Plan:
         self, experiment: str, about: Sequence[WriteSAE], run: Callable[..., Result], name: str = "", **settings: Any
     ) -> Task:
         """An experiment on some heads, ``run`` with the settings; ``name`` tells several of one kind apart."""
-        sites = list(dict.fromkeys(map(_site, about)))
+        sites = list(dict.fromkeys(map(place_of, about)))
         place = "_".join(f"L{layer}H{head}" for layer, head in sites[:4]) + ("_and_more" if len(sites) > 4 else "")
         key = "_".join(part for part in (experiment, name, place) if part)
         others = [x for value in settings.values() for x in several(value) if hasattr(x, "cfg")]
@@ -285,14 +289,14 @@ class Plan:
         saes = list(self.saes)
         given: dict[str, Any] = dict(n_firings=self.sizes.firings, seed=self.seed, check_model=self.check_model)
         given["conditions"] = ["atom", "matched", "delete", "random", "random_matched", "orthogonal", "other_atom"]
-        if flat := [flat for sae in saes for flat in self.flat if _site(flat) == _site(sae)]:
+        if flat := [flat for sae in saes for flat in self.flat if place_of(flat) == place_of(sae)]:
             if len(flat) < len(saes):
                 raise ValueError(f"{len(flat)} flat SAEs for {len(saes)} heads: give one for each head, or none")
             given["flat"] = flat
         run = lambda **settings: replacement_test(self.model, saes, self.texts, **settings)  # noqa: E731
         yield self.task("replacement_test", saes, run, **given)
         yield self.task("replacement_test", saes, run, "next", read="next", **given)
-        if len({layer for layer, _ in map(_site, saes)}) < len(saes):
+        if len({layer for layer, _ in map(place_of, saes)}) < len(saes):
             yield self.task("replacement_test", saes, run, "together", together=True, **given)
 
     def of_head(self, sae: WriteSAE) -> Iterator[Task]:
@@ -307,7 +311,7 @@ class Plan:
         yield self.task(
             "atom_classes", one, lambda **s: atom_classes(model, sae, texts, **s), max_tokens=sizes.classes, **common
         )
-        if seeds := [other for other in self.other_seeds if _site(other) == _site(sae)]:
+        if seeds := [other for other in self.other_seeds if place_of(other) == place_of(sae)]:
             yield self.task("seed_stability", [sae, *seeds], lambda progress: seed_stability([sae, *seeds]))
         yield self.task(
             "logit_change", one, lambda **s: logit_change(model, sae, texts, **s),
@@ -316,7 +320,7 @@ class Plan:
         yield self.task("erase", one, lambda **s: _erase(model, sae, texts, **s), n=sizes.erase, **common)
         for direction, name in (("formula", ""), ("gradient", "gradient")):
             yield self.task(
-                "sign_test", one, lambda **s: sign_test(model, *_site(sae), texts, **s), name,
+                "sign_test", one, lambda **s: sign_test(model, *place_of(sae), texts, **s), name,
                 n=sizes.signs, direction=direction, seed=self.seed,
             )  # fmt: skip
         for direction, n_positions in (("formula", 3), ("formula", 1), ("gradient", 3), ("gradient", 1)):
@@ -324,20 +328,14 @@ class Plan:
             settings: dict[str, Any] = dict(direction=direction, n_positions=n_positions, seed=self.seed)
             scales = [3.0, 1.5, 6.0]
             yield self.task(
-                "install", one, lambda **s: install(model, *_site(sae), prompts, **s), name, scale=scales, **settings
+                "install", one, lambda **s: install(model, *place_of(sae), prompts, **s), name, scale=scales, **settings
             )
-            if n_positions == 3 and sae is next(x for x in self.saes if _site(x)[0] == _site(sae)[0]):
-                whole_layer = lambda **s: install(model, _site(sae)[0], None, prompts, **s)  # noqa: E731
+            if n_positions == 3 and sae is next(x for x in self.saes if place_of(x)[0] == place_of(sae)[0]):
+                whole_layer = lambda **s: install(model, place_of(sae)[0], None, prompts, **s)  # noqa: E731
                 yield self.task("install", one, whole_layer, f"{name}_all_heads", scale=3.0, **settings)
         yield self.task(
             "amplify", one, lambda **s: _amplify(model, sae, texts, prompts, **s), n_tokens=sizes.tokens, **common
         )
-
-
-def _site(sae: WriteSAE) -> tuple[int, int]:
-    layer, head = sae.cfg.layer, sae.cfg.head
-    assert layer is not None and head is not None  # `check_fits` has seen to it
-    return layer, head
 
 
 def _population(

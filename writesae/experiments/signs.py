@@ -16,10 +16,8 @@ from writesae.experiments.directions import (
     Key,
     Places,
     at_positions,
-    check_head,
     choose_writes,
     estimate,
-    keep_last,
     promotion,
     setting,
 )
@@ -176,7 +174,7 @@ def sign_test(
         ValueError: the text is too short; a target is not one token.
         IndexError: no such layer, head or token.
     """
-    check_head(model, layer, head)
+    model.site(layer).check_head(head)
     position = context - 1 - horizon - (read == "next")
     if position < 0 or min(n, per_window, top) < 1:
         raise ValueError(
@@ -248,5 +246,5 @@ def _scored(
     """Logits of the last tokens, and what the head reads there."""
     name = f"blocks.{layer}.mixer.hook_o"
     with short_chunks():
-        logits, cache = model.run_with_cache(ids, names=name, **keep_last(model, horizon + 1))
+        logits, cache = model.run_with_cache(ids, names=name, **model.logits_of_last(horizon + 1))
     return logits[:, -1 - horizon :].float(), cache[name][:, -1 - horizon :, head].float()

@@ -35,15 +35,10 @@ def token_ids(model: HookedRecurrentModel, targets: Targets) -> Int[Tensor, " n"
 
 
 def _one_token(model: HookedRecurrentModel, text: str) -> int:
-    def split(x: str) -> list[int]:
-        return model._tokenizer()(x, add_special_tokens=False, verbose=False)["input_ids"]
-
-    ids = split(text)
-    if len(ids) == 1:
-        return ids[0]
-    parts = [model._tokenizer().decode([i]) for i in ids]
-    also = f"; {' ' + text!r} is one" if len(split(" " + text)) == 1 else ""
-    raise ValueError(f"target {text!r} is {len(ids)} tokens, {parts}: a target is one token{also}")
+    try:
+        return model.to_single_token(text)
+    except ValueError as error:
+        raise ValueError(f"target {error}") from error
 
 
 def ordinary_tokens(model: HookedRecurrentModel) -> Bool[Tensor, " vocab"]:

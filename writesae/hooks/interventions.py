@@ -104,8 +104,7 @@ class Intervention(ABC):
         """Raise IndexError or ValueError unless this can be done at ``site`` and ``positions``."""
         heads = self.heads(site)
         for head in heads:
-            if not isinstance(head, int) or not 0 <= head < site.n_heads:
-                raise IndexError(f"head {head!r} at layer {site.layer}: allowed are 0 to {site.n_heads - 1}")
+            site.check_head(head)
         if len(set(heads)) < max(len(heads), 1):
             raise ValueError(f"head={self.head!r} at layer {site.layer}: give each head once, or None for all")
 
@@ -239,12 +238,12 @@ class Substitute(Intervention):
         atom = self.sae.atom(top)
         atom = atom * (value if self.norm == "code" else now.write.norm() / atom.norm().clamp_min(1e-30))
         rank = max(atom.rank, now.write.rank)
-        pairs = zip(_of_rank(atom, rank).factors(), _of_rank(now.write, rank).factors(), strict=True)
+        pairs = zip(of_rank(atom, rank).factors(), of_rank(now.write, rank).factors(), strict=True)
         key, value = (torch.where(fires[..., None, None], new, native) for new, native in pairs)
         return Write(key, value, rank=rank) if rank > 1 else Write(key[..., 0, :], value[..., 0, :])
 
 
-def _of_rank(write: Write, rank: int) -> Write:
+def of_rank(write: Write, rank: int) -> Write:
     """The same matrix with terms of zero up to ``rank``."""
     if write.rank == rank:
         return write

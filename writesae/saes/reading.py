@@ -7,7 +7,6 @@ all pre-activations, or all states, of a long text.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -212,9 +211,8 @@ def _pass(model: HookedRecurrentModel, sae: WriteSAE, x: Text, ids: Tensor, **kw
     """One run of the model, read."""
     layer, head = sae.cfg.layer, sae.cfg.head
     assert layer is not None and head is not None
-    if "logits_to_keep" in inspect.signature(model.hf_model.forward).parameters:
-        kwargs = {"logits_to_keep": 1, **kwargs}  # nobody wants them, and they may cost as much as the layers
-    _, cache = model.run_with_cache(x, names=inputs(model, layer), **kwargs)
+    # Nobody wants the logits.
+    _, cache = model.run_with_cache(x, names=inputs(model, layer), **{**model.logits_of_last(1), **kwargs})
     found = encode_matrices(sae, *target_of(cache, layer, head, sae.cfg.target))
     values, indices = (part.to(ids.device) for part in found)
     values = values.masked_fill((cache.positions == PAD)[..., None], 0)

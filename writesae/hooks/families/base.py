@@ -35,6 +35,11 @@ class Site:
     d_value: int
     rule: str
 
+    def check_head(self, head: object) -> None:
+        """Raise IndexError unless it is one of this layer's heads."""
+        if not isinstance(head, int) or not 0 <= head < self.n_heads:
+            raise IndexError(f"head {head!r} at layer {self.layer}: allowed are 0 to {self.n_heads - 1}")
+
 
 class KernelCall(ABC):
     """One call of the model's own recurrence, seen through the canonical quantities.
