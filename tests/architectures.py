@@ -43,6 +43,7 @@ class Architecture:
             recurrence. (RWKV-7's first layer, whose values the others mix in, has no ``v_mix``.)
         vision: arguments of the vision configuration: the text model lies one level deeper, beside a vision model.
         cache_argument: what the model calls its cache.
+        mlp: its layers have an MLP of their own, a single module.
         forgets_positions: its attention layers count from 0 in every piece, unless told (transformers 5.23).
         n_heads, d_value: heads, and columns of the state (the rows are `D_KEY` in every model).
     """
@@ -59,6 +60,7 @@ class Architecture:
     outputs: dict[str, str] = field(default_factory=dict)
     vision: dict[str, Any] = field(default_factory=dict)
     cache_argument: str = "past_key_values"
+    mlp: bool = True
     forgets_positions: bool = False
     n_heads: int = N_HEADS
     d_value: int = D_VALUE
@@ -70,7 +72,12 @@ class Architecture:
     def quantities(self, layer: int) -> list[str]:
         """Its hook points, in firing order."""
         before = [quantity for quantity in self.outputs if quantity != "v_mix" or layer > 0]
-        return [*before, *self.rule.inputs, "write", "state", "o", *(["z"] if self.gate else [])]
+        return [*before, *self.rule.raw, *self.rule.inputs, "write", "state", "o", *(["z"] if self.gate else [])]
+
+    def points(self, layer: int) -> list[str]:
+        """Those, and the points of the residual stream that the layer has, in firing order."""
+        recurrent = self.quantities(layer) if layer in self.layers else []
+        return ["resid_pre", *recurrent, "mixer_out", *(["mlp_out"] if self.mlp else []), "resid_post"]
 
     @property
     def is_first_of_its_rule(self) -> bool:
@@ -241,14 +248,14 @@ ARCHITECTURES = [
     _mamba2("mamba2", "Mamba2", "Mixer",
             _MAMBA2 | dict(num_hidden_layers=4, num_heads=N_HEADS, head_dim=D_VALUE, n_groups=N_KEY_HEADS,
                            state_size=D_KEY, expand=1, chunk_size=64),
-            layers=PURE, cache_argument="cache_params"),
+            layers=PURE, cache_argument="cache_params", mlp=False),
     _mamba2("bamba", "Bamba", "Mixer", _BAMBA | dict(attn_layer_indices=[2]), forgets_positions=True),
     _mamba2("zamba2", "Zamba2", "MambaMixer",
             _MAMBA2 | dict(intermediate_size=96, num_hidden_layers=4, num_attention_heads=2, n_mamba_heads=N_HEADS,
                            max_position_embeddings=512, mamba_ngroups=N_KEY_HEADS, mamba_d_state=D_KEY,
                            mamba_expand=1, chunk_size=32, num_mem_blocks=1, tie_word_embeddings=False,
                            layers_block_type=["linear_attention", "linear_attention", "hybrid", "linear_attention"]),
-            layers=PURE),
+            layers=PURE, mlp=False),
     _mamba2("falcon_h1", "FalconH1", "Mixer", _FALCON | dict(mamba_rms_norm=True, mamba_norm_before_gate=False),
             layers=PURE),
     # Gates by a product beside the norm, or inside the kernel: nothing is called with o and z.
@@ -259,10 +266,12 @@ ARCHITECTURES = [
                            mamba_head_dim=D_VALUE, n_groups=N_KEY_HEADS, ssm_state_size=D_KEY, chunk_size=32,
                            num_attention_heads=2, num_key_value_heads=1, head_dim=32, intermediate_size=96,
                            max_position_embeddings=512, n_routed_experts=4, num_experts_per_tok=4,
-                           moe_intermediate_size=32, moe_shared_expert_intermediate_size=32)),
+                           moe_intermediate_size=32, moe_shared_expert_intermediate_size=32),
+            mlp=False),
     _mamba2("granitemoehybrid", "GraniteMoeHybrid", "MambaLayer",
             _BAMBA | dict(layer_types=LAYERS, num_local_experts=4, num_experts_per_tok=4, shared_intermediate_size=32,
-                          attention_multiplier=0.2)),
+                          attention_multiplier=0.2),
+            mlp=False),
     _ours("rwkv7", bf.RWKV7, "RWKV7", "RWKV7Attention",
           dict(head_dim=D_KEY, value_dim=N_HEADS * D_VALUE, decay_low_rank_dim=16, gate_low_rank_dim=16,
                a_low_rank_dim=16, v_low_rank_dim=8, intermediate_size=96),

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -137,11 +137,15 @@ class Call:
         x: the quantities that enter the recurrence, ``[batch, pos, head, ...]``, each head with its own.
         S: the state before, ``[batch, head, d_key, d_value]``; None for zeros.
         answer: outputs ``[batch, pos, head, d_value]`` and final state -> what the mixer gets back.
+        raw: what the function makes some of these of, before it normalises, ``[batch, pos, head, ...]``.
+        normalised: what it makes of ``raw``.
     """
 
     x: dict[str, Tensor]
     S: Tensor | None
     answer: Callable[[Tensor, Tensor], Any]
+    raw: dict[str, Tensor] = field(default_factory=dict)
+    normalised: Callable[..., dict[str, Tensor]] = dict
 
     def state(self) -> Tensor:
         k, v = self.x["k"], self.x["v"]
@@ -155,6 +159,7 @@ class Rule:
     Attributes:
         name: of it.
         inputs: quantities that enter the recurrence, in the order in which their hooks fire.
+        raw: what these are made of by the functions themselves; their hooks fire before.
         kernels: the functions of a modeling file that run it, and for each how to read a call.
         erase: a token's quantities, the state before it and that state decayed -> what is added to the latter, beside
             the write; None if nothing is.
@@ -168,6 +173,7 @@ class Rule:
     erase: Callable[[At, Tensor, Tensor], Tensor] | None = None
     decay_per_key: bool = False
     transposed: bool = False
+    raw: tuple[str, ...] = ()
 
     def step(self, x: At, S: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One token: key and value of its write, the state decayed, and that state after the erase."""
@@ -216,13 +222,20 @@ def delta_rule(
     **_: Any,
 ) -> Call:
     """transformers' functions of Gated DeltaNet and of Kimi delta attention."""
-    q, k = (for_each_head(x.double(), value.shape[2]) for x in (query, key))
-    if use_qk_l2norm_in_kernel:
-        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    raw = {name: for_each_head(x.double(), value.shape[2]) for name, x in (("q_raw", query), ("k_raw", key))}
+
+    def normalised(q_raw: Tensor, k_raw: Tensor) -> dict[str, Tensor]:
+        q, k = q_raw, k_raw
+        if use_qk_l2norm_in_kernel:
+            q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+        return dict(q=q / q.shape[-1] ** 0.5, k=k)
+
     return Call(
-        dict(q=q / q.shape[-1] ** 0.5, k=k, v=value.double(), beta=beta.double(), log_decay=g.double()),
+        normalised(**raw) | dict(v=value.double(), beta=beta.double(), log_decay=g.double()),
         None if initial_state is None else initial_state.double(),
         lambda o, S: (o.to(query.dtype), S.float() if output_final_state else None),
+        raw,
+        normalised,
     )
 
 
@@ -306,6 +319,7 @@ GATED_DELTA = Rule(
     ("q", "k", "v", "beta", "log_decay"),
     dict.fromkeys(("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"), delta_rule),
     delta_erase,
+    raw=("q_raw", "k_raw"),
 )
 KDA = Rule(
     "kimi_delta",
@@ -313,6 +327,7 @@ KDA = Rule(
     dict.fromkeys(("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"), delta_rule),
     delta_erase,
     decay_per_key=True,
+    raw=("q_raw", "k_raw"),
 )
 MAMBA2 = Rule(
     "mamba2",
@@ -428,7 +443,12 @@ class BruteForce:
 
     def run(self, call: Call) -> Any:
         S, x, outputs = call.state(), {name: value.clone() for name, value in call.x.items()}, []
-        n_pos = x["q"].shape[1]
+        n_pos, raw = x["q"].shape[1], {name: value.clone() for name, value in call.raw.items()}
+        for t in range(n_pos):
+            for row, edit, _i in self.here(t):
+                if edit.stage in raw:
+                    raw[edit.stage][row, t, edit.head] = edit.fn(raw[edit.stage][row, t, edit.head])
+        x |= call.normalised(**raw)
         for t in range(n_pos):
             here = self.here(t)
             for row, edit, _i in here:

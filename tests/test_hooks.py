@@ -31,7 +31,7 @@ from architectures import (
     each_rule,
 )
 from writesae import Add, Delete, HookedRecurrentModel, Replace, SAEConfig, Site, Substitute, Write, WriteSAE
-from writesae.hooks import install
+from writesae.hooks import install, name_of
 from writesae.hooks.positions import Clock
 
 QWEN = ARCHITECTURES[0]
@@ -78,7 +78,7 @@ def same_as_before(model: HookedRecurrentModel, ids: Tensor, before: Tensor) -> 
 def test_sites_and_names(architecture: Architecture) -> None:
     a, model = architecture, HookedRecurrentModel(architecture.build())
     assert model.sites == [Site(layer, a.n_heads, D_KEY, a.d_value, a.rule.name) for layer in a.layers]
-    assert model.hook_names == [name(quantity, layer) for layer in a.layers for quantity in a.quantities(layer)]
+    assert model.hook_names == [name_of(quantity, i) for i in range(model.n_layers) for quantity in a.points(i)]
     assert model.site(3) == model.sites[-1]
 
 
@@ -108,7 +108,7 @@ class Watch(bf.BruteForce):
         answer = call.answer
 
         def watched(o: Tensor, S: Tensor) -> Any:
-            self.keep(**call.x, o=o)
+            self.keep(**call.x, **call.raw, o=o)
             return answer(o, S)
 
         call.answer = watched
@@ -169,10 +169,10 @@ def test_every_point_moves_the_logits(architecture: Architecture) -> None:
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_changes_in_place(model: HookedRecurrentModel, quantity: str) -> None:
-    ids = random_ids(2, 70)
+    ids, factor = random_ids(2, 70), -0.5 if quantity.endswith("raw") else 0.5  # a norm undoes what is positive
 
     def in_place(value: Tensor | Write, hook: Any) -> None:
-        (value.value if isinstance(value, Write) else value)[:, :, 1].mul_(0.5)
+        (value.value if isinstance(value, Write) else value)[:, :, 1].mul_(factor)
 
     def returned(value: Any, hook: Any) -> Any:
         value = copy.copy(value) if isinstance(value, Write) else value.clone()
@@ -837,7 +837,7 @@ def test_taps_of_the_text_model_alone(architecture: Architecture) -> None:
         m for m in architecture.build().modules()
         if hasattr(m, "layers") and (hasattr(m, "embed_tokens") or hasattr(m, "embeddings"))
     )  # fmt: skip
-    taps = install(text_model)
+    taps = install(text_model).taps
     assert tuple(tap.site.layer for tap in taps) == architecture.layers
     assert "attention_mask" in taps[0].clock.parameters and text_model.writesae_clock is taps[0].clock
 

@@ -251,6 +251,8 @@ TOP_ATOM = 17  # of the write SAE: one that is often the top one
 def hooks(a: Architecture) -> list[Case]:
     """On each quantity that the architecture has."""
     quantities = [
+        hook("q_raw", 1, 1, lambda q: 1.3 * q.roll(1, -1)),
+        hook("k_raw", 0, 2, lambda k: 0.9 * k.roll(1, -1)),
         hook("q", 1, 1, lambda q: 1.3 * q.roll(1, -1)),
         hook("k", 0, 2, lambda k: 0.9 * k.roll(1, -1)),
         hook("v", 3, 0, lambda v: 0.5 * v.roll(1, -1)),

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -22,27 +22,36 @@ from writesae.hooks import (
     HookPoint,
     Intervention,
     PositionSet,
+    ResidualEdit,
     Site,
+    Steer,
     Tap,
     install,
-    unknown_name,
+    name_of,
+    resolve,
 )
+from writesae.hooks.names import RESIDUAL
 from writesae.hooks.positions import CACHES, Positions
+from writesae.hooks.residual import Stopped, stop_at
+from writesae.hooks.residual_edits import is_residual_sae
 from writesae.models.load import load_model
 from writesae.models.tokenizers import check_tokenizer, load_tokenizer
 from writesae.recurrence import Read
+from writesae.tokens import Text, TokenModel, next_token_loss
 from writesae.zoo import shipped_model, shipped_models
 
 if TYPE_CHECKING:
     from writesae.saes import Codes, WriteSAE
 
-Text: TypeAlias = str | Sequence[str] | Sequence[int] | Int[Tensor, "..."]
 Names: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
 Hooks: TypeAlias = Sequence[tuple[str | Callable[[str], bool], Callable[[Any, HookPoint], Any]]]
 
 
 MEANING = {
+    "resid_pre": ("[batch, pos, d_model]", "the residual stream before the layer"),
     "v_mix": ("[batch, pos, head, d_value]", "how much of the first layer's value is mixed into v"),
+    "q_raw": ("[batch, pos, head, d_key]", "the query before its norm and scale"),
+    "k_raw": ("[batch, pos, head, d_key]", "the key before its norm"),
     "q": ("[batch, pos, head, d_key]", "what reads the state, after any norm and scale"),
     "k": ("[batch, pos, head, d_key]", "where a token writes, after any norm"),
     "v": ("[batch, pos, head, d_value]", "what it writes"),
@@ -54,33 +63,44 @@ MEANING = {
     "state": ("[batch, pos, head, d_key, d_value]", "the memory, at the positions asked for"),
     "o": ("[batch, pos, head, d_value]", "what was read, before norm and gate"),
     "z": ("[batch, pos, head, d_value]", "the output gate, as the norm is given it"),
+    "mixer_out": ("[batch, pos, d_model]", "what the mixer, recurrent or attention, gives to the stream"),
+    "mlp_out": ("[batch, pos, d_model]", "what the MLP or the experts give to the stream"),
+    "resid_post": ("[batch, pos, d_model]", "the residual stream after the layer"),
 }
 
 
-class HookedRecurrentModel(nn.Module):
+class HookedRecurrentModel(TokenModel):
     """Wraps a transformers model with matrix-state layers; the model itself stays what it is (``model.hf_model``).
 
     Args:
-        hf_model: the model. It computes exactly as before as long as nothing is attached.
+        hf_model: the model, or one that nnsight wraps. It computes exactly as before as long as nothing is attached.
         tokenizer: needed for text in and out; token ids work without.
         model_id: name that SAEs trained on it record; default is where it was loaded from.
 
     Raises:
-        ValueError: the model has no recurrent layer that is known.
+        ValueError: the model has no recurrent layer that is known, or no weights yet (nnsight's `dispatch`).
 
     >>> model = HookedRecurrentModel.from_pretrained("tiny-gdn")
     >>> logits, cache = model.run_with_cache("The state of the Union")
     >>> cache["k", 1].shape        # [batch, pos, head, d_key]
     """
 
-    def __init__(self, hf_model: PreTrainedModel, tokenizer: Any = None, *, model_id: str | None = None):
+    def __init__(self, hf_model: PreTrainedModel | Any, tokenizer: Any = None, *, model_id: str | None = None):
         super().__init__()
-        self._taps: list[Tap] = install(hf_model)
+        if type(hf_model).__module__.startswith("nnsight"):
+            hf_model, tokenizer = hf_model._module, tokenizer or hf_model.__dict__.get("tokenizer")
+            if any(p.is_meta for p in hf_model.parameters()):
+                raise ValueError("nnsight has not loaded this model yet: call its .dispatch(), or pass dispatch=True")
+        self._installed = installed = install(hf_model)
+        self._taps: list[Tap] = installed.taps
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         self.model_id: str = model_id or str(getattr(hf_model, "name_or_path", "") or type(hf_model).__name__)
-        self._points = {point.name: point for tap in self._taps for point in tap.points.values()}
+        self._points = {point.name: point for layer in installed.points for point in layer.values()}
         self._by_layer = {tap.site.layer: tap for tap in self._taps}
+        self._aliases = {tap.site.layer: tap.family.aliases for tap in self._taps}
+        self._edited_stream: list[PositionSet] = []  # where edits of the residual stream are attached
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []  # of `add_hook`
 
     @classmethod
     def from_pretrained(
@@ -130,26 +150,34 @@ class HookedRecurrentModel(nn.Module):
         """Every hook point, in the order in which they fire."""
         return list(self._points)
 
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every hook point by its name."""
+        return dict(self._points)
+
     def describe_hooks(self) -> list[tuple[str, str, str]]:
         """``(name, shape, meaning)`` of each kind of hook point, in firing order."""
         kinds: dict[str, tuple[str, str, str]] = {}
-        for tap in sorted(self._taps, key=lambda tap: -len(tap.points)):  # the first layer may lack some
-            for quantity in tap.points:
+        points = self._installed.points
+        for layer in sorted(range(len(points)), key=lambda i: -len(points[i])):  # some lack what others have
+            family = self._by_layer[layer].family if layer in self._by_layer else None
+            for quantity, point in points[layer].items():
                 shape, meaning = MEANING[quantity]
-                if quantity == "log_decay" and tap.family.decay_per_key:
+                if family and quantity == "log_decay" and family.decay_per_key:
                     shape = "[batch, pos, head, d_key]"
-                if quantity in tap.family.letters:
-                    meaning = f"{meaning} ({tap.family.letters[quantity]})"
-                kinds.setdefault(quantity, (f"blocks.{{layer}}.mixer.hook_{quantity}", shape, meaning))
-        return list(kinds.values())
+                if family and quantity in family.letters:
+                    meaning = f"{meaning} ({family.letters[quantity]})"
+                kinds.setdefault(quantity, (point.name.replace(f".{layer}.", ".{layer}."), shape, meaning))
+        return [kinds[quantity] for quantity in MEANING if quantity in kinds]
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers there are, recurrent and other."""
+        return len(self._installed.layers)
 
     @property
     def config(self) -> Any:
         return self.hf_model.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.hf_model.device
 
     def site(self, layer: int) -> Site:
         """The site of a layer; IndexError if that layer is not recurrent."""
@@ -176,11 +204,6 @@ class HookedRecurrentModel(nn.Module):
         """The module that normalises (and gates) what the heads of a recurrent layer read; None where nothing does."""
         return self.family(layer).norm(self._mixer(layer))
 
-    @property
-    def W_U(self) -> Float[Tensor, "d_model vocab"]:
-        """The output embedding: what makes logits of the normalised residual stream."""
-        return self.hf_model.get_output_embeddings().weight.T  # type: ignore[union-attr, operator]
-
     def fingerprint(self, layer: int) -> str:
         """A hash of the recurrent layer's weights, rounded to bfloat16 so that it does not depend on the load dtype.
 
@@ -195,80 +218,29 @@ class HookedRecurrentModel(nn.Module):
 
     # --- running ------------------------------------------------------------------------------------------------------
 
-    def to_tokens(self, text: Text) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
-        """Token ids and attention mask (None where nothing is padded); several texts are padded on the left."""
-        if isinstance(text, Tensor):
-            ids = text if text.ndim == 2 else text[None]
-            if text.ndim not in (1, 2) or text.dtype.is_floating_point or text.numel() == 0:
-                raise ValueError(
-                    f"token ids must be integers [pos] or [batch, pos]; got {text.dtype} {list(text.shape)}"
-                )
-            return self._check_ids(ids.to(self.device)), None
-        if not isinstance(text, str) and len(text) and all(isinstance(x, int) for x in text):
-            return self.to_tokens(torch.tensor(text))
-        texts = [text] if isinstance(text, str) else list(text)  # type: ignore[arg-type]
-        if not texts or not all(isinstance(x, str) and x for x in texts):
-            raise ValueError(f"give a non-empty text, a list of such, or token ids; got {text!r}")
-        rows = [torch.tensor(self._tokenizer()(x, verbose=False)["input_ids"]) for x in texts]
-        n_pos = max(len(row) for row in rows)
-        ids = torch.full((len(rows), n_pos), self._pad_id())
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, n_pos - len(row) :], mask[i, n_pos - len(row) :] = row, 1
-        return ids.to(self.device), None if bool(mask.all()) else mask.to(self.device)
-
-    def to_str_tokens(self, text: Text) -> list[str]:
-        """The tokens of one text, as strings."""
-        ids, _ = self.to_tokens(text)
-        if len(ids) != 1:
-            raise ValueError(f"to_str_tokens takes one text; got {len(ids)}")
-        return [self._tokenizer().decode([i]) for i in ids[0].tolist()]
-
-    def to_single_token(self, token: str | int) -> int:
-        """The id of a text that is one token (an id is checked and returned).
-
-        Raises:
-            ValueError: the text makes another number of tokens, which the message shows; an id outside the vocabulary.
-        """
-        if isinstance(token, int):
-            return int(self._check_ids(torch.tensor([token]))[0])
-        split = lambda text: self._tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
-        ids = split(token)
-        if len(ids) != 1:
-            parts = [self._tokenizer().decode([i]) for i in ids]
-            also = f"; {' ' + token!r} is one" if len(split(" " + token)) == 1 else ""
-            raise ValueError(f"{token!r} is {len(ids)} tokens, {parts}: give one token{also}")
-        return ids[0]
-
-    def logits_of_last(self, n: int) -> dict[str, Any]:
-        """The argument that has the model make logits of the last ``n`` tokens alone (0: of all), if it knows one: with
-        a large vocabulary they may cost as much as the layers."""
-        return {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(self.hf_model.forward).parameters else {}
-
-    def _tokenizer(self) -> Any:
-        if self.tokenizer is None:
-            raise ValueError("text needs a tokenizer: HookedRecurrentModel(hf_model, tokenizer), or pass token ids")
-        return self.tokenizer
-
-    def _pad_id(self) -> int:
-        """Any valid id will do, since padding is masked."""
-        return next((i for i in (self._tokenizer().pad_token_id, self._tokenizer().eos_token_id) if i is not None), 0)
-
-    def _check_ids(self, ids: Tensor) -> Tensor:
-        n_vocab = self.hf_model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-        if int(ids.min()) < 0 or int(ids.max()) >= n_vocab:
-            bad = ids[(ids < 0) | (ids >= n_vocab)][0]
-            raise ValueError(f"token id {int(bad)} is outside the model's vocabulary of {n_vocab}")
-        return ids.long()
-
-    def forward(self, x: Text, **kwargs: Any) -> Float[Tensor, "batch pos vocab"]:
-        """Logits for text or token ids, with whatever is attached.
+    def forward(
+        self,
+        x: Text,
+        *,
+        return_type: Literal["logits", "loss", "both"] | None = "logits",
+        loss_per_token: bool = False,
+        stop_at_layer: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits for text or token ids ``[batch, pos, vocab]``, with whatever is attached.
 
         Args:
             x: a text, several (padded on the left), token ids ``[pos]`` or ``[batch, pos]``.
+            return_type: "loss": the cross entropy in nats of each next token, the mean over real tokens; "both": logits
+                and loss; None: nothing is returned.
+            loss_per_token: the loss ``[batch, pos - 1]`` instead, 0 at padding.
+            stop_at_layer: run the layers before this one only, and return the residual stream that would enter it
+                ``[batch, pos, d_model]``. Negative ones count from the end; `n_layers` stops after the last layer.
             **kwargs: for the model: ``attention_mask`` (over the whole sequence), ``past_key_values`` (a
                 ``transformers.DynamicCache(config=model.config)``, updated in place: feed a sequence in pieces), ...
         """
+        if return_type not in ("logits", "loss", "both", None):
+            raise ValueError(f"return_type={return_type!r}: allowed are 'logits', 'loss', 'both' and None")
         ids, mask = self.to_tokens(x)
         mask = kwargs.pop("attention_mask", mask)
         past = self._cache_renamed(kwargs)
@@ -280,7 +252,22 @@ class HookedRecurrentModel(nn.Module):
             raise ValueError(
                 "texts of unequal length can't continue a cache: pass token ids and the whole attention_mask"
             )
-        return self.hf_model(input_ids=ids, attention_mask=mask, **kwargs).logits
+        if stop_at_layer is not None:
+            if past is not None:
+                raise ValueError("stop_at_layer would leave past_key_values half filled: pass one of them")
+            try:
+                with stop_at(self._installed.layers, stop_at_layer):
+                    self.hf_model(input_ids=ids, attention_mask=mask, **kwargs)
+            except Stopped as stopped:
+                return stopped.stream
+            raise RuntimeError(f"the model ran without its layer {stop_at_layer}")
+        logits = self.hf_model(input_ids=ids, attention_mask=mask, **kwargs).logits
+        if return_type in ("logits", None):
+            return logits if return_type else None
+        if logits.shape[1] != ids.shape[1] or (mask is not None and mask.shape != ids.shape):
+            raise ValueError("a loss needs logits of all tokens: drop logits_to_keep and past_key_values")
+        loss = next_token_loss(logits, ids, mask, loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
 
     def _cache_renamed(self, kwargs: dict[str, Any]) -> Any:
         """The cache among arguments, under the name that the model has for it: another name, it would ignore."""
@@ -325,50 +312,85 @@ class HookedRecurrentModel(nn.Module):
         return rows[0] if isinstance(x, str) and len(rows) == 1 else rows
 
     def run_with_cache(
-        self, x: Text, names: Names = None, *, state_positions: Sequence[int] | None = None, **kwargs: Any
-    ) -> tuple[Float[Tensor, "batch pos vocab"], ActivationCache]:
-        """Logits, and the quantities named.
+        self,
+        x: Text,
+        names: Names = None,
+        *,
+        names_filter: Names = None,
+        state_positions: Sequence[int] | None = None,
+        remove_batch_dim: bool = False,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ActivationCache]:
+        """Logits ``[batch, pos, vocab]`` (or what else `forward` is asked for), and the quantities named.
 
         Args:
             x: as for `forward`.
             names: a name, a list of names, a function of the name, or None for every quantity except states.
+            names_filter: the same; TransformerLens' word for it.
             state_positions: positions at which ``hook_state`` is kept, where ``names`` asks for it. (States elsewhere
                 come from ``cache.state(layer, positions)`` later; nothing need be asked for in advance.)
-            **kwargs: as for `forward`.
+            remove_batch_dim: leave the batch dimension out of everything in the cache; for one sequence.
+            device: where to keep it; None: where it was computed.
+            **kwargs: as for `forward`: ``stop_at_layer``, ``return_type``, ``attention_mask``, ...
 
         Raises:
             KeyError: no such hook point.
+            ValueError: ``remove_batch_dim`` with several sequences; a hook point behind ``stop_at_layer``.
         """
+        if names is not None and names_filter is not None:
+            raise TypeError("names and names_filter mean the same: pass one of them")
+        names = names_filter if names is None else names
         wanted = self._select(names, also=lambda name: not name.endswith("hook_state"))
+        stop = kwargs.get("stop_at_layer")
+        if stop is not None:
+            stop = stop + self.n_layers if stop < 0 else stop
+            late = [point.name for point in wanted if point.layer >= stop]
+            if late and names is not None and not callable(names):
+                raise ValueError(f"stop_at_layer={kwargs['stop_at_layer']}: {late[0]} is never reached")
+            wanted = [point for point in wanted if point.layer < stop]
         states = [point for point in wanted if point.quantity == "state"]
         if bool(states) != (state_positions is not None):
             raise ValueError(
                 "hook_state holds a d_key x d_value matrix a token, so it is kept only where asked: pass both a "
                 "hook_state in names= and state_positions=[...], or use cache.state(layer, positions) afterwards"
             )
-        cache = ActivationCache(self._taps)
+        cache = ActivationCache(self._taps, self._points, self._aliases, device)
         # States are rebuilt from the recurrence's inputs.
-        inputs = {f"blocks.{s.layer}.mixer.hook_{q}" for s in states for q in self.family(s.layer).state_inputs}
+        inputs = {name_of(q, s.layer) for s in states for q in self.family(s.layer).state_inputs}
         chosen = {point.name for point in wanted if point not in states}
         keep = [point for name, point in self._points.items() if name in inputs | chosen]
+        clock = self._installed.clock
         with ExitStack() as stack:
             for point in keep:
-                stack.enter_context(point.add_hook(lambda value, hook: cache._store(hook.name, value)))
+                stack.enter_context(point.add_hook(lambda value, hook: cache._store(hook.name, value, clock)))
             for tap in self._taps:
                 recorder = lambda record, tap=tap: cache._record(tap, record)  # noqa: E731
                 if any(p in wanted for p in tap.points.values()):
                     stack.enter_context(_added(tap.recorders, recorder))
-            logits = self(x, **kwargs)
+            out = self(x, **kwargs)
         for point in states:
             cache._store(point.name, cache.state(point.layer, list(state_positions or ())))
         cache._only({point.name for point in wanted})
-        return logits, cache
+        if remove_batch_dim:
+            cache.remove_batch_dim()
+        return out, cache
 
     def run_with_hooks(
-        self, x: Text, hooks: Hooks, *, state_positions: Positions = None, **kwargs: Any
-    ) -> Float[Tensor, "batch pos vocab"]:
-        """`forward` with hooks attached for this one call; see `hooks`."""
-        with self.hooks(hooks, state_positions=state_positions):
+        self,
+        x: Text,
+        hooks: Hooks = (),
+        *,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        state_positions: Positions = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`forward` with hooks attached for this one call; see `hooks`.
+
+        ``bwd_hooks`` act in the backward pass of what is returned, also after this call.
+        """
+        with self.hooks(hooks, fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks, state_positions=state_positions):
             return self(x, **kwargs)
 
     def encode(self, sae: WriteSAE, x: Text, *, check_model: bool = True, **kwargs: Any) -> Codes:
@@ -384,12 +406,21 @@ class HookedRecurrentModel(nn.Module):
     # --- attaching ----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def hooks(self, hooks: Hooks, *, state_positions: Positions = None) -> Iterator[HookedRecurrentModel]:
+    def hooks(
+        self,
+        hooks: Hooks = (),
+        *,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        state_positions: Positions = None,
+    ) -> Iterator[HookedRecurrentModel]:
         """Attach functions to hook points while the block runs.
 
         Args:
             hooks: pairs ``(name, fn)``; the name may be a function of names. ``fn(value, hook)`` returns what to go on
                 with, of the same shape and dtype, or None. ``hook.name`` and ``hook.layer`` say where it is.
+            fwd_hooks: more of them; TransformerLens' word.
+            bwd_hooks: pairs whose function gets the gradient of the value, and may return another.
             state_positions: for ``hook_state``, which fires only at these positions: once a token, with value
                 ``[rows, 1, head, d_key, d_value]``, the state as that token's read sees it, for the sequences
                 (usually all) for which that token is at an asked position (``hook.positions [rows]``).
@@ -399,7 +430,7 @@ class HookedRecurrentModel(nn.Module):
         """
         with ExitStack() as stack:
             requests: dict[int, PositionSet] = {}
-            for name, fn in hooks:
+            for name, fn in (*hooks, *fwd_hooks):
                 for point in self._select(name):
                     if point.quantity != "state":
                         stack.enter_context(point.add_hook(fn))
@@ -413,13 +444,35 @@ class HookedRecurrentModel(nn.Module):
                         requests[point.layer] = PositionSet(state_positions)
                         stack.enter_context(_added(self._tap(point.layer).state_requests, requests[point.layer]))
                     stack.enter_context(point.add_hook(_only_for(requests[point.layer], fn)))
+            for name, fn in bwd_hooks:
+                for point in self._without_states(name, "gradients come from ws.gradient"):
+                    stack.enter_context(point.add_hook(fn, "bwd"))
             yield self
             _check_reached(requests.values())
+
+    def add_hook(
+        self, name: str | Callable[[str], bool], fn: Callable[[Any, HookPoint], Any], dir: Literal["fwd", "bwd"] = "fwd"
+    ) -> None:
+        """Attach a function to a hook point until `reset_hooks`; prefer `hooks`, which leaves no trace."""
+        for point in self._without_states(name, "attach to it with model.hooks(..., state_positions=[...])"):
+            self._handles.append(point.add_hook(fn, dir))
+
+    def reset_hooks(self) -> None:
+        """Take away everything that `add_hook` attached. What a ``with`` block attached goes when the block ends."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _without_states(self, name: str | Callable[[str], bool], instead: str) -> list[HookPoint]:
+        points = self._select(name)
+        states = [point.name for point in points if point.quantity == "state"]
+        if states and not callable(name):
+            raise ValueError(f"{states[0]} fires only at positions asked for: {instead}")
+        return [point for point in points if point.quantity != "state"]
 
     @contextmanager
     def intervene(
         self,
-        what: Intervention | WriteSAE | Sequence[Intervention],
+        what: Intervention | ResidualEdit | WriteSAE | Any | Sequence[Intervention | ResidualEdit],
         *,
         positions: Positions = None,
         read: Read = "same",
@@ -431,7 +484,9 @@ class HookedRecurrentModel(nn.Module):
 
         Args:
             what: an intervention, several (their edits add up), or an SAE with ``atom`` and ``scale``: that atom is
-                added at ``scale`` times the native write's Frobenius norm.
+                added at ``scale`` times the native write's Frobenius norm. Beside these, edits of the residual stream
+                (`Reconstruct`, `Steer`), which follow each other in the order given; with an SAE of SAELens, ``atom``
+                and ``scale`` are those of `Steer`.
             positions: which tokens, counted over the whole sequence, prompt and generated alike: None for all, an int,
                 a list, a slice, or an integer tensor ``[batch, n]`` for each sequence its own.
             read: ``"same"``: an edit at ``t`` is seen by the read at ``t``. ``"next"``: from ``t + 1`` on (the paper's
@@ -443,36 +498,61 @@ class HookedRecurrentModel(nn.Module):
             IndexError: layer, head, atom or position out of range.
             ValueError: an SAE for another shape, site or model.
         """
-        edits = self._interventions(what, atom, scale)
         if read not in ("same", "next"):
             raise ValueError(f"read={read!r}: allowed are 'same' and 'next'")
-        attached = []
-        for edit in edits:
-            sae: Any = getattr(edit, "sae", None) or (what if hasattr(what, "check_fits") else None)
-            if sae is not None:
-                sae.check_fits(self, check_model=check_model)
-            site, where = self.site(edit.layer), PositionSet(positions)
-            edit.check(site, where)
-            attached.append((self._tap(edit.layer), Attached(edit, edit.heads(site), where, read)))
         with ExitStack() as stack:
-            for tap, item in attached:
-                stack.enter_context(_added(tap.attached, item))
+            reached = []
+            for edit in self._interventions(what, atom, scale):
+                where = PositionSet(positions)
+                if isinstance(edit, ResidualEdit):
+                    stack.enter_context(self._edit_stream(edit, where, read))
+                else:
+                    sae: Any = getattr(edit, "sae", None) or (what if hasattr(what, "check_fits") else None)
+                    if sae is not None:
+                        sae.check_fits(self, check_model=check_model)
+                    site = self.site(edit.layer)
+                    edit.check(site, where)
+                    attached = Attached(edit, edit.heads(site), where, read)
+                    stack.enter_context(_added(self._tap(edit.layer).attached, attached))
+                reached.append(where)
             yield self
-            _check_reached(item.positions for _, item in attached)
+            _check_reached(reached)
 
-    def _interventions(self, what: Any, atom: int | None, scale: float | int | None) -> list[Intervention]:
-        if hasattr(what, "check_fits"):  # an SAE
+    @contextmanager
+    def _edit_stream(self, edit: ResidualEdit, where: PositionSet, read: Read) -> Iterator[None]:
+        """``edit`` acts on the residual stream at the tokens of ``where`` while the block runs."""
+        if read != "same":
+            raise ValueError(f"read={read!r} is about the memory; an edit of the residual stream is seen at once")
+        (point,) = self._select(edit.hook_name)
+        if point.quantity not in RESIDUAL:
+            names = ", ".join(name_of(quantity, point.layer) for quantity in RESIDUAL)
+            raise ValueError(f"{type(edit).__name__} acts on the residual stream ({names}); {point.name} is none of it")
+
+        def fn(x: Tensor, _hook: HookPoint) -> Tensor:
+            mask, _ = where.match(self._installed.clock.positions().to(x.device))
+            return torch.where(mask[(..., *(None,) * (x.ndim - mask.ndim))], edit(x), x)
+
+        with _added(self._edited_stream, where), point.add_hook(fn):
+            yield
+
+    def _interventions(
+        self, what: Any, atom: int | None, scale: float | int | None
+    ) -> list[Intervention | ResidualEdit]:
+        if hasattr(what, "check_fits") or is_residual_sae(what):  # an SAE
             if atom is None or scale is None:
+                other = "Substitute(sae)" if hasattr(what, "check_fits") else "Reconstruct(sae)"
                 raise TypeError(
-                    "intervene(sae, ...) needs atom= and scale= (add that atom at scale x the native write's norm); "
-                    "for the SAE's own top atoms use intervene(Substitute(sae))"
+                    "intervene(sae, ...) needs atom= and scale= (add that atom at scale x the norm of what is there); "
+                    f"for the SAE's own atoms use intervene({other})"
                 )
+            if not hasattr(what, "check_fits"):
+                return [Steer(what, atom=atom, scale=scale)]
             return [Add(what.cfg.layer, what.cfg.head, write=what.atom(atom), scale=scale, relative=True)]
         if atom is not None or scale is not None:
             raise TypeError("atom= and scale= go with an SAE; an intervention carries its own")
         edits = list(what) if isinstance(what, Sequence) else [what]
         for edit in edits:
-            if not isinstance(edit, Intervention):
+            if not isinstance(edit, (Intervention, ResidualEdit)):
                 got = type(edit).__name__
                 raise TypeError(f"intervene takes an intervention (Add, Delete, ...) or an SAE; got {got}")
         return edits
@@ -487,14 +567,13 @@ class HookedRecurrentModel(nn.Module):
                 raise KeyError("the names function chose no hook point; it is asked about each of model.hook_names")
             return chosen
         wanted = [names] if isinstance(names, str) else list(names)
-        for name in wanted:
-            if name not in self._points:
-                raise unknown_name(name, self._points)
-        return [self._points[name] for name in dict.fromkeys(wanted)]
+        found = (resolve(name, self._points, self._aliases) for name in wanted)
+        return [self._points[name] for name in dict.fromkeys(found)]
 
     def _asked(self) -> list[PositionSet]:
         """The positions of everything attached."""
-        return [p for tap in self._taps for p in [*(item.positions for item in tap.attached), *tap.state_requests]]
+        of_taps = [p for tap in self._taps for p in [*(item.positions for item in tap.attached), *tap.state_requests]]
+        return of_taps + self._edited_stream
 
     def _check_within(self, lengths: Int[Tensor, " batch"]) -> None:
         for positions in self._asked():

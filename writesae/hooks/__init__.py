@@ -4,10 +4,13 @@ from writesae.hooks.cache import ActivationCache
 from writesae.hooks.families import FAMILIES, Family, Site
 from writesae.hooks.intercept import Attached, Tap, install
 from writesae.hooks.interventions import Add, Delete, Intervention, Moment, Replace, Substitute
-from writesae.hooks.points import HookPoint, unknown_name
+from writesae.hooks.names import name_of, resolve
+from writesae.hooks.points import HookPoint
 from writesae.hooks.positions import PositionSet
+from writesae.hooks.residual_edits import Reconstruct, ResidualEdit, Steer
 
 __all__ = [
     "FAMILIES", "ActivationCache", "Add", "Attached", "Delete", "Family", "HookPoint", "Intervention", "Moment",
-    "PositionSet", "Replace", "Site", "Substitute", "Tap", "install", "unknown_name",
+    "PositionSet", "Reconstruct", "Replace", "ResidualEdit", "Site", "Steer", "Substitute", "Tap", "install", "name_of",
+    "resolve",
 ]  # fmt: skip

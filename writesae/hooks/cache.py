@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from writesae.hooks.intercept import Record, Tap, total_write
 from writesae.hooks.interventions import delta_of
-from writesae.hooks.points import Value, unknown_name
-from writesae.hooks.positions import PAD
+from writesae.hooks.names import name_of, resolve
+from writesae.hooks.points import Value
+from writesae.hooks.positions import PAD, Clock
 from writesae.kernels import states_at
 from writesae.recurrence import Recurrence, Write
 
@@ -22,16 +23,32 @@ class ActivationCache(Mapping[str, Any]):
 
     ``cache["blocks.9.mixer.hook_k"]`` and ``cache["k", 9]`` are the same; `write`, `delta` and `state` are worked out
     from what is there. Positions count real tokens; ``cache.positions [batch, pos]`` says which token is which.
+
+    Args:
+        taps: of the model.
+        names: of all its hook points.
+        aliases: other names of them, see `writesae.hooks.names.resolve`.
+        device: where values are kept; None: where they are.
     """
 
-    def __init__(self, taps: Sequence[Tap]):
+    def __init__(
+        self,
+        taps: Sequence[Tap],
+        names: Collection[str],
+        aliases: Mapping[int, Mapping[str, str]],
+        device: torch.device | str | None = None,
+    ):
         self._taps = {tap.site.layer: tap for tap in taps}
+        self._names, self._aliases, self._device = list(names), aliases, device
         self._values: dict[str, Value] = {}
         self._records: dict[int, Record] = {}
         self._positions: Tensor | None = None
+        self.has_batch_dim = True
 
-    def _store(self, name: str, value: Value) -> None:
-        self._values[name] = value
+    def _store(self, name: str, value: Value, clock: Clock | None = None) -> None:
+        self._values[name] = value if self._device is None else value.to(self._device)
+        if clock is not None and self._positions is None:
+            self._positions = clock.try_positions()
 
     def _detach(self) -> None:
         self._values = {name: value.detach() for name, value in self._values.items()}
@@ -40,26 +57,47 @@ class ActivationCache(Mapping[str, Any]):
         self._values = {name: value for name, value in self._values.items() if name in names}
 
     def _record(self, tap: Tap, record: Record) -> None:
-        self._records[tap.site.layer] = record
+        self._records[tap.site.layer] = record if self._device is None else record.to(self._device)
         if self._positions is None:
             self._positions = tap.clock.try_positions()
 
+    def remove_batch_dim(self) -> None:
+        """Leave the batch dimension out of everything from here on.
+
+        Raises:
+            ValueError: there are several sequences in it.
+        """
+        first = next(iter(self._values.values()), None)
+        if first is not None and first.shape[0] != 1:
+            raise ValueError(f"remove_batch_dim with {first.shape[0]} sequences: it is for one")
+        self.has_batch_dim = False
+
+    def _shown(self, value: Any) -> Any:
+        return value if self.has_batch_dim else value[0]
+
     @property
-    def positions(self) -> Int[Tensor, "batch pos"]:
+    def positions(self) -> Int[Tensor, "... pos"]:
         """The position of each token of the pass; -1 for padding."""
         if self._positions is None:
             raise ValueError("this pass's attention mask does not say which tokens are padding: pass a 2-D mask")
-        return self._positions
+        return self._shown(self._positions)
 
     def __getitem__(self, name: str | tuple[str, int]) -> Any:
-        full = name if isinstance(name, str) else f"blocks.{name[1]}.mixer.hook_{name[0]}"
+        return self._shown(self._value(name if isinstance(name, str) else name_of(*name)))
+
+    def _value(self, name: str) -> Any:
+        full = resolve(name, self._names, self._aliases)
         if full not in self._values:
-            known = [point.name for tap in self._taps.values() for point in tap.points.values()]
-            if full in known:
-                have = ", ".join(list(self._values)[:6]) or "nothing"
-                raise KeyError(f"{full} was not cached; ask for it in names= (cached: {have} ...)")
-            raise unknown_name(full, known)
+            have = ", ".join(list(self._values)[:6]) or "nothing"
+            raise KeyError(f"{full} was not cached; ask for it in names= (cached: {have} ...)")
         return self._values[full]
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            self[name]  # type: ignore[index]
+        except KeyError:
+            return False
+        return True
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -68,18 +106,18 @@ class ActivationCache(Mapping[str, Any]):
         return len(self._values)
 
     def __repr__(self) -> str:
-        return f"ActivationCache({len(self)} values of layers {sorted(self._records)})"
+        return f"ActivationCache({len(self)} values of layers {sorted({int(n.split('.')[1]) for n in self})})"
 
     def write(self, layer: int) -> Write:
         """The native write ``k (beta v)^T`` of each token, factors ``[batch, pos, head]``, as hooks left it.
 
         Interventions come instead of it or beside it; they are not in it.
         """
-        name = f"blocks.{layer}.mixer.hook_write"
+        name = name_of("write", layer)
         if name in self._values:
-            return self._values[name]  # type: ignore[return-value]
+            return self[name]
         inputs = self._inputs(layer)
-        return self._records[layer].write or self._tap(layer).family.write(inputs.__getitem__)
+        return self._shown(self._records[layer].write or self._tap(layer).family.write(inputs.__getitem__))
 
     def delta(self, layer: int) -> Write:
         """What each token's state gains beyond decay by itself: its write, and what it erases of the state it found.
@@ -89,11 +127,11 @@ class ActivationCache(Mapping[str, Any]):
         found, with all edits before; edits at the token itself are not in its delta.
         """
         rec, native, total, initial = self._dynamics(layer)
-        return delta_of(rec, native, initial, total, self._tap(layer).family.delta_rank)
+        return self._shown(delta_of(rec, native, initial, total, self._tap(layer).family.delta_rank))
 
     def state(
         self, layer: int, positions: Sequence[int], heads: Sequence[int] | None = None
-    ) -> Float[Tensor, "batch n_positions head d_key d_value"]:
+    ) -> Float[Tensor, "... n_positions head d_key d_value"]:
         """The states after the tokens at ``positions`` (negative ones count from each sequence's last token).
 
         Rebuilt from the cached factors, edits included; costs ``d_key * d_value`` for what is asked, nothing else.
@@ -112,7 +150,7 @@ class ActivationCache(Mapping[str, Any]):
         dense = record.dense if heads is None else {t: E[:, heads] for t, E in record.dense.items()}
         found = states_at(rec, total, wanted, initial, dense=dense)
         at = torch.tensor([[wanted.index(c) for c in row] for row in columns.tolist()], device=found.device)
-        return found[torch.arange(len(at), device=found.device)[:, None], at]
+        return self._shown(found[torch.arange(len(at), device=found.device)[:, None], at])
 
     def _tap(self, layer: int) -> Tap:
         if layer not in self._taps:
@@ -121,7 +159,7 @@ class ActivationCache(Mapping[str, Any]):
 
     def _inputs(self, layer: int) -> dict[str, Tensor]:
         """What writes and states are rebuilt from."""
-        return {q: self[q, layer] for q in self._tap(layer).family.state_inputs}
+        return {q: self._value(name_of(q, layer)) for q in self._tap(layer).family.state_inputs}
 
     def _dynamics(self, layer: int) -> tuple[Recurrence, Write, Write, Tensor | None]:
         """Recurrence, native write, all that was written, initial state of a layer."""
@@ -132,7 +170,7 @@ class ActivationCache(Mapping[str, Any]):
 
     def _columns(self, positions: Sequence[int]) -> Int[Tensor, "batch n"]:
         """Where in the pass each sequence's positions are."""
-        own = self.positions.cpu()
+        own = (self.positions if self.has_batch_dim else self.positions[None]).cpu()
         first, last = own.masked_fill(own == PAD, own.max() + 1).min(1).values, own.max(1).values
         asked = torch.tensor(list(positions)).long().expand(len(own), -1)
         asked = torch.where(asked < 0, last[:, None] + 1 + asked, asked)

@@ -19,7 +19,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from writesae.hooks.families import FAMILIES, Family, KernelCall, Site
 from writesae.hooks.interventions import Intervention, Moment
-from writesae.hooks.points import HookPoint
+from writesae.hooks.points import HookPoint, to_show
 from writesae.hooks.positions import PAD, Clock, PositionSet
+from writesae.hooks.residual import watch
 from writesae.kernels import chunked
 from writesae.recurrence import Read, Write, at_least_float32, first_state
 
@@ -82,6 +83,11 @@ class Edit:
         """Its heads and tokens, in something that has all of them ``[batch, pos, head]``."""
         return slice(None), slice(self.start, None), slice(None) if self.heads is None else list(self.heads)
 
+    def to(self, device: torch.device | str) -> Edit:
+        """The same on another device."""
+        move = lambda x: None if x is None else x.to(device)  # noqa: E731
+        return replace(self, write=move(self.write), instead=move(self.instead))
+
 
 @dataclass
 class Record:
@@ -91,6 +97,12 @@ class Record:
     edits: list[Edit]
     dense: dict[int, Float[Tensor, "batch head d_key d_value"]]
     write: Write | None  # what hooks made of the native write
+
+    def to(self, device: torch.device | str) -> Record:
+        """The same on another device."""
+        move = lambda x: None if x is None else x.to(device)  # noqa: E731
+        dense = {t: E.to(device) for t, E in self.dense.items()}
+        return Record(move(self.initial_state), [edit.to(device) for edit in self.edits], dense, move(self.write))
 
 
 @dataclass(eq=False)
@@ -117,7 +129,7 @@ class Tap:
         """The native call, with hooks and edits."""
         self.device = _device(arguments.values())
         call = self.family.call(self.family, arguments)
-        for quantity in self.family.inputs:
+        for quantity in self.family.raw + self.family.inputs:
             if self.points[quantity].listening:
                 new = self.show(quantity, call.get(quantity))
                 if new is not None:
@@ -144,7 +156,7 @@ class Tap:
     def show(self, quantity: str, given: Float[Tensor, "batch pos head ..."]) -> Tensor | None:
         """Fire a hook point: what its hooks made of the quantity, None if nothing. Padding stays as it was."""
         padding = self._padding(given.device)
-        new, changed = self.points[quantity].fire(_to_show(given) if padding is None else given.clone())
+        new, changed = self.points[quantity].fire(to_show(given) if padding is None else given.clone())
         if not changed:
             return None
         if padding is not None:
@@ -162,7 +174,7 @@ class Tap:
         if not point.listening:
             return []
         shown = call.write()
-        new, changed = point.fire(Write(shown.key.clone(), _to_show(shown.value)))  # the erase may share the key
+        new, changed = point.fire(Write(shown.key.clone(), to_show(shown.value)))  # the erase may share the key
         if not changed:
             return []
         instead, padding = torch.ones_like(shown.value[..., 0]), self._padding(self.device)
@@ -346,12 +358,6 @@ def _device(values: Iterable[Any]) -> torch.device:
     return next(x.device for x in values if isinstance(x, Tensor))
 
 
-def _to_show(x: Tensor) -> Tensor:
-    """A copy: hooks may write in place, and mixers may use what they gave the recurrence for something else (a skip).
-    But gradients are wanted of the tensor that the model goes on with."""
-    return x if x.requires_grad else x.clone()
-
-
 def _first_column(mask: Bool[Tensor, "batch pos"]) -> int | None:
     columns = mask.any(0)
     return int(columns.int().argmax()) if bool(columns.any()) else None
@@ -370,8 +376,18 @@ def find_mixers(model: nn.Module) -> list[tuple[str, nn.Module, Family]]:
     return sorted(found, key=lambda item: int(item[1].layer_idx))  # type: ignore[arg-type]
 
 
-def install(model: nn.Module) -> list[Tap]:
-    """Tap every recurrent mixer of ``model`` (once; a second call finds the same taps).
+@dataclass
+class Installed:
+    """What `install` put into a model: a tap at every recurrent mixer, and points at every layer by its index."""
+
+    taps: list[Tap]
+    points: list[dict[str, HookPoint]]
+    layers: nn.ModuleList
+    clock: Clock
+
+
+def install(model: nn.Module) -> Installed:
+    """Tap every recurrent mixer of ``model``, watch every layer (once; a second call finds the same taps and points).
 
     Raises:
         ValueError: no recurrent layer in it.
@@ -385,14 +401,26 @@ def install(model: nn.Module) -> list[Tap]:
         )
     for name, family in {type(mixer).__module__: family for _, mixer, family in mixers}.items():
         _intercept(name, family)
-    if not hasattr(mixers[0][1], "writesae_tap"):
-        text_model = model.get_submodule(f".{mixers[0][0]}".rsplit(".layers.", 1)[0].removeprefix("."))
-        clock = text_model.writesae_clock = Clock.of(text_model)  # type: ignore[assignment]
+    text_model = model.get_submodule(f".{mixers[0][0]}".rsplit(".layers.", 1)[0].removeprefix("."))
+    layers: Any = text_model.layers
+    if not hasattr(text_model, "writesae_clock"):
+        text_model.writesae_clock = Clock.of(text_model)  # type: ignore[assignment]
         text_model.register_forward_pre_hook(_begin, with_kwargs=True)
         text_model.register_forward_hook(_end, always_call=True)
         for _, mixer, family in mixers:
-            _tap(mixer, family, clock)
-    return [mixer.writesae_tap for _, mixer, _ in mixers]  # type: ignore[misc]
+            _tap(mixer, family, text_model.writesae_clock)  # type: ignore[arg-type]
+        recurrent = {int(mixer.layer_idx): mixer for _, mixer, _ in mixers}  # type: ignore[arg-type]
+        for index, layer in enumerate(layers):
+            watch(layer, index, recurrent.get(index))
+    taps: Any = [mixer.writesae_tap for _, mixer, _ in mixers]
+    return Installed(taps, [_points(layer, index, taps) for index, layer in enumerate(layers)], layers, taps[0].clock)
+
+
+def _points(layer: nn.Module, index: int, taps: Sequence[Tap]) -> dict[str, HookPoint]:
+    """All points of a layer, in firing order."""
+    before, *after = layer.writesae_points.items()  # type: ignore[operator, union-attr]
+    of_mixer = next((tap.points for tap in taps if tap.site.layer == index), {})
+    return dict([before, *of_mixer.items(), *after])
 
 
 def _tap(mixer: nn.Module, family: Family, clock: Clock) -> None:
@@ -517,4 +545,7 @@ def _dispatcher(function: Callable[..., Any], tapped: bool, fused: bool) -> Call
     return dispatch
 
 
-__all__ = ["PAD", "Attached", "Edit", "Record", "Tap", "find_mixers", "install", "kept_of", "respond", "total_write"]
+__all__ = [
+    "PAD", "Attached", "Edit", "Installed", "Record", "Tap", "find_mixers", "install", "kept_of", "respond",
+    "total_write",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Hook points: small modules, children of the mixer they watch, that carry one named quantity each.
+"""Hook points: small modules, children of the mixer or layer they watch, that carry one named quantity each.
 
 Being modules, they are seen by everything that sees modules: `HookedRecurrentModel.hooks`, torch's own
 ``register_forward_hook``, nnsight's ``trace``. Nothing is computed for a point nobody listens to.
@@ -6,13 +6,14 @@ Being modules, they are seen by everything that sees modules: `HookedRecurrentMo
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from writesae.hooks.names import name_of
 from writesae.recurrence import Write
 
 Value: TypeAlias = Tensor | Write
@@ -23,7 +24,7 @@ class HookPoint(nn.Module):
     """The identity on one quantity, with a name.
 
     Attributes:
-        name: full name, e.g. ``blocks.9.mixer.hook_k``.
+        name: full name, e.g. ``blocks.9.mixer.hook_k``; see `writesae.hooks.names`.
         layer: index of the layer.
         quantity: short name, e.g. ``k``.
     """
@@ -32,21 +33,30 @@ class HookPoint(nn.Module):
         super().__init__()
         self.layer = layer
         self.quantity = quantity
-        self.name = f"blocks.{layer}.mixer.hook_{quantity}"
+        self.name = name_of(quantity, layer)
 
     def forward(self, value: Value) -> Value:
         return value
 
     @property
     def listening(self) -> bool:
-        """Whether anybody would see the value or its gradient: a hook, or a tool that replaced `forward` (nnsight)."""
+        """Whether anybody would see the value or its gradient: a hook, or nnsight in the middle of a trace."""
         hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
-        return any(hooks) or "forward" in self.__dict__
+        return any(hooks) or self.traced
+
+    @property
+    def traced(self) -> bool:
+        """Whether a tool that replaced `forward` sees the value. nnsight leaves its forward in place between traces,
+        and then says that none is active; whatever else stands there is taken to look always."""
+        forward = self.__dict__.get("forward")
+        active = getattr(getattr(forward, "state", None), "active", None)
+        return forward is not None and (active is None or active()[0] is not None)
 
     def fire(self, value: Value) -> tuple[Value, bool]:
         """Show ``value`` to the hooks. Returns the value to go on with, and whether it was changed.
 
-        A hook changes the value by returning another one, or in place.
+        A hook changes the value by returning another one, or in place. Within an nnsight trace that may ask for
+        gradients, the model goes on with the very tensor that was shown, as if changed.
 
         Raises:
             TypeError, ValueError: a hook returned another kind, shape or dtype; the message names hook and shapes.
@@ -56,6 +66,8 @@ class HookPoint(nn.Module):
         if after is not value:
             self._check(value, after)
             return after, True
+        if isinstance(value, Tensor) and value.requires_grad and self.traced:
+            return value, True
         return value, any(_marked(t, mark) for t, mark in zip(_tensors(value), before, strict=True))
 
     def _check(self, given: Value, got: object) -> None:
@@ -78,14 +90,40 @@ class HookPoint(nn.Module):
                 f"a hook on {self.name} returned {got.dtype}; expected {given.dtype}: use .to(value.dtype)"
             )
 
-    def add_hook(self, fn: HookFn) -> torch.utils.hooks.RemovableHandle:
-        """Attach ``fn(value, hook)``; it returns a new value, or None to leave it."""
+    def add_hook(self, fn: HookFn, dir: Literal["fwd", "bwd"] = "fwd") -> torch.utils.hooks.RemovableHandle:
+        """Attach ``fn(value, hook)``; it returns a new value, or None to leave it.
+
+        ``dir="bwd"``: the function gets the gradient of the value in each backward pass, and may return another.
+        """
+        if dir not in ("fwd", "bwd"):
+            raise ValueError(f"dir={dir!r}: allowed are 'fwd' (the value) and 'bwd' (its gradient)")
+        shown = fn if dir == "fwd" else functools.partial(_on_gradient, fn)
         return self.register_forward_hook(
-            lambda point, _args, value: fn(value, point)  # type: ignore[arg-type]
+            lambda point, _args, value: shown(value, point)  # type: ignore[arg-type]
         )
 
     def extra_repr(self) -> str:
         return self.name
+
+
+def _on_gradient(fn: HookFn, value: Value, point: HookPoint) -> Tensor:
+    """Have ``fn`` called with the gradient of what the model goes on with."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{point.name} carries a Write, which has no gradient of its own; ws.gradient computes it")
+    if not value.requires_grad:
+        raise ValueError(
+            f"no gradient will reach {point.name}: run the model outside torch.no_grad(), with weights or inputs that "
+            f"require gradients"
+        )
+    value = value.view_as(value)
+    value.register_hook(lambda gradient: fn(gradient, point))
+    return value
+
+
+def to_show(x: Tensor) -> Tensor:
+    """A copy: hooks may write in place, and models may use the tensor for something else (a skip). But gradients are
+    wanted of the tensor that the model goes on with."""
+    return x if x.requires_grad else x.clone()
 
 
 def _tensors(value: Value) -> tuple[Tensor, ...]:
@@ -107,17 +145,3 @@ def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor {list(value.shape)}"
     return f"{type(value).__name__} {' '.join(repr(value).split())}"[:80]
-
-
-def unknown_name(name: object, known: Iterable[str]) -> UnknownHookError:
-    """The error for a hook name that does not exist, with the nearest that do."""
-    known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5) or known[:3]
-    return UnknownHookError(f"no hook point named {name!r}; nearest: {', '.join(near)} (all: model.hook_names)")
-
-
-class UnknownHookError(KeyError):
-    """No hook point of that name (a KeyError that prints its message as written, not its repr)."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])

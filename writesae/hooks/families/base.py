@@ -116,6 +116,10 @@ def as_given(value: Tensor, given: Tensor) -> Tensor:
     return value.to(given.dtype) if value.is_cuda else value
 
 
+SSM = {"ssm_C": "q", "ssm_B": "k", "ssm_decay": "log_decay", "ssm_write": "write", "ssm_state": "state"}
+"""What TransformerLens calls the quantities of any recurrence, see `Family.aliases`."""
+
+
 @dataclass(frozen=True)
 class Family:
     """An adapter.
@@ -127,6 +131,7 @@ class Family:
         kernels: functions of the modeling module that run the recurrence; they are intercepted.
         sizes: the mixer's attributes that hold ``n_heads, d_key, d_value``.
         inputs: quantities that enter the recurrence, in firing order.
+        raw: what the kernel itself makes inputs of (``k_raw`` becomes ``k`` by its norm), in firing order before them.
         call: this family, arguments of an intercepted call -> `KernelCall`.
         recurrence, write: the two from canonical quantities, of a call or of a cache.
         helpers: other functions of the modeling module that an installed GPU package may have taken over; on CPU
@@ -141,6 +146,7 @@ class Family:
         delta_rank: rank of what a token's state gains beyond decay: 1 if the erase writes along the key or there is
             none, otherwise 2.
         letters: what canonical quantities are in the architecture's own words, where those differ.
+        aliases: TransformerLens' names of quantities, less ``hook_``: what we call the same quantity.
     """
 
     name: str
@@ -152,6 +158,7 @@ class Family:
     call: Callable[[Family, dict[str, Any]], KernelCall]
     recurrence: Callable[[Get], Recurrence]
     write: Callable[[Get], Write]
+    raw: tuple[str, ...] = ()
     helpers: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
     projections: tuple[str, ...] = ("out_proj", "o_proj")
@@ -160,6 +167,7 @@ class Family:
     decay_per_key: bool = False
     delta_rank: int = 1
     letters: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=lambda: SSM)
 
     @property
     def state_inputs(self) -> tuple[str, ...]:
@@ -190,4 +198,4 @@ class Family:
         """All hook points of a mixer, in firing order."""
         seen = [quantity for quantity, name in self.seen_at.items() if hasattr(mixer, name)]
         gate = [] if self.gate_norm(mixer) is None else ["z"]
-        return (*seen, *self.inputs, "write", "state", "o", *gate)
+        return (*seen, *self.raw, *self.inputs, "write", "state", "o", *gate)

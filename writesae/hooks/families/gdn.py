@@ -14,16 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from writesae.hooks.families.base import Family, Get, KernelCall, as_given, of_heads
+from writesae.hooks.families.base import SSM, Family, Get, KernelCall, as_given, of_heads
 from writesae.recurrence import Recurrence, Write
 
 _ARGUMENT = {"q": "query", "k": "key", "v": "value", "beta": "beta", "log_decay": "g"}
+_RAW = {"q_raw": "query", "k_raw": "key"}
 
 
 class GatedDeltaCall(KernelCall):
     """A call of ``*_gated_delta_rule(query, key, value, g, beta, ...)`` or ``*_kimi_delta_attention(...)``."""
 
+    def set(self, quantity: str, value: Tensor) -> None:
+        if quantity not in _RAW:
+            return super().set(quantity, value)
+        new = {name: value if name == quantity else self.canonical(name, None) for name in _RAW}  # all with all heads
+        self.arguments = self.arguments | {_RAW[name]: x.to(self.arguments[_RAW[name]].dtype) for name, x in new.items()}
+
     def canonical(self, quantity: str, heads: Sequence[int] | None) -> Tensor:
+        if quantity in _RAW:
+            return of_heads(self.arguments[_RAW[quantity]], heads, self.arguments["value"].shape[2])
         then = {"q": lambda x: self._normalised(x) * self._scale, "k": self._normalised}.get(quantity, lambda x: x)
         return of_heads(self.arguments[_ARGUMENT[quantity]], heads, self.arguments["value"].shape[2], then)
 
@@ -89,9 +98,13 @@ GATED_DELTANET = Family(
     kernels=("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"),
     helpers=("causal_conv1d_fn", "causal_conv1d_update"),
     sizes=("num_v_heads", "head_k_dim", "head_v_dim"),
+    raw=("q_raw", "k_raw"),
     inputs=("q", "k", "v", "beta", "log_decay"),
     norms=("norm", "o_norm"),
     call=GatedDeltaCall,
     recurrence=gated_delta_rule,
     write=strength_write,
+    aliases=SSM
+    | {"q": "q_raw", "k": "k_raw", "ssm_C": "q_raw", "ssm_B": "k_raw", "ssm_write": "beta"}
+    | {"recurrence_out": "o", "gate_input": "z"},
 )

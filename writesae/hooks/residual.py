@@ -1,0 +1,122 @@
+"""Points on the residual stream, of every layer: what enters it, what its mixer and its MLP add, and what leaves it.
+
+    hook_resid_pre -> mixer -> hook_mixer_out -> MLP -> hook_mlp_out -> hook_resid_post          [batch, pos, d_model]
+
+Layers are modules of the model, so these points only watch what modules take and return; no architecture needs a line
+of its own. Where a layer scales what it adds (Granite, Falcon-H1), the mixer's and the MLP's output are what comes
+before the scale; where a norm follows them (OLMo-Hybrid's attention), what comes after it. The mixer is the recurrent
+one where a layer has two (Falcon-H1); a layer whose MLP is two modules beside each other (Granite's experts) or that
+has none (Mamba-2) has no ``hook_mlp_out``. Streams of several lanes (Qwen4-Exp, GLM-5-Next) are shown as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from writesae.hooks.points import HookPoint, to_show
+
+MIXERS = ("linear_attn", "self_attn", "mixer", "mamba", "attn")  # what a layer calls its mixer
+MLPS = ("mlp", "feed_forward", "ffn")
+NORM_AFTER = {"mixer_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
+
+
+def watch(layer: nn.Module, index: int, recurrent: nn.Module | None) -> dict[str, HookPoint]:
+    """Give a layer its points ``{quantity: point}``, in firing order; ``recurrent`` is its recurrent mixer, if any."""
+    mixer = recurrent if recurrent is not None else _child(layer, MIXERS)
+    watched = {"mixer_out": mixer, "mlp_out": _child(layer, MLPS)}
+    if all(hasattr(layer, norm) for norm in NORM_AFTER.values()):
+        watched = {quantity: getattr(layer, norm) for quantity, norm in NORM_AFTER.items()}
+    found = {quantity: module for quantity, module in watched.items() if module is not None}
+    points = {quantity: HookPoint(index, quantity) for quantity in ("resid_pre", *found, "resid_post")}
+    for quantity, point in points.items():
+        layer.add_module(f"hook_{quantity}", point)
+    layer.writesae_points = points  # type: ignore[assignment]
+    layer.register_forward_pre_hook(_enter, with_kwargs=True)
+    layer.register_forward_hook(_leave)
+    for quantity, module in found.items():
+        # Not the layer itself, which would then be a child of its child: its points, which a deepcopy copies with it.
+        module.writesae_seen = (points, quantity)  # type: ignore[assignment]
+        module.register_forward_hook(_added)
+    return points
+
+
+def _child(layer: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    found = (getattr(layer, name, None) for name in names)
+    return next((module for module in found if isinstance(module, nn.Module)), None)
+
+
+def stream_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The residual stream among the arguments of a layer: the first of them."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    new = _show(layer.writesae_points["resid_pre"], stream_in(args, kwargs))  # type: ignore[index]
+    if new is None:
+        return None
+    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+
+def _leave(layer: nn.Module, _args: Any, output: Any) -> Any:
+    return _first_shown(layer.writesae_points["resid_post"], output)  # type: ignore[index]
+
+
+def _added(module: nn.Module, _args: Any, output: Any) -> Any:
+    points, quantity = module.writesae_seen  # type: ignore[misc]
+    return _first_shown(points[quantity], output)  # type: ignore[arg-type]
+
+
+def _first_shown(point: HookPoint, output: Any) -> Any:
+    """The output of a module with what hooks made of the stream, which is its first part; None if they left it."""
+    if not isinstance(output, tuple):
+        return _show(point, output)
+    new = _show(point, output[0])
+    return None if new is None else (new, *output[1:])
+
+
+def _show(point: HookPoint, value: Tensor) -> Tensor | None:
+    if not point.listening:
+        return None
+    new, changed = point.fire(to_show(value))
+    return new if changed else None  # type: ignore[return-value]
+
+
+class Stopped(Exception):
+    """Raised to leave a model's forward pass before its end; carries the residual stream."""
+
+    def __init__(self, stream: Tensor):
+        super().__init__("stopped")
+        self.stream = stream
+
+
+@contextmanager
+def stop_at(layers: nn.ModuleList, index: int) -> Iterator[None]:
+    """A pass stops before layer ``index`` with `Stopped`; ``len(layers)`` is after the last.
+
+    Raises:
+        IndexError: no such layer.
+    """
+    n = len(layers)
+    if not -n <= index <= n:
+        raise IndexError(f"stop_at_layer={index}: this model has layers 0 to {n - 1}; {n} stops after the last")
+
+    def before(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise Stopped(stream_in(args, kwargs))
+
+    def after(_layer: nn.Module, _args: Any, output: Any) -> None:
+        raise Stopped(output[0] if isinstance(output, tuple) else output)
+
+    last = index == n
+    handle = (
+        layers[-1].register_forward_hook(after)
+        if last
+        else layers[index].register_forward_pre_hook(before, with_kwargs=True)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,112 @@
+"""Edits of the residual stream by sparse autoencoders of it: those of SAELens, or whatever reads and acts like one.
+
+They stand in the same ``with`` as edits of the memory::
+
+    with model.intervene([Reconstruct(residual_sae), Substitute(write_sae)], positions=[17]): ...
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def is_residual_sae(what: object) -> bool:
+    """Whether it can be asked for what a residual SAE is asked for."""
+    return all(hasattr(what, name) for name in ("encode", "decode", "W_dec", "cfg"))
+
+
+@dataclass(frozen=True)
+class ResidualEdit(ABC):
+    """What an SAE does to the activations at one point of the residual stream.
+
+    Attributes:
+        sae: ``encode`` and ``decode`` of ``[..., d_model]``, ``W_dec [atom, d_model]``, ``cfg``, as in SAELens.
+        at: the hook point, by any of its names; None: where the SAE's metadata says that it was trained.
+    """
+
+    sae: Any
+    at: str | None = None
+
+    def __post_init__(self) -> None:
+        if not is_residual_sae(self.sae):
+            raise TypeError(
+                f"{type(self).__name__} takes an SAE of the residual stream, with encode, decode, W_dec and cfg, such "
+                f"as sae_lens.SAE; got {type(self.sae).__name__}. For a WriteSAE there is Substitute(sae)"
+            )
+        if hasattr(self.sae.cfg, "d_out"):
+            raise ValueError(
+                f"{type(self.sae).__name__} is a transcoder: it reads at one point and writes at another; "
+                f"{type(self).__name__} takes an SAE"
+            )
+
+    @property
+    def hook_name(self) -> str:
+        """Where it acts."""
+        metadata = getattr(self.sae.cfg, "metadata", None)
+        at = self.at or getattr(metadata, "hook_name", None) or getattr(self.sae.cfg, "hook_name", None)
+        if not at:
+            raise ValueError(
+                f"this {type(self.sae).__name__} does not say where it was trained (cfg.metadata.hook_name): "
+                f'give the place, {type(self).__name__}(sae, at="blocks.9.hook_resid_post")'
+            )
+        return str(at)
+
+    def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """What stands in the place of ``x``, in its dtype; computed in the SAE's."""
+        d_in = self.sae.W_dec.shape[-1]
+        if x.shape[-1] != d_in:
+            raise ValueError(f"an SAE of {d_in} dimensions does not fit {self.hook_name}, which has {x.shape[-1]}")
+        return self.edit(x.to(self.sae.W_dec)).to(x)
+
+    @abstractmethod
+    def edit(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """The same in the dtype and on the device of the SAE."""
+
+
+@dataclass(frozen=True)
+class Reconstruct(ResidualEdit):
+    """What the SAE makes of the activations, in their place: SAELens' ``run_with_saes``.
+
+    Attributes:
+        error_term: add back what the SAE misses, as a constant: activations stay, and gradients go through the atoms.
+    """
+
+    error_term: bool = False
+
+    def edit(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        made = self.sae.decode(self.sae.encode(x))
+        return made + (x - made).detach() if self.error_term else made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steer(ResidualEdit):
+    """Add an atom's decoder direction to the activations.
+
+    Attributes:
+        atom: index into ``W_dec``.
+        scale: how much of it.
+        relative: True: ``scale`` times as long as the activation it is added to, as ``intervene(sae, atom=, scale=)``
+            does with a write. False: ``scale * W_dec[atom]``, as users of SAELens write it.
+    """
+
+    atom: int
+    scale: float | int = 1.0
+    relative: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n_atoms = len(self.sae.W_dec)
+        if not 0 <= self.atom < n_atoms:
+            raise IndexError(f"atom={self.atom}: this SAE has atoms 0 to {n_atoms - 1}")
+
+    def edit(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        direction = self.sae.W_dec[self.atom]
+        if not self.relative:
+            return x + self.scale * direction
+        unit = direction / direction.norm().clamp_min(1e-30)
+        return x + self.scale * x.norm(dim=-1, keepdim=True) * unit
