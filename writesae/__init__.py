@@ -22,8 +22,20 @@ if TYPE_CHECKING:
     )
     from writesae.extraction import extract, record
     from writesae.gradients import Gradient, Logit, gradient
-    from writesae.hooks import ActivationCache, Add, Delete, HookPoint, Intervention, Replace, Site, Substitute
+    from writesae.hooks import (
+        ActivationCache,
+        Add,
+        Delete,
+        HookPoint,
+        Intervention,
+        Reconstruct,
+        Replace,
+        Site,
+        Steer,
+        Substitute,
+    )
     from writesae.model import HookedRecurrentModel
+    from writesae.pages import write_pages
     from writesae.recurrence import Recurrence, Write
     from writesae.saes import Codes, Contexts, SAEConfig, WriteSAE, top_contexts, train_site, train_store
     from writesae.states import States
@@ -40,9 +52,11 @@ _HOME = {
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
     "writesae.extraction": ("extract", "record"),
     "writesae.hooks": (
-        "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Replace", "Site", "Substitute",
+        "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Reconstruct", "Replace", "Site", "Steer",
+        "Substitute",
     ),
     "writesae.model": ("HookedRecurrentModel",),
+    "writesae.pages": ("write_pages",),
     "writesae.recurrence": ("Recurrence", "Write"),
     "writesae.saes": ("Codes", "Contexts", "SAEConfig", "WriteSAE", "top_contexts", "train_site", "train_store"),
     "writesae.states": ("States",),
@@ -52,10 +66,11 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "Gradient", "HookPoint",
-    "HookedRecurrentModel", "Intervention", "Logit", "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site",
-    "States", "Substitute", "Write", "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test",
+    "HookedRecurrentModel", "Intervention", "Logit", "Reconstruct", "Recurrence", "Replace", "ReplacementResult",
+    "SAEConfig", "Site", "States", "Steer", "Substitute", "Write", "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test",
     "choose_atoms", "erase", "extract", "gradient", "install", "logit_change", "population_test", "record",
     "replacement_test", "reproduce", "seed_stability", "sign_test", "top_contexts", "train_site", "train_store",
+    "write_pages",
 ]  # fmt: skip
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +31,7 @@ from writesae.hooks import (
     name_of,
     resolve,
 )
+from writesae.hooks.intercept import find_mixers
 from writesae.hooks.names import RESIDUAL
 from writesae.hooks.positions import CACHES, Positions
 from writesae.hooks.residual import Stopped, stop_at
@@ -73,7 +75,8 @@ class HookedRecurrentModel(TokenModel):
     """Wraps a transformers model with matrix-state layers; the model itself stays what it is (``model.hf_model``).
 
     Args:
-        hf_model: the model, or one that nnsight wraps. It computes exactly as before as long as nothing is attached.
+        hf_model: the model, or what nnsight, TransformerLens (`TransformerBridge`) or PEFT made of one. It computes
+            exactly as before as long as nothing is attached.
         tokenizer: needed for text in and out; token ids work without.
         model_id: name that SAEs trained on it record; default is where it was loaded from.
 
@@ -87,10 +90,8 @@ class HookedRecurrentModel(TokenModel):
 
     def __init__(self, hf_model: PreTrainedModel | Any, tokenizer: Any = None, *, model_id: str | None = None):
         super().__init__()
-        if type(hf_model).__module__.startswith("nnsight"):
-            hf_model, tokenizer = hf_model._module, tokenizer or hf_model.__dict__.get("tokenizer")
-            if any(p.is_meta for p in hf_model.parameters()):
-                raise ValueError("nnsight has not loaded this model yet: call its .dispatch(), or pass dispatch=True")
+        hf_model, own_tokenizer = unwrapped(hf_model)
+        tokenizer = own_tokenizer if tokenizer is None else tokenizer
         self._installed = installed = install(hf_model)
         self._taps: list[Tap] = installed.taps
         self.hf_model = hf_model
@@ -194,7 +195,7 @@ class HookedRecurrentModel(TokenModel):
 
     def _mixer(self, layer: int) -> nn.Module:
         tap = self._tap(layer)
-        return next(m for m in self.hf_model.modules() if getattr(m, "writesae_tap", None) is tap)
+        return next(mixer for _, mixer, _ in find_mixers(self.hf_model) if mixer.writesae_tap is tap)
 
     def W_O(self, layer: int) -> Float[Tensor, "head d_value d_model"]:
         """The output projection of a recurrent layer, head by head; norm and gate before it are not in it."""
@@ -222,7 +223,7 @@ class HookedRecurrentModel(TokenModel):
         self,
         x: Text,
         *,
-        return_type: Literal["logits", "loss", "both"] | None = "logits",
+        return_type: str | None = "logits",
         loss_per_token: bool = False,
         stop_at_layer: int | None = None,
         **kwargs: Any,
@@ -369,6 +370,7 @@ class HookedRecurrentModel(TokenModel):
                 if any(p in wanted for p in tap.points.values()):
                     stack.enter_context(_added(tap.recorders, recorder))
             out = self(x, **kwargs)
+        _check_fired([point.name for point in keep if point.name not in cache._values], 1)
         for point in states:
             cache._store(point.name, cache.state(point.layer, list(state_positions or ())))
         cache._only({point.name for point in wanted})
@@ -429,11 +431,12 @@ class HookedRecurrentModel(TokenModel):
             KeyError: no such hook point.
         """
         with ExitStack() as stack:
+            passes, silent = stack.enter_context(self._passes()), Counter[str]()
             requests: dict[int, PositionSet] = {}
             for name, fn in (*hooks, *fwd_hooks):
                 for point in self._select(name):
                     if point.quantity != "state":
-                        stack.enter_context(point.add_hook(fn))
+                        stack.enter_context(point.add_hook(_noting(silent, point, fn)))
                         continue
                     if state_positions is None:
                         raise ValueError(
@@ -448,10 +451,18 @@ class HookedRecurrentModel(TokenModel):
                 for point in self._without_states(name, "gradients come from ws.gradient"):
                     stack.enter_context(point.add_hook(fn, "bwd"))
             yield self
+            _check_fired([name for name, n in silent.items() if n == 0], len(passes))
             _check_reached(requests.values())
 
+    @contextmanager
+    def _passes(self) -> Iterator[list[None]]:
+        """A list that gets longer by one with every complete forward pass while the block runs."""
+        passes: list[None] = []
+        with self._installed.text_model.register_forward_hook(lambda *_: passes.append(None)):
+            yield passes
+
     def add_hook(
-        self, name: str | Callable[[str], bool], fn: Callable[[Any, HookPoint], Any], dir: Literal["fwd", "bwd"] = "fwd"
+        self, name: str | Callable[[str], bool], fn: Callable[[Any, HookPoint], Any], dir: str = "fwd"
     ) -> None:
         """Attach a function to a hook point until `reset_hooks`; prefer `hooks`, which leaves no trace."""
         for point in self._without_states(name, "attach to it with model.hooks(..., state_positions=[...])"):
@@ -501,11 +512,12 @@ class HookedRecurrentModel(TokenModel):
         if read not in ("same", "next"):
             raise ValueError(f"read={read!r}: allowed are 'same' and 'next'")
         with ExitStack() as stack:
-            reached = []
+            passes, places = stack.enter_context(self._passes()), []
             for edit in self._interventions(what, atom, scale):
                 where = PositionSet(positions)
                 if isinstance(edit, ResidualEdit):
                     stack.enter_context(self._edit_stream(edit, where, read))
+                    place = edit.hook_name
                 else:
                     sae: Any = getattr(edit, "sae", None) or (what if hasattr(what, "check_fits") else None)
                     if sae is not None:
@@ -514,9 +526,11 @@ class HookedRecurrentModel(TokenModel):
                     edit.check(site, where)
                     attached = Attached(edit, edit.heads(site), where, read)
                     stack.enter_context(_added(self._tap(edit.layer).attached, attached))
-                reached.append(where)
+                    place = f"the recurrence of layer {edit.layer}"
+                places.append((place, where))
             yield self
-            _check_reached(reached)
+            _check_fired([place for place, where in places if not where.reached], len(passes))
+            _check_reached(where for _, where in places)
 
     @contextmanager
     def _edit_stream(self, edit: ResidualEdit, where: PositionSet, read: Read) -> Iterator[None]:
@@ -580,6 +594,31 @@ class HookedRecurrentModel(TokenModel):
             positions.check_within(lengths)
 
 
+def unwrapped(model: Any) -> tuple[Any, Any]:
+    """The transformers model in what another tool made of it, and that tool's tokenizer if it has one.
+
+    Raises:
+        ValueError: nnsight has not loaded the weights yet.
+    """
+    tool = type(model).__module__.partition(".")[0]
+    if tool == "nnsight":
+        if any(p.is_meta for p in model._module.parameters()):
+            raise ValueError("nnsight has not loaded this model yet: call its .dispatch(), or load with dispatch=True")
+        return model._module, vars(model).get("tokenizer")
+    if tool == "transformer_lens":
+        return model.original_model, model.tokenizer
+    return model, None
+
+
+def _check_fired(silent: Iterable[str], n_passes: int) -> None:
+    """What was attached and never asked, though the model ran, is a mistake, not a no-op."""
+    for name in silent if n_passes else ():
+        raise RuntimeError(
+            f"the model ran in this block, and {name} never came by, so nothing happened there: another tool computes "
+            f"that part of the model in its own way. Wrap the model with writesae after that tool has changed it"
+        )
+
+
 @contextmanager
 def _added(items: list[Any], item: Any) -> Iterator[None]:
     """``item`` is in ``items`` while the block runs, whatever else comes and goes."""
@@ -588,6 +627,17 @@ def _added(items: list[Any], item: Any) -> Iterator[None]:
         yield
     finally:
         del items[next(i for i, other in enumerate(items) if other is item)]
+
+
+def _noting(seen: Counter[str], point: HookPoint, fn: Callable[[Any, HookPoint], Any]) -> Callable[..., Any]:
+    """``fn``, and a note of how often it was called."""
+    seen[point.name] += 0
+
+    def noted(value: Any, hook: HookPoint) -> Any:
+        seen[point.name] += 1
+        return fn(value, hook)
+
+    return noted
 
 
 def _only_for(request: PositionSet, fn: Callable[[Any, HookPoint], Any]) -> Callable[[Any, HookPoint], Any]:

@@ -20,6 +20,7 @@ OF_BLOCKS = {  # TransformerLens' names of points of the residual stream, by wha
     "hook_out": "resid_post",
     "hook_attn_out": "mixer_out",
     "mlp.hook_out": "mlp_out",
+    "ffn.hook_out": "mlp_out",
 }
 MIXER_OUT = ("hook_out", "hook_ssm_out", "hook_linear_attn_out")  # of a mixer, whatever it is called
 _MIXER = re.compile(r"(?:mixer|linear_attn|attn|mamba|ssm)\.(hook_\w+)")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class HookPoint(nn.Module):
                 f"a hook on {self.name} returned {got.dtype}; expected {given.dtype}: use .to(value.dtype)"
             )
 
-    def add_hook(self, fn: HookFn, dir: Literal["fwd", "bwd"] = "fwd") -> torch.utils.hooks.RemovableHandle:
+    def add_hook(self, fn: HookFn, dir: str = "fwd") -> torch.utils.hooks.RemovableHandle:
         """Attach ``fn(value, hook)``; it returns a new value, or None to leave it.
 
         ``dir="bwd"``: the function gets the gradient of the value in each backward pass, and may return another.

@@ -11,12 +11,13 @@ has none (Mamba-2) has no ``hook_mlp_out``. Streams of several lanes (Qwen4-Exp,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from writesae.hooks.graphs import outside_graphs
 from writesae.hooks.points import HookPoint, to_show
 
 MIXERS = ("linear_attn", "self_attn", "mixer", "mamba", "attn")  # what a layer calls its mixer
@@ -26,8 +27,7 @@ NORM_AFTER = {"mixer_out": "post_attention_layernorm", "mlp_out": "post_feedforw
 
 def watch(layer: nn.Module, index: int, recurrent: nn.Module | None) -> dict[str, HookPoint]:
     """Give a layer its points ``{quantity: point}``, in firing order; ``recurrent`` is its recurrent mixer, if any."""
-    mixer = recurrent if recurrent is not None else _child(layer, MIXERS)
-    watched = {"mixer_out": mixer, "mlp_out": _child(layer, MLPS)}
+    watched = {"mixer_out": _mixer(layer, recurrent), "mlp_out": _child(layer, MLPS)}
     if all(hasattr(layer, norm) for norm in NORM_AFTER.values()):
         watched = {quantity: getattr(layer, norm) for quantity, norm in NORM_AFTER.items()}
     found = {quantity: module for quantity, module in watched.items() if module is not None}
@@ -44,6 +44,14 @@ def watch(layer: nn.Module, index: int, recurrent: nn.Module | None) -> dict[str
     return points
 
 
+def _mixer(layer: nn.Module, recurrent: nn.Module | None) -> nn.Module | None:
+    """The mixer, or what another tool has put around it in the layer; deeper in the layer, the recurrent one itself."""
+    if recurrent is None:
+        return _child(layer, MIXERS)
+    around = (child for name, child in layer.named_children() if name in MIXERS)
+    return next((child for child in around if any(module is recurrent for module in child.modules())), recurrent)
+
+
 def _child(layer: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     found = (getattr(layer, name, None) for name in names)
     return next((module for module in found if isinstance(module, nn.Module)), None)
@@ -54,6 +62,7 @@ def stream_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+@outside_graphs
 def _enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     new = _show(layer.writesae_points["resid_pre"], stream_in(args, kwargs))  # type: ignore[index]
     if new is None:
@@ -61,10 +70,12 @@ def _enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
 
+@outside_graphs
 def _leave(layer: nn.Module, _args: Any, output: Any) -> Any:
     return _first_shown(layer.writesae_points["resid_post"], output)  # type: ignore[index]
 
 
+@outside_graphs
 def _added(module: nn.Module, _args: Any, output: Any) -> Any:
     points, quantity = module.writesae_seen  # type: ignore[misc]
     return _first_shown(points[quantity], output)  # type: ignore[arg-type]
@@ -94,7 +105,7 @@ class Stopped(Exception):
 
 
 @contextmanager
-def stop_at(layers: nn.ModuleList, index: int) -> Iterator[None]:
+def stop_at(layers: Sequence[nn.Module], index: int) -> Iterator[None]:
     """A pass stops before layer ``index`` with `Stopped`; ``len(layers)`` is after the last.
 
     Raises:

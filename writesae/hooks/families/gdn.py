@@ -28,7 +28,9 @@ class GatedDeltaCall(KernelCall):
         if quantity not in _RAW:
             return super().set(quantity, value)
         new = {name: value if name == quantity else self.canonical(name, None) for name in _RAW}  # all with all heads
-        self.arguments = self.arguments | {_RAW[name]: x.to(self.arguments[_RAW[name]].dtype) for name, x in new.items()}
+        self.arguments = self.arguments | {
+            _RAW[name]: x.to(self.arguments[_RAW[name]].dtype) for name, x in new.items()
+        }
 
     def canonical(self, quantity: str, heads: Sequence[int] | None) -> Tensor:
         if quantity in _RAW:
