@@ -61,14 +61,15 @@ class HookPoint(nn.Module):
         Raises:
             TypeError, ValueError: a hook returned another kind, shape or dtype; the message names hook and shapes.
         """
+        goes_on = isinstance(value, Tensor) and value.requires_grad and self.traced
+        if goes_on:
+            value = value.view_as(value)  # type: ignore[union-attr]  # the model may use the tensor elsewhere, too
         before = [_mark(t) for t in _tensors(value)]
         after = self(value)
         if after is not value:
             self._check(value, after)
             return after, True
-        if isinstance(value, Tensor) and value.requires_grad and self.traced:
-            return value, True
-        return value, any(_marked(t, mark) for t, mark in zip(_tensors(value), before, strict=True))
+        return value, goes_on or any(_marked(t, mark) for t, mark in zip(_tensors(value), before, strict=True))
 
     def _check(self, given: Value, got: object) -> None:
         if isinstance(given, Write):

@@ -48,7 +48,8 @@ class Clock:
 
     @classmethod
     def of(cls, text_model: nn.Module) -> Clock:
-        return cls(list(inspect.signature(text_model.forward).parameters))
+        _self, *parameters = inspect.signature(type(text_model).forward).parameters  # instances' may be replaced
+        return cls(parameters)
 
     def __reduce__(self) -> tuple[type[Clock], tuple[Sequence[str]]]:
         return Clock, (self.parameters,)  # copies and pickles of a model start anew

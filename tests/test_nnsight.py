@@ -1,0 +1,197 @@
+"""Beside nnsight: its traces see our hook points, our edits act in its runs, and either may wrap the model first."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from writesae import Delete, HookedRecurrentModel, Substitute, Write, WriteSAE
+from writesae.zoo import shipped_model
+
+TEXT = "The state of the Union is strong."
+SAES = {"tiny-gdn": "tiny-gdn/L2H0", "tiny-mamba2": "tiny-mamba2/L4H0", "tiny-rwkv7": "tiny-rwkv7/L3H4"}
+each_model = pytest.mark.parametrize("name", list(SAES))
+# An open loop over the steps of a generation ends with this warning of nnsight's.
+open_loops_end = pytest.mark.filterwarnings("ignore:.*was never reached. the loop asked for a step:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def nnsight() -> Any:
+    """Not imported at the top: it adds methods to `object`, on which an import of beartype after it fails."""
+    return pytest.importorskip("nnsight")
+
+
+@pytest.fixture
+def traced(nnsight: Any, name: str) -> tuple[HookedRecurrentModel, Any, Tensor]:
+    """A model wrapped by both, and token ids."""
+    model = HookedRecurrentModel.from_pretrained(name)
+    return model, nnsight.NNsight(model.hf_model), model.to_tokens(TEXT)[0]
+
+
+def envoy(model: HookedRecurrentModel, nn_model: Any, point: str) -> Any:
+    """What nnsight has for one of our hook points: at the same place in the model."""
+    module = model.hook_dict[point]
+    return nn_model.get(next(path for path, m in model.hf_model.named_modules() if m is module))
+
+
+@torch.no_grad()
+@each_model
+def test_a_trace_reads_every_point(traced: Any) -> None:
+    model, nn_model, ids = traced
+    logits, cache = model.run_with_cache(ids)
+    names = [n for n in model.hook_names if not n.endswith("hook_state")]  # states fire only where asked
+    envoys = [envoy(model, nn_model, n) for n in names]
+    with nn_model.trace(ids, use_cache=False):
+        found = list().save()
+        for each in envoys:
+            found.append(each.output)
+        traced_logits = nn_model.lm_head.output.save()
+    assert torch.equal(traced_logits, logits)
+    for n, value in zip(names, found, strict=True):
+        pairs = [(value, cache[n])]
+        if isinstance(value, Write):
+            pairs = [(value.key, cache[n].key), (value.value, cache[n].value)]
+        assert all(torch.equal(one, other) for one, other in pairs), n
+    assert not any(point.listening for point in model.hook_dict.values())  # outside of a trace nobody looks
+    assert torch.equal(model(ids), logits)
+
+
+@torch.no_grad()
+@each_model
+def test_assigning(traced: Any) -> None:
+    model, nn_model, ids = traced
+    before = model(ids)
+    for point in ("blocks.1.mixer.hook_v", "blocks.1.hook_resid_post", "blocks.1.hook_mixer_out"):
+        hook = envoy(model, nn_model, point)
+        expected = model.run_with_hooks(ids, [(point, lambda value, _: value * 0.5)])
+        with nn_model.trace(ids, use_cache=False):
+            hook.output = hook.output * 0.5
+            logits = nn_model.lm_head.output.save()
+        assert torch.equal(logits, expected) and not torch.allclose(logits, before), point
+        with nn_model.trace(ids, use_cache=False):
+            hook.output[:] *= 0.5
+            logits = nn_model.lm_head.output.save()
+        assert torch.equal(logits, expected), point
+    assert torch.equal(model(ids), before)
+
+
+@torch.no_grad()
+@each_model
+def test_assigning_a_write(traced: Any) -> None:
+    model, nn_model, ids = traced
+    hook = envoy(model, nn_model, "blocks.1.mixer.hook_write")
+    with model.intervene(Delete(1)):
+        expected = model(ids)
+    with nn_model.trace(ids, use_cache=False):
+        hook.output = hook.output * 0.0
+        logits = nn_model.lm_head.output.save()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert (expected - model(ids)).abs().max() > 0.01
+
+
+@torch.no_grad()
+@open_loops_end
+@each_model
+def test_generating(traced: Any) -> None:
+    """Read and assign at every step, in `generate` of the model that it wraps."""
+    model, nn_model, ids = traced
+    settings = dict(max_new_tokens=5, do_sample=False)
+    plain = model.generate(ids, **settings)
+    hook = envoy(model, nn_model, "blocks.1.mixer.hook_v")
+    seen = []
+    with model.hooks([("blocks.1.mixer.hook_v", lambda value, _: seen.append(-30 * value) or -30 * value)]):
+        expected = model.generate(ids, **settings)
+    with nn_model.trace(ids, fn=model.hf_model.generate, **settings) as tracer:
+        found = list().save()
+        for _step in tracer.iter[:]:
+            hook.output = -30 * hook.output
+            found.append(hook.output)
+    assert [value.shape[1] for value in found] == [ids.shape[1], 1, 1, 1, 1]
+    assert all(torch.equal(one, other) for one, other in zip(found, seen, strict=True))
+    with nn_model.trace(ids, fn=model.hf_model.generate, **settings) as tracer:
+        for _step in tracer.iter[:5]:
+            hook.output = -30 * hook.output
+        made = tracer.result.save()
+    assert torch.equal(made, expected) and not torch.equal(expected, plain)
+
+
+@each_model
+def test_gradients(traced: Any) -> None:
+    """Against those of our own backward hooks, which are held against autograd elsewhere."""
+    model, nn_model, ids = traced
+    kept: dict[str, Tensor] = {}
+    keep = lambda gradient, point: kept.update({point.name: gradient})  # noqa: E731
+    for point in (
+        "blocks.1.hook_resid_post",
+        "blocks.1.mixer.hook_v",
+        "blocks.1.mixer.hook_k",
+        "blocks.0.mixer.hook_o",
+    ):
+        model.run_with_hooks(ids, bwd_hooks=[(point, keep)])[0, -1].max().backward()
+        hook = envoy(model, nn_model, point)
+        with nn_model.trace(ids, use_cache=False):
+            value = hook.output
+            with nn_model.lm_head.output[0, -1].max().backward():
+                gradient = value.grad.save()
+        torch.testing.assert_close(gradient, kept[point], rtol=1e-3, atol=1e-5)
+        assert gradient.abs().max() > 0 and not torch.allclose(gradient, 1.01 * kept[point], rtol=1e-3, atol=1e-6)
+
+
+@torch.no_grad()
+@each_model
+def test_our_edits_in_its_runs(traced: Any, name: str) -> None:
+    model, nn_model, ids = traced
+    before, sae = model(ids), WriteSAE.from_pretrained(SAES[name])
+    layer = sae.cfg.layer
+    read = envoy(model, nn_model, f"blocks.{layer}.mixer.hook_o")
+    for what in ([Delete(layer, sae.cfg.head)], [Substitute(sae)]):
+        with model.intervene(what, positions=[2, 5]):
+            expected, cache = model.run_with_cache(ids)
+            with nn_model.trace(ids, use_cache=False):
+                o = read.output.save()
+                logits = nn_model.lm_head.output.save()
+        assert torch.equal(logits, expected) and torch.equal(o, cache["o", layer])
+        assert not torch.equal(logits, before)
+    with model.intervene(sae, atom=3, scale=5), nn_model.trace(ids, fn=model.hf_model.generate, max_new_tokens=4) as t:
+        made = t.result.save()
+    with model.intervene(sae, atom=3, scale=5):
+        assert torch.equal(made, model.generate(ids, max_new_tokens=4))
+    with nn_model.trace(ids, use_cache=False):
+        logits = nn_model.lm_head.output.save()
+    assert torch.equal(logits, before)
+
+
+@torch.no_grad()
+@each_model
+@pytest.mark.parametrize("kind", ["NNsight", "TransformersModel", "LanguageModel"])
+def test_a_model_that_nnsight_wraps_already(nnsight: Any, name: str, kind: str) -> None:
+    plain = HookedRecurrentModel.from_pretrained(name)
+    ids, folder = plain.to_tokens(TEXT)[0], str(shipped_model(name))
+    if kind == "NNsight":
+        nn_model, tokenizer = nnsight.NNsight(HookedRecurrentModel.from_pretrained(name).hf_model), plain.tokenizer
+    else:
+        deprecated = pytest.warns(nnsight.NNsightDeprecationWarning, match="LanguageModel is deprecated")
+        with deprecated if kind == "LanguageModel" else contextlib.nullcontext():
+            nn_model = getattr(nnsight, kind)(
+                folder, task="text-generation", tokenizer=plain.tokenizer, dtype=torch.float32
+            )
+        with pytest.raises(ValueError, match=r"nnsight has not loaded this model yet: call its \.dispatch\(\)"):
+            HookedRecurrentModel(nn_model)
+        nn_model.dispatch()
+        tokenizer = None  # its own
+    model = HookedRecurrentModel(nn_model, tokenizer)
+    assert torch.equal(model(TEXT), plain(TEXT)) and model.hook_names == plain.hook_names
+    expected = plain.run_with_hooks(ids, [("blocks.1.mixer.hook_k", lambda value, _: value * 0.5)])
+    hook = envoy(model, nn_model, "blocks.1.mixer.hook_k")
+    with nn_model.trace(ids, use_cache=False):
+        hook.output = hook.output * 0.5
+        logits = nn_model.lm_head.output.save()
+    assert torch.equal(logits, expected) and not torch.allclose(logits, plain(ids))
+    with model.intervene(Delete(1), positions=[3]), plain.intervene(Delete(1), positions=[3]):
+        with nn_model.trace(ids, use_cache=False):
+            logits = nn_model.lm_head.output.save()
+        assert torch.equal(logits, plain(ids))
