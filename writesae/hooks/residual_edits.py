@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 def is_residual_sae(what: object) -> bool:
-    """Whether it can be asked for what a residual SAE is asked for."""
-    return all(hasattr(what, name) for name in ("encode", "decode", "W_dec", "cfg"))
+    """Whether it can be asked for what a residual SAE is asked for (a `WriteSAE` can, and reads something else)."""
+    return not hasattr(what, "check_fits") and all(hasattr(what, name) for name in ("encode", "decode", "W_dec", "cfg"))
 
 
 @dataclass(frozen=True)
