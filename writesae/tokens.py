@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, overload
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from writesae.wrappers import bare, device_of, weight
 
 Text: TypeAlias = str | Sequence[str] | Sequence[int] | Int[Tensor, "..."]
 
@@ -27,7 +29,8 @@ class TokenModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.hf_model.device
+        """Where token ids go: where the model takes its inputs."""
+        return device_of(self.hf_model)
 
     # --- text to tokens and back --------------------------------------------------------------------------------------
 
@@ -109,12 +112,12 @@ class TokenModel(nn.Module):
     @property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
         """The input embedding."""
-        return self.hf_model.get_input_embeddings().weight
+        return weight(self.hf_model.get_input_embeddings())
 
     @property
     def W_U(self) -> Float[Tensor, "d_model vocab"]:
         """The output embedding: what makes logits of the normalised residual stream."""
-        return self.hf_model.get_output_embeddings().weight.T
+        return weight(self.hf_model.get_output_embeddings()).T
 
     def tokens_to_residual_directions(
         self, tokens: str | int | Sequence[int] | Int[Tensor, "..."]
@@ -134,7 +137,11 @@ class TokenModel(nn.Module):
     def logits_of_last(self, n: int) -> dict[str, Any]:
         """The argument that has the model make logits of the last ``n`` tokens alone (0: of all), if it knows one: with
         a large vocabulary they may cost as much as the layers."""
-        return {"logits_to_keep": n} if "logits_to_keep" in inspect.signature(self.hf_model.forward).parameters else {}
+        return {"logits_to_keep": n} if "logits_to_keep" in self._takes() else {}
+
+    def _takes(self) -> Mapping[str, inspect.Parameter]:
+        """The arguments that the model knows; some that it does not, it would ignore."""
+        return inspect.signature(bare(self.hf_model).forward).parameters
 
 
 def next_token_loss(

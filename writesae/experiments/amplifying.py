@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from writesae.model import HookedRecurrentModel
-    from writesae.model import Text as Prompts
+    from writesae.tokens import Text as Prompts
 
 Metric: TypeAlias = Callable[[str], float]
 

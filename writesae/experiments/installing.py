@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from writesae.model import HookedRecurrentModel
-    from writesae.model import Text as Prompts
+    from writesae.tokens import Text as Prompts
 
 STRATA = (2, 11, 101, 1001)
 CONDITIONS = ("edited", "random")

@@ -27,7 +27,9 @@ import transformers
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from writesae.hooks import graphs
 from writesae.hooks.families import FAMILIES, Family, KernelCall, Site
+from writesae.hooks.graphs import outside_graphs
 from writesae.hooks.interventions import Intervention, Moment
 from writesae.hooks.points import HookPoint, to_show
 from writesae.hooks.positions import PAD, Clock, PositionSet
@@ -382,7 +384,8 @@ class Installed:
 
     taps: list[Tap]
     points: list[dict[str, HookPoint]]
-    layers: nn.ModuleList
+    layers: list[nn.Module]
+    text_model: nn.Module
     clock: Clock
 
 
@@ -399,21 +402,36 @@ def install(model: nn.Module) -> Installed:
         raise ValueError(
             f"{type(model).__name__} has no recurrent layer that writesae knows; known mixers: {', '.join(known)}"
         )
+    paths: dict[Any, str] = {}
+    for path, mixer, _ in mixers:
+        if (first := paths.setdefault(mixer.layer_idx, path)) != path:
+            raise ValueError(
+                f"layer {mixer.layer_idx} has two mixers, {first} and {path}, and one of them does not run: PEFT's "
+                f"modules_to_save keeps such copies; take mixers out of it, or call merge_and_unload() first"
+            )
     for name, family in {type(mixer).__module__: family for _, mixer, family in mixers}.items():
         _intercept(name, family)
     text_model = model.get_submodule(f".{mixers[0][0]}".rsplit(".layers.", 1)[0].removeprefix("."))
-    layers: Any = text_model.layers
+    layers = [_inside(layer) for layer in text_model.layers]  # type: ignore[union-attr]
     if not hasattr(text_model, "writesae_clock"):
+        torch.compiler.reset()  # graphs made until now know nothing of what follows
         text_model.writesae_clock = Clock.of(text_model)  # type: ignore[assignment]
+        text_model.writesae_attached = []  # type: ignore[assignment]
         text_model.register_forward_pre_hook(_begin, with_kwargs=True)
         text_model.register_forward_hook(_end, always_call=True)
-        for _, mixer, family in mixers:
-            _tap(mixer, family, text_model.writesae_clock)  # type: ignore[arg-type]
         recurrent = {int(mixer.layer_idx): mixer for _, mixer, _ in mixers}  # type: ignore[arg-type]
         for index, layer in enumerate(layers):
             watch(layer, index, recurrent.get(index))
+        for _, mixer, family in mixers:
+            _tap(mixer, layers[int(mixer.layer_idx)], family, text_model.writesae_clock)  # type: ignore[arg-type]
     taps: Any = [mixer.writesae_tap for _, mixer, _ in mixers]
-    return Installed(taps, [_points(layer, index, taps) for index, layer in enumerate(layers)], layers, taps[0].clock)
+    points = [_points(layer, index, taps) for index, layer in enumerate(layers)]
+    return Installed(taps, points, layers, text_model, taps[0].clock)
+
+
+def _inside(layer: nn.Module) -> nn.Module:
+    """The layer itself, where TransformerLens' bridge has put a block around it."""
+    return layer._modules.get("_original_component") or layer
 
 
 def _points(layer: nn.Module, index: int, taps: Sequence[Tap]) -> dict[str, HookPoint]:
@@ -423,14 +441,17 @@ def _points(layer: nn.Module, index: int, taps: Sequence[Tap]) -> dict[str, Hook
     return dict([before, *of_mixer.items(), *after])
 
 
-def _tap(mixer: nn.Module, family: Family, clock: Clock) -> None:
+def _tap(mixer: nn.Module, layer: nn.Module, family: Family, clock: Clock) -> None:
     site = family.site(mixer)
     points = {quantity: HookPoint(site.layer, quantity) for quantity in family.quantities(mixer)}
     for quantity, point in points.items():
         mixer.add_module(f"hook_{quantity}", point)
     tap = mixer.writesae_tap = Tap(site, family, points, clock)  # type: ignore[assignment]
-    mixer.register_forward_pre_hook(_enter)
-    mixer.register_forward_hook(_leave, always_call=True)
+    layer.writesae_tap = tap  # type: ignore[assignment]
+    # The layer, too: TransformerLens' bridge calls the parts of a mixer, and not the mixer.
+    for module in (layer, mixer):
+        module.register_forward_pre_hook(_enter)
+        module.register_forward_hook(_leave, always_call=True)
     norm = family.gate_norm(mixer)
     if norm is not None:
         norm.writesae_tap = tap  # type: ignore[assignment]
@@ -445,22 +466,29 @@ def _tap(mixer: nn.Module, family: Family, clock: Clock) -> None:
 # Hooks find what is theirs on the module they run on, so that a deepcopy of a model has its own.
 
 
+@torch.compiler.disable(reason=graphs.REASON)
 def _begin(text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    graphs.begin(text_model)
     text_model.writesae_clock.begin(args, kwargs)  # type: ignore[union-attr, operator]
 
 
+@torch.compiler.disable(reason=graphs.REASON)
 def _end(text_model: nn.Module, _args: Any, output: Any) -> None:
+    graphs.end(text_model)
     text_model.writesae_clock.end(output)  # type: ignore[union-attr, operator]
 
 
-def _enter(mixer: nn.Module, _args: Any) -> None:
-    _running.set(mixer.writesae_tap)  # type: ignore[arg-type]
+@outside_graphs
+def _enter(module: nn.Module, _args: Any) -> None:
+    _running.set(module.writesae_tap)  # type: ignore[arg-type]
 
 
-def _leave(_mixer: nn.Module, _args: Any, _output: Any) -> None:
+@outside_graphs
+def _leave(_module: nn.Module, _args: Any, _output: Any) -> None:
     _running.set(None)
 
 
+@outside_graphs
 def _gate(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """The gated norm is called as ``norm(o, z)`` with tokens and heads flattened together: that is where ``z`` is."""
     tap: Tap = norm.writesae_tap  # type: ignore[assignment]
@@ -471,6 +499,7 @@ def _gate(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return None if new is None else (o, new.reshape(z.shape), *rest)
 
 
+@outside_graphs
 def _seen(module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
     """A quantity that is a submodule's output, heads side by side."""
     tap: Tap = module.writesae_tap  # type: ignore[assignment]
@@ -522,10 +551,15 @@ def _dispatcher(function: Callable[..., Any], tapped: bool, fused: bool) -> Call
             return torch_function(*call.args, **call.kwargs)
         return torch_function(*args, **kwargs)
 
-    @functools.wraps(function)
+    def native_of(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return on_cpu if _device((*args, *kwargs.values())).type == "cpu" else function
+
+    def untapped(*args: Any, **kwargs: Any) -> Any:
+        return native_of(*args, **kwargs)(*args, **kwargs)
+
     def dispatch(*args: Any, **kwargs: Any) -> Any:
-        native = on_cpu if _device((*args, *kwargs.values())).type == "cpu" else function
-        tap = _running.get() if tapped or fused else None
+        native = native_of(*args, **kwargs)
+        tap = _running.get()
         if tap is None or not tap.busy:
             return native(*args, **kwargs)
         if fused:
@@ -541,8 +575,10 @@ def _dispatcher(function: Callable[..., Any], tapped: bool, fused: bool) -> Call
         _running.set(tap)
         return result
 
-    dispatch.writesae_native = function  # type: ignore[attr-defined]
-    return dispatch
+    stand_in = outside_graphs(dispatch, untapped) if tapped or fused else untapped
+    functools.update_wrapper(stand_in, function)
+    stand_in.writesae_native = function  # type: ignore[attr-defined]
+    return stand_in
 
 
 __all__ = [

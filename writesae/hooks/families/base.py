@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from writesae.recurrence import Recurrence, Write, at_least_float32
+from writesae.wrappers import weight
 
 Get: TypeAlias = Callable[[str], Tensor]
 """Gives a canonical quantity by its name, ``[batch, pos, head, ...]``."""
@@ -190,9 +191,9 @@ class Family:
 
     def projection(self, mixer: nn.Module) -> Float[Tensor, "head d_value d_model"]:
         """What the mixer's output projection makes of each head's output; norm and gate before it are left out."""
-        weight = next(getattr(mixer, name) for name in self.projections if hasattr(mixer, name)).weight
+        project = next(getattr(mixer, name) for name in self.projections if hasattr(mixer, name))
         n_heads, _, d_value = (int(getattr(mixer, name)) for name in self.sizes)
-        return weight.T.unflatten(0, (n_heads, d_value))
+        return weight(project).T.unflatten(0, (n_heads, d_value))
 
     def quantities(self, mixer: nn.Module) -> tuple[str, ...]:
         """All hook points of a mixer, in firing order."""

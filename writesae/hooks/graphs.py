@@ -1,0 +1,61 @@
+"""Hooks of ours and graphs of torch.compile.
+
+torch.compile does not look at a module's hooks again once a graph is made: one made with nothing attached would go on
+with nothing, silently. So all that a graph knows of us is `RUNNING.attached`, which says for the pass under way whether
+anything is attached to its model. If not, the graph is as it would be without us. If so, another graph stops at each of
+our hooks, which run outside of it, and as they always do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+REASON = "writesae looks here whether anything is attached to the model; compile without fullgraph=True"
+
+
+@dataclass
+class Running:
+    """How many passes of models with something attached are under way."""
+
+    attached: int = 0
+
+
+RUNNING = Running()
+
+
+def outside_graphs(fn: Callable[..., Any], otherwise: Callable[..., Any] = lambda *_, **__: None) -> Callable[..., Any]:
+    """``fn``. In a graph, it runs outside of it while anything is attached; else ``otherwise`` is in its place."""
+    outside = torch.compiler.disable(fn, reason=REASON)
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return fn(*args, **kwargs)
+        return outside(*args, **kwargs) if RUNNING.attached else otherwise(*args, **kwargs)
+
+    # torch.compile gives up on code that it had to compile often, and would take all that is made here for the same.
+    seen.__code__ = seen.__code__.replace(co_name=fn.__name__)
+    return functools.update_wrapper(seen, fn)
+
+
+def begin(text_model: Any) -> None:
+    """A pass begins: is anything attached?"""
+    text_model.writesae_attached.append(_attached(text_model.layers))
+    RUNNING.attached += text_model.writesae_attached[-1]
+
+
+def end(text_model: Any) -> None:
+    """The last pass that began is over, or has failed, maybe before it began for us."""
+    if text_model.writesae_attached:
+        RUNNING.attached -= text_model.writesae_attached.pop()
+
+
+def _attached(layers: Any) -> bool:
+    taps = (getattr(layer, "writesae_tap", None) for layer in layers)
+    return any(tap is not None and tap.busy for tap in taps) or any(
+        point.listening for layer in layers for point in layer.writesae_points.values()
+    )

@@ -1,0 +1,95 @@
+"""What other libraries put around a model and its modules: nnsight, TransformerLens, PEFT, accelerate, torch.compile.
+
+Running a model needs nothing of this. Looking at its weights does: adapters of PEFT stand beside the weights that they
+change, and weights that accelerate keeps elsewhere are only there while their module runs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+
+def unwrapped(model: Any) -> tuple[Any, Any]:
+    """The transformers model in what another tool made of it, and that tool's tokenizer if it has one.
+
+    Raises:
+        ValueError: nnsight has not loaded the weights yet.
+    """
+    tool = type(model).__module__.partition(".")[0]
+    if tool == "nnsight":
+        if any(p.is_meta for p in model._module.parameters()):
+            raise ValueError("nnsight has not loaded this model yet: call its .dispatch(), or load with dispatch=True")
+        return model._module, vars(model).get("tokenizer")
+    if tool == "transformer_lens":
+        return model.original_model, model.tokenizer
+    return model, None
+
+
+def bare(model: Any) -> Any:
+    """The transformers model inside PEFT's and torch.compile's, whose own ``forward`` takes and hands on anything.
+
+    Raises:
+        ValueError: PEFT puts virtual tokens before the text.
+    """
+    if hasattr(model, "_orig_mod"):
+        return bare(model._orig_mod)
+    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        return model  # or one with adapters of its own (``add_adapter``)
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(model.active_peft_config).__name__} puts virtual tokens before the text, which would shift every "
+            f"position and logit: wrap the model without it. (Adapters of weights, such as LoRA, work)"
+        )
+    return bare(model.get_base_model())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: where its weights are, or where accelerate brings them to run."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((place for place in places if place is not None), device))
+
+
+def weight(module: nn.Module) -> Tensor:
+    """``module.weight`` as it acts, see `weights`."""
+    return dict(weights(module))["weight"]
+
+
+def weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """``module.named_parameters()`` as they act: active adapters of PEFT are in them, offloaded ones are fetched.
+
+    Names are those of the module as it was before either, and as PEFT's ``merge_and_unload`` leaves it.
+    """
+    module = _as_it_acts(module)
+    with align_module_device(module):
+        own = [(prefix + name, p) for name, p in module.named_parameters(recurse=False)]
+    yield from own
+    for name, child in module.named_children():
+        yield from weights(child, f"{prefix}{name}.")
+
+
+def _as_it_acts(module: Any) -> nn.Module:
+    """The module that PEFT's in its place comes to, with the adapters that are active now."""
+    if hasattr(module, "get_base_layer") and hasattr(module, "merge"):  # LoRA and the like, beside a base layer
+        if module.disable_adapters or module.merged or not module.active_adapters:
+            return module.get_base_layer()
+        with align_module_device(module.get_base_layer()):
+            module = copy.deepcopy(module)
+        module.merge()
+        return module.get_base_layer()
+    if hasattr(module, "original_module") and hasattr(module, "active_adapters"):  # a copy that was trained itself
+        if module.disable_adapters or not module.active_adapters:
+            return module.original_module
+        if not hasattr(module, "modules_to_save"):
+            raise ValueError(f"the weights of a {type(module).__name__} are not known: call merge_and_unload() first")
+        return module.modules_to_save[module.active_adapters[0]]
+    return module
