@@ -29,7 +29,7 @@ def test_hooks_lists_sites_and_names():
     assert "gated_delta" in result.output and "blocks.{layer}.mixer.hook_k" in result.output
     assert "[batch, pos, head, d_key]" in result.output, "shapes must not be taken for markup"
     result = runner.invoke(app, ["hooks", "tiny-gdn", "--names"])
-    assert result.output.splitlines()[0] == "blocks.0.mixer.hook_q"
+    assert result.output.splitlines()[:2] == ["blocks.0.hook_resid_pre", "blocks.0.mixer.hook_q_raw"]
 
 
 @pytest.mark.parametrize("command", [["hooks", "no-such-model"], ["demo", "--model", "no-such-model"]])

@@ -198,6 +198,7 @@ class HookedModel(TokenModel):
             IndexError: layer, head, atom or position out of range.
             ValueError: an SAE for another shape, site or model.
         """
+        what = getattr(what, "write_sae", what)  # of what `writesae.saelens` made for SAELens
         if read not in ("same", "next"):
             raise ValueError(f"read={read!r}: allowed are 'same' and 'next'")
         with ExitStack() as stack:
@@ -256,7 +257,7 @@ class HookedModel(TokenModel):
         edits = list(what) if isinstance(what, Sequence) else [what]
         for edit in edits:
             if not isinstance(edit, (Intervention, ResidualEdit)):
-                got = type(edit).__name__
+                got = f"the class {edit.__name__}" if isinstance(edit, type) else type(edit).__name__
                 raise TypeError(f"intervene takes an intervention (Add, Delete, ...) or an SAE; got {got}")
         return edits
 

@@ -21,12 +21,12 @@ def unwrapped(model: Any) -> tuple[Any, Any]:
     Raises:
         ValueError: nnsight has not loaded the weights yet.
     """
-    tool = type(model).__module__.partition(".")[0]
-    if tool == "nnsight":
+    tools = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}  # SAELens' bridge is TransformerLens'
+    if "nnsight" in tools:
         if any(p.is_meta for p in model._module.parameters()):
             raise ValueError("nnsight has not loaded this model yet: call its .dispatch(), or load with dispatch=True")
         return model._module, vars(model).get("tokenizer")
-    if tool == "transformer_lens":
+    if "transformer_lens" in tools:
         return model.original_model, model.tokenizer
     return model, None
 
@@ -78,7 +78,9 @@ def weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]
 
 
 def _as_it_acts(module: Any) -> nn.Module:
-    """The module that PEFT's in its place comes to, with the adapters that are active now."""
+    """The module that TransformerLens' or PEFT's in its place comes to, with the adapters that are active now."""
+    if (inside := module._modules.get("_original_component")) is not None:
+        return _as_it_acts(inside)
     if hasattr(module, "get_base_layer") and hasattr(module, "merge"):  # LoRA and the like, beside a base layer
         if module.disable_adapters or module.merged or not module.active_adapters:
             return module.get_base_layer()

@@ -41,16 +41,18 @@ class HookPoint(nn.Module):
     @property
     def listening(self) -> bool:
         """Whether anybody would see the value or its gradient: a hook, or nnsight in the middle of a trace."""
-        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
-        return any(hooks) or self.traced
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return bool(hooks) or self.traced  # asked for every point in every pass, so quick
 
     @property
     def traced(self) -> bool:
         """Whether a tool that replaced `forward` sees the value. nnsight leaves its forward in place between traces,
         and then says that none is active; whatever else stands there is taken to look always."""
         forward = self.__dict__.get("forward")
+        if forward is None:
+            return False
         active = getattr(getattr(forward, "state", None), "active", None)
-        return forward is not None and (active is None or active()[0] is not None)
+        return active is None or active()[0] is not None
 
     def fire(self, value: Value) -> tuple[Value, bool]:
         """Show ``value`` to the hooks. Returns the value to go on with, and whether it was changed.

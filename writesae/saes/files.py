@@ -1,4 +1,8 @@
-"""SAE folders on disk: ``cfg.json`` and ``sae_weights.safetensors``, written whole, checked when read, no pickle."""
+"""SAE folders on disk: ``cfg.json`` and ``sae_weights.safetensors``, written whole, checked when read, no pickle.
+
+The two files are SAELens' too (version 6): beside our fields ``cfg.json`` has its own, so that
+``sae_lens.SAE.load_from_disk`` reads the same folder once `writesae.saelens` is imported.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +29,18 @@ REFERENCE = (CHECKPOINTS[0], "config.json")  # and what of it the hub has
 MANIFEST = "manifest.json"  # with checksums of them
 
 
-def save(folder: Path, cfg: SAEConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write an SAE folder. Weights go first: a crash in between leaves a checksum that fails, not a mixture."""
+def save(
+    folder: Path, cfg: SAEConfig, tensors: Mapping[str, Tensor], for_saelens: Mapping[str, Any] | None = None
+) -> None:
+    """Write an SAE folder. Weights go first: a crash in between leaves a checksum that fails, not a mixture.
+
+    ``for_saelens`` are values of `saelens_fields` other than what follows from ``cfg``.
+    """
     check_finite(tensors, "not saved")
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    described = cfg.to_dict() | {CHECKSUM: hashlib.sha256(data).hexdigest()}
+    described = (
+        saelens_fields(cfg) | dict(for_saelens or {}) | cfg.to_dict() | {CHECKSUM: hashlib.sha256(data).hexdigest()}
+    )
     write_whole(folder / WEIGHTS, data)
     write_whole(folder / CONFIG, (json.dumps(described, indent=2) + "\n").encode())
 
@@ -63,6 +74,29 @@ def load(folder: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
         )
     check_finite(tensors, f"{path} is not usable")
     return cfg, tensors
+
+
+def saelens_fields(cfg: SAEConfig) -> dict[str, Any]:
+    """What SAELens 6 reads in ``cfg.json``, as far as it follows from ``cfg``. Matrices come flattened there."""
+    hook = {"write": "hook_write", "state": "hook_state"}.get(cfg.target)  # no hook point shows the delta
+    return {
+        "architecture": "writesae",
+        "d_in": cfg.d_key * cfg.d_value,
+        "d_sae": cfg.n_atoms,
+        "dtype": "float32",  # of the loaded SAE; the file's may be narrower
+        "device": "cpu",
+        "apply_b_dec_to_input": False,  # the mean is subtracted by the encoder's bias
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "model_name": cfg.model_id,
+            "hook_name": None if cfg.layer is None or hook is None else f"blocks.{cfg.layer}.mixer.{hook}",
+            "hook_head_index": cfg.head,
+            "context_size": cfg.training.get("context"),
+            "sae_lens_version": "6.0.0",  # the first with this layout: an older number, or none, is read in another way
+            "sae_lens_training_version": None,
+        },
+    }
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
@@ -136,6 +170,19 @@ def _read_config(path: Path) -> tuple[SAEConfig, str]:
     if values["type"] != "write_sae":
         raise ValueError(f"{path} says type {values['type']!r}; this version can load: write_sae")
     try:
-        return SAEConfig.from_dict(values), checksum
+        return check_saelens_fields(values), checksum
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
+
+
+def check_saelens_fields(values: dict[str, Any]) -> SAEConfig:
+    """The configuration in ``values``, once what is there for SAELens (older files lack it) agrees with it.
+
+    The precision and device that SAELens has it in, and its notes (``metadata``), are free.
+    """
+    theirs = dict.fromkeys(saelens_fields(SAEConfig(1, 1, 1, 1)))
+    cfg = SAEConfig.from_dict({name: value for name, value in values.items() if name not in theirs})
+    for name, value in saelens_fields(cfg).items():
+        if name not in ("dtype", "device", "metadata") and values.get(name, value) != value:
+            raise ValueError(f"{name} must be {value!r}, as its other fields say; got {values[name]!r}")
+    return cfg

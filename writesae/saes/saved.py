@@ -103,13 +103,19 @@ class Saved(nn.Module):
         path = folder / files.WEIGHTS
         files.check_tensors(tensors, sae.state_dict(), path)
         sae.load_state_dict({name: t.to(torch.float32) for name, t in tensors.items()})
-        if cfg.unit_atoms:
-            off = (norm2(sae.decoder).sqrt() - 1).abs().max().item()
-            if off > 0.02:
-                raise ValueError(f"{path}: atoms must have norm 1; one is off by {off:.3g}")
-            if any(t.dtype != torch.float32 for t in tensors.values()):  # rounding moved the norms: put them right
-                sae.normalize_decoder()
+        sae.mend_norms(str(path))
         return sae
+
+    def mend_norms(self, whose: str) -> None:
+        """Bring unit atoms that were stored in half precision back to norm 1, which rounding moved; ValueError, which
+        names ``whose`` they are, if it can't have been rounding."""
+        if not self.cfg.unit_atoms:
+            return
+        off = (norm2(self.decoder).sqrt() - 1).abs().max().item()
+        if off > 0.02:
+            raise ValueError(f"{whose}: atoms must have norm 1; one is off by {off:.3g}")
+        if off > 1e-5:  # more than float32 rounds
+            self.normalize_decoder()
 
     def check_fits(self, model: HookedRecurrentModel, *, check_model: bool = True) -> None:
         """Raise ValueError unless the SAE belongs to a head of this model.
@@ -141,6 +147,6 @@ class Saved(nn.Module):
         if found is not None and found != c.fingerprint:
             raise ValueError(
                 f"this SAE was trained on layer {c.layer} of {c.model_id or 'another model'} (fingerprint "
-                f"{c.fingerprint}); the weights of that layer here are others ({found}). "
-                f"check_model=False uses it all the same"
+                f"{c.fingerprint}); the weights of that layer here are others ({found}), active "
+                f"adapters included. check_model=False uses it all the same"
             )
