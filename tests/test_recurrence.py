@@ -539,3 +539,9 @@ def test_write_to() -> None:
 def test_write_of_factors_that_do_not_fit(key: tuple[int, ...], value: tuple[int, ...], rank: int, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         Write(torch.zeros(key), torch.zeros(value), rank)
+
+
+def test_a_write_is_shown_by_its_sizes() -> None:
+    """Not by its numbers, of which there may be millions."""
+    assert repr(Write(torch.zeros(1, 7, 4, 32), torch.zeros(1, 7, 4, 16))) == "Write([1, 7, 4], 32 x 16, rank 1)"
+    assert repr(Write(torch.zeros(3, 2, 5), torch.zeros(3, 2, 4), rank=2)) == "Write([3], 5 x 4, rank 2)"

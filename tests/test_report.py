@@ -342,3 +342,11 @@ def test_the_table_names_cells_that_exist():
         assert len({cell for cell, _, _ in rows}) == len(rows), "a cell has one value"
         for cell, text, source in rows:
             assert cell in CELLS and text and source.startswith(("section ", "Table ", "App. ", "Fig. "))
+
+
+def test_a_figure_shows_itself_in_a_notebook():
+    """IPython asks for `_repr_png_`: what it knows of matplotlib's figures, it learns when pyplot is imported."""
+    made, (axis,) = figure()
+    blank = made._repr_png_()
+    axis.plot([0, 1])
+    assert made._repr_png_().startswith(b"\x89PNG") and made._repr_png_() != blank

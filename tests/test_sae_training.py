@@ -286,3 +286,11 @@ def test_another_seed_is_another_training():
         for which in (0, 1, 2**20)
     ]
     assert len(set(drawn)) == len(drawn)
+
+
+def test_where_gradients_are_switched_off():
+    """As at the top of many a notebook: training switches them on for itself, and leaves them as they were."""
+    _, data = planted()
+    expected = train_sae(CFG, data, **SETTINGS)
+    with torch.no_grad():
+        assert equal(train_sae(CFG, data, **SETTINGS), expected) and not torch.is_grad_enabled()

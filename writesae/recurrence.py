@@ -63,6 +63,9 @@ class Write:
         if self.rank != 1 and key.shape[-2] != self.rank:
             raise ValueError(f"rank={self.rank} needs key [..., {self.rank}, d_key]; got {list(key.shape)}")
 
+    def __repr__(self) -> str:
+        return f"Write({list(self.shape)}, {self.d_key} x {self.d_value}, rank {self.rank})"
+
     @property
     def shape(self) -> torch.Size:
         """The leading dimensions, without factors and rank."""

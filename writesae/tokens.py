@@ -69,9 +69,9 @@ class TokenModel(nn.Module):
             raise ValueError(f"to_str_tokens takes one sequence of token ids, [pos] or [1, pos]; got {list(ids.shape)}")
         return [self._tokenizer().decode([i]) for i in ids[0].tolist()]
 
-    def to_string(self, tokens: Sequence[int] | Int[Tensor, "..."]) -> str | list[str]:
-        """The text of token ids ``[pos]``; for ``[batch, pos]`` a list."""
-        ids, _ = self.to_tokens(tokens)
+    def to_string(self, tokens: int | Sequence[int] | Int[Tensor, "..."]) -> str | list[str]:
+        """The text of a token id, or of ids ``[pos]``; for ``[batch, pos]`` a list."""
+        ids, _ = self.to_tokens([tokens] if isinstance(tokens, int) else tokens)
         texts = [self._tokenizer().decode(row.tolist()) for row in ids]
         return texts if isinstance(tokens, Tensor) and tokens.ndim == 2 else texts[0]
 

@@ -231,8 +231,8 @@ class ReplacementResult(Result):
         table = Table(title=self.title)
         table.add_column("put in")
         for moment in moments.values():
-            table.add_column(f"KL, {moment}", justify="right")
-            table.add_column("beats deletion", justify="right")
+            table.add_column(f"KL, {moment}", justify="right")  # wraps: a terminal of 80 columns has room for all
+            table.add_column("beats deletion", justify="right", no_wrap=True)
         for name in self.conditions:
             row = [Text.assemble((name, "bold"), f": {CONDITIONS[name]}")]
             for when in moments:

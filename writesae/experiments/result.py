@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
@@ -105,7 +106,14 @@ def figure(n_columns: int = 1, width: float = 4.6, height: float = 3.4) -> tuple
 
     style: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
     with rc_context(style):
-        made = Figure(figsize=(width * n_columns, height), layout="constrained")
+        made: Any = Figure(figsize=(width * n_columns, height), layout="constrained")
         FigureCanvasAgg(made)
         axes = made.subplots(1, n_columns, squeeze=False)[0]
+    made._repr_png_ = lambda: _png(made)  # notebooks show figures that pyplot made; with this, also this one
     return made, list(axes)
+
+
+def _png(made: Figure) -> bytes:
+    with BytesIO() as file:
+        made.savefig(file, format="png")
+        return file.getvalue()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from writesae.saes.config import SAEConfig
@@ -73,7 +74,8 @@ def train_sae(
 def train_runs(runs: Mapping[str, Run], progress: bool = True) -> dict[str, WriteSAE]:
     """Several trainings side by side, a step of each in turn; see `train_sae`."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, disable=not progress) as bar, _interrupts_wait() as interrupted:
+    bar = Progress(*columns, disable=not progress)
+    with bar, _interrupts_wait() as interrupted, torch.enable_grad():  # a notebook may have switched gradients off
         tasks = {
             name: bar.add_task(f"training {name}", total=run.settings.steps, completed=run.step)
             for name, run in runs.items()
