@@ -67,10 +67,10 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "Gradient", "HookPoint",
     "HookedRecurrentModel", "Intervention", "Logit", "Reconstruct", "Recurrence", "Replace", "ReplacementResult",
-    "SAEConfig", "Site", "States", "Steer", "Substitute", "Write", "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test",
-    "choose_atoms", "erase", "extract", "gradient", "install", "logit_change", "population_test", "record",
-    "replacement_test", "reproduce", "seed_stability", "sign_test", "top_contexts", "train_site", "train_store",
-    "write_pages",
+    "SAEConfig", "Site", "States", "Steer", "Substitute", "Write", "WriteSAE", "amplify", "atom_classes", "attribute",
+    "attribution_test", "choose_atoms", "erase", "extract", "gradient", "install", "logit_change", "population_test",
+    "record", "replacement_test", "reproduce", "seed_stability", "sign_test", "top_contexts", "train_site",
+    "train_store", "write_pages",
 ]  # fmt: skip
 
 

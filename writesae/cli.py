@@ -12,6 +12,8 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from writesae.model import HookedRecurrentModel
+    from writesae.saes import WriteSAE
     from writesae.store import ActivationStore
 
 app = typer.Typer(
@@ -257,6 +259,29 @@ def _tracked(tracker: str | None, about: dict[str, object]) -> Iterator[Callable
         accelerator.end_training()
 
 
+def _sae_and_model(sae: str, model: str | None) -> tuple[WriteSAE, HookedRecurrentModel]:
+    """An SAE, and the model that was named or, without, the one that it names."""
+    from writesae.model import HookedRecurrentModel
+    from writesae.saes import WriteSAE
+
+    found = WriteSAE.from_pretrained(sae)
+    name = model or found.cfg.model_id
+    if name is None:
+        raise ValueError(f"{sae} does not say which model it is of: give --model")
+    return found, HookedRecurrentModel.from_pretrained(name)
+
+
+def _texts(path: Path | None) -> list[str]:
+    """The texts of a file or folder; without, the shipped held-out documents."""
+    from writesae.zoo import corpus, heldout_documents
+
+    if path is None:
+        return heldout_documents()
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a .txt file, or a folder of such")
+    return [document.text for document in corpus.read(path)]
+
+
 @app.command()
 def contexts(
     sae: Annotated[str, typer.Argument(help="A shipped SAE (tiny-gdn/L2H0), a folder or a hub id.")],
@@ -274,22 +299,59 @@ def contexts(
     with _plainly():
         from rich.console import Console
 
-        from writesae.model import HookedRecurrentModel
-        from writesae.saes import WriteSAE, top_contexts
-        from writesae.zoo import corpus, heldout_documents
+        from writesae.saes import top_contexts
 
-        found = WriteSAE.from_pretrained(sae)
-        name = model or found.cfg.model_id
-        if name is None:
-            raise ValueError(f"{sae} does not say which model it is of: give --model")
-        if text is not None and not text.exists():
-            raise FileNotFoundError(f"{text} does not exist: give a .txt file, or a folder of such")
-        texts = heldout_documents() if text is None else [document.text for document in corpus.read(text)]
-        hooked = HookedRecurrentModel.from_pretrained(name)
-        top = top_contexts(hooked, found, texts, n=n, atoms=atom, context=context, batch_size=batch)
+        found, hooked = _sae_and_model(sae, model)
+        top = top_contexts(hooked, found, _texts(text), n=n, atoms=atom, context=context, batch_size=batch)
     console = Console()
     for i in atom or top.most_frequent(5):
         console.print(top.table(i) if top[i] else top.about(i), highlight=False)
+
+
+@app.command()
+def pages(
+    sae: Annotated[str, typer.Argument(help="A shipped SAE (tiny-gdn/L2H0), a folder or a hub id.")],
+    model: Annotated[str | None, typer.Option(help="Its model, if not the one that the SAE names.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A .txt file, or a folder of such; else the shipped held-out documents.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the site; the same one again continues.")] = None,
+    atoms: Annotated[int, typer.Option(help="Measure so many atoms, the most frequent.", min=0)] = 32,
+    atom: Annotated[list[int] | None, typer.Option(help="Measure this one too; repeat for several.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Steered with each atom; repeat for several.")] = None,
+    neuronpedia: Annotated[bool, typer.Option("--neuronpedia", help="Also write Neuronpedia's format.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="Take an SAE that does not say which weights it was trained on.")
+    ] = False,
+) -> None:
+    """Write a site with a page for every atom, and an index to search and sort them. It opens from disk.
+
+    One pass over the text serves all atoms. What needs further runs of the model (measured effects on tokens, the
+    replacement test, a steered text) is done for the most frequent atoms; the same command with others adds them.
+    """
+    import shlex
+
+    from rich.console import Console
+
+    _quiet()
+    with _plainly():
+        from writesae.pages import write_pages
+
+        found, hooked = _sae_and_model(sae, model)
+        name = sae.removesuffix("/")
+        folder = out or Path("runs") / f"pages-{Path(name).parent.name}-{Path(name).name}".replace("--", "-")
+        again = ["writesae", "pages", sae, *(["--model", model] if model else [])]
+        again += [*(["--text", str(text)] if text else []), "--out", str(folder)]
+        index = write_pages(
+            hooked.to(device), found.to(device), _texts(text), folder, atoms=atoms, also=atom or (), prompts=prompt,
+            name=name, source=str(text or "Shipped held-out documents"), neuronpedia=neuronpedia,
+            command=shlex.join(again), check_model=not unchecked, console=Console(),
+        )  # fmt: skip
+    console = Console()
+    console.print(f"Open {index} in a browser.", markup=False, highlight=False)
+    if neuronpedia:
+        console.print(f"For Neuronpedia: {folder / 'neuronpedia'}", markup=False, highlight=False)
 
 
 @app.command()
@@ -328,16 +390,14 @@ def reproduce(
     from writesae.experiments.reproduction import reproduce as run
     from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
-    from writesae.zoo import corpus, heldout_documents, shipped_saes
+    from writesae.zoo import shipped_saes
 
     _quiet()
     with _plainly():
         names = sae or [str(folder) for folder in shipped_saes(model)]
         if not names:
             raise ValueError(f"no SAEs are shipped with {model}: give --sae, a folder or a hub id, once for each head")
-        if text is not None and not text.exists():
-            raise FileNotFoundError(f"{text} does not exist: give a .txt file, or a folder of such")
-        texts = heldout_documents() if text is None else [document.text for document in corpus.read(text)]
+        texts = _texts(text)
         hooked = HookedRecurrentModel.from_pretrained(model).to(device)
         load = lambda names: [WriteSAE.from_pretrained(name).to(device) for name in names or ()]  # noqa: E731
         folder = out or Path("runs") / f"reproduce-{Path(model).name}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
@@ -127,6 +128,14 @@ def from_array(path: Path, context: int, max_tokens: int | None = None) -> Int[T
         raise ValueError(f"{path} holds numbers from {array.min()} to {array.max()}: these are no token ids")
     whole = array[:, : array.shape[1] // context * context].reshape(-1, context)
     return spread(_some(torch.from_numpy(whole.astype(np.int32)), path, context), max_tokens)
+
+
+def together(rows: Sequence[Int[Tensor, " _"]]) -> tuple[Int[Tensor, "batch n_pos"], dict[str, Tensor]]:
+    """Rows of tokens as a batch, padded on the left, and the ``attention_mask`` to give the model, if it needs one."""
+    n_pos = max(map(len, rows))
+    ids = torch.stack([F.pad(row, (n_pos - len(row), 0)) for row in rows])
+    mask = torch.stack([F.pad(torch.ones_like(row), (n_pos - len(row), 0)) for row in rows])
+    return ids, {} if bool(mask.all()) else {"attention_mask": mask}
 
 
 def spread(tokens: Int[Tensor, "n pos"], max_tokens: int | None) -> Int[Tensor, "m pos"]:

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, Shaped
 from scipy import stats
 from torch import Tensor
 
-from writesae.experiments.firings import Seen, firings
+from writesae.experiments.firings import COLUMNS, Seen, firings
 from writesae.experiments.mixture import MIN_VALUES, Mixture, fit_mixture
 from writesae.experiments.result import Number, Result, figure
 from writesae.experiments.statistics import Array, bootstrap, cliffs_delta
@@ -278,16 +278,24 @@ def atom_classes(
         seen.add(*part, torch.rand(len(part[0]), generator=generator))
         if progress is not None:
             progress(min((start + 1) * batch_size, len(windows)) * context)
+    return classes_of(sae.cfg, seen, windows.numel(), context, min_firings, threshold, seed)
+
+
+def classes_of(
+    cfg: SAEConfig, seen: Seen, n_tokens: int, context: int, min_firings: int, threshold: float | None, seed: int
+) -> AtomClasses:
+    """The classes, from the firings seen; arguments and error as of `atom_classes`."""
     alive = seen.firings >= min_firings
     found, n_alive = seen.medians(), int(alive.sum())
     if n_alive < MIN_VALUES and threshold is None:
         raise ValueError(
-            f"{n_alive} of {sae.cfg.n_atoms} atoms fire {min_firings} times or more in {windows.numel():,} tokens; a "
+            f"{n_alive} of {cfg.n_atoms} atoms fire {min_firings} times or more in {n_tokens:,} tokens; a "
             f"mixture needs {MIN_VALUES}: give more text, lower min_firings, or split at a cosine (threshold=0.05)"
         )
     values = found["cosine"][alive].double().numpy()
     mixtures = tuple(fit_mixture(values, n, seed=seed) for n in (1, 2, 3)) if n_alive >= MIN_VALUES else ()
     return AtomClasses(
-        sae.cfg, windows.numel(), context, min_firings, max_firings, threshold, seen.firings,
-        seen.total / seen.firings, seen.largest.masked_fill(seen.firings == 0, torch.nan), **found, mixtures=mixtures,
+        cfg, n_tokens, context, min_firings, seen.most, threshold, seen.firings, seen.total / seen.firings,
+        seen.largest.masked_fill(seen.firings == 0, torch.nan), **{name: found[name] for name in COLUMNS},
+        mixtures=mixtures,
     )  # fmt: skip

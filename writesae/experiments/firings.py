@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from writesae.hooks.positions import PAD
 from writesae.recurrence import Write
 from writesae.saes.matrices import norm2
-from writesae.saes.reading import BLOCK, encode_matrices, inputs, target_of
+from writesae.saes.reading import BLOCK, Codes, codes_of, inputs
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
@@ -36,26 +37,39 @@ def firings(
     layer, head = sae.cfg.layer, sae.cfg.head
     assert layer is not None and head is not None
     few: Any = model.logits_of_last(1)  # nobody wants them
-    lengths = norm2(sae.decoder).sqrt()
-    dense = sae.cfg.decoder == "dense"
-    size = sae.cfg.d_key * sae.cfg.d_value if dense else sae.cfg.rank * (sae.cfg.d_key + sae.cfg.d_value)
-    step = max(1, BLOCK // size)
     for start in range(0, len(windows), batch_size):
         ids = windows[start : start + batch_size].to(model.device)
         _, cache = model.run_with_cache(ids, names=inputs(model, layer), **few)
-        values, indices = encode_matrices(sae, *target_of(cache, layer, head, sae.cfg.target))
-        write = cache.write(layer)[:, :, head].to(sae.b_enc)
-        row, pos, _ = at = (values > 0).nonzero(as_tuple=True)
-        atom, n_tokens = indices[at], ids.numel()
-        other = torch.randint(n_tokens, (len(atom),), generator=generator).to(row.device)
-        parts = []
-        for here in torch.arange(len(atom), device=row.device).split(step):
-            atoms, length, native = sae.atom(atom[here]), lengths[atom[here]], write[row[here], pos[here]]
-            random = write[other[here] // ids.shape[1], other[here] % ids.shape[1]]
-            cosine, elsewhere = (atoms.inner(x) / (length * x.norm()).clamp_min(1e-30) for x in (native, random))
-            parts.append(torch.stack([cosine, *_factor_cosines(atoms, native), elsewhere], -1))
-        columns = torch.cat(parts) if parts else values.new_zeros(0, len(COLUMNS))
-        yield atom.cpu(), values[at].float().cpu(), columns.float().cpu()
+        codes, write = codes_of(sae, cache, ids), cache.write(layer)[:, :, head]
+        at = (codes.values > 0).nonzero(as_tuple=True)
+        columns = compare(sae, codes, at, write, generator)
+        yield codes.indices[at].cpu(), codes.values[at].float().cpu(), columns
+
+
+def compare(
+    sae: WriteSAE, codes: Codes, at: tuple[Tensor, ...], write: Write, generator: torch.Generator
+) -> Float[Tensor, "firing 4"]:
+    """The `COLUMNS` of some firings.
+
+    Args:
+        sae: whose atoms.
+        codes: of a pass. at: row, position and column of each firing in them.
+        write: what the head writes in the pass, ``[batch, pos]``.
+        generator: of the random tokens.
+    """
+    device, write, lengths = sae.b_enc.device, write.to(sae.b_enc), norm2(sae.decoder).sqrt()
+    dense = sae.cfg.decoder == "dense"
+    size = sae.cfg.d_key * sae.cfg.d_value if dense else sae.cfg.rank * (sae.cfg.d_key + sae.cfg.d_value)
+    row, pos, atom = (x.to(device) for x in (*at[:2], codes.indices[at]))
+    tokens = (codes.positions != PAD).nonzero().to(device)
+    other = tokens[torch.randint(len(tokens), (len(atom),), generator=generator).to(device)]
+    parts = []
+    for here in torch.arange(len(atom), device=device).split(max(1, BLOCK // size)):
+        atoms, length, native = sae.atom(atom[here]), lengths[atom[here]], write[row[here], pos[here]]
+        random = write[other[here, 0], other[here, 1]]
+        cosine, elsewhere = (atoms.inner(x) / (length * x.norm()).clamp_min(1e-30) for x in (native, random))
+        parts.append(torch.stack([cosine, *_factor_cosines(atoms, native), elsewhere], -1))
+    return torch.cat(parts).float().cpu() if parts else torch.zeros(0, len(COLUMNS))
 
 
 def _factor_cosines(atoms: Write, native: Write) -> tuple[Tensor, Tensor]:
@@ -69,15 +83,15 @@ def _factor_cosines(atoms: Write, native: Write) -> tuple[Tensor, Tensor]:
 
 
 class Seen:
-    """Counts over all firings, and of each atom ``most`` firings drawn at random."""
+    """Counts over all firings, and of each atom ``most`` firings drawn at random, with numbers called ``names``."""
 
     PRUNE = 2**20  # firings, kept beyond those drawn so far
 
-    def __init__(self, n_atoms: int, most: int) -> None:
-        self.n_atoms, self.most, self.drawn = n_atoms, most, 0
+    def __init__(self, n_atoms: int, most: int, names: tuple[str, ...] = COLUMNS) -> None:
+        self.n_atoms, self.most, self.names, self.drawn = n_atoms, most, names, 0
         self.firings = torch.zeros(n_atoms, dtype=torch.long)
         self.total, self.largest = torch.zeros(n_atoms), torch.zeros(n_atoms)
-        self.kept = [(torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0, len(COLUMNS)))]
+        self.kept = [(torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0, len(names)))]
 
     def add(self, atom: Tensor, activation: Tensor, columns: Tensor, priority: Tensor) -> None:
         self.firings += atom.bincount(minlength=self.n_atoms)
@@ -85,9 +99,9 @@ class Seen:
         self.largest.scatter_reduce_(0, atom, activation, "amax")
         self.kept.append((atom, priority, columns))
         if sum(len(part[0]) for part in self.kept) > self.drawn + self.PRUNE:
-            self._draw()
+            self.draw()
 
-    def _draw(self) -> tuple[Tensor, Tensor]:
+    def draw(self) -> tuple[Int[Tensor, " firing"], Float[Tensor, "firing number"]]:
         """Keep those of the lowest priorities, drawn once a firing: a fair sample, whatever the batches."""
         atom, priority, columns = (torch.cat(part) for part in zip(*self.kept, strict=True))
         order = priority.argsort()
@@ -99,10 +113,10 @@ class Seen:
         return atom[order], columns[order]
 
     def medians(self) -> dict[str, Float[Tensor, " atom"]]:
-        """Of each column, for each atom; NaN where it never fired."""
+        """Of the `COLUMNS`, for each atom; NaN where it never fired."""
         import pandas as pd
 
-        atom, columns = self._draw()
-        medians = pd.DataFrame(columns.numpy(), columns=list(COLUMNS)).groupby(atom.numpy()).median()
+        atom, columns = self.draw()
+        medians = pd.DataFrame(columns.numpy(), columns=list(self.names)).groupby(atom.numpy()).median()
         whole = medians.reindex(range(self.n_atoms))
         return {name: torch.tensor(whole[name].to_numpy(dtype=np.float32)) for name in COLUMNS}

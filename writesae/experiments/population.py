@@ -190,6 +190,7 @@ def population_test(
     min_firings: int = 5,
     max_firings: int = 30,
     n_atoms: int | None = None,
+    atoms: Sequence[int] | None = None,
     context: int = 96,
     horizon: int = 16,
     conditions: tuple[str, ...] = ("atom", "matched", "delete"),
@@ -210,6 +211,7 @@ def population_test(
         min_firings: firings an atom needs, as the strongest, at tokens that can be tested.
         max_firings: firings tested of each atom at most.
         n_atoms: test so many atoms, drawn at random from those that qualify; None for all of them.
+        atoms: test these alone, as far as they qualify; None for any.
         classes: of atoms, to compare: ``{atom: "register" or "bundle" or ...}``, or one for every atom, as
             ``AtomClasses.classes``.
         batch_size: windows a forward pass.
@@ -217,7 +219,8 @@ def population_test(
         progress: called with the number of firings tested.
 
     Raises:
-        ValueError: no atom fires ``min_firings`` times in the text.
+        ValueError: no atom (of those asked for) fires ``min_firings`` times in the text.
+        IndexError: no such atom.
     """
     check_sites(model, [sae], check_model)
     chosen = check_conditions((*conditions, *(["flat_svd"] if flat is not None else [])), flat)
@@ -228,6 +231,9 @@ def population_test(
         )
     if n_atoms is not None and n_atoms < 1:
         raise ValueError(f"n_atoms={n_atoms}: it must be at least 1, or None for all")
+    wanted = None if atoms is None else torch.tensor(list(atoms), dtype=torch.long)
+    if wanted is not None:
+        sae.atom(wanted)  # raises for one out of range
     if classes is not None and not isinstance(classes, Mapping):
         if len(classes) != sae.cfg.n_atoms:
             raise ValueError(f"classes of {len(classes)} atoms; this SAE has {sae.cfg.n_atoms}")
@@ -243,13 +249,16 @@ def population_test(
     top = torch.cat(tops)
     n_alive = len(top[top >= 0].unique())
     can = top.clone()
+    if wanted is not None:
+        can[~torch.isin(can, wanted)] = -1
     can[:, : context // 4] = -1
     can[:, context - horizon :] = -1
     window, position = _draw(can, min_firings, max_firings, n_atoms, torch.Generator().manual_seed(seed))
     if not len(window):
         most = int(can[can >= 0].bincount().max()) if bool((can >= 0).any()) else 0
         raise ValueError(
-            f"no atom of the SAE fires {min_firings} times in {len(windows)} windows of {context} tokens (the most "
+            f"no atom {'of the SAE' if atoms is None else 'asked for'} fires {min_firings} times in {len(windows)} "
+            f"windows of {context} tokens (the most "
             f"frequent one {most} times): give a longer text, or lower min_firings"
         )
     parts: list[dict[str, Any]] = []

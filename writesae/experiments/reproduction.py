@@ -160,7 +160,7 @@ def reproduce(
     if not tasks:
         raise ValueError(f"nothing to run of {', '.join(only or ())}: seed_stability needs SAEs of other seeds")
     out, shared = Path(out), _shared(model, texts, seed)
-    prints = {id(sae): _fingerprint(sae) for sae in (*saes, *flat, *other_seeds)}
+    prints = {id(sae): sae_fingerprint(sae) for sae in (*saes, *flat, *other_seeds)}
     columns = [
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -231,7 +231,7 @@ def _shared(model: HookedRecurrentModel, texts: str | Sequence[str], seed: int) 
     return {"weights": weights[:16], "text": digest.hexdigest()[:16], "seed": seed}
 
 
-def _fingerprint(sae: WriteSAE) -> str:
+def sae_fingerprint(sae: WriteSAE) -> str:
     digest = hashlib.sha256(f"{sae.cfg.layer}.{sae.cfg.head}.{sae.cfg.target}.{sae.cfg.sparsity}".encode())
     for name, x in sorted(sae.state_dict().items()):
         digest.update(name.encode() + x.detach().cpu().float().numpy().tobytes())

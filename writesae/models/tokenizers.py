@@ -31,7 +31,10 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> Any:
     if is_mamba2_of_authors(fields) and not find(source, "tokenizer_config.json", hub):
         name, hub = MAMBA2_TOKENIZER, {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
     try:
-        return AutoTokenizer.from_pretrained(name, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes one of no files at all
+            raise ValueError("there are no files of one, or its vocabulary is empty")
+        return tokenizer
     except (OSError, ValueError) as error:
         beside = "" if name == source else f" (they use that of {name})"
         raise ValueError(

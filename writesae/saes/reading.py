@@ -209,10 +209,17 @@ def target_of(
 
 def _pass(model: HookedRecurrentModel, sae: WriteSAE, x: Text, ids: Tensor, **kwargs: Any) -> Codes:
     """One run of the model, read."""
-    layer, head = sae.cfg.layer, sae.cfg.head
-    assert layer is not None and head is not None
+    layer = sae.cfg.layer
+    assert layer is not None
     # Nobody wants the logits.
     _, cache = model.run_with_cache(x, names=inputs(model, layer), **{**model.logits_of_last(1), **kwargs})
+    return codes_of(sae, cache, ids)
+
+
+def codes_of(sae: WriteSAE, cache: ActivationCache, ids: Int[Tensor, "batch pos"]) -> Codes:
+    """What an SAE reads of a pass that is there: its cache has `inputs`, ``ids`` are its tokens."""
+    layer, head = sae.cfg.layer, sae.cfg.head
+    assert layer is not None and head is not None
     found = encode_matrices(sae, *target_of(cache, layer, head, sae.cfg.target))
     values, indices = (part.to(ids.device) for part in found)
     values = values.masked_fill((cache.positions == PAD)[..., None], 0)

@@ -7,15 +7,16 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from rich.progress import track
 from torch import Tensor
 
 from writesae.hooks.positions import PAD
+from writesae.saes.config import SAEConfig
 from writesae.saes.contexts import EDGES, Contexts
 from writesae.saes.reading import BLOCK, Codes, encode
 from writesae.saes.write_sae import WriteSAE
+from writesae.texts import together
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
@@ -68,30 +69,23 @@ def top_contexts(
         raise ValueError("atoms=[]: name at least one, or None for all")
     for end in chosen.aminmax():
         sae.atom(end)  # raises for one out of range
-    strongest = _Strongest(chosen, sae.cfg.n_atoms, n, before, after)
+    strongest = Strongest(chosen, sae.cfg.n_atoms, n, before, after)
     n_documents = n_tokens = 0
     texts = [texts] if isinstance(texts, str) else texts
-    windows = _windows(model, texts, context, progress)
+    windows = windows_of(model, texts, context, progress)
     while batch := list(islice(windows, batch_size)):
         documents, starts, rows = zip(*batch, strict=True)
-        n_pos = max(map(len, rows))
-        ids = torch.stack([F.pad(row, (n_pos - len(row), 0)) for row in rows])
-        mask = torch.stack([F.pad(torch.ones_like(row), (n_pos - len(row), 0)) for row in rows])
-        given = {} if bool(mask.all()) else {"attention_mask": mask}
+        ids, given = together(rows)
         codes = encode(model, sae, ids, check_model=False, batch_size=batch_size, **given)
         strongest.add(codes, torch.tensor(documents), torch.tensor(starts))
         n_documents, n_tokens = max(n_documents, documents[-1] + 1), n_tokens + codes.n_tokens
     if not n_tokens:
         raise ValueError("no text: top_contexts needs at least one that is not empty")
-    kept = strongest.tokens.unique().tolist()
-    decode = str if model.tokenizer is None else lambda token: model.tokenizer.decode([token])
-    strings = {token: decode(token) for token in kept if token >= 0}
-    found = {name: getattr(strongest, name) for name in ("fired", "histogram", *_Strongest.KEPT)}
-    return Contexts(sae.cfg, chosen, before, n_documents, n_tokens, **found, strings=strings)
+    return strongest.contexts(model, sae.cfg, n_documents, n_tokens)
 
 
-def _windows(
-    model: HookedRecurrentModel, texts: Iterable[Any], context: int, progress: bool
+def windows_of(
+    model: HookedRecurrentModel, texts: Iterable[Any], context: int, progress: bool = False
 ) -> Iterator[tuple[int, int, Int[Tensor, " pos"]]]:
     """Number of the text, first token, and the tokens of each window."""
     total = len(texts) if isinstance(texts, Sequence | Tensor) else None
@@ -102,7 +96,7 @@ def _windows(
                 yield number, start, row[start : start + context]
 
 
-class _Strongest:
+class Strongest:
     """The ``n`` strongest firings of each atom so far, and counts."""
 
     KEPT = ("values", "documents", "positions", "tokens", "activations")
@@ -145,6 +139,15 @@ class _Strongest:
             for r, c, a in zip(where[0].split(step), where[1].split(step), atom.split(step), strict=True)
         ]
         self.activations[new] = torch.cat(parts) * inside
+
+    def contexts(self, model: HookedRecurrentModel, cfg: SAEConfig, n_documents: int, n_tokens: int) -> Contexts:
+        """What was found in so much text."""
+        kept = self.tokens.unique().tolist()
+        decode = str if model.tokenizer is None else lambda token: model.tokenizer.decode([token])
+        strings = {token: decode(token) for token in kept if token >= 0}
+        found = {name: getattr(self, name) for name in ("fired", "histogram", *Strongest.KEPT)}
+        before = -int(self.around[0])
+        return Contexts(cfg, self.atoms, before, n_documents, n_tokens, **found, strings=strings)
 
     def _best(self, values: Tensor, indices: Tensor) -> tuple[Float[Tensor, "atom batch"], Int[Tensor, "atom batch"]]:
         """Each window's strongest firing of each atom, and its column, the first of equal ones."""

@@ -13,7 +13,10 @@ inner products and the Gram matrix of the active atoms. ``...`` stands for any l
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,10 @@ from writesae.saes.matrices import Atoms, Matrices, combined, dense, norm2, proj
 from writesae.saes.saved import Saved
 from writesae.saes.sparsity import CountActive, JumpReLU, above, batch_threshold, largest
 from writesae.states import States
+
+if TYPE_CHECKING:
+    from writesae.model import HookedRecurrentModel
+    from writesae.pages.show import Page
 
 
 @dataclass(frozen=True)
@@ -178,9 +185,16 @@ class WriteSAE(Saved):
                 rather than by the threshold.
         """
         if not self.cfg.chooses:
-            return self._dense_codes(self.pre(x))
+            return self.activate(self.pre(x))
         values, indices = self.topk(x, over_batch=over_batch)
         return values.new_zeros(*values.shape[:-1], self.cfg.n_atoms).scatter(-1, indices, values)
+
+    def activate(self, pre: Float[Tensor, "... n_atoms"]) -> Float[Tensor, "... n_atoms"]:
+        """What `encode` makes of pre-activations."""
+        if not self.cfg.chooses:
+            return self._dense_codes(pre)
+        values, indices = self.sparsify(pre)
+        return torch.zeros_like(pre).scatter(-1, indices, values)
 
     def topk(
         self, x: Matrices, k: int | None = None, *, over_batch: bool = False
@@ -258,6 +272,40 @@ class WriteSAE(Saved):
             return atoms[(slice(None),) * (indices.ndim - 1) + (0,)]
         v, w = (f.flatten(-3, -2) for f in atoms.factors())
         return Write(v, w, rank=v.shape[-2])
+
+    # Looking
+
+    def show(
+        self,
+        atom: int,
+        *,
+        model: HookedRecurrentModel | None = None,
+        texts: str | Iterable[str] | Int[Tensor, "n pos"] | None = None,
+        pages: str | Path | None = None,
+        check_model: bool = True,
+    ) -> Page:
+        """An atom's page, as `writesae.pages.write_pages` writes it, shown where a notebook's cell ends with it.
+
+        The first page of an SAE takes a pass over the texts, ten seconds or so for the shipped ones; others of the same
+        SAE and texts take a second or two.
+
+        Args:
+            atom: which.
+            model: the model; None loads the one that the SAE names.
+            texts: held-out texts; None for those shipped, if the model is a shipped one.
+            pages: folder of a site made before, in place of model and texts: the page is taken from it.
+            check_model: refuse a model with other weights than the SAE was trained on.
+
+        Raises:
+            IndexError: no such atom.
+            ValueError: model or texts are wanted and not given.
+            FileNotFoundError: the folder has no such page.
+
+        >>> WriteSAE.from_pretrained("tiny-gdn/L2H0").show(53)
+        """
+        from writesae.pages.show import show  # pages know SAEs, so SAEs learn of pages late
+
+        return show(self, atom, model=model, texts=texts, pages=pages, check_model=check_model)
 
     # Training
 

@@ -1,0 +1,236 @@
+"""Atom pages in a real Chromium, from disk: they search, sort and show values; nothing is fetched; text stays text."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pages
+from browser import Watched, chromium, watch
+from pages import SEARCHED, hooked, part, studied, texts
+from writesae.pages.render import percent
+
+WIDE, PHONE = dict(width=1200, height=900), dict(width=400, height=800)
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # Playwright's pipes, when it is torn down
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def site() -> Path:
+    return pages.site()
+
+
+def opened(browser: Any, path: Path, **settings: Any) -> Watched:
+    watched = watch(browser, **dict(viewport=WIDE) | settings)
+    watched.page.goto(path.as_uri())
+    return watched
+
+
+def column(page: Any, name: str) -> list[str]:
+    """What a column of the index shows, row by row."""
+    heads = page.locator("#atoms thead th").all_inner_texts()
+    number = next(i for i, head in enumerate(heads, 1) if head.strip() == name)
+    return [x.strip() for x in page.locator(f"#atoms tbody tr > :nth-child({number})").all_inner_texts()]
+
+
+def measured_atom() -> int:
+    return studied().survey.most_frequent(1)[0]
+
+
+def test_the_index_searches(browser, site):
+    seen = opened(browser, site / "index.html")
+    page, found = seen.page, studied().survey
+    assert column(page, "atom") == [str(i) for i in sorted(range(40), key=lambda i: (-int(found.seen.firings[i]), i))]
+    assert page.locator("#count").inner_text() == "40 of 40 atoms"
+    for words, wanted in (
+        (SEARCHED, {i for i in range(40) if any(SEARCHED in "".join((*c.before, c.token, *c.after))
+                                                for c in found.strongest[i])}),
+        ("17", {17} | {i for i in range(40) if "17" in page.evaluate(f"rows[{i}].haystack")}),
+        ("#17", {17}),
+        (SEARCHED.upper(), None),
+        (studied().direct[5].promoted[0][0], None),
+        ("no such words anywhere", set()),
+    ):  # fmt: skip
+        page.locator("#search").fill(words)
+        shown = {int(x) for x in column(page, "atom")}
+        assert shown == wanted if wanted is not None else 0 < len(shown) <= 40, words
+        assert page.locator("#none").is_visible() == (not shown)
+        assert page.locator("#count").inner_text() == f"{len(shown)} of 40 atoms"
+        if words == studied().direct[5].promoted[0][0]:
+            assert 5 in shown
+    page.locator("#search").fill("")
+    page.locator("#class").select_option("null")
+    assert {int(x) for x in column(page, "atom")} == {i for i in range(40) if not found.seen.firings[i]}
+    page.locator("#class").select_option("")
+    page.locator("#measured").check()
+    assert {int(x) for x in column(page, "atom")} == set(studied().measured)
+    seen.check()
+
+
+def test_the_index_sorts_and_remembers(browser, site):
+    seen = opened(browser, site / "index.html")
+    page = seen.page
+    shares = lambda: [float(x.rstrip("%")) for x in column(page, "rate")]  # noqa: E731
+    assert shares() == sorted(shares(), reverse=True)
+    assert page.locator("th[aria-sort]").get_attribute("aria-sort") == "descending"
+    page.get_by_role("button", name="rate").click()
+    assert shares() == sorted(shares())
+    assert page.locator("th[aria-sort]").get_attribute("aria-sort") == "ascending"
+    page.get_by_role("button", name="atom").click()
+    assert column(page, "atom") == [str(i) for i in range(40)]
+    page.get_by_role("button", name="stands in").click()
+    wins = column(page, "stands in")
+    n = sum(m.replaced is not None for m in studied().measured.values())
+    assert n and "–" not in wins[:n] and set(wins[n:]) == {"–"}, "what is missing comes last"
+    page.get_by_role("button", name="stands in").press("Enter")
+    assert "–" not in column(page, "stands in")[:n], "the other way round too"
+    page.locator("#search").fill("the")
+    before = column(page, "atom")
+    page.locator("#atoms tbody a").first.click()
+    page.wait_for_url("**/atom/*.html")
+    page.go_back()
+    page.wait_for_selector("#atoms tbody tr")
+    assert page.locator("#search").input_value() == "the" and column(page, "atom") == before
+    seen.check()
+
+
+def test_values_on_hover(browser, site):
+    atom = measured_atom()
+    seen = opened(browser, site / "atom" / f"{atom:05d}.html")
+    page, tip = seen.page, seen.page.locator("#tip")
+    assert tip.is_hidden()
+    context = studied().survey.strongest[atom][0]
+    page.locator(".contexts li").first.locator(".t.here").hover()
+    value = tip.inner_text().split(": ")[-1]
+    assert float(value) == pytest.approx(context.activation, rel=0.01)
+    page.locator(".contexts .t:not(.on)").first.hover()
+    assert tip.inner_text().endswith(": not active")
+    page.locator("#positions .bars span").first.hover()
+    assert tip.inner_text().startswith("tokens 0 to 15 of a window: ")
+    page.locator("#factors .strip span").nth(3).hover()
+    assert tip.inner_text().startswith("key[3] = ")
+    box = tip.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 1200
+    page.locator("h1").hover()
+    assert tip.is_hidden()
+    page.locator("#values").check()
+    shown = page.locator(".t.here").first.evaluate("e => getComputedStyle(e, '::after').content")
+    assert float(shown.strip('"')) == pytest.approx(context.activation, rel=0.01)
+    seen.check()
+
+
+def test_hover_twin(browser, site, tmp_path):
+    """A page whose script does not run shows no value: the test above would see it."""
+    atom = measured_atom()
+    broken = tmp_path / "broken.html"
+    broken.write_text((site / "atom" / f"{atom:05d}.html").read_text().replace('"pointerover"', '"pointer-over"'))
+    page = opened(browser, broken)
+    page.page.locator(".t.here").first.hover()
+    assert page.page.locator("#tip").is_hidden()
+    assert page.errors, "the page's policy lets no changed script run, and says so"
+
+
+def test_nothing_is_fetched_and_markup_stays_text(browser, site, tmp_path):
+    paths = [site / "index.html", *sorted((site / "atom").iterdir())]
+    seen = watch(browser, viewport=WIDE)
+    for path in paths:
+        seen.page.goto(path.as_uri())
+        assert seen.page.locator("img, b#bold, iframe, form").count() == 0
+        names = seen.page.evaluate("[...document.querySelectorAll('*')].map(e => e.getAttributeNames()).flat()")
+        assert "onerror" not in names
+    assert len(paths) == 41 and seen.requests == [path.as_uri() for path in paths]
+    seen.check()
+    for name, text in pages.nasty_pages().items():
+        path = tmp_path / f"{name}.html"
+        path.write_text(text)
+        seen = opened(browser, path)
+        if name == "index":
+            seen.page.locator("#search").fill('<script>alert("a")')
+            assert seen.page.locator("#atoms tbody tr").count() > 3
+        else:
+            seen.page.locator(".t").first.hover()
+            assert "<script>" in seen.page.locator("#tip").inner_text()
+            assert '<script>alert("a")</script>' in seen.page.locator("#contexts").inner_text()
+        assert seen.page.locator("img, b#bold").count() == 0 and seen.requests == [path.as_uri()]
+        seen.check()
+
+
+def test_markup_twin(browser, site, tmp_path):
+    """Unescaped, the same text would make elements, and the watch would see a request."""
+    atom = measured_atom()
+    page = html.unescape((site / "atom" / f"{atom:05d}.html").read_text()).replace(
+        "<h1>", '<img src="https://example.com/a.png" onerror="alert(1)"><script>alert(2)</script><h1>'
+    )
+    unescaped = tmp_path / "unescaped.html"
+    unescaped.write_text(page)
+    seen = opened(browser, unescaped)
+    assert seen.page.locator("img").count() > 0 and seen.errors
+    with pytest.raises(AssertionError):
+        seen.check()
+    assert seen.dialogs == [], "even then the page's policy runs no script that is not ours"
+
+
+@pytest.mark.parametrize("viewport", [WIDE, PHONE], ids=["wide", "phone"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_fit_the_screen(browser, site, viewport, scheme):
+    atoms = [measured_atom(), int((studied().survey.seen.firings == 0).nonzero()[0])]
+    for path in [site / "index.html", *(site / "atom" / f"{atom:05d}.html" for atom in atoms)]:
+        seen = opened(browser, path, viewport=viewport, color_scheme=scheme)
+        page = seen.page
+        wide, high = page.evaluate("[document.documentElement.scrollWidth, document.body.scrollHeight]")
+        assert wide <= viewport["width"] and high > 300
+        colors = page.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.documentElement))")
+        light = [sum(map(int, color[4:-1].split(","))) for color in colors]
+        assert (light[0] > light[1]) == (scheme == "dark") and abs(light[0] - light[1]) > 450
+        seen.check()
+        page.close()
+
+
+def test_an_atoms_page_says_the_numbers(browser, site):
+    atom = measured_atom()
+    seen = opened(browser, site / "atom" / f"{atom:05d}.html")
+    page, made = seen.page, studied()
+    found = made.survey
+    assert page.title() == f"Atom {atom} · tiny-gdn/L2H0"
+    rate = int(found.seen.firings[atom]) / found.n_tokens
+    assert page.locator(".tiles dd").first.inner_text() == percent(rate)
+    assert page.locator(".contexts li").count() == len(found.strongest[atom])
+    shown = page.locator(".contexts p").first.evaluate("e => [...e.children].map(t => t.textContent)")
+    context = found.strongest[atom][0]
+    assert len(shown) == len(context.activations)
+    assert page.locator("#tokens ol.tokens").count() == 4
+    other = page.locator("#nearest a").first
+    wanted = made.nearest[0][atom][0]
+    assert other.inner_text() == str(wanted)
+    other.click()
+    page.wait_for_url(f"**/{wanted:05d}.html")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_url(f"**/{wanted - 1:05d}.html" if wanted else f"**/{wanted:05d}.html")
+    page.get_by_role("link", name="All atoms").click()
+    page.wait_for_url("**/index.html*")
+    seen.check()
+
+
+def test_a_notebook_shows_the_page(browser, tmp_path):
+    """In a frame of another page, as notebooks do."""
+    atom = measured_atom()
+    shown = part().show(atom, model=hooked(), texts=texts())
+    notebook = tmp_path / "notebook.html"
+    notebook.write_text(f"<!doctype html><meta charset=utf-8><p>Out[1]:</p>{shown._repr_html_()}")
+    seen = opened(browser, notebook)
+    frame = seen.page.frame_locator("iframe")
+    assert frame.locator("h1").inner_text() == f"Atom {atom}"
+    assert frame.locator("nav.site").is_hidden(), "there are no other pages to go to"
+    frame.locator(".t.here").first.hover()
+    value = frame.locator("#tip").inner_text().split(": ")[-1]
+    assert float(value) == pytest.approx(studied().survey.strongest[atom][0].activation, rel=0.01)
+    seen.check()

@@ -1,0 +1,222 @@
+"""What atoms do to the model, measured by running it: to logits, in place of a write, to a text that it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from writesae.experiments.conditions import place_of
+from writesae.experiments.continuations import ENDED, SameChance, go_on
+from writesae.experiments.population import population_test
+from writesae.experiments.replacement_result import middle
+from writesae.experiments.replay import LOGITS
+from writesae.hooks import Add
+from writesae.hooks.intercept import short_chunks
+from writesae.pages.survey import Survey, Window, token_string
+from writesae.recurrence import Write
+from writesae.texts import together
+
+if TYPE_CHECKING:
+    from writesae.model import HookedRecurrentModel
+    from writesae.saes import WriteSAE
+
+HORIZON = 8  # tokens after a firing whose predictions count too
+STEP = 0.1  # of the activation: the change is a derivative to 1 part in 1,000, and well above rounding
+TESTED = 128  # tokens of a window of the replacement test
+FOLLOWED = 16  # tokens scored after a firing there
+CONDITIONS = ("atom", "delete", "matched", "random")  # in the order of `Replaced`
+
+
+@torch.no_grad()
+def logit_effect(
+    model: HookedRecurrentModel,
+    sae: WriteSAE,
+    found: Survey,
+    windows: Sequence[Window],
+    atoms: Sequence[int],
+    *,
+    n_firings: int = 5,
+    rows: int = 64,
+) -> Float[Tensor, "atom vocab"]:
+    """What each atom, as strong as it fires, adds to each logit to first order; less the mean over all tokens.
+
+    ``(logits(+e a A) - logits(-e a A)) / 2e`` with the atom ``A`` added at its activation ``a`` and ``e = STEP``, at
+    each of its ``n_firings`` strongest firings; mean over these, and over the predictions of that token and the
+    ``HORIZON`` after it. It is the derivative of all logits along an atom: for each token the product of the atom with
+    the gradient of that logit (`writesae.gradients`), which would want a backward pass a token.
+
+    Args:
+        model: the model.
+        sae: an SAE of one of its heads.
+        found: the survey of the windows.
+        windows: the texts.
+        atoms: which; NaN for those that never fired.
+        n_firings: firings of each.
+        rows: sequences run at once.
+    """
+    layer, head = place_of(sae)
+    tokens = {(window.document, window.start): window.tokens for window in windows}
+    firings = []  # which of the atoms, its activation, tokens of the window as far as they count, place in it
+    for i, atom in enumerate(atoms):
+        for firing in found.strongest[atom][:n_firings]:
+            place = firing.position % found.context
+            window = tokens[firing.document, firing.position - place]
+            firings.append((i, firing.activation, window[: place + HORIZON + 1], place))
+    n_vocab = model.W_U.shape[1]
+    total, count = torch.zeros(len(atoms), n_vocab), torch.zeros(len(atoms), 1)
+    at_once = max(1, min(rows, LOGITS // ((HORIZON + 1) * n_vocab)) // 2)
+    for start in range(0, len(firings), at_once):
+        which, strength, sequences, places = zip(*firings[start : start + at_once], strict=True)
+        which, place, n = torch.tensor(which), torch.tensor(places), len(which)
+        ids, given = together([*sequences, *sequences])
+        edit = sae.atom(torch.tensor(atoms)[which]) * (STEP * torch.tensor(strength)).to(sae.b_enc)
+        both = Write(torch.cat([edit.key, edit.key]), torch.cat([edit.value, -edit.value]), edit.rank)
+        at = torch.cat([place, place])[:, None].to(ids.device)
+        editing = model.intervene(Add(layer, head, write=both[:, None]), positions=at, check_model=False)
+        with short_chunks(), editing:
+            logits = model(ids, **given, **model.logits_of_last(HORIZON + 1))[:, -(HORIZON + 1) :].float()
+        change = (logits[:n] - logits[n:]).cpu() / (2 * STEP)
+        # Padding is on the left: the last column is each sequence's last token, which may come before the horizon.
+        after = torch.tensor([len(sequence) for sequence in sequences]) - 1 - place
+        counts = (torch.arange(change.shape[1]) >= change.shape[1] - 1 - after[:, None]).float()
+        total.index_add_(0, which, (change * counts[..., None]).sum(1) / counts.sum(1, keepdim=True))
+        count.index_add_(0, which, torch.ones(n, 1))
+    mean = total / count
+    return mean - mean.mean(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """The replacement test at an atom's own firings: it at its activation in place of what the head writes.
+
+    Attributes:
+        n: firings tested.
+        wins: at how many of them the model's next-token distribution moved less than with nothing in the write's place.
+        wins_total: the same, summed over the firing and the tokens after it.
+        wins_matched: with the atom at the native write's norm.
+        kl_atom, kl_delete, kl_matched, kl_random: median KL of the edited model from the model, nats, at the firing.
+    """
+
+    n: int
+    wins: int
+    wins_total: int
+    wins_matched: int
+    kl_atom: float
+    kl_delete: float
+    kl_matched: float
+    kl_random: float
+
+
+def replace(
+    model: HookedRecurrentModel,
+    sae: WriteSAE,
+    found: Survey,
+    windows: Sequence[Window],
+    atom: int,
+    *,
+    max_firings: int = 32,
+    seed: int = 0,
+) -> Replaced | None:
+    """The replacement test of an atom (`population_test`), where it is the strongest; None where none can be made.
+
+    Windows are pieces of those of the survey, and only pieces in which the atom is known to fire are run, so that the
+    cost does not grow with the text.
+    """
+    sample = found.sample(atom)
+    window, position = (sample[name].long() for name in ("window", "position"))
+    inside = position % TESTED
+    testable = ((inside >= TESTED // 4) & (inside < TESTED - FOLLOWED)).nonzero()[:max_firings, 0]
+    places = {(w, p // TESTED) for w, p in zip(window[testable].tolist(), position[testable].tolist(), strict=True)}
+    pieces = [windows[w].tokens[i * TESTED : (i + 1) * TESTED] for w, i in sorted(places)]
+    pieces = [piece for piece in pieces if len(piece) == TESTED]
+    if not pieces:
+        return None
+    try:
+        tested = population_test(
+            model, sae, torch.stack(pieces), atoms=[atom], min_firings=1, max_firings=max_firings, check_model=False,
+            context=TESTED, horizon=FOLLOWED, conditions=CONDITIONS, seed=seed,
+        ).firings  # fmt: skip
+    except ValueError:  # from an empty memory in the middle of a window, it is not the strongest anywhere
+        return None
+    wins = tested.wins("atom", "delete"), tested.wins("atom", "delete", "through"), tested.wins("matched", "delete")
+    return Replaced(tested.n, *(rate.count for rate in wins), *(middle(tested.score(name)) for name in CONDITIONS))
+
+
+@dataclass(frozen=True)
+class Steered:
+    """A prompt continued by the model as it is, and with an atom added at every token, prompt and continuation.
+
+    Attributes:
+        prompt: the text.
+        scale: how many times the native write's norm was added.
+        plain, steered: the continuations, as strings of tokens, drawn with the same random numbers.
+    """
+
+    prompt: str
+    scale: float
+    plain: tuple[str, ...]
+    steered: tuple[str, ...]
+
+    @property
+    def same(self) -> int:
+        """How many tokens the two begin with in common."""
+        pairs = zip(self.plain, self.steered, strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.plain), len(self.steered)))
+
+
+def steer(
+    model: HookedRecurrentModel,
+    sae: WriteSAE,
+    atoms: Sequence[int],
+    prompts: Sequence[Int[Tensor, " _"]],
+    *,
+    scales: Sequence[float] = (3.0, -3.0),
+    n_tokens: int = 32,
+    temperature: float = 0.7,
+    rows: int = 64,
+    seed: int = 0,
+) -> list[list[Steered]]:
+    """Of each atom, every prompt continued at every scale, as with ``model.intervene(sae, atom=, scale=)``.
+
+    Args:
+        model: the model.
+        sae: an SAE of one of its heads.
+        atoms: which.
+        prompts: token ids.
+        scales: times the norm of the native write, at each token.
+        n_tokens: of the continuations; no text ends earlier.
+        temperature: of the sampling. seed: of its noise, which all continuations of a prompt share.
+        rows: sequences run at once.
+    """
+    layer, head = place_of(sae)
+    shown = ["".join(token_string(model, token) for token in row.tolist()) for row in prompts]
+
+    def run(which: list[tuple[int, int]], scale: float) -> list[tuple[str, ...]]:
+        """Continuations of pairs of an atom and a prompt."""
+        texts = []
+        for start in range(0, len(which), rows):
+            atom, prompt = (torch.tensor(x) for x in zip(*which[start : start + rows], strict=True))
+            ids, given = together([prompts[p] for p in prompt.tolist()])
+            edit = Add(layer, head, write=sae.atom(atom)[:, None], scale=scale, relative=True)
+            chance = SameChance(prompt, temperature, seed)
+            mask = given.get("attention_mask")
+            new = go_on(model, ids, mask, n_tokens, [edit] if scale else [], chance=chance, whole=True)
+            texts += [tuple(token_string(model, token) for token in row.tolist() if token != ENDED) for row in new]
+        return texts
+
+    plain = run([(0, p) for p in range(len(prompts))], 0.0)
+    pairs = [(atom, p) for atom in atoms for p in range(len(prompts))]
+    by_scale = {scale: run(pairs, scale) for scale in scales}
+    return [
+        [
+            Steered(shown[p], scale, plain[p], by_scale[scale][i * len(prompts) + p])
+            for p in range(len(prompts))
+            for scale in scales
+        ]
+        for i in range(len(atoms))
+    ]

@@ -1,0 +1,114 @@
+"""One atom's page in a notebook."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from writesae.disk import write_whole
+from writesae.pages.render import atom_page
+from writesae.pages.site import name_of, page_name
+from writesae.pages.study import Study, study
+
+if TYPE_CHECKING:
+    from writesae.model import HookedRecurrentModel
+    from writesae.saes import WriteSAE
+
+Texts = str | Iterable[str] | Int[Tensor, "n pos"]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page that a notebook shows in a frame, where its style and script touch nothing else.
+
+    Attributes:
+        title: in words, what plain Python prints.
+        html: the page.
+        height: of the frame, pixels.
+    """
+
+    title: str
+    html: str = field(repr=False)
+    height: int = 900
+
+    def _repr_html_(self) -> str:
+        inside = html.escape(self.html)
+        return (
+            f'<iframe srcdoc="{inside}" title="{html.escape(self.title)}" width="100%" height="{self.height}" '
+            f'style="border: 1px solid #8884; border-radius: 8px"></iframe>'
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page into a file that needs no other."""
+        write_whole(Path(path), self.html.encode("utf-8", errors="replace"))
+        return Path(path)
+
+
+def show(
+    sae: WriteSAE,
+    atom: int,
+    *,
+    model: HookedRecurrentModel | None = None,
+    texts: Texts | None = None,
+    pages: str | Path | None = None,
+    check_model: bool = True,
+) -> Page:
+    """See `WriteSAE.show`."""
+    sae.atom(atom)  # raises for one out of range
+    if pages is not None:
+        if model is not None or texts is not None:
+            raise ValueError("give pages=, a folder made before, or model= and texts= to make a page; not both")
+        path = Path(pages) / page_name(atom)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: pages= is a folder that `writesae pages` has written")
+        return Page(f"Atom {atom} of {name_of(sae)}", _alone(path.read_text(encoding="utf-8")))
+    made = _studied(sae, atom, model, texts, check_model)
+    command = f"writesae pages {name_of(sae)}"
+    return Page(f"Atom {atom} of {made.name}", _alone(atom_page(made, atom, command=command)))
+
+
+_last: dict[str, Any] = {}  # of the last SAE shown: the survey serves all of its atoms
+
+
+def _studied(
+    sae: WriteSAE, atom: int, model: HookedRecurrentModel | None, texts: Texts | None, check_model: bool
+) -> Study:
+    """What the page is made of; the pass over the texts is made once for an SAE, a model and texts."""
+    from writesae.model import HookedRecurrentModel
+    from writesae.zoo import heldout_documents, shipped_models
+
+    given = {"sae": sae, "model": model, "texts": texts}
+    known = all(_last.get(name, _last) is x for name, x in given.items())
+    if not known:
+        shipped = sae.cfg.model_id in shipped_models()
+        if texts is None and not shipped:
+            raise ValueError(
+                f"this SAE is of {sae.cfg.model_id or 'a model it does not name'}, which is not shipped: give texts="
+            )
+        if model is None and sae.cfg.model_id is None:
+            raise ValueError("this SAE does not say which model it is of: give model=")
+        hooked = HookedRecurrentModel.from_pretrained(str(sae.cfg.model_id)) if model is None else model
+        read = heldout_documents() if texts is None else texts
+        read = list(read) if not isinstance(read, str | Tensor) else read
+        _last.clear()
+        _last.update(given, hooked=hooked, read=read, source="Shipped held-out documents" if texts is None else "")
+    before: Study | None = _last.get("study")
+    if before is None or atom not in before.measured:
+        made = study(
+            _last["hooked"], sae, _last["read"], atoms=0, also=[atom], name=name_of(sae), source=_last["source"],
+            check_model=check_model, before=before,
+        )  # fmt: skip
+        _last["study"] = made
+        return made
+    return before
+
+
+def _alone(page: str) -> str:
+    """The page without the links to others, which are not there."""
+    return page.replace('<html lang="en">', '<html lang="en" class="alone">', 1)

@@ -1,0 +1,277 @@
+"""Everything that atom pages show, gathered step by step; on disk, where a stopped run goes on::
+
+    <folder>/survey.safetensors, survey.json    of all atoms, from one pass over the texts
+    <folder>/atoms/00053.json                   what was measured of one atom by running the model
+
+Files appear whole, and say what they were made with; those made with anything else are made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from writesae.disk import write_whole
+from writesae.experiments.conditions import place_of
+from writesae.experiments.reproduction import sae_fingerprint
+from writesae.pages.decoder import BLOCK, Decoder, direct_effect, extremes, nearest
+from writesae.pages.effects import FOLLOWED, HORIZON, STEP, TESTED, Replaced, Steered, logit_effect, replace, steer
+from writesae.pages.survey import CONTEXT, Survey, Window, cut_windows, survey, token_string
+
+if TYPE_CHECKING:
+    from writesae.model import HookedRecurrentModel
+    from writesae.saes import WriteSAE
+
+FORMAT = "writesae atom pages 1"
+SHOWN = 10  # tokens in a list of those promoted or suppressed; atoms in that of the nearest
+CONSTANTS = (CONTEXT, HORIZON, STEP, TESTED, FOLLOWED)
+AT_ONCE = 16  # atoms measured together; so much a stopped run loses at most
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens and how much the logit of each changes: the most promoted, and the most suppressed, strongest first."""
+
+    promoted: tuple[tuple[str, float], ...]
+    suppressed: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one atom by running the model.
+
+    Attributes:
+        tokens: to first order, see `logit_effect`.
+        agreement: correlation of these changes with the direct effect, over all tokens.
+        replaced: the replacement test; None where it could not be made.
+        steered: continuations with the atom added.
+    """
+
+    tokens: Tokens
+    agreement: float
+    replaced: Replaced | None
+    steered: tuple[Steered, ...]
+
+    @classmethod
+    def loaded(cls, x: dict[str, Any]) -> Measured:
+        """From JSON's lists and dictionaries."""
+        pairs = {name: tuple((str(token), float(v)) for token, v in rows) for name, rows in x["tokens"].items()}
+        steered = tuple(
+            Steered(one["prompt"], one["scale"], tuple(one["plain"]), tuple(one["steered"])) for one in x["steered"]
+        )
+        replaced = None if x["replaced"] is None else Replaced(**x["replaced"])
+        return cls(Tokens(**pairs), float(x["agreement"]), replaced, steered)
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """All that pages are made of.
+
+    Attributes:
+        model, sae: what they are about.
+        name: of the SAE, as it was asked for.
+        source: what was read, in words.
+        survey: what every atom does over the texts.
+        measured: of some atoms, what running the model says.
+    """
+
+    model: HookedRecurrentModel
+    sae: WriteSAE
+    name: str
+    source: str
+    survey: Survey
+    measured: dict[int, Measured]
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The atoms in factors, signed so that keys point as the model's own do where the atom fires."""
+        n_atoms = self.sae.cfg.n_atoms
+        atoms, numbers = self.survey.seen.draw()
+        side = torch.zeros(n_atoms).index_add_(0, atoms, numbers[:, self.survey.seen.names.index("side")])
+        return Decoder.of(self.sae).turned(side)
+
+    @cached_property
+    def nearest(self) -> tuple[list[list[int]], list[list[float]]]:
+        """Of each atom the most similar others, and the cosines."""
+        indices, values = nearest(self.sae, SHOWN)
+        return indices.tolist(), values.tolist()
+
+    @cached_property
+    def direct(self) -> list[Tokens]:
+        """Of each atom the tokens that its value promotes through the output embedding (`direct_effect`)."""
+        step = max(1, BLOCK // self.model.W_U.shape[1])
+        parts = [
+            self.tokens(direct_effect(self.model, *place_of(self.sae), value))
+            for value in self.decoder.value.split(step)
+        ]
+        return [tokens for part in parts for tokens in part]
+
+    def tokens(self, effect: Tensor) -> list[Tokens]:
+        """The extremes of changes of logits, ``[atom, vocab]``."""
+        up, by, down, by_down = (x.tolist() for x in extremes(effect, SHOWN))
+        named = lambda ids, values: tuple(  # noqa: E731
+            (self.string(token), round(value, 6)) for token, value in zip(ids, values, strict=True)
+        )
+        return [Tokens(named(*row[:2]), named(*row[2:])) for row in zip(up, by, down, by_down, strict=True)]
+
+    def string(self, token: int) -> str:
+        return self.survey.strings.get(token) or token_string(self.model, token)
+
+
+def study(
+    model: HookedRecurrentModel,
+    sae: WriteSAE,
+    texts: str | Iterable[str] | Int[Tensor, "n pos"],
+    *,
+    atoms: int = 32,
+    also: Sequence[int] = (),
+    folder: Path | None = None,
+    prompts: Sequence[str] | None = None,
+    name: str = "",
+    source: str = "",
+    check_model: bool = True,
+    console: Console | None = None,
+    before: Study | None = None,
+) -> Study:
+    """Gather what pages show, from a folder as far as it is there.
+
+    Args:
+        model: the model.
+        sae: an SAE of one of its heads.
+        texts: held-out texts, or token ids.
+        atoms: of how many atoms to measure what needs runs of the model, the most frequent.
+        also: these too.
+        folder: where results are kept; None keeps nothing.
+        prompts: for steering; None for the beginnings of two of the texts.
+        name: of the SAE. source: of the texts, in words.
+        check_model: refuse an SAE trained on other weights.
+        console: where progress is shown; None for none.
+        before: of the same model, SAE and texts; what it has is taken from it.
+
+    Raises:
+        IndexError: no such atom.
+        ValueError: no text; an SAE without a site, or of another model.
+    """
+    sae.check_fits(model, check_model=check_model)
+    sae.atom(torch.tensor(list(also), dtype=torch.long))  # raises for one out of range
+    windows = cut_windows(model, texts)
+    starts = _prompts(model, windows, prompts)
+    settings = _settings(model, sae, windows, starts)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=console or Console(quiet=True), transient=True) as progress:
+        found = before.survey if before is not None else _kept_survey(model, sae, folder, settings)
+        if found is None:
+            found = survey(model, sae, windows, progress=_bar(progress, "reading the texts", len(windows)))
+            _keep_survey(found, folder, settings)
+        made = before or Study(model, sae, name, source, found, _kept_atoms(folder, settings))
+        wanted = dict.fromkeys([*found.most_frequent(atoms), *also])
+        missing = [atom for atom in wanted if atom not in made.measured and int(found.seen.firings[atom])]
+        tell = _bar(progress, "measuring atoms", len(missing))
+        for start in range(0, len(missing), AT_ONCE):
+            some = missing[start : start + AT_ONCE]
+            for atom, result in zip(some, _measure(made, windows, some, starts), strict=True):
+                made.measured[atom] = result
+                _keep(folder, f"atoms/{atom:05d}.json", {"settings": settings, "measured": asdict(result)})
+            tell(start + len(some))
+    return made
+
+
+def _measure(made: Study, windows: Sequence[Window], atoms: Sequence[int], prompts: Sequence[Tensor]) -> list[Measured]:
+    model, sae, found = made.model, made.sae, made.survey
+    effect = logit_effect(model, sae, found, windows, atoms)
+    direct = direct_effect(model, *place_of(sae), made.decoder.value[torch.tensor(atoms)])
+    agreement = torch.cosine_similarity(effect, direct, dim=-1).tolist()  # both are centred
+    replaced = [replace(model, sae, found, windows, atom) for atom in atoms]
+    parts = zip(made.tokens(effect), agreement, replaced, steer(model, sae, atoms, prompts), strict=True)
+    return [Measured(tokens, r, test, tuple(steered)) for tokens, r, test, steered in parts]
+
+
+def _prompts(model: HookedRecurrentModel, windows: Sequence[Window], prompts: Sequence[str] | None) -> list[Tensor]:
+    """Token ids of the prompts to steer."""
+    if prompts is not None:
+        return [model.to_tokens(prompt)[0][0] for prompt in prompts]
+    first = {window.document: window.tokens for window in reversed(windows)}  # the first window of each text
+    documents = sorted(first)
+    chosen = dict.fromkeys([documents[0], documents[len(documents) // 2]])
+    return [_beginning(model, first[document]) for document in chosen]
+
+
+def _beginning(model: HookedRecurrentModel, tokens: Tensor, most: int = 16) -> Tensor:
+    """The first words of a text, without blank lines before them; as many tokens as end with a word."""
+    words = [token_string(model, token) for token in tokens[: 2 * most].tolist()]
+    start = next((i for i, word in enumerate(words) if word.strip()), 0)
+    between = [i for i in range(start + 1, len(words)) if words[i][:1].isspace() and not words[i - 1][-1:].isspace()]
+    ends = [i for i in between if i <= start + most]
+    return tokens[start : ends[-1] if ends else start + most]
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def _settings(model: HookedRecurrentModel, sae: WriteSAE, windows: Sequence[Window], prompts: Sequence[Tensor]) -> str:
+    """A hash of everything that results depend on."""
+    digest = hashlib.sha256(f"{FORMAT} {CONSTANTS} {sae_fingerprint(sae)}".encode())
+    for site in model.sites:
+        digest.update(model.fingerprint(site.layer).encode())
+    for row in (*(window.tokens for window in windows), *prompts):
+        digest.update(row.cpu().numpy().tobytes() + b"|")
+    return digest.hexdigest()[:16]
+
+
+def _keep(folder: Path | None, name: str, contents: dict[str, Any]) -> None:
+    if folder is not None:
+        write_whole(folder / name, json.dumps({"format": FORMAT} | contents).encode())
+
+
+def _kept(path: Path, settings: str) -> dict[str, Any] | None:
+    """What a file holds, if it was made with the same settings; None if it is not there, or damaged."""
+    try:
+        read = json.loads(path.read_bytes())
+        return read if read["format"] == FORMAT and read["settings"] == settings else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _kept_atoms(folder: Path | None, settings: str) -> dict[int, Measured]:
+    found = {}
+    for path in sorted((folder / "atoms").glob("*.json")) if folder is not None else ():
+        if (read := _kept(path, settings)) is not None:
+            found[int(path.stem)] = Measured.loaded(read["measured"])
+    return found
+
+
+def _keep_survey(found: Survey, folder: Path | None, settings: str) -> None:
+    if folder is not None:
+        data = save_tensors({name: x.contiguous() for name, x in found.tensors().items()})
+        write_whole(folder / "survey.safetensors", data)
+        _keep(folder, "survey.json", {"settings": settings, "about": found.about, "sha256": _sha256(data)})
+
+
+def _kept_survey(model: HookedRecurrentModel, sae: WriteSAE, folder: Path | None, settings: str) -> Survey | None:
+    read = None if folder is None else _kept(folder / "survey.json", settings)
+    if read is None or folder is None or not (path := folder / "survey.safetensors").is_file():
+        return None
+    data = path.read_bytes()
+    return Survey.loaded(model, sae.cfg, load_tensors(data), read["about"]) if _sha256(data) == read["sha256"] else None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _bar(progress: Progress, what: str, total: int) -> Callable[[int], None]:
+    task = progress.add_task(what, total=total, visible=total > 0)
+    return lambda done: progress.update(task, completed=done)

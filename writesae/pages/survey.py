@@ -1,0 +1,221 @@
+"""What every atom does over some texts, from one pass over them.
+
+For every atom: its strongest firings with the tokens around (`top_contexts`), counts, rates by position, its class
+(`atom_classes`), and a fair sample of its firings, from which histograms and the tokens that it fires at are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from writesae.experiments.classes import AtomClasses, classes_of
+from writesae.experiments.firings import COLUMNS, Seen, compare
+from writesae.experiments.mixture import MIN_VALUES
+from writesae.hooks.positions import PAD
+from writesae.pages.decoder import Decoder
+from writesae.saes.config import SAEConfig
+from writesae.saes.contexts import Contexts
+from writesae.saes.reading import codes_of, inputs
+from writesae.saes.search import Strongest, windows_of
+from writesae.texts import together
+
+if TYPE_CHECKING:
+    from writesae.model import HookedRecurrentModel
+    from writesae.saes import WriteSAE
+
+CONTEXT = 256  # tokens of a window
+BIN = 16  # tokens of a bin of positions
+FIRES_AT = 6  # tokens listed that an atom fires at
+NUMBERS = (*COLUMNS, "side", "activation", "token", "window", "position")
+"""Of a firing, beside `COLUMNS`: whether the model's own key there points as the atom's does (1) or away (-1); the
+activation; the token's id; the number of the window, and the position in it."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens that are read together, from an empty memory.
+
+    Attributes:
+        document: which text. start: which of its tokens is the first.
+        tokens: their ids.
+    """
+
+    document: int
+    start: int
+    tokens: Int[Tensor, " pos"]
+
+
+def cut_windows(
+    model: HookedRecurrentModel, texts: str | Iterable[str] | Int[Tensor, "n pos"], context: int = CONTEXT
+) -> list[Window]:
+    """Texts in windows of ``context`` tokens; the last of a text may be shorter. ValueError if there is no text."""
+    given = [texts] if isinstance(texts, str) else texts
+    windows = [Window(*window) for window in windows_of(model, given, context)]
+    if not windows:
+        raise ValueError("no text: give at least one that is not empty")
+    return windows
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What the pass found. Where an atom never fired, its numbers are NaN.
+
+    Attributes:
+        cfg: of the SAE.
+        n_documents, n_tokens, n_prompts: how much was read; in how many windows of at most ``context`` tokens.
+        strongest: of each atom the strongest firings; tensors named as in `Contexts`.
+        seen: counts, and a sample of the firings of each atom with `NUMBERS`.
+        by_position: firings by position in the window, in bins of `BIN` tokens.
+        tokens_by_position: tokens read in each of these bins.
+        strings: of the token ids that occur in contexts or in the sample.
+    """
+
+    cfg: SAEConfig
+    n_documents: int
+    n_tokens: int
+    n_prompts: int
+    context: int
+    strongest: Contexts
+    seen: Seen
+    by_position: Int[Tensor, "atom bin"]
+    tokens_by_position: Int[Tensor, " bin"]
+    strings: dict[int, str]
+
+    @cached_property
+    def classes(self) -> AtomClasses:
+        """Registers and bundles; split at a cosine of 0.05 where too few atoms fire for the mixture."""
+        few = int((self.seen.firings > 0).sum()) < MIN_VALUES
+        return classes_of(self.cfg, self.seen, self.n_tokens, self.context, 1, 0.05 if few else None, 0)
+
+    @cached_property
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        return self.seen.draw()
+
+    def sample(self, atom: int) -> dict[str, Tensor]:
+        """The sample of an atom's firings: each of the `NUMBERS`, ``[firing]``."""
+        atoms, numbers = self._sample
+        start, end = (int(torch.searchsorted(atoms, x)) for x in (atom, atom + 1))
+        return dict(zip(NUMBERS, numbers[start:end].T, strict=True))
+
+    @cached_property
+    def fires_at(self) -> list[list[tuple[int, float]]]:
+        """Of each atom the tokens that it fires at most, ids, and the share of its firings that each has."""
+        found = []
+        for atom in range(self.cfg.n_atoms):
+            tokens, counts = self.sample(atom)["token"].long().unique(return_counts=True)
+            order = counts.argsort(descending=True, stable=True)[:FIRES_AT]
+            found.append(list(zip(tokens[order].tolist(), (counts[order] / counts.sum()).tolist(), strict=True)))
+        return found
+
+    def most_frequent(self, n: int) -> list[int]:
+        """The atoms that fire most, without those that never do."""
+        return self.strongest.most_frequent(n)
+
+    # On disk
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is not counts of text or strings, as `loaded` wants it back."""
+        atoms, numbers = self._sample
+        mine = {"by_position": self.by_position, "tokens_by_position": self.tokens_by_position}
+        top = {f"top.{name}": getattr(self.strongest, name) for name in ("fired", "histogram", *Strongest.KEPT)}
+        seen = {f"seen.{name}": getattr(self.seen, name) for name in ("firings", "total", "largest")}
+        return mine | top | seen | {"seen.atoms": atoms, "seen.numbers": numbers}
+
+    @classmethod
+    def loaded(
+        cls, model: HookedRecurrentModel, cfg: SAEConfig, tensors: dict[str, Tensor], about: dict[str, int]
+    ) -> Survey:
+        """The inverse of `tensors` and of ``about``, its numbers."""
+        top = {name.removeprefix("top."): x for name, x in tensors.items() if name.startswith("top.")}
+        strings = _strings(model, top["tokens"], tensors["seen.numbers"])
+        read = about["n_documents"], about["n_tokens"]
+        contexts = Contexts(cfg, torch.arange(cfg.n_atoms), about["before"], *read, **top, strings=strings)
+        seen = Seen(cfg.n_atoms, about["most"], NUMBERS)
+        seen.firings, seen.total, seen.largest = (tensors[f"seen.{x}"] for x in ("firings", "total", "largest"))
+        atoms, numbers = tensors["seen.atoms"], tensors["seen.numbers"]
+        seen.kept = [(atoms, torch.arange(len(atoms)) / max(len(atoms), 1), numbers)]
+        positions = tensors["by_position"], tensors["tokens_by_position"]
+        return cls(cfg, *read, about["n_prompts"], about["context"], contexts, seen, *positions, strings)
+
+    @property
+    def about(self) -> dict[str, int]:
+        """The numbers that `loaded` needs."""
+        own = {name: getattr(self, name) for name in ("n_documents", "n_tokens", "n_prompts", "context")}
+        return own | {"before": self.strongest.before, "most": self.seen.most}
+
+
+@torch.no_grad()
+def survey(
+    model: HookedRecurrentModel,
+    sae: WriteSAE,
+    windows: Sequence[Window],
+    *,
+    n: int = 12,
+    before: int = 24,
+    after: int = 12,
+    max_firings: int = 500,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Callable[[int], Any] | None = None,
+) -> Survey:
+    """One pass over the windows, for all atoms.
+
+    Args:
+        model: the model.
+        sae: an SAE of one of its heads.
+        windows: what to read.
+        n: firings kept of each atom, with ``before`` and ``after`` tokens around.
+        max_firings: size of the sample of each atom's firings.
+        batch_size: windows run at once.
+        seed: of the sample.
+        progress: called with the number of windows done.
+    """
+    layer, head = sae.cfg.layer, sae.cfg.head
+    assert layer is not None and head is not None
+    n_atoms, context = sae.cfg.n_atoms, max(len(window.tokens) for window in windows)
+    few: Any = model.logits_of_last(1)  # nobody wants them
+    generator = torch.Generator().manual_seed(seed)
+    strongest = Strongest(torch.arange(n_atoms), n_atoms, n, before, after)
+    seen, keys = Seen(n_atoms, max_firings, NUMBERS), Decoder.of(sae).key
+    n_bins = -(-context // BIN)
+    by_position, tokens_by_position = torch.zeros(n_atoms * n_bins, dtype=torch.long), torch.zeros(n_bins).long()
+    for start in range(0, len(windows), batch_size):
+        some = windows[start : start + batch_size]
+        ids, given = together([window.tokens for window in some])
+        _, cache = model.run_with_cache(ids, names=inputs(model, layer), **given, **few)
+        codes, write = codes_of(sae, cache, ids), cache.write(layer)[:, :, head]
+        strongest.add(codes, torch.tensor([w.document for w in some]), torch.tensor([w.start for w in some]))
+        row, pos, _ = at = (codes.values > 0).nonzero(as_tuple=True)
+        columns = compare(sae, codes, at, write, generator)
+        atom, activation = codes.indices[at].cpu(), codes.values[at].float().cpu()
+        side = (keys[atom].to(write.key) * write.factors()[0][row, pos, 0]).sum(-1).sign().cpu()
+        token, place = codes.tokens[row, pos].cpu(), codes.positions[row, pos].cpu()
+        number = start + row.cpu()
+        more = torch.stack([side.float(), activation, token.float(), number.float(), place.float()], -1)
+        seen.add(atom, activation, torch.cat([columns, more], -1), torch.rand(len(atom), generator=generator))
+        by_position += (atom * n_bins + place // BIN).bincount(minlength=len(by_position))
+        real = codes.positions[codes.positions != PAD].cpu()
+        tokens_by_position += (real // BIN).bincount(minlength=n_bins)
+        if progress is not None:
+            progress(min(start + batch_size, len(windows)))
+    found = strongest.contexts(model, sae.cfg, windows[-1].document + 1, sum(len(w.tokens) for w in windows))
+    strings = _strings(model, found.tokens, seen.draw()[1])
+    positions = by_position.view(n_atoms, n_bins), tokens_by_position
+    return Survey(sae.cfg, found.n_documents, found.n_tokens, len(windows), context, found, seen, *positions, strings)
+
+
+def _strings(model: HookedRecurrentModel, tokens: Tensor, numbers: Float[Tensor, "firing number"]) -> dict[int, str]:
+    ids = torch.cat([tokens.flatten(), numbers[:, NUMBERS.index("token")].long()]).unique().tolist()
+    return {token: token_string(model, token) for token in ids if token >= 0}
+
+
+def token_string(model: HookedRecurrentModel, token: int) -> str:
+    """A token as text; its number where there is no tokenizer."""
+    return str(token) if model.tokenizer is None else model.tokenizer.decode([token])
