@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A compiler that has compiled nothing yet."""
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # pytest has it write down all it does
     torch.compiler.reset()
-    yield Backend()
+    with import_module("torch._dynamo.config").patch(recompile_limit=64):  # checks of annotations are all one code
+        yield Backend()
     torch.compiler.reset()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -11,6 +12,10 @@ from torch import Tensor
 from writesae import Delete, HookedRecurrentModel, Write
 from writesae.models.load import load_model
 from writesae.zoo import shipped_model
+
+if int(version("transformer-lens").split(".")[0]) < 4:  # its Gated DeltaNet does not run with transformers 5.15
+    pytest.skip('needs TransformerLens 4, which SAELens 6 does not run with: see "bench" in pyproject.toml and .ci/run',
+                allow_module_level=True)  # fmt: skip
 
 TEXT = "The state of the Union is strong."
 MODELS = ["tiny-gdn", "tiny-mamba2", "tiny-rwkv7"]
@@ -177,6 +182,7 @@ def test_tokens(pair: Any) -> None:
     assert model.to_str_tokens([TEXT, "The war"]) == [model.to_str_tokens(t) for t in (TEXT, "The war")]
     assert model.to_single_token(" state") == bridge.to_single_token(" state")
     assert model.to_string(ids) == bridge.to_string(ids) == [TEXT] and model.to_string(ids[0]) == TEXT
+    assert model.to_string(model.to_single_token(" state")) == " state"
     for tokens in (" state", model.to_single_token(" state"), ids[0]):
         theirs = bridge.tokens_to_residual_directions(tokens)
         torch.testing.assert_close(model.tokens_to_residual_directions(tokens), theirs)
