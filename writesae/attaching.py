@@ -118,6 +118,7 @@ class HookedModel(TokenModel):
 
         Raises:
             KeyError: no such hook point.
+            RuntimeError: the model ran, and a hook point never came by.
         """
         with ExitStack() as stack:
             passes, silent = stack.enter_context(self._passes()), Counter[str]()
@@ -197,6 +198,7 @@ class HookedModel(TokenModel):
         Raises:
             IndexError: layer, head, atom or position out of range.
             ValueError: an SAE for another shape, site or model.
+            RuntimeError: the model ran, and what is edited never came by.
         """
         what = getattr(what, "write_sae", what)  # of what `writesae.saelens` made for SAELens
         if read not in ("same", "next"):
@@ -232,9 +234,13 @@ class HookedModel(TokenModel):
             names = ", ".join(name_of(quantity, point.layer) for quantity in RESIDUAL)
             raise ValueError(f"{type(edit).__name__} acts on the residual stream ({names}); {point.name} is none of it")
 
-        def fn(x: Tensor, _hook: HookPoint) -> Tensor:
-            mask, _ = where.match(self._installed.clock.positions().to(x.device))
-            return torch.where(mask[(..., *(None,) * (x.ndim - mask.ndim))], edit(x), x)
+        def fn(x: Tensor, _hook: HookPoint) -> Tensor | None:
+            there, _ = where.match(self._installed.clock.positions().to(x.device))
+            if not there.any():
+                return None
+            new = x.clone()
+            new[there] = edit(x[there])
+            return new
 
         with added(self._edited_stream, where), point.add_hook(fn):
             yield
