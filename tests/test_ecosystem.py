@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import shutil
 from importlib import import_module
@@ -240,6 +241,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A compiler that has compiled nothing yet."""
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # pytest has it write down all it does
     torch.compiler.reset()
+    gc.collect()  # models of other tests whose passes were interrupted
     with import_module("torch._dynamo.config").patch(recompile_limit=64):  # checks of annotations are all one code
         yield Backend()
     torch.compiler.reset()
@@ -333,6 +335,22 @@ def test_graphs_that_never_look_would_be_a_silent_no_op(
             model.run_with_hooks(ids, [(point.name, halved)])
     with_hook()
     assert called == [[1, ids.shape[1], 4, 32]]
+
+
+@uses_compiler
+def test_an_interrupted_pass_does_not_slow_the_next_ones(plain: Any, compiler: Backend) -> None:
+    """Ctrl-C runs no hooks of torch, so nobody says that the pass is over; the next one of that model does."""
+    ids, model = plain.to_tokens(TEXT)[0], compiled("by layers", compiler)
+
+    def interrupt(value: Tensor, hook: Any) -> None:
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                model.run_with_hooks(ids, [("blocks.1.mixer.hook_v", interrupt)])
+        model(ids)
+    assert graphs.RUNNING.attached == 0 and model._installed.text_model not in graphs.RUNNING.passes
 
 
 def with_a_compiled_layer(backend: str, plain: Any) -> list[ws.HookedRecurrentModel]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -20,9 +21,16 @@ REASON = "writesae looks here whether anything is attached to the model; compile
 
 @dataclass
 class Running:
-    """How many passes of models with something attached are under way."""
+    """Passes under way.
+
+    Attributes:
+        attached: how many of them are of a model with something attached.
+        passes: whether something is attached to each model that runs. A pass that Ctrl-C ended stays in it until its
+            model runs again or is gone (torch runs no hooks then); until that, graphs only stop more often than needed.
+    """
 
     attached: int = 0
+    passes: WeakKeyDictionary[Any, bool] = field(default_factory=WeakKeyDictionary)
 
 
 RUNNING = Running()
@@ -44,14 +52,14 @@ def outside_graphs(fn: Callable[..., Any], otherwise: Callable[..., Any] = lambd
 
 def begin(text_model: Any) -> None:
     """A pass begins: is anything attached?"""
-    text_model.writesae_attached.append(_attached(text_model.layers))
-    RUNNING.attached += text_model.writesae_attached[-1]
+    RUNNING.passes[text_model] = _attached(text_model.layers)
+    RUNNING.attached = sum(RUNNING.passes.values())
 
 
 def end(text_model: Any) -> None:
-    """The last pass that began is over, or has failed, maybe before it began for us."""
-    if text_model.writesae_attached:
-        RUNNING.attached -= text_model.writesae_attached.pop()
+    """Its pass is over, or has failed, maybe before it began for us."""
+    RUNNING.passes.pop(text_model, None)
+    RUNNING.attached = sum(RUNNING.passes.values())
 
 
 def _attached(layers: Any) -> bool:

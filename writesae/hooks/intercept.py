@@ -416,7 +416,6 @@ def install(model: nn.Module) -> Installed:
     if not hasattr(text_model, "writesae_clock"):
         torch.compiler.reset()  # graphs made until now know nothing of what follows
         text_model.writesae_clock = Clock.of(text_model)  # type: ignore[assignment]
-        text_model.writesae_attached = []  # type: ignore[assignment]
         text_model.register_forward_pre_hook(_begin, with_kwargs=True)
         text_model.register_forward_hook(_end, always_call=True)
         recurrent = {int(mixer.layer_idx): mixer for _, mixer, _ in mixers}  # type: ignore[arg-type]
