@@ -25,6 +25,7 @@ from torch import Tensor
 
 import writesae
 from writesae.disk import write_whole
+from writesae.hooks.names import name_of
 from writesae.processes import Processes
 from writesae.shards import (
     HEADER,
@@ -194,7 +195,7 @@ def _run(
 @torch.no_grad()
 def _pass(model: HookedRecurrentModel, tokens: Tensor, layers: Iterable[int], keep: Callable[..., None]) -> None:
     """Show the inputs of these layers' recurrences that writes and states depend on, ``[batch, pos, head, ...]``."""
-    wanted = [f"blocks.{layer}.mixer.hook_{q}" for layer in layers for q in model.family(layer).state_inputs]
+    wanted = [name_of(q, layer) for layer in layers for q in model.family(layer).state_inputs]
     with model.hooks([(name, keep) for name in wanted]):
         # Without the head of the language model, whose logits nobody wants and which may cost as much as the layers.
         model.hf_model.base_model(input_ids=model.to_tokens(tokens)[0], use_cache=False)

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from writesae.hooks.interventions import delta_of
+from writesae.hooks.names import name_of
 from writesae.kernels import adjoint, carried, chunked, states_at
 from writesae.norms import Norm
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32
@@ -263,7 +264,7 @@ def gradient(
     chosen = [site.layer for site in model.sites] if layers is None else [model.site(layer).layer for layer in layers]
     with torch.enable_grad(), _frozen(model.hf_model), ExitStack() as stack:
         probes = {layer: Probe(stack, model, layer) for layer in chosen}
-        names = [f"blocks.{layer}.mixer.hook_{q}" for layer in chosen for q in model.family(layer).inputs]
+        names = [name_of(q, layer) for layer in chosen for q in model.family(layer).inputs]
         logits, cache = model.run_with_cache(x, names=names, **kwargs)
         value = of(logits)
         if value.shape != logits.shape[:1]:

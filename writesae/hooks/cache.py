@@ -39,7 +39,7 @@ class ActivationCache(Mapping[str, Any]):
         device: torch.device | str | None = None,
     ):
         self._taps = {tap.site.layer: tap for tap in taps}
-        self._names, self._aliases, self._device = list(names), aliases, device
+        self._names, self._aliases, self._device = names, aliases, device
         self._values: dict[str, Value] = {}
         self._records: dict[int, Record] = {}
         self._positions: Tensor | None = None

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.hooks.interventions import delta_of
+from writesae.hooks.names import name_of
 from writesae.hooks.positions import PAD
 from writesae.kernels import CHUNK
 from writesae.recurrence import Write
@@ -178,7 +179,7 @@ def _pre(sae: WriteSAE, x: Matrices, initial: Tensor | None) -> Iterator[Float[T
 
 def inputs(model: HookedRecurrentModel, layer: int) -> list[str]:
     """Names of what the writes, deltas and states of a layer are rebuilt from."""
-    return [f"blocks.{layer}.mixer.hook_{quantity}" for quantity in model.family(layer).state_inputs]
+    return [name_of(quantity, layer) for quantity in model.family(layer).state_inputs]
 
 
 def target_of(
