@@ -80,7 +80,7 @@ def by_steps(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def not_factored(run: Callable[[], Any]) -> Callable[[], Any]:
-    """``run`` with a number for two tokens and a channel where a decay a key channel is mild (`writesae.kernels`)."""
+    """``run`` with a number for two tokens and a channel where a decay per key channel is mild (`kernels`)."""
 
     def timed() -> Any:
         mild, kernels.MILD = kernels.MILD, -1.0

@@ -1,11 +1,11 @@
-"""How close edits come to brute force, by architecture and mode: the numbers behind tests/test_parity.py.
+"""How close edits come to brute force, by architecture and mode: the numbers behind tests/hooks/test_parity.py.
 
     python benchmarks/parity_table.py
     python benchmarks/parity_table.py --only qwen3_5 --only olmo_hybrid --json parity.json
 
 Each number is the largest difference of a logit over all cases, tokens and vocabulary, in float32. The oracle replays
-each sequence token by token and applies each edit as a dense matrix to the state (tests/brute_force.py). Each kind of
-edit by itself is measured for the first architecture of each update rule, combinations of all of them for every one.
+each sequence token by token and applies each edit as a dense matrix to the state (tests/helpers/brute_force.py). Each
+kind of edit by itself is measured for the first architecture of each update rule, combinations of all for every one.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from test_parity import EFFECT, TOLERANCE, measure
 
 from architectures import ARCHITECTURES
-from test_parity import EFFECT, TOLERANCE, measure
 
 
 def main(
     only: Annotated[
-        list[str] | None, typer.Option(help="An architecture of tests/architectures.py; may be given several times.")
+        list[str] | None,
+        typer.Option(help="An architecture of the shared list; may be given several times."),
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the numbers there.")] = None,
 ) -> None:

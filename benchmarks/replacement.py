@@ -24,9 +24,9 @@ from rich.table import Table
 from transformers import DynamicCache
 
 import writesae as ws
-from writesae.experiments.conditions import DEFAULT, Generators, place_of, put_in, top_atoms, windows_of
-from writesae.experiments.divergence import divergence
-from writesae.experiments.replay import Replayer, kl_from, stacked
+from writesae.experiments.engine.conditions import DEFAULT, Generators, place_of, put_in, top_atoms, windows_of
+from writesae.experiments.engine.divergence import divergence
+from writesae.experiments.engine.replay import Replayer, kl_from, stacked
 from writesae.zoo import heldout_documents, shipped_models, shipped_saes
 
 

@@ -35,13 +35,13 @@ from rich.table import Table
 from torch import Tensor
 
 from writesae import HookedRecurrentModel
-from writesae.extraction import extract, record
+from writesae.recurrence.dynamics import States
 from writesae.saes import SAEConfig, Settings, WriteSAE, evaluate
-from writesae.saes.collect import RECIPES
-from writesae.saes.data import InMemory
-from writesae.saes.run import Run
-from writesae.states import States
-from writesae.texts import from_files
+from writesae.saes.training.collect import RECIPES
+from writesae.saes.training.data import InMemory
+from writesae.saes.training.run import Run
+from writesae.stores.extraction import extract, record
+from writesae.stores.texts import from_files
 from writesae.zoo import corpus
 
 app = typer.Typer(add_completion=False, help=__doc__)

@@ -22,7 +22,7 @@ from rich.table import Table
 
 import writesae as ws
 from writesae.saes import train_site
-from writesae.texts import sequences
+from writesae.stores.texts import sequences
 from writesae.zoo import corpus, heldout_documents
 
 SITES = ["tiny-gdn:2.0", "tiny-mamba2:4.0", "tiny-mamba2:6.11", "tiny-rwkv7:3.5", "tiny-rwkv7:3.4"]

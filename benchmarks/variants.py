@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from writesae import ActivationStore, HookedRecurrentModel, WriteSAE
-from writesae.extraction import record
 from writesae.saes import train_store
-from writesae.saes.data import FromStore
-from writesae.texts import sequences, spread
+from writesae.saes.training.data import FromStore
+from writesae.stores.extraction import record
+from writesae.stores.texts import sequences, spread
 from writesae.zoo import corpus
 
 SITES = ["tiny-gdn:2.0", "tiny-mamba2:4.0", "tiny-rwkv7:3.4"]

@@ -88,7 +88,7 @@ LIBRARIES = {"TransformerLens": "transformer_lens", "nnsight": "nnsight", "SAELe
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_names_of_other_libraries_exist(library: str) -> None:
-    theirs = pytest.importorskip(LIBRARIES[library])  # not imported at the top, see `nnsight` in tests/test_hooks.py
+    theirs = pytest.importorskip(LIBRARIES[library])  # not at the top, see `nnsight` in test_hooks.py
     names = [name for column, _ in rows("names.md", library) for name in column if not name.startswith("blocks.")]
     assert len(names) > 5
     assert [name for name in names if not has(theirs, name)] == []

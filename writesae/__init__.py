@@ -1,7 +1,10 @@
 """writesae: look inside recurrent language models, and change what they remember."""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
+
+from writesae.jobs.late import give
 
 if TYPE_CHECKING:
     from writesae.experiments import (
@@ -20,7 +23,6 @@ if TYPE_CHECKING:
         seed_stability,
         sign_test,
     )
-    from writesae.extraction import extract, record
     from writesae.gradients import Gradient, Logit, gradient
     from writesae.hooks import (
         ActivationCache,
@@ -32,16 +34,12 @@ if TYPE_CHECKING:
         Replace,
         Site,
         Steer,
-        Substitute,
     )
     from writesae.model import HookedRecurrentModel
     from writesae.pages import write_pages
-    from writesae.recurrence import Recurrence, Write
-    from writesae.saes import Codes, Contexts, SAEConfig, WriteSAE, top_contexts, train_site, train_store
-    from writesae.states import States
-    from writesae.store import ActivationStore
-
-__version__ = "0.1.0"
+    from writesae.recurrence import Recurrence, States, Write
+    from writesae.saes import Codes, Contexts, SAEConfig, Substitute, WriteSAE, top_contexts, train_site, train_store
+    from writesae.stores import ActivationStore, extract, record
 
 # Where each name lives. They load at first use, so that `writesae --help` need not wait for torch.
 _HOME = {
@@ -50,17 +48,16 @@ _HOME = {
         "install", "logit_change", "population_test", "replacement_test", "reproduce", "seed_stability", "sign_test",
     ),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
-    "writesae.extraction": ("extract", "record"),
+    "writesae.stores": ("ActivationStore", "extract", "record"),
     "writesae.hooks": (
         "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Reconstruct", "Replace", "Site", "Steer",
-        "Substitute",
     ),
     "writesae.model": ("HookedRecurrentModel",),
     "writesae.pages": ("write_pages",),
-    "writesae.recurrence": ("Recurrence", "Write"),
-    "writesae.saes": ("Codes", "Contexts", "SAEConfig", "WriteSAE", "top_contexts", "train_site", "train_store"),
-    "writesae.states": ("States",),
-    "writesae.store": ("ActivationStore",),
+    "writesae.recurrence": ("Recurrence", "States", "Write"),
+    "writesae.saes": (
+        "Codes", "Contexts", "SAEConfig", "Substitute", "WriteSAE", "top_contexts", "train_site", "train_store",
+    ),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -74,7 +71,12 @@ __all__ = [
 ]  # fmt: skip
 
 
+give("show", lambda: importlib.import_module("writesae.pages.show").show)  # `WriteSAE.show`
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # it stands in pyproject.toml, once
+        return importlib.metadata.version("writesae")
     if name not in _MODULE:
         raise AttributeError(f"module 'writesae' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULE[name]), name)

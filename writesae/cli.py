@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
-    from writesae.store import ActivationStore
+    from writesae.stores.store import ActivationStore
 
 app = typer.Typer(
     name="writesae",
@@ -125,10 +125,10 @@ def extract(
         import torch
         from rich.console import Console
 
-        import writesae.extraction as making
-        from writesae import texts
+        import writesae.stores.extraction as making
+        from writesae.jobs.processes import Processes
         from writesae.model import HookedRecurrentModel
-        from writesae.processes import Processes
+        from writesae.stores import texts
 
         if dtype not in making.DTYPES:
             raise ValueError(f"--dtype {dtype}: allowed are {', '.join(making.DTYPES)}")
@@ -192,11 +192,11 @@ def train(
     from rich.console import Console
     from rich.table import Table
 
-    from writesae.extraction import parse_sites, record
-    from writesae.processes import Processes
+    from writesae.jobs.processes import Processes
     from writesae.saes import train_store
-    from writesae.store import ActivationStore
-    from writesae.texts import from_files
+    from writesae.stores.extraction import parse_sites, record
+    from writesae.stores.store import ActivationStore
+    from writesae.stores.texts import from_files
 
     _quiet()
     with _plainly():
@@ -386,8 +386,8 @@ def reproduce(
     from rich.table import Table
     from rich.text import Text
 
-    from writesae.experiments.reproduction import Sizes
-    from writesae.experiments.reproduction import reproduce as run
+    from writesae.experiments.report.reproduction import Sizes
+    from writesae.experiments.report.reproduction import reproduce as run
     from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
     from writesae.zoo import shipped_saes
@@ -448,7 +448,7 @@ def convert(
     from rich.table import Table
     from rich.text import Text
 
-    from writesae.saes.convert import conversions
+    from writesae.saes.paper.convert import conversions
 
     names = ("checkpoint", "type", "site", "matrices", "atoms", "k", "val. MSE", "SHA-256", "to")
     table, remarks, failed = Table(*names), [], []

@@ -22,7 +22,7 @@ from writesae.hooks import ActivationCache
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
 from writesae.saes import WriteSAE
-from writesae.saes.reading import encode_matrices, target_of
+from writesae.saes.activity.reading import encode_matrices, target_of
 from writesae.zoo import ZOO, heldout_documents, shipped_models, shipped_saes
 
 SENTENCE = "The Congress of the United States has the power to declare war, and the people have the right to peace."

@@ -23,9 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from writesae.recurrence.matrices import dense, norm2
 from writesae.saes import SAEConfig, WriteSAE
 from writesae.saes.files import CONFIG, WEIGHTS, check_finite, check_saelens_fields, check_tensors, saelens_fields, save
-from writesae.saes.matrices import dense, norm2
 
 try:
     import sae_lens

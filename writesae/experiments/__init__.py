@@ -9,11 +9,11 @@ from writesae.experiments.installing import InstallResult, install
 from writesae.experiments.logit_changes import LogitChange, logit_change
 from writesae.experiments.population import PopulationResult, population_test
 from writesae.experiments.replacement import ReplacementResult, replacement_test
-from writesae.experiments.reproduction import reproduce
-from writesae.experiments.result import Number, Result
+from writesae.experiments.report.reproduction import reproduce
+from writesae.experiments.results.result import Number, Result
+from writesae.experiments.results.statistics import Rate, wilson
 from writesae.experiments.signs import SignTest, sign_test
 from writesae.experiments.stability import SeedStability, seed_stability
-from writesae.experiments.statistics import Rate, wilson
 from writesae.experiments.token_classes import ChosenAtoms, choose_atoms
 
 __all__ = [

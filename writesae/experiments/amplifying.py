@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 
-from writesae.experiments.continuations import SameChance, go_on, prompts_of, text_of
-from writesae.experiments.directions import estimate
-from writesae.experiments.result import Number, Result, figure
-from writesae.experiments.statistics import Array, paired
+from writesae.experiments.engine.continuations import SameChance, go_on, prompts_of, text_of
+from writesae.experiments.engine.directions import estimate
+from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.results.statistics import Array, paired
 from writesae.experiments.token_classes import ChosenAtoms
 from writesae.hooks import Add
 from writesae.recurrence import Write
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from writesae.model import HookedRecurrentModel
-    from writesae.tokens import Text as Prompts
+    from writesae.model.tokens import Text as Prompts
 
 Metric: TypeAlias = Callable[[str], float]
 

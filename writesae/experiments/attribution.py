@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.result import Number, Result, figure
+from writesae.experiments.results.result import Number, Result, figure
 from writesae.gradients import Gradient, LayerGradient, Logit, gradient
-from writesae.saes.reading import encode_matrices, target_of
+from writesae.saes.activity.reading import encode_matrices, target_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,12 +19,12 @@ from jaxtyping import Float, Int, Shaped
 from scipy import stats
 from torch import Tensor
 
-from writesae.experiments.firings import COLUMNS, Seen, firings
-from writesae.experiments.mixture import MIN_VALUES, Mixture, fit_mixture
-from writesae.experiments.result import Number, Result, figure
-from writesae.experiments.statistics import Array, bootstrap, cliffs_delta
+from writesae.experiments.engine.firings import COLUMNS, Seen, firings
+from writesae.experiments.engine.mixture import MIN_VALUES, Mixture, fit_mixture
+from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.results.statistics import Array, bootstrap, cliffs_delta
 from writesae.saes.config import SAEConfig
-from writesae.texts import sequences, spread
+from writesae.stores.texts import sequences, spread
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.result import Number, Result, figure
-from writesae.experiments.statistics import bootstrap, r_squared
+from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.results.statistics import bootstrap, r_squared
 from writesae.gradients import Logit, gradient
 from writesae.hooks import Delete
 from writesae.hooks.intercept import short_chunks
-from writesae.texts import prompts
+from writesae.stores.texts import prompts
 
 if TYPE_CHECKING:
     import pandas as pd

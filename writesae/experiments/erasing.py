@@ -13,15 +13,15 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from writesae.experiments.directions import estimate
-from writesae.experiments.result import Number, Result, figure
-from writesae.experiments.statistics import paired, wilson
-from writesae.experiments.targets import ranks, show_token
+from writesae.experiments.engine.directions import estimate
+from writesae.experiments.engine.targets import ranks, show_token
+from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.results.statistics import paired, wilson
 from writesae.hooks import Add, Delete, Intervention
 from writesae.hooks.intercept import short_chunks
 from writesae.recurrence import Read
-from writesae.saes.reading import encode
-from writesae.texts import sequences
+from writesae.saes.activity.reading import encode
+from writesae.stores.texts import sequences
 
 if TYPE_CHECKING:
     import pandas as pd

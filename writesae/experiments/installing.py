@@ -17,8 +17,8 @@ from rich.text import Text
 from scipy.stats import binomtest
 from torch import Tensor
 
-from writesae.experiments.continuations import go_on, prompts_of, text_of
-from writesae.experiments.directions import (
+from writesae.experiments.engine.continuations import go_on, prompts_of, text_of
+from writesae.experiments.engine.directions import (
     Direction,
     Key,
     Places,
@@ -27,9 +27,9 @@ from writesae.experiments.directions import (
     estimate,
     setting,
 )
-from writesae.experiments.result import Number, Result, figure
-from writesae.experiments.statistics import wilson
-from writesae.experiments.targets import Targets, choose_targets, ranks, show_token
+from writesae.experiments.engine.targets import Targets, choose_targets, ranks, show_token
+from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.results.statistics import wilson
 from writesae.hooks import Add
 from writesae.recurrence import Read, Write
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from writesae.model import HookedRecurrentModel
-    from writesae.tokens import Text as Prompts
+    from writesae.model.tokens import Text as Prompts
 
 STRATA = (2, 11, 101, 1001)
 CONDITIONS = ("edited", "random")
@@ -220,7 +220,7 @@ def install(
         n_positions: how many tokens at the prompt's end get the write.
         scale: its size over the native write's, or several; the first is the one that the numbers are about.
         max_new_tokens: length of the continuations.
-        direction, key: see `writesae.experiments.directions.choose_writes`.
+        direction, key: see `writesae.experiments.engine.directions.choose_writes`.
         read: ``"same"``: the read of a token written at sees the write. ``"next"``: the next token's does.
         batch_size: rows generated at once.
         seed: of targets and random values.

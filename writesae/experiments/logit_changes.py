@@ -27,14 +27,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.result import Number, Result, figure
-from writesae.experiments.statistics import r_squared
+from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.results.statistics import r_squared
 from writesae.gradients import Logit, gradient
 from writesae.hooks import Add
 from writesae.hooks.intercept import short_chunks
-from writesae.kernels import carried
 from writesae.recurrence import Recurrence, Write, at_least_float32
-from writesae.texts import prompts
+from writesae.recurrence.kernels import carried
+from writesae.stores.texts import prompts
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,7 +17,7 @@ from jaxtyping import Int, Shaped
 from scipy import stats
 from torch import Tensor
 
-from writesae.experiments.conditions import (
+from writesae.experiments.engine.conditions import (
     Generators,
     Texts,
     check_conditions,
@@ -28,11 +28,11 @@ from writesae.experiments.conditions import (
     top_atoms,
     windows_of,
 )
+from writesae.experiments.engine.replay import LOGITS, Replayer
 from writesae.experiments.replacement import joined
 from writesae.experiments.replacement_result import ReplacementResult
-from writesae.experiments.replay import LOGITS, Replayer
-from writesae.experiments.result import Number, Result, figure
-from writesae.experiments.statistics import Array, bootstrap, cliffs_delta
+from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.results.statistics import Array, bootstrap, cliffs_delta
 from writesae.recurrence import Read
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from writesae.experiments.conditions import (
+from writesae.experiments.engine.conditions import (
     CONDITIONS,
     DEFAULT,
     Generators,
@@ -27,8 +27,8 @@ from writesae.experiments.conditions import (
     top_atoms,
     windows_of,
 )
+from writesae.experiments.engine.replay import LOGITS, Replayer
 from writesae.experiments.replacement_result import ReplacementResult, When
-from writesae.experiments.replay import LOGITS, Replayer
 from writesae.recurrence import Read
 
 if TYPE_CHECKING:

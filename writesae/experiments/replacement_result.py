@@ -12,10 +12,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from writesae.experiments.conditions import CONDITIONS
-from writesae.experiments.replay import Place
-from writesae.experiments.result import Number, Result, figure
-from writesae.experiments.statistics import Rate, bootstrap, cliffs_delta, paired, wilson
+from writesae.experiments.engine.conditions import CONDITIONS
+from writesae.experiments.engine.replay import Place
+from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.results.statistics import Rate, bootstrap, cliffs_delta, paired, wilson
 from writesae.recurrence import Read
 
 if TYPE_CHECKING:

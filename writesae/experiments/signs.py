@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.directions import (
+from writesae.experiments.engine.directions import (
     Direction,
     Key,
     Places,
@@ -21,13 +21,13 @@ from writesae.experiments.directions import (
     promotion,
     setting,
 )
-from writesae.experiments.result import Number, Result, figure
-from writesae.experiments.statistics import r_squared, wilson
-from writesae.experiments.targets import Targets, ordinary_tokens, token_ids
+from writesae.experiments.engine.targets import Targets, ordinary_tokens, token_ids
+from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.results.statistics import r_squared, wilson
 from writesae.hooks import Add
 from writesae.hooks.intercept import short_chunks
 from writesae.recurrence import Read
-from writesae.texts import sequences
+from writesae.stores.texts import sequences
 
 if TYPE_CHECKING:
     import pandas as pd

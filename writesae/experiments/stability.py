@@ -12,10 +12,10 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from writesae.experiments.classes import CLASSES, COLORS, AtomClasses
-from writesae.experiments.result import Number, Result, figure
-from writesae.experiments.statistics import Array, wilson
-from writesae.saes.matrices import Atoms, project, size, unit_norm
-from writesae.saes.reading import BLOCK
+from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.results.statistics import Array, wilson
+from writesae.recurrence.matrices import Atoms, project, size, unit_norm
+from writesae.saes.activity.reading import BLOCK
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from writesae.hooks.positions import PAD
 from writesae.recurrence import Write
-from writesae.saes.reading import encode
-from writesae.saes.write_sae import WriteSAE
-from writesae.texts import sequences
+from writesae.saes.activity.reading import encode
+from writesae.saes.sae import WriteSAE
+from writesae.stores.texts import sequences
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,12 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.hooks.intercept import Record, Tap, total_write
-from writesae.hooks.interventions import delta_of
 from writesae.hooks.names import name_of, resolve
 from writesae.hooks.points import Value
 from writesae.hooks.positions import PAD, Clock
-from writesae.kernels import states_at
-from writesae.recurrence import Recurrence, Write
+from writesae.recurrence import Write
+from writesae.recurrence.dynamics import Dynamics
 
 
 class ActivationCache(Mapping[str, Any]):
@@ -116,8 +116,9 @@ class ActivationCache(Mapping[str, Any]):
         name = name_of("write", layer)
         if name in self._values:
             return self[name]
-        inputs = self._inputs(layer)
-        return self._shown(self._records[layer].write or self._tap(layer).family.write(inputs.__getitem__))
+        rule = self._tap(layer).family.rule
+        inputs = {q: self._value(name_of(q, layer)) for q in rule.state_inputs}
+        return self._shown(self._records[layer].write or rule.write(inputs.__getitem__))
 
     def delta(self, layer: int) -> Write:
         """What each token's state gains beyond decay by itself: its write, and what it erases of the state it found.
@@ -126,8 +127,7 @@ class ActivationCache(Mapping[str, Any]):
         with keys ``[a, k]`` and values ``[S^T b, v]``. ``S`` is the state that the token
         found, with all edits before; edits at the token itself are not in its delta.
         """
-        rec, native, total, initial = self._dynamics(layer)
-        return self._shown(delta_of(rec, native, initial, total, self._tap(layer).family.delta_rank))
+        return self._shown(self.dynamics(layer).delta())
 
     def state(
         self, layer: int, positions: Sequence[int], heads: Sequence[int] | None = None
@@ -139,16 +139,12 @@ class ActivationCache(Mapping[str, Any]):
         Raises:
             IndexError: a sequence has no such position in this pass.
         """
-        rec, _, total, initial = self._dynamics(layer)
-        record = self._records[layer]
+        dynamics = self.dynamics(layer)
         if heads is not None:
-            heads = list(heads)
-            rec, total = rec[:, :, heads], total[:, :, heads]
-            initial = None if initial is None else initial[:, heads]
+            dynamics = dynamics.heads(heads)
         columns = self._columns(positions)
         wanted = sorted(set(columns.flatten().tolist()))
-        dense = record.dense if heads is None else {t: E[:, heads] for t, E in record.dense.items()}
-        found = states_at(rec, total, wanted, initial, dense=dense)
+        found = dynamics.states_at(wanted)
         at = torch.tensor([[wanted.index(c) for c in row] for row in columns.tolist()], device=found.device)
         return self._shown(found[torch.arange(len(at), device=found.device)[:, None], at])
 
@@ -157,16 +153,12 @@ class ActivationCache(Mapping[str, Any]):
             raise IndexError(f"layer {layer} is not recurrent; recurrent layers are {sorted(self._taps)}")
         return self._taps[layer]
 
-    def _inputs(self, layer: int) -> dict[str, Tensor]:
-        """What writes and states are rebuilt from."""
-        return {q: self._value(name_of(q, layer)) for q in self._tap(layer).family.state_inputs}
-
-    def _dynamics(self, layer: int) -> tuple[Recurrence, Write, Write, Tensor | None]:
-        """Recurrence, native write, all that was written, initial state of a layer."""
-        family, values = self._tap(layer).family, self._inputs(layer)
-        rec = family.recurrence({**values, "q": values["k"]}.__getitem__)  # reads play no part in states
-        record, native = self._records[layer], family.write(values.__getitem__)
-        return rec, native, total_write(native, record.edits), record.initial_state
+    def dynamics(self, layer: int) -> Dynamics:
+        """What the memory of a layer went through in this pass, edits included."""
+        rule, record = self._tap(layer).family.rule, self._records[layer]
+        made = Dynamics.of(rule, {q: self._value(name_of(q, layer)) for q in rule.state_inputs})
+        total = total_write(made.native, record.edits)
+        return replace(made, total=total, initial=record.initial_state, dense=record.dense)
 
     def _columns(self, positions: Sequence[int]) -> Int[Tensor, "batch n"]:
         """Where in the pass each sequence's positions are."""

@@ -28,14 +28,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from writesae.hooks import graphs
-from writesae.hooks.families import FAMILIES, Family, KernelCall, Site
+from writesae.hooks.families import FAMILIES, Family, KernelCall
 from writesae.hooks.graphs import outside_graphs
 from writesae.hooks.interventions import Intervention, Moment
 from writesae.hooks.points import HookPoint, to_show
 from writesae.hooks.positions import PAD, Clock, PositionSet
 from writesae.hooks.residual import watch
-from writesae.kernels import chunked
+from writesae.hooks.sites import Site
 from writesae.recurrence import Read, Write, at_least_float32, first_state
+from writesae.recurrence.kernels import chunked
 
 _running: ContextVar[Tap | None] = ContextVar("running_tap", default=None)
 _short: ContextVar[bool] = ContextVar("short_chunks", default=False)
@@ -131,7 +132,7 @@ class Tap:
         """The native call, with hooks and edits."""
         self.device = _device(arguments.values())
         call = self.family.call(self.family, arguments)
-        for quantity in self.family.raw + self.family.inputs:
+        for quantity in self.family.raw + self.family.rule.inputs:
             if self.points[quantity].listening:
                 new = self.show(quantity, call.get(quantity))
                 if new is not None:
@@ -198,7 +199,7 @@ class Tap:
             heads = None if attached.heads == list(range(self.site.n_heads)) else attached.heads
             rec, write = call.recurrence(heads)[:, start:], call.write(heads)[:, start:]
             index = None if index is None else index[:, start:]
-            made = attached.what.edit(Moment(write, rec, index, delta_rank=self.family.delta_rank))
+            made = attached.what.edit(Moment(write, rec, index, delta_rank=self.family.rule.delta_rank))
             there = mask[:, start:, None].to(write.value.dtype)
             instead = there.expand(write.shape) if attached.what.replaces else None
             made = None if made is None else made * there
@@ -234,7 +235,7 @@ class Tap:
                     rec[:, here][:, :, h],
                     None if index is None else index[:, here],
                     S[:, h],
-                    self.family.delta_rank,
+                    self.family.rule.delta_rank,
                 )
                 there = mask[:, here, None].to(now.write.value.dtype)
                 write = attached.what.edit(now) or now.write * 0.0

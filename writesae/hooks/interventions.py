@@ -9,20 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.hooks.families.base import Site
 from writesae.hooks.positions import PositionSet
-from writesae.kernels import erase_reads
+from writesae.hooks.sites import Site
 from writesae.recurrence import Recurrence, Write, at_least_float32
-
-if TYPE_CHECKING:
-    from writesae.saes import WriteSAE
+from writesae.recurrence.dynamics import delta_of
 
 
 @dataclass(frozen=True)
@@ -56,24 +52,6 @@ class Moment:
         return decay.unsqueeze(1) * self.state.unsqueeze(1) + delta.dense()
 
 
-def delta_of(rec: Recurrence, write: Write, state: Tensor | None, total: Write | None = None, rank: int = 1) -> Write:
-    """What the state gains beyond decay: the native write, and what is erased, ``k v^T + a (b^T S_{t-1})``.
-
-    Equal to the native write where nothing is erased. Otherwise of rank 2; or of ``rank=1`` where the erase writes
-    along the key (``a = -c k``, as in delta rules): ``k delta^T`` with ``delta = v - c S_{t-1}^T b``.
-    ``total`` is what was really written, if that was not ``write``: it is what later tokens erase from.
-    """
-    if rec.a is None:
-        return write
-    erased = erase_reads(rec, total or write, state)
-    if rank > 1:
-        return Write(rec.a, erased) + write
-    keys, values = write.factors()
-    k = keys[..., 0, :]  # the native write is one term, and its key is the erase key
-    c = (rec.a * k).sum(-1) / (k * k).sum(-1).clamp_min(1e-30)
-    return Write(k, values[..., 0, :] + c[..., None] * erased)
-
-
 @dataclass(frozen=True)
 class Intervention(ABC):
     """What to do to the writes of one layer.
@@ -85,6 +63,11 @@ class Intervention(ABC):
 
     layer: int
     head: int | Sequence[int] | None = None
+
+    @property
+    def fitted(self) -> Any:
+        """What must fit the model (an `AttachableSAE`), None if nothing has to."""
+        return None
 
     @property
     def needs_state(self) -> bool:
@@ -186,65 +169,3 @@ def _place(write: Write, now: Moment) -> Write:
         index = now.index
     rows = torch.arange(batch, device=index.device)[:, None] if table.shape[0] > 1 else torch.zeros_like(index)
     return table[rows, index][:, :, None].expand(*now.write.shape)
-
-
-@dataclass(frozen=True, init=False)
-class Substitute(Intervention):
-    """The replacement test's edit (paper, sections 2 and 3.2): native write out, the SAE's top atom in.
-
-    The atom enters at its activation, ``a_i A_i``, whatever its rank (a dense atom takes ``min(d_key, d_value)`` terms
-    a token). Where the SAE activates no atom, the native write stays.
-
-    Attributes:
-        sae: a `WriteSAE`; layer and head are its site's.
-        atom: act only where this atom is the top one; None: whichever it is.
-        norm: ``"code"``: the atom at its activation. ``"native"``: at the native write's norm (paper, appendix J).
-    """
-
-    sae: WriteSAE = None  # type: ignore[assignment]  # always given; the bases' defaults ask for one
-    atom: int | None = None
-    norm: Literal["code", "native"] = "code"
-
-    def __init__(self, sae: WriteSAE, *, atom: int | None = None, norm: Literal["code", "native"] = "code"):
-        if norm not in ("code", "native"):
-            raise ValueError(
-                f"norm={norm!r}: allowed are 'code' (the activation) and 'native' (the native write's norm)"
-            )
-        if atom is not None:
-            sae.atom(atom)  # raises for an atom out of range
-        for name, value in {
-            "layer": sae.cfg.layer,
-            "head": sae.cfg.head,
-            "sae": sae,
-            "atom": atom,
-            "norm": norm,
-        }.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def needs_state(self) -> bool:
-        return self.sae.cfg.target != "write"
-
-    @property
-    def replaces(self) -> bool:
-        return True
-
-    def edit(self, now: Moment) -> Write:
-        values, indices = self.sae.topk(now.target(self.sae.cfg.target), 1)
-        value, top = values[..., 0], indices[..., 0]
-        fires = value > 0
-        if self.atom is not None:
-            fires = fires & (top == self.atom)
-        atom = self.sae.atom(top)
-        atom = atom * (value if self.norm == "code" else now.write.norm() / atom.norm().clamp_min(1e-30))
-        rank = max(atom.rank, now.write.rank)
-        pairs = zip(of_rank(atom, rank).factors(), of_rank(now.write, rank).factors(), strict=True)
-        key, value = (torch.where(fires[..., None, None], new, native) for new, native in pairs)
-        return Write(key, value, rank=rank) if rank > 1 else Write(key[..., 0, :], value[..., 0, :])
-
-
-def of_rank(write: Write, rank: int) -> Write:
-    """The same matrix with terms of zero up to ``rank``."""
-    if write.rank == rank:
-        return write
-    return Write(*(F.pad(x, (0, 0, 0, rank - write.rank)) for x in write.factors()), rank=rank)

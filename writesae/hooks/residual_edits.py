@@ -14,10 +14,14 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from writesae.hooks.attachable import AttachableSAE
+
 
 def is_residual_sae(what: object) -> bool:
     """Whether it can be asked for what a residual SAE is asked for (a `WriteSAE` can, and reads something else)."""
-    return not hasattr(what, "check_fits") and all(hasattr(what, name) for name in ("encode", "decode", "W_dec", "cfg"))
+    return not isinstance(what, AttachableSAE) and all(
+        hasattr(what, name) for name in ("encode", "decode", "W_dec", "cfg")
+    )
 
 
 @dataclass(frozen=True)

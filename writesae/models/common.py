@@ -23,8 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
-from writesae.hooks.families import Family
-from writesae.kernels import chunked
+from writesae.recurrence.kernels import chunked
+from writesae.recurrence.rules import Rule
 
 # Fields of flash-linear-attention's configs that choose between equal computations, or concern training alone.
 NO_EFFECT = {
@@ -108,12 +108,12 @@ def with_past(
 
 
 def recur(
-    family: Family, values: Mapping[str, Tensor], initial_state: Tensor | None, output_final_state: bool
+    rule: Rule, values: Mapping[str, Tensor], initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"] | None]:
-    """A family's recurrence of canonical quantities, as models want it: outputs in the dtype of the reads, the final
+    """A rule's recurrence of canonical quantities, as models want it: outputs in the dtype of the reads, the final
     state if asked for."""
     get = values.__getitem__
-    o, state = chunked(family.recurrence(get), family.write(get), initial_state)
+    o, state = chunked(rule.recurrence(get), rule.write(get), initial_state)
     return o.to(values["q"].dtype), state if output_final_state else None
 
 

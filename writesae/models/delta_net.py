@@ -18,11 +18,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from writesae.hooks.families import DELTANET
 from writesae.models.common import RecurrentForCausalLM, RecurrentModel, past_state, recur
 from writesae.models.gpu import fla_kernel
 from writesae.models.layers import Mixer, MixerBlock, MixerConfig
 from writesae.recurrence import at_least_float32
+from writesae.recurrence.rules import DELTA
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "elu": lambda x: F.elu(x) + 1, "identity": lambda x: x}
 NORMS = {
@@ -70,7 +70,7 @@ def delta_rule_recurrence(
         return kernel(
             q=q, k=k, v=v, beta=beta, scale=1.0, initial_state=initial_state, output_final_state=output_final_state
         )
-    return recur(DELTANET, dict(q=q, k=k, v=v, beta=beta), initial_state, output_final_state)
+    return recur(DELTA, dict(q=q, k=k, v=v, beta=beta), initial_state, output_final_state)
 
 
 class DeltaNet(Mixer):

@@ -17,11 +17,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from writesae.hooks.families import GLA
 from writesae.models.common import RecurrentForCausalLM, RecurrentModel, past_state, recur
 from writesae.models.gpu import fla_kernel
 from writesae.models.layers import Mixer, MixerBlock, MixerConfig
 from writesae.recurrence import at_least_float32
+from writesae.recurrence.rules import GLA
 
 GATE_RANK = 16
 GATE_NORMALIZER = 16  # log decays are divided by it: at rest a channel keeps 2^(-1/16) of itself a token

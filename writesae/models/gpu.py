@@ -1,8 +1,8 @@
 """flash-linear-attention's GPU kernels for our own models, where they apply. **Not yet run on a GPU.**
 
 They run for CUDA tensors in bfloat16 or float16, several tokens at once, if flash-linear-attention can be imported.
-Everything else is the plain PyTorch of `writesae.kernels`: a CPU (fla is not even imported then), a single token, and
-float32, where the kernels would multiply in TF32.
+Everything else is the plain PyTorch of `writesae.recurrence.kernels`: a CPU (fla is not even imported then), a single
+token, and float32, where the kernels would multiply in TF32.
 """
 
 from __future__ import annotations

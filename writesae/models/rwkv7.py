@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from writesae.hooks.families import RWKV7
 from writesae.models.common import (
     Block,
     RecurrentConfig,
@@ -34,6 +33,7 @@ from writesae.models.common import (
 )
 from writesae.models.gpu import fla_kernel
 from writesae.recurrence import at_least_float32
+from writesae.recurrence.rules import RWKV7
 
 
 @strict

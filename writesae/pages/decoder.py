@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.recurrence import Write
-from writesae.saes.matrices import dense, leading, norm2, project
+from writesae.recurrence.matrices import dense, leading, norm2, project
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel

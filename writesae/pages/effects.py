@@ -10,16 +10,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.conditions import place_of
-from writesae.experiments.continuations import ENDED, SameChance, go_on
+from writesae.experiments.engine.conditions import place_of
+from writesae.experiments.engine.continuations import ENDED, SameChance, go_on
+from writesae.experiments.engine.replay import LOGITS
 from writesae.experiments.population import population_test
 from writesae.experiments.replacement_result import middle
-from writesae.experiments.replay import LOGITS
 from writesae.hooks import Add
 from writesae.hooks.intercept import short_chunks
 from writesae.pages.survey import Survey, Window, token_string
 from writesae.recurrence import Write
-from writesae.texts import together
+from writesae.stores.texts import together
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from writesae.disk import write_whole
-from writesae.experiments.conditions import place_of
+from writesae.experiments.engine.conditions import place_of
+from writesae.jobs.disk import write_whole
 from writesae.pages.decoder import direct_effect
 from writesae.pages.study import Study
-from writesae.saes.contexts import Context
+from writesae.saes.activity.contexts import Context
 
 BATCH = 256  # features of a file
 BARS = 50  # of a histogram

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from writesae.experiments.statistics import wilson
+from writesae.experiments.results.statistics import wilson
 from writesae.pages.effects import FOLLOWED
 from writesae.pages.study import Measured, Study, Tokens
 from writesae.pages.survey import BIN
-from writesae.saes.contexts import Context
+from writesae.saes.activity.contexts import Context
 
 TEMPLATES = Path(__file__).parent / "templates"
 BINS = 24  # of the histogram

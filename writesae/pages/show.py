@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Int
 from torch import Tensor
 
-from writesae.disk import write_whole
+from writesae.jobs.disk import write_whole
 from writesae.pages.render import atom_page
 from writesae.pages.site import name_of, page_name
 from writesae.pages.study import Study, study

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from writesae.disk import write_whole
+from writesae.jobs.disk import write_whole
 from writesae.pages.render import atom_page, index_page
 from writesae.pages.study import study
 

@@ -24,9 +24,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from writesae.disk import write_whole
-from writesae.experiments.conditions import place_of
-from writesae.experiments.reproduction import sae_fingerprint
+from writesae.experiments.engine.conditions import place_of
+from writesae.experiments.report.reproduction import sae_fingerprint
+from writesae.jobs.disk import write_whole
 from writesae.pages.decoder import BLOCK, Decoder, direct_effect, extremes, nearest
 from writesae.pages.effects import FOLLOWED, HORIZON, STEP, TESTED, Replaced, Steered, logit_effect, replace, steer
 from writesae.pages.survey import CONTEXT, Survey, Window, cut_windows, survey, token_string

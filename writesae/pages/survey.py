@@ -16,15 +16,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.experiments.classes import AtomClasses, classes_of
-from writesae.experiments.firings import COLUMNS, Seen, compare
-from writesae.experiments.mixture import MIN_VALUES
+from writesae.experiments.engine.firings import COLUMNS, Seen, compare
+from writesae.experiments.engine.mixture import MIN_VALUES
 from writesae.hooks.positions import PAD
 from writesae.pages.decoder import Decoder
+from writesae.saes.activity.contexts import Contexts
+from writesae.saes.activity.reading import codes_of, inputs
+from writesae.saes.activity.search import Strongest, windows_of
 from writesae.saes.config import SAEConfig
-from writesae.saes.contexts import Contexts
-from writesae.saes.reading import codes_of, inputs
-from writesae.saes.search import Strongest, windows_of
-from writesae.texts import together
+from writesae.stores.texts import together
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-Target = Literal["write", "delta", "state"]
+from writesae.hooks.sites import Head
+from writesae.recurrence.dynamics import Target
+
 Encoder = Literal["tied", "bilinear", "dense"]
 Sparsity = Literal["topk", "batch_topk", "jumprelu", "gated"]
 Decoder = Literal["factored", "dense"]
@@ -78,6 +80,16 @@ class SAEConfig:
         if self.center is None:
             object.__setattr__(self, "center", self.target == "state")
         _check(vars(self))
+
+    @property
+    def place(self) -> Head:
+        """The head that it belongs to; ValueError if it does not say."""
+        if self.layer is None or self.head is None:
+            raise ValueError(
+                "this SAE does not say its layer and head; if you know them: "
+                "sae.cfg = dataclasses.replace(sae.cfg, layer=..., head=...)"
+            )
+        return Head(self.layer, self.head)
 
     @property
     def chooses(self) -> bool:

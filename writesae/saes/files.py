@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from writesae.disk import write_whole
+from writesae.jobs.disk import write_whole
 from writesae.saes.config import SAEConfig
 from writesae.zoo import ZOO, shipped_model, shipped_saes
 

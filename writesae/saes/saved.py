@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import nn
 
+from writesae.recurrence.matrices import Atoms, norm2
 from writesae.saes import files
 from writesae.saes.config import SAEConfig
-from writesae.saes.matrices import Atoms, norm2
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
@@ -93,7 +93,7 @@ class Saved(nn.Module):
         """
         folder = files.locate(folder_or_hub_id, subfolder, revision)
         if not (folder / files.CONFIG).is_file() and (folder / files.REFERENCE[0]).is_file():
-            from writesae.saes.reference import load_reference
+            from writesae.saes.paper.reference import load_reference
 
             return load_reference(  # type: ignore[return-value]
                 folder, root=folder.parents[len(Path(subfolder).parts) - 1] if subfolder else None
@@ -125,17 +125,13 @@ class Saved(nn.Module):
             check_model: False accepts a head of the right size of another model than the SAE was trained on.
         """
         c = self.cfg
-        if c.layer is None or c.head is None:
-            raise ValueError(
-                "this SAE does not say its layer and head; if you know them: "
-                "sae.cfg = dataclasses.replace(sae.cfg, layer=..., head=...)"
-            )
+        layer, head = c.place
         sites = {site.layer: site for site in model.sites}
-        if c.layer not in sites:
+        if layer not in sites:
             layers = ", ".join(map(str, sites)) or "none"
             raise ValueError(f"this SAE is for layer {c.layer}, not recurrent here; recurrent layers: {layers}")
-        site = sites[c.layer]
-        if c.head >= site.n_heads:
+        site = sites[layer]
+        if head >= site.n_heads:
             raise ValueError(f"this SAE is for head {c.head}; layer {c.layer} has heads 0 to {site.n_heads - 1}")
         if (c.d_key, c.d_value) != (site.d_key, site.d_value):
             raise ValueError(
@@ -143,7 +139,7 @@ class Saved(nn.Module):
             )
         if not check_model or c.fingerprint is None:
             return
-        found = model.fingerprint(c.layer)
+        found = model.fingerprint(layer)
         if found is not None and found != c.fingerprint:
             raise ValueError(
                 f"this SAE was trained on layer {c.layer} of {c.model_id or 'another model'} (fingerprint "

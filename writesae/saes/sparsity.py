@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.processes import ALONE, Processes
+from writesae.jobs.processes import ALONE, Processes
 
 
 def largest(pre: Float[Tensor, "... n"], k: int) -> tuple[Int[Tensor, "... k"], Float[Tensor, "... k"]]:

@@ -13,10 +13,10 @@ from typing import Annotated
 import torch
 import typer
 
-from writesae.extraction import parse_sites, record
 from writesae.model import HookedRecurrentModel
 from writesae.saes import train_store
-from writesae.texts import sequences, spread
+from writesae.stores.extraction import parse_sites, record
+from writesae.stores.texts import sequences, spread
 from writesae.zoo import corpus
 
 app = typer.Typer(add_completion=False, help=__doc__)

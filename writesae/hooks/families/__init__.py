@@ -5,7 +5,7 @@ intercept, and a `KernelCall` that turns the arguments of such a call into the c
 (hook points, edits, positions, caches) is written once, for every family.
 """
 
-from writesae.hooks.families.base import Family, KernelCall, Site
+from writesae.hooks.families.base import Family, KernelCall
 from writesae.hooks.families.gdn import GATED_DELTANET
 from writesae.hooks.families.kda import KIMI_DELTA
 from writesae.hooks.families.mamba2 import MAMBA2
@@ -14,5 +14,5 @@ from writesae.hooks.families.ours import DELTANET, GLA, RWKV7
 FAMILIES: tuple[Family, ...] = (GATED_DELTANET, KIMI_DELTA, MAMBA2, RWKV7, DELTANET, GLA)
 
 __all__ = [
-    "DELTANET", "FAMILIES", "GATED_DELTANET", "GLA", "KIMI_DELTA", "MAMBA2", "RWKV7", "Family", "KernelCall", "Site",
+    "DELTANET", "FAMILIES", "GATED_DELTANET", "GLA", "KIMI_DELTA", "MAMBA2", "RWKV7", "Family", "KernelCall",
 ]  # fmt: skip

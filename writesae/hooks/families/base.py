@@ -7,39 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from writesae.hooks.sites import Site
+from writesae.models.wrappers import weight
 from writesae.recurrence import Recurrence, Write, at_least_float32
-from writesae.wrappers import weight
-
-Get: TypeAlias = Callable[[str], Tensor]
-"""Gives a canonical quantity by its name, ``[batch, pos, head, ...]``."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """A recurrent layer: where states are, and of what shape.
-
-    Attributes:
-        layer: index of the layer in the model.
-        n_heads: value heads, the unit everything is indexed by.
-        d_key, d_value: size of each head's state.
-        rule: name of the update rule, e.g. ``gated_delta``.
-    """
-
-    layer: int
-    n_heads: int
-    d_key: int
-    d_value: int
-    rule: str
-
-    def check_head(self, head: object) -> None:
-        """Raise IndexError unless it is one of this layer's heads."""
-        if not isinstance(head, int) or not 0 <= head < self.n_heads:
-            raise IndexError(f"head {head!r} at layer {self.layer}: allowed are 0 to {self.n_heads - 1}")
+from writesae.recurrence.rules import Rule
 
 
 class KernelCall(ABC):
@@ -74,11 +50,11 @@ class KernelCall(ABC):
 
     def recurrence(self, heads: Sequence[int] | None = None) -> Recurrence:
         """Decay, erase and reads of the given heads."""
-        return self.family.recurrence(partial(self.get, heads=heads))
+        return self.family.rule.recurrence(partial(self.get, heads=heads))
 
     def write(self, heads: Sequence[int] | None = None) -> Write:
         """The native write, leading dimensions ``[batch, pos, head]``."""
-        return self.family.write(partial(self.get, heads=heads))
+        return self.family.rule.write(partial(self.get, heads=heads))
 
     @abstractmethod
     def canonical(self, quantity: str, heads: Sequence[int] | None) -> Float[Tensor, "batch pos head ..."]:
@@ -127,14 +103,12 @@ class Family:
 
     Attributes:
         name: for messages and the support table.
-        rule: of every `Site` of this family.
+        rule: its update rule.
         mixers: ``{modeling module: name of its mixer class}``.
         kernels: functions of the modeling module that run the recurrence; they are intercepted.
         sizes: the mixer's attributes that hold ``n_heads, d_key, d_value``.
-        inputs: quantities that enter the recurrence, in firing order.
         raw: what the kernel itself makes inputs of (``k_raw`` becomes ``k`` by its norm), in firing order before them.
         call: this family, arguments of an intercepted call -> `KernelCall`.
-        recurrence, write: the two from canonical quantities, of a call or of a cache.
         helpers: other functions of the modeling module that an installed GPU package may have taken over; on CPU
             tensors the torch versions run instead.
         fused: functions that do a whole mixer at once, where ``None`` tells the mixer to go step by step.
@@ -143,42 +117,29 @@ class Family:
             seen.
         seen_at: ``{quantity: submodule}`` for what is no input of the recurrence but the output of a submodule that
             runs before it, in firing order. A mixer need not have them all.
-        decay_per_key: ``log_decay`` is ``[batch, pos, head, d_key]``.
-        delta_rank: rank of what a token's state gains beyond decay: 1 if the erase writes along the key or there is
-            none, otherwise 2.
         letters: what canonical quantities are in the architecture's own words, where those differ.
         aliases: TransformerLens' names of quantities, less ``hook_``: what we call the same quantity.
     """
 
     name: str
-    rule: str
+    rule: Rule
     mixers: Mapping[str, str]
     kernels: tuple[str, ...]
     sizes: tuple[str, str, str]
-    inputs: tuple[str, ...]
     call: Callable[[Family, dict[str, Any]], KernelCall]
-    recurrence: Callable[[Get], Recurrence]
-    write: Callable[[Get], Write]
     raw: tuple[str, ...] = ()
     helpers: tuple[str, ...] = ()
     fused: tuple[str, ...] = ()
     projections: tuple[str, ...] = ("out_proj", "o_proj")
     norms: tuple[str, ...] = ()
     seen_at: Mapping[str, str] = field(default_factory=dict)
-    decay_per_key: bool = False
-    delta_rank: int = 1
     letters: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=lambda: SSM)
-
-    @property
-    def state_inputs(self) -> tuple[str, ...]:
-        """The inputs that writes and states depend on."""
-        return tuple(quantity for quantity in self.inputs if quantity != "q")
 
     def site(self, mixer: nn.Module) -> Site:
         """Where a mixer's states are, and of what shape."""
         sizes = (int(getattr(mixer, name)) for name in self.sizes)
-        return Site(int(mixer.layer_idx), *sizes, rule=self.rule)  # type: ignore[arg-type]
+        return Site(int(mixer.layer_idx), *sizes, rule=self.rule.name)  # type: ignore[arg-type]
 
     def norm(self, mixer: nn.Module) -> nn.Module | None:
         """The mixer's norm of what its heads read, if it has one."""
@@ -199,4 +160,4 @@ class Family:
         """All hook points of a mixer, in firing order."""
         seen = [quantity for quantity, name in self.seen_at.items() if hasattr(mixer, name)]
         gate = [] if self.gate_norm(mixer) is None else ["z"]
-        return (*seen, *self.raw, *self.inputs, "write", "state", "o", *gate)
+        return (*seen, *self.raw, *self.rule.inputs, "write", "state", "o", *gate)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from writesae.hooks.families.base import SSM, Family, Get, KernelCall, as_given, of_heads
-from writesae.recurrence import Recurrence, Write
+from writesae.hooks.families.base import SSM, Family, KernelCall, as_given, of_heads
+from writesae.recurrence import rules
 
 _ARGUMENT = {"q": "query", "k": "key", "v": "value", "beta": "beta", "log_decay": "g"}
 _RAW = {"q_raw": "query", "k_raw": "key"}
@@ -67,29 +67,13 @@ class GatedDeltaCall(KernelCall):
         return o.to(dtype), state
 
 
-def delta_rule(get: Get, log_decay: Tensor) -> Recurrence:
-    """Decay first, then erase what the key finds: ``a = -beta k`` and ``b = exp(log_decay) k``."""
-    k, decay = get("k"), log_decay.exp()
-    b = k * (decay if decay.ndim == k.ndim else decay[..., None])
-    return Recurrence(get("q"), log_decay, a=k * -get("beta")[..., None], b=b)
-
-
-def gated_delta_rule(get: Get) -> Recurrence:
-    return delta_rule(get, get("log_decay"))
-
-
-def strength_write(get: Get) -> Write:
-    """``k (beta v)^T``"""
-    return Write(get("k"), get("beta")[..., None] * get("v"))
-
-
 def modeling(name: str) -> str:
     return f"transformers.models.{name}.modeling_{name}"
 
 
 GATED_DELTANET = Family(
     name="Gated DeltaNet",
-    rule="gated_delta",
+    rule=rules.GATED_DELTA,
     mixers={
         modeling("qwen3_5"): "Qwen3_5GatedDeltaNet",
         modeling("qwen3_5_moe"): "Qwen3_5MoeGatedDeltaNet",
@@ -101,11 +85,8 @@ GATED_DELTANET = Family(
     helpers=("causal_conv1d_fn", "causal_conv1d_update"),
     sizes=("num_v_heads", "head_k_dim", "head_v_dim"),
     raw=("q_raw", "k_raw"),
-    inputs=("q", "k", "v", "beta", "log_decay"),
     norms=("norm", "o_norm"),
     call=GatedDeltaCall,
-    recurrence=gated_delta_rule,
-    write=strength_write,
     aliases=SSM
     | {"q": "q_raw", "k": "k_raw", "ssm_C": "q_raw", "ssm_B": "k_raw", "ssm_write": "beta"}
     | {"recurrence_out": "o", "gate_input": "z"},

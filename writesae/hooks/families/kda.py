@@ -1,6 +1,6 @@
 """Kimi Delta Attention: Kimi-Linear, Bailing-Hybrid, GLM-5-Next.
 
-Gated DeltaNet with one decay a key channel, called with the same arguments; a key head a value head.
+Gated DeltaNet with one decay per key channel, called with the same arguments; as many key heads as value heads.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from writesae.hooks.families.gdn import GATED_DELTANET, modeling
+from writesae.recurrence import rules
 
 KIMI_DELTA = replace(
     GATED_DELTANET,
     name="Kimi Delta Attention",
-    rule="kimi_delta",
+    rule=rules.KIMI_DELTA,
     mixers={
         modeling("kimi_linear"): "KimiLinearDeltaAttention",
         modeling("bailing_hybrid"): "BailingHybridDeltaAttention",
@@ -20,5 +21,4 @@ KIMI_DELTA = replace(
     },
     kernels=("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"),
     sizes=("num_heads", "head_dim", "head_dim"),
-    decay_per_key=True,
 )

@@ -19,10 +19,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from writesae.hooks.families.base import Family, Get, KernelCall, as_given, of_heads
-from writesae.hooks.families.gdn import modeling, strength_write
-from writesae.kernels import chunked
-from writesae.recurrence import Recurrence
+from writesae.hooks.families.base import Family, KernelCall, as_given, of_heads
+from writesae.hooks.families.gdn import modeling
+from writesae.recurrence import rules
+from writesae.recurrence.kernels import chunked
 
 _ARGUMENT = {"q": "C", "k": "B", "v": "hidden_states"}
 
@@ -142,13 +142,9 @@ def _call(family: Family, arguments: dict[str, Any]) -> KernelCall:
     return (StepUpdate if "state" in arguments else ChunkScan)(family, arguments)
 
 
-def _recurrence(get: Get) -> Recurrence:
-    return Recurrence(get("q"), get("log_decay"))
-
-
 MAMBA2 = Family(
     name="Mamba-2",
-    rule="mamba2",
+    rule=rules.MAMBA2,
     mixers={
         modeling("mamba2"): "Mamba2Mixer",
         modeling("bamba"): "BambaMixer",
@@ -161,11 +157,8 @@ MAMBA2 = Family(
     helpers=("causal_conv1d_fn", "causal_conv1d_update"),
     fused=("mamba2_split_conv1d_scan_combined",),
     sizes=("num_heads", "ssm_state_size", "head_dim"),
-    inputs=("q", "k", "v", "beta", "log_decay"),
     norms=("norm",),
     call=_call,
-    recurrence=_recurrence,
-    write=strength_write,
     letters={
         "q": "C",
         "k": "B",

@@ -1,0 +1,878 @@
+"""Hooks change nothing by being there; every edit is what brute force says, on every architecture and in every mode.
+
+The oracle runs once an architecture: a batch in which each sequence has the edits of one case. Its logits do not depend
+on how a sequence is fed, so they serve prefill, pieces, decoding, padded batches and generation alike.
+
+The first architecture of each rule gets every case by itself. The others share its adapter; for them, combinations that
+hold every kind of edit must do.
+
+Every comparison goes through `assert_close`, and each twin at the end breaks one thing that `assert_close` must notice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+import brute_force as bf
+from architectures import (
+    ARCHITECTURES,
+    D_KEY,
+    N_HEADS,
+    N_VOCAB,
+    Architecture,
+    architecture_named,
+    each_architecture,
+    each_rule,
+)
+from brute_force import DenseEdit
+from writesae import Add, Delete, HookedRecurrentModel, Intervention, Replace, SAEConfig, Substitute, Write, WriteSAE
+from writesae.hooks import intercept
+from writesae.hooks.families import gdn, mamba2
+from writesae.hooks.families.base import of_heads
+from writesae.hooks.families.mamba2 import ChunkScan, StepUpdate
+from writesae.hooks.positions import PAD, Clock
+from writesae.recurrence.rules import Rule
+
+TOLERANCE = 1e-4  # max |Δlogit|; logits have a standard deviation of about 1
+EFFECT = 1e-3  # what an edit must move at least for the comparison to mean anything
+N_POS = 130  # two chunks of 64 and a bit
+N_PROMPT = 117  # the rest is generated
+N_NEXT = 70  # tokens of the cache protocol, which goes one by one
+LENGTHS = [1, 2, 63, 64, 65, 200]
+
+
+@contextmanager
+def annotations_unchecked() -> Iterator[None]:
+    """They are checked in the prefill of every case on one architecture; checking takes longer than the rest."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> float:
+    assert ours.shape == theirs.shape
+    difference = (ours - theirs).abs().max().item()
+    assert difference <= tolerance, f"not close: logits differ by {difference:.2e}"
+    return difference
+
+
+# Cases: the same edits said twice, to us and to the oracle -----------------------------------------------------------
+
+Attach = Callable[[HookedRecurrentModel], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to attach it to a wrapped model, and the same in dense matrices."""
+
+    name: str
+    attach: Attach
+    dense: list[DenseEdit]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __add__(self, other: Case) -> Case:
+        """Both, one block inside the other."""
+
+        @contextmanager
+        def attach(model: HookedRecurrentModel) -> Iterator[None]:
+            with self.attach(model), other.attach(model):
+                yield
+
+        return Case(f"{self.name} + {other.name}", attach, self.dense + other.dense)
+
+
+def where(positions: Any) -> list[int] | None:
+    """The positions that are meant, in the order asked, for the oracle."""
+    match positions:
+        case None:
+            return None
+        case int():
+            return [positions]
+        case slice():
+            return list(range(positions.start or 0, positions.stop or 10**4, positions.step or 1))
+        case Tensor():
+            return positions[0].tolist()
+    return list(positions)
+
+
+def edit(
+    name: str,
+    what: Intervention | Sequence[Intervention],
+    fn: Any,
+    heads: Sequence[int],
+    positions: Any,
+    read: str = "same",
+) -> Case:
+    layer = what.layer if isinstance(what, Intervention) else what[0].layer
+    return Case(
+        f"{name}, {read}",
+        lambda model: model.intervene(what, positions=positions, read=read),
+        [DenseEdit(layer, h, fn, where(positions), read=read) for h in heads],
+    )
+
+
+def hook(name: str, layer: int, head: int, fn: Callable[[Tensor], Tensor], in_place: bool = False) -> Case:
+    """Change one head of a quantity at every token."""
+
+    def change(value: Tensor, _hook: Any) -> Tensor | None:
+        new = value if in_place else value.clone()
+        new[:, :, head] = fn(value[:, :, head])
+        return None if in_place else new
+
+    def attach(model: HookedRecurrentModel) -> AbstractContextManager[Any]:
+        return model.hooks([(f"blocks.{layer}.mixer.hook_{name}", change)])
+
+    return Case(f"hook_{name}{' in place' if in_place else ''}", attach, [DenseEdit(layer, head, fn, stage=name)])
+
+
+def hook_write(layer: int, head: int, extra: Write | None = None) -> Case:
+    """Another key than the erase key, and another norm; with ``extra``, a second rank."""
+    turn = torch.linspace(-0.5, 0.5, D_KEY)
+
+    def change(write: Write, _hook: Any) -> Write:
+        key, value = write.key.clone(), write.value.clone()
+        key[:, :, head] += turn
+        value[:, :, head] *= 0.7
+        new = Write(key, value)
+        if extra is not None:
+            mask = torch.zeros(N_HEADS)
+            mask[head] = 1
+            new = new + extra.expand(*write.shape) * mask
+        return new
+
+    def fn(now: bf.Now, i: int) -> Tensor:
+        E = torch.outer(now.key + turn, 0.7 * now.value) - now.write
+        return E if extra is None else E + extra.dense().double()
+
+    def attach(model: HookedRecurrentModel) -> AbstractContextManager[Any]:
+        return model.hooks([(f"blocks.{layer}.mixer.hook_write", change)])
+
+    return Case(f"hook_write, rank {1 if extra is None else 2}", attach, [DenseEdit(layer, head, fn)])
+
+
+def hook_state(layer: int, head: int, positions: list[int]) -> Case:
+    def change(state: Tensor, _hook: Any) -> Tensor:
+        new = state.clone()
+        new[:, 0, head] *= 0.4
+        return new
+
+    def attach(model: HookedRecurrentModel) -> AbstractContextManager[Any]:
+        return model.hooks([(f"blocks.{layer}.mixer.hook_state", change)], state_positions=positions)
+
+    return Case("hook_state", attach, [DenseEdit(layer, head, lambda S: 0.4 * S, positions, stage="state")])
+
+
+def random_write(a: Architecture, seed: int, *lead: int, rank: int = 1, size: float = 1.0) -> Write:
+    """Of norm ``size``, about what the models write."""
+    generator = torch.Generator().manual_seed(seed)
+    ranks = () if rank == 1 else (rank,)
+    write = Write(
+        torch.randn(*lead, *ranks, D_KEY, generator=generator),
+        torch.randn(*lead, *ranks, a.d_value, generator=generator),
+        rank,
+    )
+    return write * (size / write.norm())
+
+
+def random_sae(a: Architecture, layer: int, head: int, target: str, encoder: str = "tied") -> WriteSAE:
+    torch.manual_seed(5)
+    choices: dict[str, Any] = dict(target=target, encoder=encoder, layer=layer, head=head)
+    cfg = SAEConfig(D_KEY, a.d_value, n_atoms=24, k=3, **choices)
+    sae = WriteSAE(cfg)
+    with torch.no_grad():
+        sae.b_enc.normal_(std=0.02)
+        if sae.mean is not None:
+            sae.mean.normal_(std=0.02)
+        if encoder == "bilinear":
+            sae.V_enc.normal_(std=0.3)
+            sae.W_enc.normal_(std=0.3)
+    return sae
+
+
+def interventions(a: Architecture, read: str) -> list[Case]:
+    """One of each. In the cache protocol's reach (`N_NEXT`), and across a border of chunks."""
+    one, three, rank2 = random_write(a, 1), random_write(a, 2, 3), random_write(a, 3, rank=2)
+    for_two = torch.tensor([[4, 65]])
+    write_sae, delta_sae = random_sae(a, 1, 0, "write"), random_sae(a, 0, 3, "delta", encoder="bilinear")
+    state_sae = random_sae(a, 3, 2, "state")
+    at_three = [2, 40, 66]
+    return [
+        edit("delete at an int", Delete(0, 1), bf.delete, [1], 17, read),
+        edit("delete at a list", Delete(1, [2, 0]), bf.delete, [0, 2], [63, 64, 3], read),
+        edit("delete in a slice, all heads", Delete(3), bf.delete, range(N_HEADS), slice(5, 9), read),
+        edit("delete everywhere", Delete(1, 3), bf.delete, [3], None, read),
+        edit("add", Add(0, 2, write=one), bf.add(one.dense()), [2], [0, 69], read),
+        edit("add 3x the native norm", Add(1, 1, write=one, scale=3, relative=True), bf.add(one.dense(), relative=3),
+             [1], slice(2, None, 7), read),
+        edit("add of rank 2", Add(3, [0, 3], write=rank2, scale=-2), bf.add(-2 * rank2.dense()), [0, 3], [20], read),
+        edit("add, one write a position", Add(0, [3, 1], write=three), bf.add(*three.dense()), [1, 3], at_three, read),
+        edit("add, one a position, relative", Add(0, 1, write=three, scale=2, relative=True),
+             bf.add(*three.dense(), relative=2), [1], at_three[::-1], read),
+        edit("add at [batch, n]", Add(3, 1, write=three[None, :2]), bf.add(*three.dense()[:2]), [1], for_two, read),
+        edit("replace", Replace(1, 2, write=one), bf.replace(one.dense()), [2], for_two, read),
+        edit("replace, relative", Replace(3, write=one, scale=1, relative=True), bf.replace(one.dense(), relative=1),
+             range(N_HEADS), range(10, 14), read),
+        edit("substitute writes", Substitute(write_sae), bf.substitute(write_sae), [0], slice(0, None, 5), read),
+        edit("substitute at the native norm", Substitute(write_sae, norm="native"),
+             bf.substitute(write_sae, norm="native"), [0], [8, 9, 64], read),
+        edit("substitute one atom", Substitute(write_sae, atom=TOP_ATOM), bf.substitute(write_sae, atom=TOP_ATOM),
+             [0], None, read),
+        edit("substitute deltas", Substitute(delta_sae), bf.substitute(delta_sae), [3], slice(1, None, 6), read),
+        edit("substitute states", Substitute(state_sae), bf.substitute(state_sae), [2], [7, 8, 63, 64], read),
+        Case(
+            f"several in a list, {read}",
+            lambda model: model.intervene(
+                [Delete(0, 1), Add(1, [1, 2], write=one), Replace(3, 0, write=one), Delete(0, 1)],
+                positions=[6, 64], read=read,
+            ),
+            [DenseEdit(0, 1, fn, [6, 64], read=read) for fn in (bf.delete, bf.delete)]
+            + [DenseEdit(1, h, bf.add(one.dense()), [6, 64], read=read) for h in (1, 2)]
+            + [DenseEdit(3, 0, bf.replace(one.dense()), [6, 64], read=read)],
+        ),
+    ]  # fmt: skip
+
+
+TOP_ATOM = 17  # of the write SAE: one that is often the top one
+
+
+def hooks(a: Architecture) -> list[Case]:
+    """On each quantity that the architecture has."""
+    quantities = [
+        hook("q_raw", 1, 1, lambda q: 1.3 * q.roll(1, -1)),
+        hook("k_raw", 0, 2, lambda k: 0.9 * k.roll(1, -1)),
+        hook("q", 1, 1, lambda q: 1.3 * q.roll(1, -1)),
+        hook("k", 0, 2, lambda k: 0.9 * k.roll(1, -1)),
+        hook("v", 3, 0, lambda v: 0.5 * v.roll(1, -1)),
+        hook("v", 3, 0, lambda v: 0.5 * v.roll(1, -1), in_place=True),
+        hook("beta", 0, 3, lambda beta: 0.6 * beta),
+        hook("log_decay", 3, 3, lambda g: g - 0.2),
+        hook("log_decay", 3, 3, lambda g: g - 0.2, in_place=True),
+        hook("kappa", 1, 2, lambda kappa: 0.9 * kappa.roll(1, -1)),
+        hook("iclr", 0, 0, lambda iclr: 0.6 * iclr),
+        hook("v_mix", 1, 3, lambda v_mix: 0.3 * v_mix),
+        hook("z", 3, 2, lambda z: -z),
+    ]
+    return [
+        *(case for case in quantities if case.dense[0].stage in a.quantities(1)),
+        hook_write(0, 2),
+        hook_write(3, 1, extra=random_write(a, 7, size=0.5)),
+        hook("o", 1, 0, lambda o: 1.5 * o.roll(1, -1)),
+        hook_state(1, 3, [5, 63, 64, 100]),
+        hook("k", 0, 2, lambda k: 0.9 * k.roll(1, -1))
+        + edit("delete what it writes", Delete(0, 2), bf.delete, [2], slice(9, 99)),
+    ]
+
+
+def together(name: str, cases: Iterable[Case]) -> Case:
+    return replace(functools.reduce(lambda x, y: x + y, cases), name=name)
+
+
+def combinations(a: Architecture) -> list[Case]:
+    """Every kind at once, in few runs, for the modes; at the prompt, its last token, and what is generated."""
+    one, three = random_write(a, 11), random_write(a, 12, 3)
+    write_sae, delta_sae = random_sae(a, 0, 0, "write"), random_sae(a, 1, 3, "delta", encoder="bilinear")
+    state_sae = random_sae(a, 3, 1, "state")
+    return [
+        together("interventions", [
+            edit("delete", Delete(0, [0, 2]), bf.delete, [0, 2], [4, 63, 64, 118]),
+            edit("add", Add(0, 2, write=one, scale=2, relative=True), bf.add(one.dense(), relative=2), [2],
+                 slice(3, 125, 5)),
+            edit("later", Add(1, [0, 1], write=three), bf.add(*three.dense()), [0, 1], [116, 6, 122], "next"),
+            edit("replace", Replace(3, write=one), bf.replace(one.dense()), range(N_HEADS), [5, 70, 117]),
+        ]),
+        together("substitutes", [
+            edit("write", Substitute(write_sae), bf.substitute(write_sae), [0], None),
+            edit("delta", Substitute(delta_sae), bf.substitute(delta_sae), [3], slice(3, None, 6), "next"),
+            edit("state", Substitute(state_sae), bf.substitute(state_sae), [1], [2, 5, 64, 119]),
+            edit("delete", Delete(0, 3), bf.delete, [3], [5, 6]),
+        ]),
+        together("hooks", [case for case in hooks(a) if "in place" not in case.name and "+" not in case.name]),
+        together("read next", [
+            edit("delete", Delete(0, 1), bf.delete, [1], None, "next"),
+            edit("add", Add(3, 2, write=three), bf.add(*three.dense()), [2], [0, 64, 120], "next"),
+            edit("state", Substitute(state_sae), bf.substitute(state_sae), [1], [4, 66, 121], "next"),
+        ]),
+    ]  # fmt: skip
+
+
+def at_any_length(a: Architecture) -> list[Case]:
+    """From the first token on, without an end: for sequences of any length."""
+    one, state_sae = random_write(a, 21), random_sae(a, 3, 1, "state")
+    by_hooks = [case for case in hooks(a) if "in place" not in case.name and "+" not in case.name]
+    return [
+        together("interventions", [
+            edit("delete", Delete(0, 1), bf.delete, [1], None),
+            edit("add", Add(1, [0, 2], write=one, scale=2, relative=True), bf.add(one.dense(), relative=2), [0, 2],
+                 slice(0, None, 3)),
+            edit("replace", Replace(3, 0, write=one), bf.replace(one.dense()), [0], slice(0, None, 7), "next"),
+            edit("state", Substitute(state_sae), bf.substitute(state_sae), [1], slice(0, None, 9)),
+        ]),
+        together("hooks", [case for case in by_hooks if case.name != "hook_state"]),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Of an architecture: single ones by ``read`` and of hooks, combinations of them, and those for any length."""
+
+    same: list[Case]
+    next: list[Case]
+    hooks: list[Case]
+    combined: list[Case]
+    any_length: list[Case]
+
+    @property
+    def single(self) -> list[Case]:
+        return self.same + self.next + self.hooks
+
+    def __getitem__(self, name: str) -> Case:
+        return next(case for case in self.single + self.combined if case.name == name)
+
+
+@functools.cache
+def cases(a: Architecture) -> Cases:
+    """Single ones only for the first architecture of each rule."""
+    single = (interventions(a, "same"), interventions(a, "next"), hooks(a)) if a.is_first_of_its_rule else ([], [], [])
+    return Cases(*single, combinations(a), at_any_length(a))
+
+
+# Experiments ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A wrapped model of an architecture, and what brute force says.
+
+    Attributes:
+        a: the architecture.
+        ids: ``[pos]`` tokens of all single cases.
+        expected: logits of each case by its name, ``[pos, vocab]``.
+        plain: the same tokens without edits.
+        unedited: ``ids`` without edits.
+        sequences: tokens of each combination: what the model generates under it.
+        generated: the logits that generation saw.
+        protocol: logits of the cases of read="next" by the cache protocol.
+    """
+
+    a: Architecture
+    model: HookedRecurrentModel
+    ids: Tensor
+    expected: dict[str, Tensor]
+    plain: dict[str, Tensor]
+    unedited: Tensor
+    sequences: dict[str, Tensor]
+    generated: dict[str, Tensor]
+    protocol: dict[str, Tensor]
+
+
+def random_ids(seed: int, *shape: int) -> Tensor:
+    return torch.randint(0, N_VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+@annotations_unchecked()
+def experiment(a: Architecture) -> Experiment:
+    model, unwrapped = HookedRecurrentModel(a.build()), a.build()
+    single, combined = cases(a).single, cases(a).combined
+    ids = random_ids(1, N_POS)
+    sequences, generated = {}, {}
+    for case in combined:
+        sequences[case.name], generated[case.name] = generate(model, case, ids[None, :N_PROMPT])
+    # One batch for all: each case on the same tokens, each combination on its own, and the latter without edits.
+    rows = [*(ids for _ in single), *sequences.values(), ids, *sequences.values()]
+    edits = [c.dense for c in single + combined] + [[]] * (1 + len(combined))
+    logits = list(bf.brute_force(a, unwrapped, torch.stack(rows), edits))
+    n = len(single) + len(combined)
+    protocol = {}
+    if cases(a).next:
+        later = cases(a).next
+        by_cache = bf.cache_protocol(a, unwrapped, ids[:N_NEXT].expand(len(later), -1), [c.dense for c in later])
+        protocol = dict(zip([c.name for c in later], by_cache, strict=True))
+    return Experiment(
+        a,
+        model,
+        ids,
+        expected=dict(zip([c.name for c in single + combined], logits[:n], strict=True)),
+        unedited=logits[n],
+        plain=dict.fromkeys([c.name for c in single], logits[n])
+        | dict(zip([c.name for c in combined], logits[n + 1 :], strict=True)),
+        sequences=sequences,
+        generated=generated,
+        protocol=protocol,
+    )
+
+
+def long_ids() -> Tensor:
+    return random_ids(6, max(LENGTHS))
+
+
+@functools.cache
+def of_any_length(a: Architecture) -> Tensor:
+    """What brute force says of `long_ids` for each case of `Cases.any_length`; also of any shorter sequence, since
+    nothing depends on what comes later."""
+    edits = [case.dense for case in cases(a).any_length]
+    return bf.brute_force(a, a.build(), long_ids().expand(len(edits), -1), edits)
+
+
+# The modes: each returns logits [pos, vocab] of the same tokens ------------------------------------------------------
+
+
+@torch.no_grad()
+def prefill(e: Experiment, case: Case, ids: Tensor) -> Tensor:
+    with case.attach(e.model):
+        return e.model(ids)[0]
+
+
+@torch.no_grad()
+def feed(e: Experiment, case: Case, ids: Tensor, pieces: Sequence[int], mask: Tensor | None = None) -> Tensor:
+    """In pieces of these lengths, with a cache."""
+    model, logits, start = e.model, [], 0
+    cache = DynamicCache(config=model.config)
+    assert sum(pieces) == ids.shape[1]
+    if hasattr(model.hf_model.base_model, "rope_deltas"):
+        model.hf_model.base_model.rope_deltas = None  # what `generate` leaves there makes transformers fail with a mask
+    with case.attach(model):
+        for n in pieces:
+            now = {} if mask is None else {"attention_mask": mask[:, : start + n]}
+            now |= e.a.place(start, n)
+            logits.append(model(ids[:, start : start + n], past_key_values=cache, **now))
+            start += n
+    return torch.cat(logits, 1)
+
+
+def pieces(e: Experiment, case: Case, ids: Tensor) -> Tensor:
+    return feed(e, case, ids[None], [5, 1, 58, 1, 1, 51, 13])[0]
+
+
+def decode(e: Experiment, case: Case, ids: Tensor) -> Tensor:
+    """One by one from the very first token, then a long piece, and one by one again."""
+    return feed(e, case, ids[None], [1] * 8 + [N_PROMPT - 8] + [1] * (N_POS - N_PROMPT))[0]
+
+
+def left_padded(e: Experiment, case: Case, ids: Tensor, pieces: Sequence[int] | None = None) -> Tensor:
+    """Beside a sequence that is 70 tokens longer, so that padding fills a chunk."""
+    n_pad = 70
+    extra = random_ids(3, n_pad)
+    batch = torch.stack([torch.cat([torch.zeros(n_pad, dtype=torch.long), ids]), torch.cat([ids, extra])])
+    mask = torch.ones_like(batch)
+    mask[0, :n_pad] = 0
+    if pieces is not None:
+        logits = feed(e, case, batch, [n_pad + pieces[0], *pieces[1:]], mask)
+    else:
+        with torch.no_grad(), case.attach(e.model):
+            logits = e.model(batch, attention_mask=mask)
+    assert_close(logits[0, n_pad:], logits[1, :N_POS])  # the longer one is edited alike
+    return logits[0, n_pad:]
+
+
+def left_padded_pieces(e: Experiment, case: Case, ids: Tensor) -> Tensor:
+    return left_padded(e, case, ids, [3, 1, 1, 60, 52, *[1] * 3, 10])
+
+
+@torch.no_grad()
+def right_padded(e: Experiment, case: Case, ids: Tensor) -> Tensor:
+    n_pad = 9
+    batch = torch.stack(
+        [torch.cat([ids, torch.zeros(n_pad, dtype=torch.long)]), torch.cat([ids, random_ids(3, n_pad)])]
+    )
+    mask = torch.ones_like(batch)
+    mask[0, -n_pad:] = 0
+    with case.attach(e.model):
+        logits = e.model(batch, attention_mask=mask)[:, :N_POS]
+    assert_close(logits[0], logits[1])
+    return logits[0]
+
+
+MODES = {f.__name__: f for f in (prefill, pieces, decode, left_padded, left_padded_pieces, right_padded)}
+
+
+@torch.no_grad()
+def generate(
+    model: HookedRecurrentModel, case: Case, prompt: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sequence of `N_POS` tokens that the model makes of a prompt, and the logits it took the new ones from."""
+    seen = []
+    handle = model.hf_model.lm_head.register_forward_hook(lambda _m, _a, logits: seen.append(logits[:, -1]))
+    mask = torch.ones_like(prompt) if mask is None else mask
+    try:
+        with case.attach(model):
+            out = model.generate(prompt, attention_mask=mask, max_new_tokens=N_POS - N_PROMPT, do_sample=False)
+    finally:
+        handle.remove()
+    return out[0, mask[0].argmax() :], torch.stack(seen, 1)[0]
+
+
+# Nothing attached: bit for bit ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def run_in_every_way(a: Architecture, model: Any, ids: Tensor) -> list[Tensor]:
+    """Of a transformers model: forward, with a cache in pieces, padded, generate; logits and final states."""
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    cache = a.new_cache(model)
+    steps = [
+        model(input_ids=ids[:, start:end], **cache, **a.place(start, end - start)).logits
+        for start, end in [(0, 66), (66, 67), (67, 75)]
+    ]
+    made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    return [
+        model(input_ids=ids, use_cache=False).logits,
+        model(input_ids=ids, attention_mask=mask).logits,
+        *steps,
+        *(a.slot(*cache.values(), layer) for layer in a.layers),
+        made,
+    ]
+
+
+@each_architecture
+def test_nothing_attached_nothing_changed(architecture: Architecture) -> None:
+    a, ids = architecture, random_ids(2, 2, 75)
+    raw, hf_model = a.build(), a.build()
+    with bf.untouched(a):
+        expected = run_in_every_way(a, raw, ids)
+
+    def check(text: str) -> None:
+        for x, y in zip(run_in_every_way(a, hf_model, ids), expected, strict=True):
+            assert torch.equal(x, y), text
+
+    model = HookedRecurrentModel(hf_model)
+    check("wrapped")
+    assert torch.equal(model(ids), expected[0])
+    assert torch.equal(model.run_with_cache(ids)[0], expected[0])
+    with torch.no_grad(), model.hooks([(lambda _name: True, lambda value, hook: None)], state_positions=[3, 70]):
+        assert torch.equal(model(ids), expected[0]), "every point listened to"
+    edits = [Delete(0, 1), Add(1, write=random_write(a, 1)), Substitute(random_sae(a, 3, 1, "state"))]
+    with model.intervene(edits, positions=[3]):
+        assert not torch.equal(model(ids), expected[0])
+    check("attached, then detached")
+    with (
+        pytest.raises(ZeroDivisionError),
+        model.intervene(edits),
+        model.hooks([(model.hook_names[0], lambda v, hook: 1 / 0)]),
+    ):
+        model(ids)
+    check("after an exception in a block")
+    assert all(not tap.busy for tap in model._taps)
+
+
+# Every edit, in every mode -------------------------------------------------------------------------------------------
+
+
+@each_rule
+def test_oracles_agree(architecture: Architecture) -> None:
+    """The oracle's two forms are one. (That without edits it is the model: tests/hooks/test_oracles.py.)"""
+    e = experiment(architecture)
+    for case in cases(architecture).next:
+        assert_close(e.expected[case.name][:N_NEXT], e.protocol[case.name], 5e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "case"), [(a, case) for a in ARCHITECTURES for case in cases(a).single], ids=str
+)
+def test_prefill(architecture: Architecture, case: Case) -> None:
+    e = experiment(architecture)
+    assert (e.expected[case.name] - e.plain[case.name]).abs().max() > EFFECT
+    with nullcontext() if architecture is ARCHITECTURES[0] else annotations_unchecked():
+        ours = prefill(e, case, e.ids)
+    assert_close(ours, e.expected[case.name])
+    if case.name in e.protocol:
+        assert_close(ours[:N_NEXT], e.protocol[case.name])
+
+
+@each_architecture
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@annotations_unchecked()
+def test_modes(architecture: Architecture, mode: Callable[..., Tensor]) -> None:
+    e = experiment(architecture)
+    for case in cases(architecture).combined:
+        assert (e.expected[case.name] - e.plain[case.name]).abs().max() > EFFECT
+        assert_close(mode(e, case, e.sequences[case.name]), e.expected[case.name])
+
+
+@each_architecture
+@annotations_unchecked()
+def test_lengths(architecture: Architecture) -> None:
+    """Around a chunk's border, and at the two ends: alone, and as what comes before a last token that is decoded."""
+    e = experiment(architecture)
+    for case, expected in zip(cases(architecture).any_length, of_any_length(architecture), strict=True):
+        for n in LENGTHS:
+            ids = long_ids()[:n]
+            assert_close(prefill(e, case, ids), expected[:n])
+            if n > 1:
+                assert_close(feed(e, case, ids[None], [n - 1, 1])[0], expected[:n])
+
+
+@each_architecture
+def test_generate(architecture: Architecture) -> None:
+    e = experiment(architecture)
+    for case in cases(architecture).combined:
+        assert_close(e.generated[case.name], e.expected[case.name][N_PROMPT - 1 : -1])
+
+
+@each_architecture
+@annotations_unchecked()
+def test_generate_left_padded(architecture: Architecture) -> None:
+    e, n_pad = experiment(architecture), 9
+    for case in cases(architecture).combined[:2]:
+        ids = e.sequences[case.name]
+        longer = torch.cat([ids[:N_PROMPT], random_ids(3, n_pad)])
+        prompt = torch.stack([torch.cat([torch.zeros(n_pad, dtype=torch.long), ids[:N_PROMPT]]), longer])
+        mask = torch.ones_like(prompt)
+        mask[0, :n_pad] = 0
+        made, logits = generate(e.model, case, prompt, mask)
+        assert made.tolist() == ids.tolist()
+        assert_close(logits, e.expected[case.name][N_PROMPT - 1 : -1])
+
+
+@each_architecture
+def test_each_sequence_its_own(architecture: Architecture) -> None:
+    """Positions and writes of their own for each sequence of a left-padded batch."""
+    a, n_pos, n_pad = architecture, 40, 7
+    model, raw = HookedRecurrentModel(a.build()), a.build()
+    ids = random_ids(4, 2, n_pos)
+    positions = torch.tensor([[3, 30], [20, 8]])
+    for writes in (random_write(a, 5, 2, 2), random_write(a, 6, 2, 1)):
+        dense = writes.dense().expand(2, 2, D_KEY, a.d_value)
+        edits = [[DenseEdit(1, 2, bf.add(*dense[row]), positions[row].tolist())] for row in (0, 1)]
+        expected = bf.brute_force(a, raw, ids, edits)
+        padded = torch.cat([torch.zeros(2, n_pad, dtype=torch.long), ids], 1)
+        padded[1] = torch.cat([ids[1], random_ids(5, n_pad)])
+        mask = torch.ones_like(padded)
+        mask[0, :n_pad] = 0
+        with torch.no_grad(), model.intervene(Add(1, 2, write=writes), positions=positions):
+            logits = model(padded, attention_mask=mask)
+        assert_close(logits[0, n_pad:], expected[0])
+        assert_close(logits[1, :n_pos], expected[1])
+
+
+@torch.no_grad()
+@annotations_unchecked()
+def test_limits_of_dt() -> None:
+    """Mamba-2's scan clamps dt, its step does not: so a model with limits decodes otherwise than it prefills."""
+    a, ids = architecture_named("mamba2"), random_ids(8, 1, 14)
+    case = together("both", cases(a).any_length)
+    a = replace(a, values=a.values | {"time_step_limit": (0.3, 0.9)})
+    raw, model = a.build(), HookedRecurrentModel(a.build())
+
+    def feed(run: Callable[..., Tensor], pieces: Sequence[int]) -> Tensor:
+        cache, parts = DynamicCache(config=model.config), ids.split(list(pieces), 1)
+        return torch.cat([run(part, cache) for part in parts], 1)
+
+    results = []
+    for lengths in ([14], [8, 1, 1, 3, 1]):
+        with bf.BruteForce(a, raw, [case.dense]):
+            expected = feed(lambda x, cache: raw(input_ids=x, cache_params=cache).logits, lengths)
+        with case.attach(model):
+            assert_close(feed(lambda x, cache: model(x, past_key_values=cache), lengths), expected)
+        results.append(expected)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_close(*results)
+
+
+@each_rule
+def test_blocks_add_up_in_any_order(architecture: Architecture) -> None:
+    e, by_name = experiment(architecture), cases(architecture)
+    delete = by_name["delete at an int, same"]
+    # Of layers 0 and 3, by write and by state, and a hook on writes.
+    several = [delete, by_name["add, same"], by_name["hook_write, rank 2"], by_name["substitute states, same"]]
+    one, other = together("forwards", several), together("backwards", several[::-1])
+    assert_close(prefill(e, one, e.ids), prefill(e, other, e.ids), 2e-5)
+    back = edit("what it was", Add(0, 1, write=random_write(architecture, 1), scale=0.0), None, [1], 17)
+    with pytest.raises(AssertionError):
+        assert_close(prefill(e, delete + delete, e.ids), prefill(e, delete, e.ids))
+    assert_close(prefill(e, delete + back, e.ids), prefill(e, delete, e.ids), 1e-6)
+
+
+def measure(architecture: Architecture) -> dict[str, float]:
+    """The largest differences that the tests above allow `TOLERANCE` for; benchmarks/parity_table.py shows them."""
+    e, raw, c = experiment(architecture), architecture.build(), cases(architecture)
+
+    def largest(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+        return max((x - y).abs().max().item() for x, y in pairs)
+
+    with torch.no_grad(), bf.untouched(architecture):
+        unedited = raw(input_ids=e.ids[None], use_cache=False).logits
+    with torch.no_grad():
+        found = {"unedited": largest([(e.model(e.ids), unedited)])}
+    found["oracle, unedited"] = largest([(e.unedited, unedited[0])])
+    if c.single:
+        single = {case.name: prefill(e, case, e.ids) for case in c.single}
+        found["each edit, prefill"] = largest((ours, e.expected[name]) for name, ours in single.items())
+        found["read next, cache slot"] = largest((single[name][:N_NEXT], x) for name, x in e.protocol.items())
+    for name, mode in MODES.items():
+        found[name] = largest((mode(e, case, e.sequences[case.name]), e.expected[case.name]) for case in c.combined)
+    found["lengths"] = largest(
+        (prefill(e, case, long_ids()[:n]), expected[:n])
+        for case, expected in zip(c.any_length, of_any_length(architecture), strict=True)
+        for n in LENGTHS
+    )
+    found["generate"] = largest((e.generated[x.name], e.expected[x.name][N_PROMPT - 1 : -1]) for x in c.combined)
+    found["moved"] = min((e.expected[x.name] - e.plain[x.name]).abs().max().item() for x in c.single + c.combined)
+    return found
+
+
+# Broken twins --------------------------------------------------------------------------------------------------------
+
+chunked, respond = intercept.chunked, intercept.respond
+scan_result, step_result = ChunkScan.result, StepUpdate.result
+
+
+def without_erase(rec: Any, write: Write, *args: Any, **kwargs: Any) -> Any:
+    return chunked(replace(rec, a=None, b=None), write, *args, **kwargs)
+
+
+def a_and_b_swapped(rec: Any, write: Write, *args: Any, **kwargs: Any) -> Any:
+    return chunked(replace(rec, a=rec.b, b=rec.a), write, *args, **kwargs)
+
+
+def erase_undecayed(rec: Any, write: Write, *args: Any, **kwargs: Any) -> Any:
+    """``-beta k (k^T S)`` for ``-beta k (k^T D S)``."""
+    decay = rec.log_decay.exp()
+    return chunked(replace(rec, b=rec.b / (decay if decay.ndim == 4 else decay[..., None])), write, *args, **kwargs)
+
+
+def decay_of_the_first_channel(rec: Any, write: Write, *args: Any, **kwargs: Any) -> Any:
+    return chunked(replace(rec, log_decay=rec.log_decay[..., 0]), write, *args, **kwargs)
+
+
+def written_along_the_erase_key(rec: Any, write: Write, *args: Any, **kwargs: Any) -> Any:
+    key = rec.b if write.rank == 1 else rec.b[..., None, :].expand_as(write.key)
+    return chunked(rec, replace(write, key=key * write.key.norm(dim=-1, keepdim=True)), *args, **kwargs)
+
+
+def read_ignored(*args: Any, **kwargs: Any) -> Any:
+    return chunked(*args, **(kwargs | {"read": "same"}))
+
+
+def state_not_carried(call: Any, native: Write, record: Any, o: Tensor, state: Tensor | None) -> Any:
+    return respond(call, native, record, o, None)[0], state
+
+
+def padding_counted(clock: Clock) -> Tensor:
+    n_pos = clock._shape()[1]
+    positions = torch.arange(clock._past, clock._past + n_pos).expand(clock._shape())
+    return positions.masked_fill(clock._work_out() == PAD, PAD)
+
+
+def position_after(clock: Clock) -> Tensor:
+    """Off by one."""
+    return (clock._work_out() - 1).clamp_min(PAD)
+
+
+def write_without_strength(get: Callable[[str], Tensor]) -> Write:
+    """``B x^T`` for ``B (dt x)^T``."""
+    return Write(get("k"), get("v"))
+
+
+def heads_tiled(
+    x: Tensor, heads: Sequence[int] | None, n_heads: int, then: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    """Key heads 0 1 0 1 for 0 0 1 1."""
+    n_keys = x.shape[2]
+    if n_keys == n_heads:
+        return of_heads(x, heads, n_heads, then)
+    return then(x.float())[:, :, [h % n_keys for h in (range(n_heads) if heads is None else heads)]]
+
+
+def skip_of_the_edited(call: ChunkScan, o: Tensor, state: Tensor | None) -> Any:
+    """``D`` times what hooks made of x."""
+    D = call.arguments["D"]
+    if "v" in call.changed:
+        call.skip = (D[:, None] if D.ndim == 1 else D) * call.to_native(call.changed["v"])
+    return scan_result(call, o, state)
+
+
+def state_not_in_place(call: StepUpdate, o: Tensor, state: Tensor | None) -> Any:
+    kept = call.arguments["state"].clone()
+    result = step_result(call, o, state)
+    call.arguments["state"].copy_(kept)
+    return result
+
+
+@dataclass(frozen=True)
+class Twin:
+    """Something broken, in the place of ``owner.name``, and a case in a mode that must notice."""
+
+    rule: bf.Rule
+    owner: Any
+    name: str
+    broken: Callable[..., Any]
+    mode: Callable[..., Tensor]
+    case: str
+
+    @property
+    def a(self) -> Architecture:
+        return next(a for a in ARCHITECTURES if a.rule is self.rule)
+
+    def __str__(self) -> str:
+        return f"{self.rule.name}-{self.broken.__name__}-{self.mode.__name__}-{self.case}"
+
+
+SLICE = "substitute deltas, same"  # a slice: nothing says that a position is missing
+RULES = {a.rule for a in ARCHITECTURES}
+TWINS = [
+    *(
+        Twin(rule, intercept, "chunked", without_erase, prefill, case)
+        for rule in (bf.GATED_DELTA, bf.KDA, bf.DELTA_NET, bf.RWKV7)
+        for case in ("interventions", "hooks", "substitutes")
+    ),
+    # Not for the rules whose `a b^T` is symmetric, since both lie along the key: swapping is right there.
+    *(Twin(rule, intercept, "chunked", a_and_b_swapped, prefill, "interventions") for rule in (bf.KDA, bf.RWKV7)),
+    *(Twin(rule, intercept, "chunked", erase_undecayed, prefill, "interventions") for rule in (bf.GATED_DELTA, bf.KDA)),
+    *(
+        Twin(rule, intercept, "chunked", decay_of_the_first_channel, prefill, "interventions")
+        for rule in (bf.KDA, bf.GLA, bf.RWKV7)
+    ),
+    Twin(bf.GATED_DELTA, intercept, "chunked", written_along_the_erase_key, prefill, "interventions"),
+    Twin(bf.GATED_DELTA, intercept, "chunked", read_ignored, prefill, "read next"),
+    Twin(bf.GATED_DELTA, intercept, "chunked", read_ignored, decode, "read next"),
+    *(
+        Twin(rule, intercept, "respond", state_not_carried, *how)
+        for rule in (bf.GATED_DELTA, bf.MAMBA2)
+        for how in ((pieces, "interventions"), (decode, "read next"))
+    ),
+    *(
+        Twin(rule, adapter, "of_heads", heads_tiled, *how)
+        for rule, adapter in ((bf.GATED_DELTA, gdn), (bf.MAMBA2, mamba2))
+        for how in ((prefill, "interventions"), (decode, "substitutes"), (prefill, "hook_k"))
+    ),
+    Twin(bf.MAMBA2, Rule, "write", write_without_strength, prefill, "interventions"),
+    Twin(bf.MAMBA2, Rule, "write", write_without_strength, decode, "hooks"),
+    Twin(bf.MAMBA2, ChunkScan, "result", skip_of_the_edited, prefill, "hook_v"),
+    Twin(bf.MAMBA2, ChunkScan, "result", skip_of_the_edited, prefill, "interventions"),
+    Twin(bf.MAMBA2, StepUpdate, "result", state_not_in_place, decode, "interventions"),
+    Twin(bf.GATED_DELTA, Clock, "positions", padding_counted, left_padded, SLICE),
+    Twin(bf.GATED_DELTA, Clock, "positions", padding_counted, left_padded_pieces, SLICE),
+    Twin(bf.GATED_DELTA, Clock, "positions", position_after, prefill, "interventions"),
+]
+
+
+@pytest.mark.parametrize("twin", [twin for twin in TWINS if twin.rule in RULES], ids=str)
+@annotations_unchecked()
+def test_twins(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
+    e, case = experiment(twin.a), cases(twin.a)[twin.case]
+    ids, expected = e.sequences.get(case.name, e.ids), e.expected[case.name]
+    assert_close(twin.mode(e, case, ids), expected)
+    if twin.owner is Rule:  # frozen, and its functions are values of each adapter
+        for tap in e.model._taps:
+            broken = replace(tap.family.rule, **{twin.name: twin.broken})
+            monkeypatch.setattr(tap, "family", replace(tap.family, rule=broken))
+    else:
+        monkeypatch.setattr(twin.owner, twin.name, twin.broken)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_close(twin.mode(e, case, ids), expected)

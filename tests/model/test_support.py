@@ -1,0 +1,77 @@
+"""README's support table is this one: made from the adapters and the list of architectures that the tests run over."""
+
+from pathlib import Path
+
+import pytest
+
+from architectures import ARCHITECTURES
+from writesae.hooks.families import FAMILIES, Family
+
+README = Path(__file__).parents[2] / "README.md"
+
+CHECKPOINTS = {
+    "Mamba-2": "transformers; `mamba2` also the authors' own (`state-spaces/mamba2-*`)",
+    "RWKV-7": "flash-linear-attention; the authors' `.pth`",
+    "DeltaNet": "flash-linear-attention",
+    "Gated Linear Attention": "flash-linear-attention",
+}
+# What is independent of us and agrees: test_parity.py, test_oracles.py, test_models.py.
+ORACLES = {
+    "Gated DeltaNet": "transformers, fla naive",
+    "Kimi Delta Attention": "transformers, fla naive",
+    "Mamba-2": "transformers",
+    "RWKV-7": "`rwkv` (the authors'), fla naive",
+    "DeltaNet": "fla naive",
+    "Gated Linear Attention": "fla naive",
+}
+
+
+def models(family: Family) -> list[str]:
+    return [module.split(".")[-1].removeprefix("modeling_") for module in family.mixers]
+
+
+def points(family: Family) -> list[str]:
+    """Its hook points in any model, in firing order."""
+    gate = ["z"] if family.norms and "z" not in family.seen_at else []
+    return [*family.seen_at, *family.raw, *family.rule.inputs, "write", "state", "o", *gate]
+
+
+def support_table() -> str:
+    rows = [
+        "| architecture | models | checkpoints | `hook_` | edits | prefill, pieces, decode | padding | oracle |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        cells = [
+            family.name,
+            ", ".join(f"`{name}`" for name in models(family)),
+            CHECKPOINTS.get(family.name, "transformers"),
+            ", ".join(points(family)),
+            "all",
+            "yes",
+            "left; right in prefill",
+            ORACLES[family.name],
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def test_readme_has_the_table() -> None:
+    assert support_table() in README.read_text(), f"README's support table should be:\n\n{support_table()}\n"
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_every_model_is_in_the_list_that_the_tests_run_over(family: Family) -> None:
+    tested = {architecture.modeling_name for architecture in ARCHITECTURES}
+    assert set(family.mixers) <= tested
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_points_in_the_table_are_the_models(architecture) -> None:
+    from writesae import HookedRecurrentModel
+
+    model = HookedRecurrentModel(architecture.build())
+    family = next(f for f in FAMILIES if architecture.modeling_name in f.mixers)
+    found = {name.rsplit("hook_", 1)[1] for name in model.hook_names if ".mixer." in name}
+    assert found <= set(points(family))
+    assert set(points(family)) - found <= {"z"}, "only a gate may be missing, where a model has none"

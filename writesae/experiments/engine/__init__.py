@@ -1,0 +1,1 @@
+"""What experiments share: edited futures, directions, firings, continuations."""

@@ -1,0 +1,246 @@
+"""What the replacement test puts in the place of a native write, and at which tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from writesae.experiments.engine.divergence import divergence
+from writesae.experiments.engine.replay import Native, Place, Replayer, stacked
+from writesae.recurrence import Write
+from writesae.saes.activity.reading import encode_matrices, target_of
+from writesae.stores.texts import cut
+
+if TYPE_CHECKING:
+    from writesae.model import HookedRecurrentModel
+    from writesae.saes import WriteSAE
+
+Texts: TypeAlias = str | Sequence[str] | Int[Tensor, "text pos"]
+"""A text, several, or token ids of several."""
+
+CONDITIONS = {
+    "atom": "the SAE's top atom at its activation",
+    "matched": "the top atom at the native write's norm",
+    "delete": "nothing",
+    "random": "a random rank-1 matrix at the atom's activation",
+    "random_matched": "a random rank-1 matrix at the native write's norm",
+    "orthogonal": "rank 1, key and value orthogonal to the native ones, at its norm",
+    "other_atom": "another atom of the SAE, at random, at the top atom's activation",
+    "flat_svd": "top singular pair of a flat SAE's reconstruction, at the native norm",
+}
+DEFAULT = ("atom", "matched", "delete", "random")
+
+
+def check_conditions(conditions: Iterable[str], flat: object) -> tuple[str, ...]:
+    """The conditions, with those that every test needs; ValueError for one that there is not."""
+    asked = tuple(dict.fromkeys(("atom", "delete", *conditions)))
+    for name in asked:
+        if name not in CONDITIONS:
+            raise ValueError(f"no condition {name!r}: allowed are {', '.join(CONDITIONS)}")
+    if ("flat_svd" in asked) != (flat is not None):
+        raise ValueError("the condition 'flat_svd' and flat=, an SAE of the same head, come together")
+    return tuple(name for name in CONDITIONS if name in asked)
+
+
+def place_of(sae: WriteSAE) -> Place:
+    """Layer and head; `check_fits` has seen that they are given."""
+    assert sae.cfg.layer is not None and sae.cfg.head is not None
+    return sae.cfg.layer, sae.cfg.head
+
+
+def check_sites(model: HookedRecurrentModel, saes: Iterable[WriteSAE], check_model: bool) -> None:
+    """Raise IndexError or ValueError unless each SAE fits a head of the model, another one each."""
+    seen: set[Place] = set()
+    for sae in saes:
+        sae.check_fits(model, check_model=check_model)
+        if place_of(sae) in seen:
+            layer, head = place_of(sae)
+            raise ValueError(f"two SAEs of layer {layer} head {head}: give one a head")
+        seen.add(place_of(sae))
+    if not seen:
+        raise ValueError("no SAE given: the replacement test needs one or more")
+
+
+def several(sae: WriteSAE | Sequence[WriteSAE] | None) -> list[WriteSAE]:
+    """None, one or several, as a list."""
+    return list(sae) if isinstance(sae, Sequence) else [] if sae is None else [sae]
+
+
+def flats_for(
+    saes: Iterable[WriteSAE], flat: WriteSAE | Sequence[WriteSAE] | None, model: HookedRecurrentModel
+) -> dict[Place, WriteSAE]:
+    """The flat SAE of each place; ValueError where there is none."""
+    given = several(flat)
+    for sae in given:
+        sae.check_fits(model, check_model=False)
+    found = {place_of(sae): sae for sae in given}
+    for layer, head in (place_of(sae) for sae in saes):
+        if given and (layer, head) not in found:
+            have = ", ".join(f"layer {a} head {b}" for a, b in found)
+            raise ValueError(f"no flat SAE for layer {layer} head {head}: flat= has {have}")
+    return found
+
+
+def windows_of(
+    model: HookedRecurrentModel, text: Texts, context: int, horizon: int
+) -> tuple[Int[Tensor, "window pos"], Int[Tensor, " window"]]:
+    """Texts cut into windows, and which text each is of.
+
+    Raises:
+        ValueError: no text is as long as a window, or a window leaves no token to test.
+    """
+    if context // 4 > context - 1 - horizon:
+        raise ValueError(
+            f"context={context} leaves no token with {context // 4} tokens before it and {horizon} (horizon) after it: "
+            f"choose a longer context or a shorter horizon"
+        )
+    rows = [model.to_tokens(part)[0][0] for part in ([text] if isinstance(text, str) else text)]
+    if not any(len(row) >= context for row in rows):
+        longest = max((len(row) for row in rows), default=0)
+        raise ValueError(
+            f"no text has {context} tokens (the longest has {longest}): give longer ones, or a shorter context"
+        )
+    parts = [cut(row, context) for row in rows]
+    return torch.cat(parts), torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+
+
+def top_atoms(native: Native, sae: WriteSAE) -> tuple[Float[Tensor, "window pos"], Int[Tensor, "window pos"]]:
+    """Of every token the strongest activation and its atom, where the windows are (an SAE may lie elsewhere)."""
+    values, indices = encode_matrices(sae, *target_of(native.cache, *place_of(sae), sae.cfg.target))
+    return values[..., 0].to(native.ids.device), indices[..., 0].to(native.ids.device)
+
+
+def draw(
+    fires: Bool[Tensor, "window pos"], most: int, generator: torch.Generator
+) -> tuple[Int[Tensor, " firing"], Int[Tensor, " firing"]]:
+    """Window and position of up to ``most`` firings of each window, drawn at random without replacement."""
+    lots = torch.rand(fires.shape, generator=generator).masked_fill(~fires.cpu(), 2.0)
+    order = lots.argsort(1)[:, :most]
+    window = torch.arange(len(fires))[:, None].expand_as(order)
+    chosen = lots.gather(1, order) < 1
+    return window[chosen], order[chosen]
+
+
+class Generators:
+    """A random stream for each condition, so that one does not change with which others are asked for."""
+
+    def __init__(self, seed: int):
+        self.streams = {name: torch.Generator().manual_seed(1000 * seed + i) for i, name in enumerate(CONDITIONS)}
+
+    def unit(self, condition: str, n: int, d: int, off: Tensor | None = None) -> Float[Tensor, "n d"]:
+        """Random unit vectors, orthogonal to ``off`` if given."""
+        x = torch.randn(n, d, generator=self.streams[condition])
+        if off is not None:
+            along = F.normalize(off.cpu().float(), dim=-1)
+            x = x - (x * along).sum(-1, keepdim=True) * along
+        return F.normalize(x, dim=-1)
+
+    def other(self, condition: str, atom: Int[Tensor, " n"], n_atoms: int) -> Int[Tensor, " n"]:
+        """Another atom for each."""
+        if n_atoms < 2:
+            raise ValueError(f"the condition {condition!r} needs an SAE of two atoms or more; this one has {n_atoms}")
+        shift = torch.randint(1, n_atoms, atom.shape, generator=self.streams[condition])
+        return (atom + shift.to(atom.device)) % n_atoms
+
+
+def put_in(
+    condition: str,
+    sae: WriteSAE,
+    native: Write,
+    atom: Int[Tensor, " firing"],
+    activation: Float[Tensor, " firing"],
+    generators: Generators,
+    flat: Write | None = None,
+) -> Write:
+    """What a condition writes at each firing, ``[firing]``.
+
+    Args:
+        condition: one of `CONDITIONS`.
+        sae: whose atoms.
+        native: the native writes.
+        atom, activation: the top atoms and their activations.
+        generators: for what is random.
+        flat: for ``flat_svd``, `flat_svd`'s matrices.
+    """
+    n, norm, device = len(atom), native.norm(), native.key.device
+    write = sae.atom(atom).to(device)
+    if condition == "atom":
+        return write * activation
+    if condition == "matched":
+        return write * (norm / write.norm().clamp_min(1e-30))
+    if condition == "delete":
+        return native * 0.0
+    if condition == "other_atom":
+        return sae.atom(generators.other(condition, atom, sae.cfg.n_atoms)).to(device) * activation
+    if condition == "flat_svd":
+        assert flat is not None
+        return flat * norm
+    off = (native.key, native.value) if condition == "orthogonal" else (None, None)
+    key, value = (
+        generators.unit(condition, n, d, x).to(device)
+        for d, x in zip((sae.cfg.d_key, sae.cfg.d_value), off, strict=True)
+    )
+    return Write(key, value) * (activation if condition == "random" else norm)
+
+
+def flat_svd(native: Native, flat: WriteSAE, window: Int[Tensor, " firing"], position: Int[Tensor, " firing"]) -> Write:
+    """The top singular pair of what a flat SAE makes of its matrix at each firing, of norm 1 (paper, appendix F.4)."""
+    values, indices = encode_matrices(flat, *target_of(native.cache, *place_of(flat), flat.cfg.target))
+    window, position = window.to(values.device), position.to(values.device)
+    values, indices = values[window, position], indices[window, position]
+    codes = values.new_zeros(len(values), flat.cfg.n_atoms).scatter_add(-1, indices, values)
+    left, _, right = torch.linalg.svd(flat.decode(codes), full_matrices=False)
+    return Write(left[..., 0], right[..., 0, :]).to(native.ids.device)
+
+
+def measure(
+    replayer: Replayer,
+    native: Native,
+    saes: Sequence[WriteSAE],
+    window: Int[Tensor, " firing"],
+    position: Int[Tensor, " firing"],
+    tops: Mapping[Place, tuple[Tensor, Tensor]],
+    conditions: Sequence[str],
+    generators: Generators,
+    flats: Mapping[Place, WriteSAE],
+) -> dict[str, Any]:
+    """Replay firings under all conditions: one row a firing, columns as in `ReplacementResult`.
+
+    Several SAEs act at once; what is one number a head is then pooled over heads as parts of one large matrix.
+    """
+    window, position = window.to(native.ids.device), position.to(native.ids.device)
+    writes: dict[Place, Write] = {}
+    norm2, inner, length2, activation2 = [], [], [], []
+    for sae in saes:
+        place = place_of(sae)
+        own = native.write(place, window, position)
+        activation, atom = (x[window, position] for x in tops[place])
+        flat = flat_svd(native, flats[place], window, position) if "flat_svd" in conditions else None
+        put = [put_in(name, sae, own, atom, activation, generators, flat) for name in conditions]
+        writes[place] = stacked(put).to(own.key.dtype)
+        first = sae.atom(atom).to(window.device) * activation
+        norm2.append(own.norm().square())
+        length2.append(first.norm().square())
+        inner.append(first.inner(own))
+        activation2.append(activation.square())
+    total = lambda parts: torch.stack(parts).sum(0)  # noqa: E731
+    futures = replayer.futures(native, window, position, writes)
+    moved = divergence(native, window, position, writes, replayer.horizon)
+    cosine = total(inner) / (total(norm2) * total(length2)).sqrt().clamp_min(1e-30)
+    by_condition = lambda x: {name: x[:, i].float().cpu() for i, name in enumerate(conditions)}  # noqa: E731
+    one = len(saes) == 1
+    return {
+        "position": position.cpu(),
+        "atom": (atom if one else torch.full_like(atom, -1)).cpu(),
+        "activation": total(activation2).sqrt().float().cpu(),
+        "native_norm": total(norm2).sqrt().float().cpu(),
+        "cosine": cosine.float().cpu(),
+        "kl": by_condition(futures.kl),
+        "flips": {name: x > 0 for name, x in by_condition(futures.flips).items()},
+        "divergence": by_condition(moved),
+    }

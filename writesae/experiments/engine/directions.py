@@ -1,0 +1,195 @@
+"""Directions that should promote a token (paper, section 4), and what the experiments with them share.
+
+A write ``k v^T`` that a read ``q`` meets adds ``(k.q) v^T W_O`` to the residual stream, norm and gate left out, and
+``(k.q) v^T W_O W_U[T]`` to the logit of ``T``. So of all values of length 1 the formula takes ``v* ~ W_O W_U[T]``. It
+names a value only; the key is the one under which the model itself writes at that token, unless another is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from writesae.experiments.engine.targets import token_ids
+from writesae.experiments.results.result import Number
+from writesae.experiments.results.statistics import Array, Values, bootstrap
+from writesae.gradients import gradient
+from writesae.recurrence import Write
+from writesae.saes.activity.reading import inputs
+
+if TYPE_CHECKING:
+    from writesae.model import HookedRecurrentModel
+
+Key: TypeAlias = Literal["native", "signed", "read"] | Float[Tensor, " d_key"]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where writes are wanted, one row a sequence and target, and what is there: all that a direction may depend on.
+
+    Attributes:
+        model, layer, head: where in the model.
+        tokens: ids, padded on the left. mask: 0 at padding, None without any.
+        positions: of the tokens written at, counted without padding.
+        targets: the token that each row should promote.
+        native: the native writes there, ``[batch, n]``.
+        query: what reads the state there.
+    """
+
+    model: HookedRecurrentModel
+    layer: int
+    head: int
+    tokens: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch pos"] | None
+    positions: Int[Tensor, "batch n"]
+    targets: Int[Tensor, " batch"]
+    native: Write
+    query: Float[Tensor, "batch n d_key"]
+
+
+Direction: TypeAlias = Literal["formula", "gradient", "random"] | Callable[[Places], Write]
+
+
+def formula_direction(
+    model: HookedRecurrentModel, layer: int, head: int, tokens: Int[Tensor, " n"]
+) -> Float[Tensor, "n d_value"]:
+    """The value of length 1 that should promote each token most, ``v* = W_O[head] W_U[:, T] / |...|`` (section 4).
+
+    Raises:
+        IndexError: no such layer, head or token.
+    """
+    return F.normalize(promotion(model, layer, head, tokens), dim=-1)
+
+
+def promotion(
+    model: HookedRecurrentModel, layer: int, head: int, tokens: Int[Tensor, " n"]
+) -> Float[Tensor, "n d_value"]:
+    """``W_O[head] W_U[:, T]``: by how much one unit read out of a head raises the logit of ``T``, norms left out."""
+    model.site(layer).check_head(head)
+    ids = token_ids(model, tokens).to(model.device)
+    return model.W_U[:, ids].T.float() @ model.W_O(layer)[head].T.float()
+
+
+def gradient_direction(places: Places) -> Write:
+    """The write of norm 1 at each place that raises the target's log-probability after the last token most.
+
+    To first order through the whole model (`writesae.gradients`): the first singular pair of the gradient with respect
+    to the write, ``[batch, n]``, one backward pass for all places.
+    """
+
+    def of(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        return logits[:, -1].float().log_softmax(-1).gather(-1, places.targets[:, None])[:, 0]
+
+    found = gradient(places.model, places.tokens, of, [places.layer], attention_mask=places.mask)
+    n_pad = 0 if places.mask is None else (places.tokens.shape[1] - places.mask.sum(-1))[:, None]
+    columns = places.positions + n_pad
+    wanted = columns.unique()  # sequences of unequal length have their places in different columns
+    best = found[places.layer].best(wanted.tolist(), [places.head])[:, :, 0]
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    return best[rows, torch.searchsorted(wanted, columns)]
+
+
+def choose_writes(
+    places: Places,
+    direction: Direction = "formula",
+    key: Key = "native",
+    generator: torch.Generator | None = None,
+) -> Write:
+    """The write of norm 1 for every row and position, ``[batch, n]``.
+
+    Args:
+        places: where, and for which targets.
+        direction: ``"formula"``: v* of the row's target. ``"gradient"``: the write of norm 1 that raises its
+            log-probability after the last token most, to first order, by one backward pass. ``"random"``: a random
+            value, one a row. Or a function of places that returns a `Write` ``[batch, n]``, which is scaled to norm 1.
+        key: of formula and random: ``"native"``, the native write's; ``"signed"``, the same, turned round where the
+            token's own read would meet it with a minus; ``"read"``, the one which that read meets fully; or a vector.
+        generator: for random values.
+    """
+    lead, (d_key, d_value) = places.positions.shape, (places.native.d_key, places.native.d_value)
+    if direction == "gradient":
+        direction = gradient_direction
+    if callable(direction):
+        write = direction(places)
+        if (write.shape, write.d_key, write.d_value) != (lead, d_key, d_value):
+            raise ValueError(
+                f"the direction's function returned a write {list(write.shape)} of {write.d_key} x {write.d_value}; "
+                f"wanted is {list(lead)} of {d_key} x {d_value}"
+            )
+        return write * (1 / write.norm().clamp_min(1e-30))
+    if direction == "formula":
+        value = formula_direction(places.model, places.layer, places.head, places.targets)
+    elif direction == "random":
+        value = F.normalize(torch.randn(lead[0], d_value, generator=generator), dim=-1)
+    else:
+        raise ValueError(
+            f"direction={direction!r}: allowed are 'formula', 'gradient', 'random' and a function of places"
+        )
+    keys = places.native.factors()[0][..., 0, :]
+    if isinstance(key, Tensor):
+        if key.shape != (d_key,):
+            raise ValueError(f"key is {list(key.shape)}; the keys of layer {places.layer} are [{d_key}]")
+        keys = key.to(keys).expand_as(keys)
+    elif key == "read":
+        keys = places.query
+    elif key == "signed":
+        keys = torch.where((keys * places.query).sum(-1, keepdim=True) < 0, -keys, keys)
+    elif key != "native":
+        raise ValueError(f"key={key!r}: allowed are 'native', 'signed', 'read' and a vector of {d_key} numbers")
+    return Write(F.normalize(keys, dim=-1), value.to(keys)[:, None].expand(*lead, d_value))
+
+
+@torch.no_grad()
+def at_positions(
+    model: HookedRecurrentModel,
+    layer: int,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"] | None,
+    positions: Int[Tensor, "batch n"],
+) -> tuple[Write, Float[Tensor, "batch n head d_key"], Float[Tensor, "batch vocab"]]:
+    """Native writes ``[batch, n, head]`` and reads at some positions, and the logits after the last token."""
+    lengths = torch.full((len(tokens),), tokens.shape[1]).to(tokens) if mask is None else mask.sum(-1)
+    for row in ((positions < 0) | (positions >= lengths[:, None])).any(1).nonzero()[:1, 0].tolist():
+        raise IndexError(
+            f"positions {positions[row].tolist()} of sequence {row}, which has {int(lengths[row])} tokens "
+            f"(positions 0 to {int(lengths[row]) - 1})"
+        )
+    query, few = f"blocks.{layer}.mixer.hook_q", model.logits_of_last(1)
+    logits, cache = model.run_with_cache(tokens, names=[*inputs(model, layer), query], attention_mask=mask, **few)
+    columns = positions + (tokens.shape[1] - lengths)[:, None]
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+    write = cache.write(layer)
+    native = Write(write.key[rows, columns], write.value[rows, columns], write.rank)
+    return native, cache[query][rows, columns], logits[:, -1].float()
+
+
+# What the experiments of this section share
+
+
+def estimate(
+    name: str,
+    values: Values,
+    clusters: Tensor | Array | None = None,
+    statistic: Callable[[Array], float] | None = None,
+    unit: Any = "",
+) -> Number:
+    """A mean (or other statistic) with its bootstrap interval, and without one where there is a single cluster."""
+    groups = range(len(values)) if clusters is None else clusters.tolist()
+    more: dict[str, Any] = {} if statistic is None else {"statistic": statistic}
+    if len(set(groups)) > 1:
+        return Number.of(name, bootstrap(values, clusters, **more), unit)
+    x = torch.as_tensor(values).double()
+    return Number(name, float(x.mean() if statistic is None else statistic(x.numpy())), unit, n=len(x))
+
+
+def setting(choice: Direction | Key) -> str:
+    """A direction or key in a word, for records."""
+    if isinstance(choice, Tensor):
+        return "given"
+    return choice if isinstance(choice, str) else getattr(choice, "__name__", type(choice).__name__)

@@ -1,0 +1,58 @@
+"""How far an edit moves the state, over the tokens that follow, without any replay.
+
+With the inputs of the layer as they were, the difference of states obeys the recurrence of the edit alone,
+``dS_t = A_t dS_{t-1}`` with ``A_t = D_t + a_t b_t^T`` on the key side, so ``sum_r p_r u_r^T`` becomes
+``sum_r (A_t p_r) u_r^T``: vectors, never matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from writesae.experiments.engine.replay import Native, Place
+from writesae.recurrence import Write
+
+
+@torch.no_grad()
+def divergence(
+    native: Native,
+    window: Int[Tensor, " firing"],
+    position: Int[Tensor, " firing"],
+    writes: Mapping[Place, Write],
+    horizon: int,
+) -> Float[Tensor, "firing condition step"]:
+    """``||S' - S|| / ||S||`` from the token on, of the heads edited taken together, with nothing else changed.
+
+    Exact for edits of one layer. Where several are edited, what lower edits do to the inputs of upper layers is left
+    out.
+
+    Args:
+        native: the windows.
+        window, position: the tokens.
+        writes: what is written instead of the native writes, ``[firing, condition]``.
+        horizon: tokens to follow.
+    """
+    at = position[:, None] + torch.arange(horizon + 1, device=position.device)
+    moved2 = state2 = torch.zeros((), dtype=torch.float64, device=position.device)
+    for (layer, head), write in writes.items():
+        dynamics = native.cache.dynamics(layer).heads([head])
+        rec, own = dynamics.recurrence, dynamics.native[:, :, 0]
+        norm2 = torch.stack([S.double().square().sum((-1, -2))[:, 0] for S in dynamics.each_state()], 1)
+        state2 = state2 + norm2[window[:, None], at][:, None]
+        pick = lambda x: x[:, :, 0][window[:, None], at].double()  # noqa: E731
+        edit = write - own[window, position][:, None]
+        keys, values = (x.double() for x in edit.factors())  # [firing, condition, rank, ...]
+        gram, found = values @ values.mT, []
+        decay = pick(rec.log_decay).exp().reshape(*at.shape, 1, 1, -1)
+        a, b = (None if x is None else pick(x)[:, :, None, None] for x in (rec.a, rec.b))
+        for step in range(horizon + 1):
+            if step:
+                erased = 0.0 if a is None or b is None else a[:, step] * (keys * b[:, step]).sum(-1, keepdim=True)
+                keys = decay[:, step] * keys + erased
+            found.append(((keys @ keys.mT) * gram).sum((-1, -2)).clamp_min(0))
+        moved2 = moved2 + torch.stack(found, -1)
+    return (moved2 / state2.clamp_min(1e-60)).sqrt().float()

@@ -1,0 +1,122 @@
+"""What each atom does over a text: how often it fires, how strongly, and how like the native write it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from writesae.hooks.positions import PAD
+from writesae.recurrence import Write
+from writesae.recurrence.matrices import norm2
+from writesae.saes.activity.reading import BLOCK, Codes, codes_of, inputs
+
+if TYPE_CHECKING:
+    from writesae.model import HookedRecurrentModel
+    from writesae.saes import WriteSAE
+
+COLUMNS = ("cosine", "key_cosine", "value_cosine", "elsewhere")
+"""Cosine to the native write; |cosine| of the factors alone; cosine to the write at a random token of the batch."""
+
+
+def firings(
+    model: HookedRecurrentModel,
+    sae: WriteSAE,
+    windows: Int[Tensor, "n pos"],
+    batch_size: int,
+    generator: torch.Generator,
+) -> Iterator[tuple[Int[Tensor, " firing"], Float[Tensor, " firing"], Float[Tensor, "firing 4"]]]:
+    """Every firing, a batch of windows after the other: the atom, its activation, and the `COLUMNS`.
+
+    A firing is an atom active at a token, whether or not it is the strongest there.
+    """
+    layer, head = sae.cfg.layer, sae.cfg.head
+    assert layer is not None and head is not None
+    few: Any = model.logits_of_last(1)  # nobody wants them
+    for start in range(0, len(windows), batch_size):
+        ids = windows[start : start + batch_size].to(model.device)
+        _, cache = model.run_with_cache(ids, names=inputs(model, layer), **few)
+        codes, write = codes_of(sae, cache, ids), cache.write(layer)[:, :, head]
+        at = (codes.values > 0).nonzero(as_tuple=True)
+        columns = compare(sae, codes, at, write, generator)
+        yield codes.indices[at].cpu(), codes.values[at].float().cpu(), columns
+
+
+def compare(
+    sae: WriteSAE, codes: Codes, at: tuple[Tensor, ...], write: Write, generator: torch.Generator
+) -> Float[Tensor, "firing 4"]:
+    """The `COLUMNS` of some firings.
+
+    Args:
+        sae: whose atoms.
+        codes: of a pass. at: row, position and column of each firing in them.
+        write: what the head writes in the pass, ``[batch, pos]``.
+        generator: of the random tokens.
+    """
+    device, write, lengths = sae.b_enc.device, write.to(sae.b_enc), norm2(sae.decoder).sqrt()
+    dense = sae.cfg.decoder == "dense"
+    size = sae.cfg.d_key * sae.cfg.d_value if dense else sae.cfg.rank * (sae.cfg.d_key + sae.cfg.d_value)
+    row, pos, atom = (x.to(device) for x in (*at[:2], codes.indices[at]))
+    tokens = (codes.positions != PAD).nonzero().to(device)
+    other = tokens[torch.randint(len(tokens), (len(atom),), generator=generator).to(device)]
+    parts = []
+    for here in torch.arange(len(atom), device=device).split(max(1, BLOCK // size)):
+        atoms, length, native = sae.atom(atom[here]), lengths[atom[here]], write[row[here], pos[here]]
+        random = write[other[here, 0], other[here, 1]]
+        cosine, elsewhere = (atoms.inner(x) / (length * x.norm()).clamp_min(1e-30) for x in (native, random))
+        parts.append(torch.stack([cosine, *_factor_cosines(atoms, native), elsewhere], -1))
+    return torch.cat(parts).float().cpu() if parts else torch.zeros(0, len(COLUMNS))
+
+
+def _factor_cosines(atoms: Write, native: Write) -> tuple[Tensor, Tensor]:
+    """|cosine| of keys and of values, NaN unless both are of rank 1."""
+    if atoms.rank > 1 or native.rank > 1:
+        nothing = native.key.new_full(native.shape, torch.nan)
+        return nothing, nothing
+    pairs = (atoms.key, native.key), (atoms.value, native.value)
+    key, value = (torch.cosine_similarity(*pair, dim=-1, eps=1e-30).abs() for pair in pairs)
+    return key, value
+
+
+class Seen:
+    """Counts over all firings, and of each atom ``most`` firings drawn at random, with numbers called ``names``."""
+
+    PRUNE = 2**20  # firings, kept beyond those drawn so far
+
+    def __init__(self, n_atoms: int, most: int, names: tuple[str, ...] = COLUMNS) -> None:
+        self.n_atoms, self.most, self.names, self.drawn = n_atoms, most, names, 0
+        self.firings = torch.zeros(n_atoms, dtype=torch.long)
+        self.total, self.largest = torch.zeros(n_atoms), torch.zeros(n_atoms)
+        self.kept = [(torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0, len(names)))]
+
+    def add(self, atom: Tensor, activation: Tensor, columns: Tensor, priority: Tensor) -> None:
+        self.firings += atom.bincount(minlength=self.n_atoms)
+        self.total.index_add_(0, atom, activation)
+        self.largest.scatter_reduce_(0, atom, activation, "amax")
+        self.kept.append((atom, priority, columns))
+        if sum(len(part[0]) for part in self.kept) > self.drawn + self.PRUNE:
+            self.draw()
+
+    def draw(self) -> tuple[Int[Tensor, " firing"], Float[Tensor, "firing number"]]:
+        """Keep those of the lowest priorities, drawn once a firing: a fair sample, whatever the batches."""
+        atom, priority, columns = (torch.cat(part) for part in zip(*self.kept, strict=True))
+        order = priority.argsort()
+        order = order[atom[order].argsort(stable=True)]
+        counts = atom.bincount(minlength=self.n_atoms)
+        place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[atom[order]]
+        order = order[place < self.most]
+        self.kept, self.drawn = [(atom[order], priority[order], columns[order])], len(order)
+        return atom[order], columns[order]
+
+    def medians(self) -> dict[str, Float[Tensor, " atom"]]:
+        """Of the `COLUMNS`, for each atom; NaN where it never fired."""
+        import pandas as pd
+
+        atom, columns = self.draw()
+        medians = pd.DataFrame(columns.numpy(), columns=list(self.names)).groupby(atom.numpy()).median()
+        whole = medians.reindex(range(self.n_atoms))
+        return {name: torch.tensor(whole[name].to_numpy(dtype=np.float32)) for name in COLUMNS}

@@ -1,0 +1,1 @@
+"""What experiments return, and the statistics behind it."""

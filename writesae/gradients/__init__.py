@@ -1,0 +1,5 @@
+"""What every edit of the memory would do to a number, from one backward pass."""
+
+from writesae.gradients.backward import Gradient, LayerGradient, Logit, gradient
+
+__all__ = ["Gradient", "LayerGradient", "Logit", "gradient"]

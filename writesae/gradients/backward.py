@@ -1,0 +1,329 @@
+"""What every edit of the memory would do to a number that the model computes, from one backward pass.
+
+Within a layer the effect of an edit on the outputs is exact and linear (`writesae.recurrence`); through the rest of the
+model it is taken to first order. With ``g_t`` the gradient of the number with respect to a head's output ``o_t``, which
+one backward pass gives for all layers and tokens, the gradient with respect to what is added to the state at ``t`` is
+a matrix ``M_t`` that obeys the layer's recurrence backwards in time (`kernels.adjoint`). ``<M_t, E>`` is the
+effect of an edit ``E`` there to first order: of every write, every atom, at every token, on every architecture.
+
+Most of what is not linear lies right behind the head, in its norm: what a head reads at a token is blown up there if it
+is little, and an edit that such a token sees is no small change. `LayerGradient.effect` therefore takes the norm as it
+is, and only what comes after it to first order.
+
+The paper's closed form (equation 1) is this with the erase left out, the way from the head to the logits replaced by
+the output embedding, and a prefactor fitted for what that misses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from writesae.gradients.norms import Norm
+from writesae.hooks.names import name_of
+from writesae.recurrence import Read, Recurrence, Write, at_least_float32
+from writesae.recurrence.dynamics import Dynamics
+from writesae.recurrence.kernels import adjoint, carried, chunked, states_at
+from writesae.recurrence.matrices import Atoms, project
+
+if TYPE_CHECKING:
+    from writesae.hooks import ActivationCache
+    from writesae.model import HookedRecurrentModel, Text
+
+
+BLOCK = 2**22  # numbers: outputs of a norm, or entries of gradients, worked on at once
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGradient:
+    """The gradient of one number with respect to the memory of one layer.
+
+    Attributes:
+        recurrence: of the layer in the pass.
+        write: the native writes, ``[batch, pos, head]``.
+        output: gradient with respect to ``hook_o``.
+        norm: what comes right behind, None where nothing does.
+    """
+
+    recurrence: Recurrence
+    write: Write
+    output: Float[Tensor, "batch pos head d_value"]
+    norm: Norm | None = None
+
+    def price(self, edit: Write, *, read: Read = "same") -> Float[Tensor, "batch pos head"]:
+        """``<M_t, E_t>``: how much each edit alone would change the number, to first order.
+
+        Args:
+            edit: one a token and head, ``[batch, pos, head]`` (sizes of 1 broadcast), any rank.
+            read: ``"same"``: the read at the edit's own token sees it; ``"next"``: from the next on.
+        """
+        edit = edit.expand(*self.write.shape)
+        total = torch.zeros_like(at_least_float32(self.output[..., 0]))
+        for key, value in zip(*(x.unbind(-2) for x in edit.factors()), strict=True):
+            seen, _ = chunked(adjoint(self.recurrence, key), self._write, read=read)
+            total = total + (seen.flip(1) * value).sum(-1)
+        return total
+
+    def of_output(self) -> Float[Tensor, "batch head"]:
+        """What each head's whole output contributes, ``sum_t g_t . o_t``: the sum of `price` of its writes (less what a
+        state from before the pass contributes)."""
+        o, _ = chunked(self.recurrence, self.write)
+        return (o * self.output).sum((1, 3))
+
+    @property
+    def at_fixed_scale(self) -> LayerGradient:
+        """The same with the scale of the layer's norm held fixed, so that what lies behind the head is linear.
+
+        A norm undoes the scale of what it is given, so that, to first order, the parts of what a head reads sum to
+        nothing. With its scale held fixed, as is usual when logits are attributed, they sum to what the normalised
+        output contributes. The same as this where there is no norm.
+        """
+        if self.norm is None:
+            return self
+        return replace(self, output=self.norm.at_fixed_scale().reshape(self.output.shape), norm=None)
+
+    @torch.no_grad()
+    def effect(
+        self, head: int, positions: Int[Tensor, "batch n"], edits: Write, *, read: Read = "same"
+    ) -> Float[Tensor, "batch n"]:
+        """How much each edit alone would change the number: exact up to the layer's norm, to first order beyond it.
+
+        Costs ``pos * d_value`` an edit, where `price` costs ``d_key + d_value``. The effects of edits do not add up.
+
+        Args:
+            head: which head.
+            positions: columns of the pass; for each sequence ``n`` edits.
+            edits: ``[batch, n]``, any rank.
+            read: see `price`.
+        """
+        asked = (int(positions.min()), int(positions.max()))
+        if asked[0] < 0 or asked[1] >= self.recurrence.n_pos:
+            raise IndexError(
+                f"edits at positions {asked[0]} to {asked[1]}: allowed are 0 to {self.recurrence.n_pos - 1}"
+            )
+        # Tokens before the first edit, and after the last that the number depends on, play no part.
+        depends = self.output.abs().amax((0, 2, 3)).nonzero().flatten().tolist()
+        used = slice(asked[0], max(asked[0], *depends[-1:]) + 1)
+        rec, positions = self.recurrence[:, used, [head]], positions - used.start
+        width = self.write.d_value if self.norm is None else self.norm.output.shape[-1]
+        step = max(1, BLOCK // (rec.n_pos * len(positions) * width))
+        parts = []
+        for start in range(0, positions.shape[1], step):
+            some = slice(start, start + step)
+            change = torch.zeros(())
+            for key, value in zip(*(x.unbind(-2) for x in edits[:, some].factors()), strict=True):
+                seen = carried(rec, key, positions[:, some])
+                if read == "next":
+                    now = torch.arange(rec.n_pos, device=positions.device)[None, :, None] == positions[:, None, some]
+                    seen = seen.masked_fill(now, 0)
+                change = change + seen[..., None] * value[:, None]
+            if self.norm is None:
+                parts.append((change * self.output[:, used, head, None]).sum((1, 3)))
+            else:
+                parts.append(self.norm.effect(used, head, self.output.shape, change))
+        return torch.cat(parts, 1)
+
+    def prices(self, head: int, atoms: Atoms, *, read: Read = "same") -> Float[Tensor, "batch pos n_atoms"]:
+        """`price` of every atom, at strength 1, at every token: what an SAE's encoder does, on gradients.
+
+        With one decay a head no gradient is built; with one a key channel they are, a few tokens at a time.
+        """
+        one = (slice(None), slice(None), [head])
+        back, write = adjoint(self.recurrence[one]), self._write[one]
+        gradients = Dynamics(back, write, write, delta_rank=2).states(0)
+        if gradients.one_decay:
+            found = project(gradients, atoms).flip(1)
+        else:
+            step = max(1, BLOCK // (len(self.output) * gradients.d_key * gradients.d_value))
+            found = torch.cat([project(M, atoms) for M in gradients.pieces(step)], 1).flip(1)
+        if read == "next":
+            own = Write(self.recurrence.q[:, :, head], self.output[:, :, head]).to(found.dtype)
+            found = found - project(own, atoms)
+        return found
+
+    def at(
+        self, positions: Sequence[int], heads: Sequence[int] | None = None, *, read: Read = "same"
+    ) -> Float[Tensor, "batch n_positions head d_key d_value"]:
+        """The gradients ``M_t`` themselves, at the tokens (columns of the pass) and heads asked for."""
+        which = (slice(None), slice(None), slice(None) if heads is None else list(heads))
+        n = self.recurrence.n_pos
+        for t in positions:
+            if not 0 <= t < n:
+                raise IndexError(f"gradient at position {t}: allowed are 0 to {n - 1}")
+        back, write = adjoint(self.recurrence[which]), self._write[which]
+        M = states_at(back, write, [n - 1 - t for t in positions])
+        if read == "next":
+            M = M - torch.stack([write[:, n - 1 - t].dense() for t in positions], 1)
+        return M
+
+    def best(self, positions: Sequence[int], heads: Sequence[int] | None = None, *, read: Read = "same") -> Write:
+        """The rank-1 edit of norm 1 that raises the number most, to first order: the first singular pair of ``M_t``.
+
+        Leading dimensions ``[batch, n_positions, head]``.
+        """
+        M = self.at(positions, heads, read=read)
+        U, _, Vh = torch.linalg.svd(M, full_matrices=False)
+        return Write(U[..., 0], Vh[..., 0, :])
+
+    @property
+    def _write(self) -> Write:
+        """``q g^T``, what the gradient gains at each token, from last to first."""
+        return Write(at_least_float32(self.recurrence.q).flip(1), at_least_float32(self.output).flip(1))
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """One number of each sequence of a pass, and its gradients with respect to the memory of every layer asked for.
+
+    Attributes:
+        value: the numbers.
+        logits: of the pass.
+        cache: what enters the recurrences.
+        layers: layer -> its `LayerGradient`; ``gradient[layer]`` is the same.
+    """
+
+    value: Float[Tensor, " batch"]
+    logits: Float[Tensor, "batch pos vocab"]
+    cache: ActivationCache
+    layers: dict[int, LayerGradient]
+
+    def __getitem__(self, layer: int) -> LayerGradient:
+        if layer not in self.layers:
+            raise IndexError(f"no gradient was taken at layer {layer}; there are those of {sorted(self.layers)}")
+        return self.layers[layer]
+
+
+@dataclass(frozen=True, eq=False)
+class Logit:
+    """The number to ask about: the logit of a token, or a difference of two logits.
+
+    Attributes:
+        token: token id, one for all sequences or one each, ``[batch]``.
+        at: column of the pass, one for all sequences or one each; -1 is the last.
+        minus: token id (or ids) whose logit is subtracted; None for none.
+    """
+
+    token: int | Int[Tensor, " batch"]
+    at: int | Int[Tensor, " batch"] = -1
+    minus: int | Int[Tensor, " batch"] | None = None
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        """The number of each sequence. Raises IndexError for a token outside the vocabulary or a column not there."""
+        batch, n_pos, n_vocab = logits.shape
+        rows = torch.arange(batch, device=logits.device)
+        at = self._of_rows(self.at, batch, -n_pos, n_pos - 1, "position").to(logits.device)
+        found = logits[rows, at, self._of_rows(self.token, batch, 0, n_vocab - 1, "token id").to(logits.device)]
+        if self.minus is None:
+            return found
+        return found - logits[rows, at, self._of_rows(self.minus, batch, 0, n_vocab - 1, "token id").to(logits.device)]
+
+    @staticmethod
+    def _of_rows(given: int | Tensor, batch: int, first: int, last: int, what: str) -> Tensor:
+        x = torch.as_tensor(given)
+        bad = x[(x < first) | (x > last)]
+        if bad.numel():
+            raise IndexError(f"{what} {int(bad.flatten()[0])} is out of range: allowed are {first} to {last}")
+        return x.expand(batch)
+
+
+def gradient(
+    model: HookedRecurrentModel,
+    x: Text,
+    of: Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]],
+    layers: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> Gradient:
+    """A pass and a backward pass: the gradient of a number with respect to the memory of every layer.
+
+    Hooks and interventions that are attached act, and prices are then of further edits beside them. Parameters get no
+    gradients.
+
+    Args:
+        model: the model.
+        x: a text, several, or token ids, as for ``model(x)``.
+        of: what to differentiate: logits -> one number a sequence (a `Logit`, a log-probability, ...), which must
+            depend on its own sequence alone.
+        layers: recurrent layers; None for all.
+        **kwargs: for the model, e.g. ``attention_mask``.
+
+    Raises:
+        IndexError: a layer that is not recurrent, a token outside the vocabulary.
+        ValueError: not one number a sequence, or they do not depend on what these layers read.
+
+    >>> found = gradient(model, "The state of the", Logit(token))
+    >>> found[2].price(found.cache.write(2))        # what each write of layer 2 contributes, [batch, pos, head]
+    """
+    chosen = [site.layer for site in model.sites] if layers is None else [model.site(layer).layer for layer in layers]
+    with torch.enable_grad(), _frozen(model.hf_model), ExitStack() as stack:
+        probes = {layer: Probe(stack, model, layer) for layer in chosen}
+        names = [name_of(q, layer) for layer in chosen for q in model.family(layer).rule.inputs]
+        logits, cache = model.run_with_cache(x, names=names, **kwargs)
+        value = of(logits)
+        if value.shape != logits.shape[:1]:
+            raise ValueError(f"give one number a sequence, [{len(logits)}]; got {list(value.shape)}")
+        if not value.requires_grad:
+            raise ValueError("the number asked about does not depend on what these layers read: use the logits given")
+        wanted = [tensor for probe in probes.values() for tensor in probe.tensors]
+        found = torch.autograd.grad(value.sum(), wanted, allow_unused=True)
+    cache._detach()
+    gradients = dict(zip(map(id, wanted), found, strict=True))
+    of_tensor = lambda x: torch.zeros_like(x) if gradients[id(x)] is None else gradients[id(x)]  # noqa: E731
+    made = {}
+    for layer, probe in probes.items():
+        rec = model.family(layer).rule.recurrence(lambda quantity, layer=layer: cache[quantity, layer])
+        made[layer] = LayerGradient(rec, cache.write(layer), *probe.gradients(of_tensor))
+    return Gradient(value.detach(), logits.detach(), cache, made)
+
+
+class Probe:
+    """Zeros added to what a layer reads and to what its norm returns: gradients with respect to them are wanted."""
+
+    def __init__(self, stack: ExitStack, model: HookedRecurrentModel, layer: int):
+        self.tensors: list[Tensor] = []  # of the reads; of the norm
+        self.norm = model.norm(layer)
+        self.call: tuple[tuple[Tensor, ...], Tensor] | None = None
+        stack.enter_context(model.hooks([(f"blocks.{layer}.mixer.hook_o", lambda value, hook: self._add(value))]))
+        if self.norm is not None:
+            stack.enter_context(_removed(self.norm.register_forward_hook(self._called)))
+
+    def _add(self, value: Tensor) -> Tensor:
+        self.tensors.append(torch.zeros_like(value).requires_grad_())
+        return value + self.tensors[-1]
+
+    def _called(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        self.call = (tuple(x.detach() for x in args), output.detach())
+        return self._add(output)
+
+    def gradients(self, of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Norm | None]:
+        """What `LayerGradient` holds of them."""
+        norm = None
+        if self.norm is not None and self.call is not None:
+            norm = Norm(self.norm, *self.call, of(self.tensors[1]))
+        return of(self.tensors[0]), norm
+
+
+@contextmanager
+def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter wants a gradient while the block runs: the graph then begins at the first probe."""
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    for p in wanted:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""What long work needs, whatever it works on: files that are whole or not there, processes, progress, resuming."""

@@ -1,0 +1,6 @@
+"""`HookedRecurrentModel`: a transformers model with its memory open to reading and editing."""
+
+from writesae.model.hooked import HookedRecurrentModel
+from writesae.model.tokens import Text
+
+__all__ = ["HookedRecurrentModel", "Text"]

@@ -1,0 +1,331 @@
+"""What can be attached to a model: functions at hook points, interventions in the memory and the residual stream."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from writesae.hooks import (
+    AttachableSAE,
+    Attached,
+    Family,
+    HookPoint,
+    Intervention,
+    PositionSet,
+    ResidualEdit,
+    Site,
+    Steer,
+    Tap,
+    install,
+    name_of,
+    resolve,
+)
+from writesae.hooks.names import RESIDUAL
+from writesae.hooks.positions import Positions
+from writesae.hooks.residual_edits import is_residual_sae
+from writesae.model.tokens import TokenModel
+from writesae.recurrence import Read
+
+Names: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
+Hooks: TypeAlias = Sequence[tuple[str | Callable[[str], bool], Callable[[Any, HookPoint], Any]]]
+
+
+class HookedModel(TokenModel):
+    """A transformers model with hook points, and what it takes to attach to them.
+
+    Args:
+        hf_model: the model itself; `install` gives it its hook points.
+        tokenizer: its tokenizer, None if there are only token ids.
+    """
+
+    def __init__(self, hf_model: Any, tokenizer: Any = None):
+        super().__init__()
+        self._installed = installed = install(hf_model)
+        self._taps: list[Tap] = installed.taps
+        self.hf_model = hf_model
+        self.tokenizer = tokenizer
+        self._points = {point.name: point for layer in installed.points for point in layer.values()}
+        self._by_layer = {tap.site.layer: tap for tap in self._taps}
+        self._aliases = {tap.site.layer: tap.family.aliases for tap in self._taps}
+        self._edited_stream: list[PositionSet] = []  # where edits of the residual stream are attached
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []  # of `add_hook`
+
+    # --- what there is ------------------------------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> list[Site]:
+        """The recurrent layers, ``Site(layer, n_heads, d_key, d_value, rule)``."""
+        return [tap.site for tap in self._taps]
+
+    @property
+    def hook_names(self) -> list[str]:
+        """Every hook point, in the order in which they fire."""
+        return list(self._points)
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every hook point by its name."""
+        return dict(self._points)
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers there are, recurrent and other."""
+        return len(self._installed.layers)
+
+    def site(self, layer: int) -> Site:
+        """The site of a layer; IndexError if that layer is not recurrent."""
+        return self._tap(layer).site
+
+    def family(self, layer: int) -> Family:
+        """The adapter of a layer's architecture; IndexError if that layer is not recurrent."""
+        return self._tap(layer).family
+
+    def _tap(self, layer: int) -> Tap:
+        if layer not in self._by_layer:
+            raise IndexError(f"layer {layer!r} is not recurrent; recurrent layers are {sorted(self._by_layer)}")
+        return self._by_layer[layer]
+
+    # --- attaching ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def hooks(
+        self,
+        hooks: Hooks = (),
+        *,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        state_positions: Positions = None,
+    ) -> Iterator[Any]:
+        """Attach functions to hook points while the block runs.
+
+        Args:
+            hooks: pairs ``(name, fn)``; the name may be a function of names. ``fn(value, hook)`` returns what to go on
+                with, of the same shape and dtype, or None. ``hook.name`` and ``hook.layer`` say where it is.
+            fwd_hooks: more of them; TransformerLens' word.
+            bwd_hooks: pairs whose function gets the gradient of the value, and may return another.
+            state_positions: for ``hook_state``, which fires only at these positions: once a token, with value
+                ``[rows, 1, head, d_key, d_value]``, the state as that token's read sees it, for the sequences
+                (usually all) for which that token is at an asked position (``hook.positions [rows]``).
+
+        Raises:
+            KeyError: no such hook point.
+            RuntimeError: the model ran, and a hook point never came by.
+        """
+        with ExitStack() as stack:
+            passes, silent = stack.enter_context(self._passes()), Counter[str]()
+            requests: dict[int, PositionSet] = {}
+            for name, fn in (*hooks, *fwd_hooks):
+                for point in self._select(name):
+                    if point.quantity != "state":
+                        stack.enter_context(point.add_hook(_noting(silent, point, fn)))
+                        continue
+                    if state_positions is None:
+                        raise ValueError(
+                            f"{point.name} holds a d_key x d_value matrix a token, so it fires only where asked: "
+                            f"pass state_positions=[...]"
+                        )
+                    if point.layer not in requests:
+                        requests[point.layer] = PositionSet(state_positions)
+                        stack.enter_context(added(self._tap(point.layer).state_requests, requests[point.layer]))
+                    stack.enter_context(point.add_hook(_only_for(requests[point.layer], fn)))
+            for name, fn in bwd_hooks:
+                for point in self._without_states(name, "gradients come from ws.gradient"):
+                    stack.enter_context(point.add_hook(fn, "bwd"))
+            yield self
+            check_fired([name for name, n in silent.items() if n == 0], len(passes))
+            _check_reached(requests.values())
+
+    @contextmanager
+    def _passes(self) -> Iterator[list[None]]:
+        """A list that gets longer by one with every complete forward pass while the block runs."""
+        passes: list[None] = []
+        with self._installed.text_model.register_forward_hook(lambda *_: passes.append(None)):
+            yield passes
+
+    def add_hook(
+        self, name: str | Callable[[str], bool], fn: Callable[[Any, HookPoint], Any], dir: str = "fwd"
+    ) -> None:
+        """Attach a function to a hook point until `reset_hooks`; prefer `hooks`, which leaves no trace."""
+        for point in self._without_states(name, "attach to it with model.hooks(..., state_positions=[...])"):
+            self._handles.append(point.add_hook(fn, dir))
+
+    def reset_hooks(self) -> None:
+        """Take away everything that `add_hook` attached. What a ``with`` block attached goes when the block ends."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _without_states(self, name: str | Callable[[str], bool], instead: str) -> list[HookPoint]:
+        points = self._select(name)
+        states = [point.name for point in points if point.quantity == "state"]
+        if states and not callable(name):
+            raise ValueError(f"{states[0]} fires only at positions asked for: {instead}")
+        return [point for point in points if point.quantity != "state"]
+
+    @contextmanager
+    def intervene(
+        self,
+        what: Intervention | ResidualEdit | AttachableSAE | Any | Sequence[Intervention | ResidualEdit],
+        *,
+        positions: Positions = None,
+        read: Read = "same",
+        atom: int | None = None,
+        scale: float | int | None = None,
+        check_model: bool = True,
+    ) -> Iterator[Any]:
+        """Edit the memory while the block runs: in ``model(...)``, ``generate``, and calls of ``hf_model`` itself.
+
+        Args:
+            what: an intervention, several (their edits add up), or an SAE with ``atom`` and ``scale``: that atom is
+                added at ``scale`` times the native write's Frobenius norm. Beside these, edits of the residual stream
+                (`Reconstruct`, `Steer`), which follow each other in the order given; with an SAE of SAELens, ``atom``
+                and ``scale`` are those of `Steer`.
+            positions: which tokens, counted over the whole sequence, prompt and generated alike: None for all, an int,
+                a list, a slice, or an integer tensor ``[batch, n]`` for each sequence its own.
+            read: ``"same"``: an edit at ``t`` is seen by the read at ``t``. ``"next"``: from ``t + 1`` on (the paper's
+                cache-slot protocol).
+            atom, scale: for an SAE.
+            check_model: refuse an SAE that was trained on other weights.
+
+        Raises:
+            IndexError: layer, head, atom or position out of range.
+            ValueError: an SAE for another shape, site or model.
+            RuntimeError: the model ran, and what is edited never came by.
+        """
+        what = getattr(what, "write_sae", what)  # of what `writesae.saelens` made for SAELens
+        if read not in ("same", "next"):
+            raise ValueError(f"read={read!r}: allowed are 'same' and 'next'")
+        with ExitStack() as stack:
+            passes, places = stack.enter_context(self._passes()), []
+            for edit in self._interventions(what, atom, scale):
+                where = PositionSet(positions)
+                if isinstance(edit, ResidualEdit):
+                    stack.enter_context(self._edit_stream(edit, where, read))
+                    place = edit.hook_name
+                else:
+                    fitted = what if isinstance(what, AttachableSAE) else edit.fitted
+                    if fitted is not None:
+                        fitted.check_fits(self, check_model=check_model)
+                    site = self.site(edit.layer)
+                    edit.check(site, where)
+                    attached = Attached(edit, edit.heads(site), where, read)
+                    stack.enter_context(added(self._tap(edit.layer).attached, attached))
+                    place = f"the recurrence of layer {edit.layer}"
+                places.append((place, where))
+            yield self
+            check_fired([place for place, where in places if not where.reached], len(passes))
+            _check_reached(where for _, where in places)
+
+    @contextmanager
+    def _edit_stream(self, edit: ResidualEdit, where: PositionSet, read: Read) -> Iterator[None]:
+        """``edit`` acts on the residual stream at the tokens of ``where`` while the block runs."""
+        if read != "same":
+            raise ValueError(f"read={read!r} is about the memory; an edit of the residual stream is seen at once")
+        (point,) = self._select(edit.hook_name)
+        if point.quantity not in RESIDUAL:
+            names = ", ".join(name_of(quantity, point.layer) for quantity in RESIDUAL)
+            raise ValueError(f"{type(edit).__name__} acts on the residual stream ({names}); {point.name} is none of it")
+
+        def fn(x: Tensor, _hook: HookPoint) -> Tensor | None:
+            there, _ = where.match(self._installed.clock.positions().to(x.device))
+            if not there.any():
+                return None
+            new = x.clone()
+            new[there] = edit(x[there])
+            return new
+
+        with added(self._edited_stream, where), point.add_hook(fn):
+            yield
+
+    def _interventions(
+        self, what: Any, atom: int | None, scale: float | int | None
+    ) -> list[Intervention | ResidualEdit]:
+        of_memory = isinstance(what, AttachableSAE)
+        if of_memory or is_residual_sae(what):  # an SAE
+            if atom is None or scale is None:
+                other = "Substitute(sae)" if of_memory else "Reconstruct(sae)"
+                raise TypeError(
+                    "intervene(sae, ...) needs atom= and scale= (add that atom at scale x the norm of what is there); "
+                    f"for the SAE's own atoms use intervene({other})"
+                )
+            return [what.adding(atom, scale) if of_memory else Steer(what, atom=atom, scale=scale)]
+        if atom is not None or scale is not None:
+            raise TypeError("atom= and scale= go with an SAE; an intervention carries its own")
+        edits = list(what) if isinstance(what, Sequence) else [what]
+        for edit in edits:
+            if not isinstance(edit, (Intervention, ResidualEdit)):
+                got = f"the class {edit.__name__}" if isinstance(edit, type) else type(edit).__name__
+                raise TypeError(f"intervene takes an intervention (Add, Delete, ...) or an SAE; got {got}")
+        return edits
+
+    def _select(self, names: Names, also: Callable[[str], bool] = lambda _: True) -> list[HookPoint]:
+        """The hook points meant by ``names``; ``also`` restricts what None means."""
+        if names is None:
+            return [point for name, point in self._points.items() if also(name)]
+        if callable(names):
+            chosen = [point for name, point in self._points.items() if names(name)]
+            if not chosen:
+                raise KeyError("the names function chose no hook point; it is asked about each of model.hook_names")
+            return chosen
+        wanted = [names] if isinstance(names, str) else list(names)
+        found = (resolve(name, self._points, self._aliases) for name in wanted)
+        return [self._points[name] for name in dict.fromkeys(found)]
+
+    def _asked(self) -> list[PositionSet]:
+        """The positions of everything attached."""
+        of_taps = [p for tap in self._taps for p in [*(item.positions for item in tap.attached), *tap.state_requests]]
+        return of_taps + self._edited_stream
+
+    def _check_within(self, lengths: Int[Tensor, " batch"]) -> None:
+        for positions in self._asked():
+            positions.check_within(lengths)
+
+
+def check_fired(silent: Iterable[str], n_passes: int) -> None:
+    """What was attached and never asked, though the model ran, is a mistake, not a no-op."""
+    for name in silent if n_passes else ():
+        raise RuntimeError(
+            f"the model ran in this block, and {name} never came by, so nothing happened there: another tool computes "
+            f"that part of the model in its own way. Wrap the model with writesae after that tool has changed it"
+        )
+
+
+@contextmanager
+def added(items: list[Any], item: Any) -> Iterator[None]:
+    """``item`` is in ``items`` while the block runs, whatever else comes and goes."""
+    items.append(item)
+    try:
+        yield
+    finally:
+        del items[next(i for i, other in enumerate(items) if other is item)]
+
+
+def _noting(seen: Counter[str], point: HookPoint, fn: Callable[[Any, HookPoint], Any]) -> Callable[..., Any]:
+    """``fn``, and a note of how often it was called."""
+    seen[point.name] += 0
+
+    def noted(value: Any, hook: HookPoint) -> Any:
+        seen[point.name] += 1
+        return fn(value, hook)
+
+    return noted
+
+
+def _only_for(request: PositionSet, fn: Callable[[Any, HookPoint], Any]) -> Callable[[Any, HookPoint], Any]:
+    """Call ``fn`` only for the positions its own block asked for, not for those of a block around it."""
+    return lambda value, hook: fn(value, hook) if hook.request is request else None
+
+
+def _check_reached(positions: Any) -> None:
+    """An edit that was never reached though sequences ran is a mistake, not a no-op."""
+    for p in positions:
+        if missed := p.missed():
+            raise IndexError(
+                f"a sequence that ran in this block never reached position{'s' if len(missed) > 1 else ''} "
+                f"{', '.join(map(str, missed[:5]))}, so nothing happened there"
+            )

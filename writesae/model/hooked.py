@@ -1,0 +1,337 @@
+"""`HookedRecurrentModel`: a transformers model with its memory open to reading and editing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from writesae.hooks import ActivationCache, AttachableSAE, name_of
+from writesae.hooks.intercept import find_mixers
+from writesae.hooks.positions import CACHES, Positions
+from writesae.hooks.residual import Stopped, stop_at
+from writesae.model.attaching import HookedModel, Hooks, Names, added, check_fired
+from writesae.model.tokens import Text, next_token_loss
+from writesae.models.load import load_model
+from writesae.models.tokenizers import check_tokenizer, load_tokenizer
+from writesae.models.wrappers import bare, unwrapped, weights
+from writesae.zoo import shipped_model, shipped_models
+
+MEANING = {
+    "resid_pre": ("[batch, pos, d_model]", "the residual stream before the layer"),
+    "v_mix": ("[batch, pos, head, d_value]", "how much of the first layer's value is mixed into v"),
+    "q_raw": ("[batch, pos, head, d_key]", "the query before its norm and scale"),
+    "k_raw": ("[batch, pos, head, d_key]", "the key before its norm"),
+    "q": ("[batch, pos, head, d_key]", "what reads the state, after any norm and scale"),
+    "k": ("[batch, pos, head, d_key]", "where a token writes, after any norm"),
+    "v": ("[batch, pos, head, d_value]", "what it writes"),
+    "beta": ("[batch, pos, head]", "how strongly it writes, and erases if anything is erased"),
+    "log_decay": ("[batch, pos, head]", "log of how much of the state stays, <= 0"),
+    "kappa": ("[batch, pos, head, d_key]", "removal key: what the erase reads, of length 1"),
+    "iclr": ("[batch, pos, head, d_key]", "in-context learning rate: how much of that is erased"),
+    "write": ("Write [batch, pos, head]", "the native write, in factors: key k, value v (times beta if there is one)"),
+    "state": ("[batch, pos, head, d_key, d_value]", "the memory, at the positions asked for"),
+    "o": ("[batch, pos, head, d_value]", "what was read, before norm and gate"),
+    "z": ("[batch, pos, head, d_value]", "the output gate, as the norm is given it"),
+    "mixer_out": ("[batch, pos, d_model]", "what the mixer, recurrent or attention, gives to the stream"),
+    "mlp_out": ("[batch, pos, d_model]", "what the MLP or the experts give to the stream"),
+    "resid_post": ("[batch, pos, d_model]", "the residual stream after the layer"),
+}
+
+
+class HookedRecurrentModel(HookedModel):
+    """Wraps a transformers model with matrix-state layers; the model itself stays what it is (``model.hf_model``).
+
+    Args:
+        hf_model: the model, or what nnsight, TransformerLens (`TransformerBridge`) or PEFT made of one. It computes
+            exactly as before as long as nothing is attached.
+        tokenizer: needed for text in and out; token ids work without.
+        model_id: name that SAEs trained on it record; default is where it was loaded from.
+
+    Raises:
+        ValueError: the model has no recurrent layer that is known, or no weights yet (nnsight's `dispatch`).
+
+    >>> model = HookedRecurrentModel.from_pretrained("tiny-gdn")
+    >>> logits, cache = model.run_with_cache("The state of the Union")
+    >>> cache["k", 1].shape        # [batch, pos, head, d_key]
+    """
+
+    def __init__(self, hf_model: PreTrainedModel | Any, tokenizer: Any = None, *, model_id: str | None = None):
+        hf_model, own_tokenizer = unwrapped(hf_model)
+        bare(hf_model)  # raises where PEFT puts virtual tokens before the text
+        super().__init__(hf_model, own_tokenizer if tokenizer is None else tokenizer)
+        self.model_id: str = model_id or str(getattr(hf_model, "name_or_path", "") or type(hf_model).__name__)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: torch.dtype | str = torch.float32,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> HookedRecurrentModel:
+        """Load a shipped model (``"tiny-gdn"``), a hub id or a folder.
+
+        Args:
+            name: what to load.
+            dtype: of the weights; ``"auto"`` for the checkpoint's own. Recurrences run in float32 whichever it is.
+            tokenizer: a tokenizer, None for the model's own, or False for none (token ids only).
+            **kwargs: for ``from_pretrained`` (``device_map``, ``revision``, ``local_files_only``, ...).
+
+        Formats are those of transformers, of flash-linear-attention (RWKV-7, DeltaNet, GLA), and of the authors of
+        RWKV-7 (the path of a ``.pth`` file) and Mamba-2; see `writesae.models.load`.
+        """
+        source = shipped_model(str(name)) or str(name)
+        try:
+            hf_model = load_model(source, dtype=dtype, **kwargs)
+        except OSError as error:
+            raise OSError(
+                f"{name} is not shipped (that is: {', '.join(shipped_models())}), and could not be loaded as a "
+                f"folder, a hub id or a .pth file: {error}"
+            ) from error
+        if tokenizer is None:
+            tokenizer = load_tokenizer(source, **kwargs)
+        if tokenizer is False:
+            tokenizer = None
+        else:
+            check_tokenizer(tokenizer, hf_model)
+        return cls(hf_model.eval(), tokenizer, model_id=str(name))
+
+    # --- what there is ------------------------------------------------------------------------------------------------
+
+    def describe_hooks(self) -> list[tuple[str, str, str]]:
+        """``(name, shape, meaning)`` of each kind of hook point, in firing order."""
+        kinds: dict[str, tuple[str, str, str]] = {}
+        points = self._installed.points
+        for layer in sorted(range(len(points)), key=lambda i: -len(points[i])):  # some lack what others have
+            family = self._by_layer[layer].family if layer in self._by_layer else None
+            for quantity, point in points[layer].items():
+                shape, meaning = MEANING[quantity]
+                if family and quantity == "log_decay" and family.rule.decay_per_key:
+                    shape = "[batch, pos, head, d_key]"
+                if family and quantity in family.letters:
+                    meaning = f"{meaning} ({family.letters[quantity]})"
+                kinds.setdefault(quantity, (point.name.replace(f".{layer}.", ".{layer}."), shape, meaning))
+        return [kinds[quantity] for quantity in MEANING if quantity in kinds]
+
+    @property
+    def config(self) -> Any:
+        return self.hf_model.config
+
+    def _mixer(self, layer: int) -> nn.Module:
+        tap = self._tap(layer)
+        return next(mixer for _, mixer, _ in find_mixers(self.hf_model) if mixer.writesae_tap is tap)
+
+    def W_O(self, layer: int) -> Float[Tensor, "head d_value d_model"]:
+        """The output projection of a recurrent layer, head by head; norm and gate before it are not in it."""
+        return self.family(layer).projection(self._mixer(layer))
+
+    def norm(self, layer: int) -> nn.Module | None:
+        """The module that normalises (and gates) what the heads of a recurrent layer read; None where nothing does."""
+        return self.family(layer).norm(self._mixer(layer))
+
+    def fingerprint(self, layer: int) -> str:
+        """A hash of the recurrent layer's weights, rounded to bfloat16 so that it does not depend on the load dtype.
+
+        SAEs record it, and are refused by a model with other weights. Adapters of PEFT count as far as they are active:
+        a layer with one has the fingerprint that it keeps when the adapter is merged.
+        """
+        mixer = self._mixer(layer)
+        digest = hashlib.sha256()
+        for name, parameter in sorted(weights(mixer)):
+            digest.update(f"{name}{list(parameter.shape)}".encode())
+            digest.update(parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    # --- running ------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x: Text,
+        *,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        stop_at_layer: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits for text or token ids ``[batch, pos, vocab]``, with whatever is attached.
+
+        Args:
+            x: a text, several (padded on the left), token ids ``[pos]`` or ``[batch, pos]``.
+            return_type: "loss": the cross entropy in nats of each next token, the mean over real tokens; "both": logits
+                and loss; None: nothing is returned.
+            loss_per_token: the loss ``[batch, pos - 1]`` instead, 0 at padding.
+            stop_at_layer: run the layers before this one only, and return the residual stream that would enter it
+                ``[batch, pos, d_model]``. Negative ones count from the end; `n_layers` stops after the last layer.
+            **kwargs: for the model: ``attention_mask`` (over the whole sequence), ``past_key_values`` (a
+                ``transformers.DynamicCache(config=model.config)``, updated in place: feed a sequence in pieces), ...
+        """
+        if return_type not in ("logits", "loss", "both", None):
+            raise ValueError(f"return_type={return_type!r}: allowed are 'logits', 'loss', 'both' and None")
+        ids, mask = self.to_tokens(x)
+        mask = kwargs.pop("attention_mask", mask)
+        past = self._cache_renamed(kwargs)
+        if past is None:
+            kwargs.setdefault("use_cache", False)
+            if mask is None or mask.ndim == 2:  # with any other mask, an edit says that it can't know positions
+                self._check_within(torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(-1))
+        elif mask is not None and not isinstance(x, Tensor) and mask.shape[1] == ids.shape[1]:
+            raise ValueError(
+                "texts of unequal length can't continue a cache: pass token ids and the whole attention_mask"
+            )
+        if stop_at_layer is not None:
+            if past is not None:
+                raise ValueError("stop_at_layer would leave past_key_values half filled: pass one of them")
+            try:
+                with stop_at(self._installed.layers, stop_at_layer):
+                    self.hf_model(input_ids=ids, attention_mask=mask, **kwargs)
+            except Stopped as stopped:
+                return stopped.stream
+            raise RuntimeError(f"the model ran without its layer {stop_at_layer}")
+        logits = self.hf_model(input_ids=ids, attention_mask=mask, **kwargs).logits
+        if return_type in ("logits", None):
+            return logits if return_type else None
+        if logits.shape[1] != ids.shape[1] or (mask is not None and mask.shape != ids.shape):
+            raise ValueError("a loss needs logits of all tokens: drop logits_to_keep and past_key_values")
+        loss = next_token_loss(logits, ids, mask, loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def _cache_renamed(self, kwargs: dict[str, Any]) -> Any:
+        """The cache among arguments, under the name that the model has for it: another name, it would ignore."""
+        past = next((kwargs.pop(name) for name in CACHES if kwargs.get(name) is not None), None)
+        if past is not None:
+            kwargs[next((name for name in CACHES if name in self._takes()), CACHES[0])] = past
+        return past
+
+    @torch.no_grad()
+    def generate(self, x: Text, **kwargs: Any) -> str | list[str] | Int[Tensor, "batch pos"]:
+        """Continue a text, with whatever is attached acting on every token, prompt and generated alike.
+
+        Args:
+            x: a text, several, or token ids.
+            **kwargs: for ``transformers`` generation: ``max_new_tokens``, ``do_sample``, ``temperature``, ...
+
+        Returns:
+            Prompt and continuation: a text for a text, a list for several, token ids for token ids.
+        """
+        ids, mask = self.to_tokens(x)
+        mask = kwargs.pop("attention_mask", mask)
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError("generation needs padding on the left: the attention mask ends with padding")
+        mask = torch.ones_like(ids) if mask is None else mask
+        self._cache_renamed(kwargs)
+        if "max_new_tokens" in kwargs:
+            self._check_within(mask.sum(-1) + kwargs["max_new_tokens"] - 1)  # the last token is never fed
+        out = self.hf_model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[operator]
+        if "max_new_tokens" in kwargs:  # positions past an early end of the text are no mistake
+            for positions in self._asked():
+                positions.vouch()
+        if isinstance(x, Tensor) or (not isinstance(x, str) and isinstance(x[0], int)):
+            return out
+        n_new = out.shape[1] - ids.shape[1]
+        texts = [x] if isinstance(x, str) else list(x)
+        per_text = out.shape[0] // len(texts)
+        rows = [
+            self._tokenizer().decode(out[i][-(n_new + int(mask[i // per_text].sum())) :], skip_special_tokens=True)
+            for i in range(len(out))
+        ]
+        return rows[0] if isinstance(x, str) and len(rows) == 1 else rows
+
+    def run_with_cache(
+        self,
+        x: Text,
+        names: Names = None,
+        *,
+        names_filter: Names = None,
+        state_positions: Sequence[int] | None = None,
+        remove_batch_dim: bool = False,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ActivationCache]:
+        """Logits ``[batch, pos, vocab]`` (or what else `forward` is asked for), and the quantities named.
+
+        Args:
+            x: as for `forward`.
+            names: a name, a list of names, a function of the name, or None for every quantity except states.
+            names_filter: the same; TransformerLens' word for it.
+            state_positions: positions at which ``hook_state`` is kept, where ``names`` asks for it. (States elsewhere
+                come from ``cache.state(layer, positions)`` later; nothing need be asked for in advance.)
+            remove_batch_dim: leave the batch dimension out of everything in the cache; for one sequence.
+            device: where to keep it; None: where it was computed.
+            **kwargs: as for `forward`: ``stop_at_layer``, ``return_type``, ``attention_mask``, ...
+
+        Raises:
+            KeyError: no such hook point.
+            ValueError: ``remove_batch_dim`` with several sequences; a hook point behind ``stop_at_layer``.
+        """
+        if names is not None and names_filter is not None:
+            raise TypeError("names and names_filter mean the same: pass one of them")
+        names = names_filter if names is None else names
+        wanted = self._select(names, also=lambda name: not name.endswith("hook_state"))
+        stop = kwargs.get("stop_at_layer")
+        if stop is not None:
+            stop = stop + self.n_layers if stop < 0 else stop
+            late = [point.name for point in wanted if point.layer >= stop]
+            if late and names is not None and not callable(names):
+                raise ValueError(f"stop_at_layer={kwargs['stop_at_layer']}: {late[0]} is never reached")
+            wanted = [point for point in wanted if point.layer < stop]
+        states = [point for point in wanted if point.quantity == "state"]
+        if bool(states) != (state_positions is not None):
+            raise ValueError(
+                "hook_state holds a d_key x d_value matrix a token, so it is kept only where asked: pass both a "
+                "hook_state in names= and state_positions=[...], or use cache.state(layer, positions) afterwards"
+            )
+        cache = ActivationCache(self._taps, self._points, self._aliases, device)
+        # States are rebuilt from the recurrence's inputs.
+        inputs = {name_of(q, s.layer) for s in states for q in self.family(s.layer).rule.state_inputs}
+        chosen = {point.name for point in wanted if point not in states}
+        keep = [point for name, point in self._points.items() if name in inputs | chosen]
+        clock = self._installed.clock
+        with ExitStack() as stack:
+            for point in keep:
+                stack.enter_context(point.add_hook(lambda value, hook: cache._store(hook.name, value, clock)))
+            for tap in self._taps:
+                recorder = lambda record, tap=tap: cache._record(tap, record)  # noqa: E731
+                if any(p in wanted for p in tap.points.values()):
+                    stack.enter_context(added(tap.recorders, recorder))
+            out = self(x, **kwargs)
+        check_fired([point.name for point in keep if point.name not in cache._values], 1)
+        for point in states:
+            cache._store(point.name, cache.state(point.layer, list(state_positions or ())))
+        cache._only({point.name for point in wanted})
+        if remove_batch_dim:
+            cache.remove_batch_dim()
+        return out, cache
+
+    def run_with_hooks(
+        self,
+        x: Text,
+        hooks: Hooks = (),
+        *,
+        fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
+        state_positions: Positions = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`forward` with hooks attached for this one call; see `hooks`.
+
+        ``bwd_hooks`` act in the backward pass of what is returned, also after this call.
+        """
+        with self.hooks(hooks, fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks, state_positions=state_positions):
+            return self(x, **kwargs)
+
+    def encode(self, sae: AttachableSAE, x: Text, *, check_model: bool = True, **kwargs: Any) -> Any:
+        """Which atoms of an SAE are active at every token, and how strongly; see `WriteSAE.read`.
+
+        >>> codes = model.encode(WriteSAE.from_pretrained("tiny-gdn/L2H0"), "The state of the Union")
+        >>> codes.values.shape, codes.indices.shape        # [batch, pos, m], largest first
+        """
+        return sae.read(self, x, check_model=check_model, **kwargs)

@@ -1,0 +1,158 @@
+"""Between texts, token ids and logits: what a wrapped model and its tokenizer do without looking inside."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, overload
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from writesae.models.wrappers import bare, device_of, weight
+
+Text: TypeAlias = str | Sequence[str] | Sequence[int] | Int[Tensor, "..."]
+
+
+class TokenModel(nn.Module):
+    """A causal language model of transformers and its tokenizer.
+
+    Attributes:
+        hf_model: the model.
+        tokenizer: its tokenizer, None if there are only token ids.
+    """
+
+    hf_model: Any
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: where the model takes its inputs."""
+        return device_of(self.hf_model)
+
+    # --- text to tokens and back --------------------------------------------------------------------------------------
+
+    def to_tokens(self, text: Text) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
+        """Token ids and attention mask (None where nothing is padded); several texts are padded on the left."""
+        if isinstance(text, Tensor):
+            ids = text if text.ndim == 2 else text[None]
+            if text.ndim not in (1, 2) or text.dtype.is_floating_point or text.numel() == 0:
+                raise ValueError(
+                    f"token ids must be integers [pos] or [batch, pos]; got {text.dtype} {list(text.shape)}"
+                )
+            return self._check_ids(ids.to(self.device)), None
+        if not isinstance(text, str) and len(text) and all(isinstance(x, int) for x in text):
+            return self.to_tokens(torch.tensor(text))
+        texts = [text] if isinstance(text, str) else list(text)  # type: ignore[arg-type]
+        if not texts or not all(isinstance(x, str) and x for x in texts):
+            raise ValueError(f"give a non-empty text, a list of such, or token ids; got {text!r}")
+        rows = [torch.tensor(self._tokenizer()(x, verbose=False)["input_ids"]) for x in texts]
+        n_pos = max(len(row) for row in rows)
+        ids = torch.full((len(rows), n_pos), self._pad_id())
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, n_pos - len(row) :], mask[i, n_pos - len(row) :] = row, 1
+        return ids.to(self.device), None if bool(mask.all()) else mask.to(self.device)
+
+    @overload
+    def to_str_tokens(self, text: str | Sequence[int] | Int[Tensor, "..."]) -> list[str]: ...
+    @overload
+    def to_str_tokens(self, text: Sequence[str]) -> list[list[str]]: ...
+    def to_str_tokens(self, text: Text) -> list[str] | list[list[str]]:
+        """The tokens of a text, or of one sequence of ids, as strings; for a list of texts, a list for each."""
+        if not isinstance(text, (str, Tensor)) and len(text) and all(isinstance(x, str) for x in text):
+            return [self.to_str_tokens(x) for x in text]  # type: ignore[misc]
+        ids, _ = self.to_tokens(text)
+        if len(ids) != 1:
+            raise ValueError(f"to_str_tokens takes one sequence of token ids, [pos] or [1, pos]; got {list(ids.shape)}")
+        return [self._tokenizer().decode([i]) for i in ids[0].tolist()]
+
+    def to_string(self, tokens: int | Sequence[int] | Int[Tensor, "..."]) -> str | list[str]:
+        """The text of a token id, or of ids ``[pos]``; for ``[batch, pos]`` a list."""
+        ids, _ = self.to_tokens([tokens] if isinstance(tokens, int) else tokens)
+        texts = [self._tokenizer().decode(row.tolist()) for row in ids]
+        return texts if isinstance(tokens, Tensor) and tokens.ndim == 2 else texts[0]
+
+    def to_single_token(self, token: str | int) -> int:
+        """The id of a text that is one token (an id is checked and returned).
+
+        Raises:
+            ValueError: the text makes another number of tokens, which the message shows; an id outside the vocabulary.
+        """
+        if isinstance(token, int):
+            return int(self._check_ids(torch.tensor([token]))[0])
+        split = lambda text: self._tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
+        ids = split(token)
+        if len(ids) != 1:
+            parts = [self._tokenizer().decode([i]) for i in ids]
+            also = f"; {' ' + token!r} is one" if len(split(" " + token)) == 1 else ""
+            raise ValueError(f"{token!r} is {len(ids)} tokens, {parts}: give one token{also}")
+        return ids[0]
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError("text needs a tokenizer: HookedRecurrentModel(hf_model, tokenizer), or pass token ids")
+        return self.tokenizer
+
+    def _pad_id(self) -> int:
+        """Any valid id will do, since padding is masked."""
+        return next((i for i in (self._tokenizer().pad_token_id, self._tokenizer().eos_token_id) if i is not None), 0)
+
+    def _check_ids(self, ids: Tensor) -> Tensor:
+        n_vocab = self.hf_model.get_input_embeddings().weight.shape[0]
+        if int(ids.min()) < 0 or int(ids.max()) >= n_vocab:
+            bad = ids[(ids < 0) | (ids >= n_vocab)][0]
+            raise ValueError(f"token id {int(bad)} is outside the model's vocabulary of {n_vocab}")
+        return ids.long()
+
+    # --- embeddings and logits ----------------------------------------------------------------------------------------
+
+    @property
+    def W_E(self) -> Float[Tensor, "vocab d_model"]:
+        """The input embedding."""
+        return weight(self.hf_model.get_input_embeddings())
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model vocab"]:
+        """The output embedding: what makes logits of the normalised residual stream."""
+        return weight(self.hf_model.get_output_embeddings()).T
+
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Sequence[int] | Int[Tensor, "..."]
+    ) -> Float[Tensor, "... d_model"]:
+        """The columns of `W_U` of some tokens: the directions that raise their logits.
+
+        Args:
+            tokens: one token, as text or id, for ``[d_model]``; ids ``[...]`` for ``[..., d_model]``.
+
+        The model's last norm comes before `W_U`, and its weights are not folded into these: multiply by them to compare
+        with the stream before that norm.
+        """
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        return self.W_U.T[self._check_ids(torch.as_tensor(tokens, device=self.device))]
+
+    def logits_of_last(self, n: int) -> dict[str, Any]:
+        """The argument that has the model make logits of the last ``n`` tokens alone (0: of all), if it knows one: with
+        a large vocabulary they may cost as much as the layers."""
+        return {"logits_to_keep": n} if "logits_to_keep" in self._takes() else {}
+
+    def _takes(self) -> Mapping[str, inspect.Parameter]:
+        """The arguments that the model knows; some that it does not, it would ignore."""
+        return inspect.signature(bare(self.hf_model).forward).parameters
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch pos vocab"],
+    ids: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"] | None = None,
+    per_token: bool = False,
+) -> Float[Tensor, "..."]:
+    """Cross entropy in nats of each next token: the mean over real ones, or ``[batch, pos - 1]`` (0 at padding)."""
+    losses = F.cross_entropy(logits[:, :-1].mT.float(), ids[:, 1:], reduction="none")
+    if mask is None:
+        return losses if per_token else losses.mean()
+    real = (mask[:, 1:] * mask[:, :-1]).to(losses)
+    return losses * real if per_token else (losses * real).sum() / real.sum()

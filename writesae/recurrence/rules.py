@@ -1,0 +1,96 @@
+"""Update rules: what enters each one, and the recurrence and the write that it makes of that.
+
+A rule is all of an architecture that its memory depends on. Models of ours run it, adapters read it off another
+model's kernel, and a store rebuilds states by it without any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from writesae.recurrence.spec import Recurrence
+from writesae.recurrence.write import Write
+
+Get: TypeAlias = Callable[[str], Tensor]
+"""Gives a canonical quantity by its name, ``[batch, pos, head, ...]``."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule.
+
+    Attributes:
+        name: what sites and stores call it, e.g. ``"gated_delta"``.
+        inputs: the quantities that enter it, in firing order.
+        recurrence: decay, erase and reads, from canonical quantities.
+        write: the native write, from canonical quantities.
+        decay_per_key: ``log_decay`` is ``[batch, pos, head, d_key]``, one number per key channel.
+        delta_rank: rank of what a token's state gains beyond its decay: 1 if the erase writes along the key or nothing
+            is erased, otherwise 2.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    recurrence: Callable[[Get], Recurrence]
+    write: Callable[[Get], Write]
+    decay_per_key: bool = False
+    delta_rank: int = 1
+
+    @property
+    def state_inputs(self) -> tuple[str, ...]:
+        """The inputs that writes and states depend on: all but the query, which only reads."""
+        return tuple(quantity for quantity in self.inputs if quantity != "q")
+
+
+def delta_recurrence(get: Get, log_decay: Tensor) -> Recurrence:
+    """Decay first, then erase what the key finds: ``a = -beta k`` and ``b = exp(log_decay) k``."""
+    k, decay = get("k"), log_decay.exp()
+    b = k * (decay if decay.ndim == k.ndim else decay[..., None])
+    return Recurrence(get("q"), log_decay, a=k * -get("beta")[..., None], b=b)
+
+
+def nothing_erased(get: Get) -> Recurrence:
+    """Decay, and no erase."""
+    return Recurrence(get("q"), get("log_decay"))
+
+
+def write_with_strength(get: Get) -> Write:
+    """``k (beta v)^T``"""
+    return Write(get("k"), get("beta")[..., None] * get("v"))
+
+
+def plain_write(get: Get) -> Write:
+    """``k v^T``"""
+    return Write(get("k"), get("v"))
+
+
+def _gated_delta(get: Get) -> Recurrence:
+    return delta_recurrence(get, get("log_decay"))
+
+
+def _delta(get: Get) -> Recurrence:
+    return delta_recurrence(get, torch.zeros_like(get("beta")))
+
+
+def _rwkv7(get: Get) -> Recurrence:
+    return Recurrence(get("q"), get("log_decay"), a=get("kappa") * get("iclr"), b=-get("kappa"))
+
+
+_WITH_STRENGTH = ("q", "k", "v", "beta", "log_decay")
+
+GATED_DELTA = Rule("gated_delta", _WITH_STRENGTH, _gated_delta, write_with_strength)
+KIMI_DELTA = Rule("kimi_delta", _WITH_STRENGTH, _gated_delta, write_with_strength, decay_per_key=True)
+MAMBA2 = Rule("mamba2", _WITH_STRENGTH, nothing_erased, write_with_strength)
+DELTA = Rule("delta", ("q", "k", "v", "beta"), _delta, write_with_strength)
+GLA = Rule("gla", ("q", "k", "v", "log_decay"), nothing_erased, plain_write, decay_per_key=True)
+RWKV7 = Rule(
+    "rwkv7", ("q", "k", "v", "log_decay", "kappa", "iclr"), _rwkv7, plain_write, decay_per_key=True, delta_rank=2
+)
+
+RULES: dict[str, Rule] = {rule.name: rule for rule in (GATED_DELTA, KIMI_DELTA, MAMBA2, DELTA, GLA, RWKV7)}
+"""Every rule that is known, by name; `writesae.hooks.register` adds the rule of a family from elsewhere."""

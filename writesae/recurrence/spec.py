@@ -1,0 +1,153 @@
+"""The one recurrence behind every matrix-state model, and the readable loop that is its specification.
+
+Per head, with state ``S [d_key, d_value]``::
+
+    S_t = D_t S_{t-1} + a_t (b_t^T S_{t-1}) + k_t v_t^T          o_t = S_t^T q_t
+
+    D_t  decay, ``exp(log_decay)``: one scalar a head, or one a key channel
+    a_t  erase write, b_t erase read (both absent where the architecture erases nothing)
+    k_t v_t^T  the native write; here ``v`` is what is written, so for Gated DeltaNet it is ``beta * v``
+    q_t  read
+
+Dimension letters used in the code and in shape annotations:
+
+    batch  sequences            head   value heads (keys already expanded to them)
+    pos    tokens in this call  d_key  rows of the state      d_value  columns of the state
+    rank   rank-1 terms of one write
+
+Decay and erase do not depend on the state, so the outputs and states are **linear in the writes**: an edit ``E_t``
+added to the state changes everything after it by the same recurrence run on ``E`` alone. Edits rest on that fact.
+
+Everything is computed in float32 (float64 if the inputs are), whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from writesae.recurrence.write import Write, at_least_float32
+
+Read = Literal["same", "next"]
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """How a layer remembers and reads: everything of the recurrence except what is written.
+
+    Attributes:
+        q: read vectors, canonical (normalised and scaled).
+        log_decay: natural log of the decay, ``<= 0``; ``[batch, pos, head]`` or ``[batch, pos, head, d_key]``.
+        a: erase write, None where nothing is erased.
+        b: erase read, None where nothing is erased.
+    """
+
+    q: Float[Tensor, "batch pos head d_key"]
+    log_decay: Float[Tensor, "batch pos head"] | Float[Tensor, "batch pos head d_key"]
+    a: Float[Tensor, "batch pos head d_key"] | None = None
+    b: Float[Tensor, "batch pos head d_key"] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.a is None) != (self.b is None):
+            raise ValueError("erase write a and erase read b come together: give both or neither")
+        for name in ("log_decay", "a", "b"):  # one of another length would be broadcast in silence
+            x = getattr(self, name)
+            if x is not None and x.shape != self.q.shape and (name != "log_decay" or x.shape != self.q.shape[:-1]):
+                raise ValueError(f"{name} {list(x.shape)} does not fit q {list(self.q.shape)}")
+
+    @property
+    def n_pos(self) -> int:
+        return self.q.shape[1]
+
+    def __getitem__(self, index) -> Recurrence:
+        """Index ``[batch, pos, head]`` with slices, e.g. ``rec[:, 5:, 2:3]``."""
+        pick = lambda x: None if x is None else x[index]  # noqa: E731
+        return Recurrence(self.q[index], self.log_decay[index], pick(self.a), pick(self.b))
+
+    def float(self) -> Recurrence:
+        """At least float32, as the recurrence is computed."""
+        up = lambda x: None if x is None else at_least_float32(x)  # noqa: E731
+        return Recurrence(at_least_float32(self.q), at_least_float32(self.log_decay), up(self.a), up(self.b))
+
+
+def zero_state(rec: Recurrence, write: Write) -> Float[Tensor, "batch head d_key d_value"]:
+    batch, _, head, d_key = rec.q.shape
+    return at_least_float32(rec.q).new_zeros(batch, head, d_key, write.d_value)
+
+
+def first_state(rec: Recurrence, write: Write, initial_state: Tensor | None) -> Tensor:
+    """The state before the first token, as computed with; an error if ``write`` has other positions than ``rec``."""
+    if write.shape[1] != rec.n_pos:
+        raise ValueError(f"the recurrence has {rec.n_pos} positions, the writes have {write.shape[1]}")
+    return zero_state(rec, write) if initial_state is None else at_least_float32(initial_state)
+
+
+def states(
+    rec: Recurrence,
+    write: Write,
+    initial_state: Float[Tensor, "batch head d_key d_value"] | None = None,
+) -> Iterator[Float[Tensor, "batch head d_key d_value"]]:
+    """Yield ``S_t`` after each token: the recurrence as written at the top of this file, one token at a time."""
+    rec = rec.float()
+    keys, values = (at_least_float32(x) for x in write.factors())
+    S = first_state(rec, write, initial_state)
+    for t in range(rec.n_pos):
+        decay = rec.log_decay[:, t].exp()
+        D = decay[..., None, None] if decay.ndim == 2 else decay[..., None]
+        S_t = D * S + keys[:, t].mT @ values[:, t]
+        if rec.a is not None and rec.b is not None:
+            erased = rec.b[:, t, :, None, :] @ S  # b^T S_{t-1}, [batch, head, 1, d_value]
+            S_t = S_t + rec.a[:, t, :, :, None] @ erased
+        S = S_t
+        yield S
+
+
+def step_loop(
+    rec: Recurrence,
+    write: Write,
+    initial_state: Float[Tensor, "batch head d_key d_value"] | None = None,
+    *,
+    dense: Mapping[int, Float[Tensor, "batch head d_key d_value"]] | None = None,
+    read: Read = "same",
+) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"]]:
+    """The recurrence token by token: slow, obvious, and what every faster form is tested against.
+
+    Args:
+        rec: decay, erase and reads.
+        write: what is written at each token, leading dimensions ``[batch, pos, head]``, any rank.
+        initial_state: state before the first token (zero if None).
+        dense: full matrices added to the state at single positions, ``{pos: E}``, after that token's own write.
+        read: ``"same"``: the read at ``t`` sees what is written at ``t``. ``"next"``: it does not (decay and erase
+            are still seen); the paper's cache-slot protocol.
+
+    Returns:
+        Outputs ``o [batch, pos, head, d_value]`` and the final state ``[batch, head, d_key, d_value]``.
+    """
+    dense = check_dense(dense, rec.n_pos)
+    rec = rec.float()
+    keys, values = (at_least_float32(x) for x in write.factors())
+    S = first_state(rec, write, initial_state)
+    outputs = []
+    for t in range(rec.n_pos):
+        now = (slice(None), slice(t, t + 1))
+        written = keys[:, t].mT @ values[:, t]
+        if t in dense:
+            written = written + at_least_float32(dense[t])
+        kept = next(states(rec[now], write[now] * 0.0, S))  # decay and erase alone
+        S = kept + written
+        seen = S if read == "same" else kept
+        outputs.append((rec.q[:, t, :, None, :] @ seen).squeeze(-2))
+    return torch.stack(outputs, 1), S
+
+
+def check_dense(dense: Mapping[int, Tensor] | None, n_pos: int) -> dict[int, Tensor]:
+    """Dense edits sorted by position; an error for a position outside ``0 .. n_pos - 1``."""
+    for t in dense or {}:
+        if not 0 <= t < n_pos:
+            raise IndexError(f"dense edit at position {t}: allowed are 0 to {n_pos - 1}")
+    return dict(sorted((dense or {}).items()))

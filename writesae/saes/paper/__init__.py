@@ -1,0 +1,1 @@
+"""Checkpoints of the paper's own code."""

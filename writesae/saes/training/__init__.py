@@ -1,0 +1,1 @@
+"""From a store or from data in memory to a trained SAE."""

@@ -1,0 +1,176 @@
+"""The files of an activation store: a header, and shards that can each be checked, and made again, by themselves.
+
+    store.json                    what is kept, of which model, on which tokens (`StoreInfo`)
+    shard-00000.safetensors ...   some sequences each: "tokens", and "LAYER.HEAD.QUANTITY" [n, pos, ...]
+    report.json                   what half precision costs: the error of rebuilt states
+
+Every file appears whole or not at all, and its bytes follow from the model, the tokens and its number alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from writesae.jobs.disk import write_whole
+
+HEADER = "store.json"
+REPORT = "report.json"
+FORMAT = 1
+AGAIN = "delete that file and run the same `writesae extract` again: it makes only what is missing"
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """One head: the shape of its state, and of each of its quantities at one token."""
+
+    layer: int
+    head: int
+    d_key: int
+    d_value: int
+    shapes: dict[str, list[int]]
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.head}"
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What a store holds; ``store.json`` is this.
+
+    Attributes:
+        model_id, model_revision: name of the model, and its commit on the hub if it has one.
+        weights: sha256 of all of the model's weights, their dtype included.
+        fingerprints: ``model.fingerprint(layer)`` by layer.
+        families: name of the adapter by layer, which says how writes and states follow from what is kept.
+        sites: the heads.
+        context: tokens of a sequence.
+        n_sequences: how many sequences.
+        shard_sequences: how many of them are in a shard; the last one may have fewer.
+        batch_size: how many ran at once: it may change the last bits.
+        dtype: in which values are kept, e.g. ``float16``.
+        tokens_sha256: of all token ids, int32.
+        source: where the tokens came from, for people to read.
+        versions: of writesae, torch and transformers.
+        format: of these files.
+    """
+
+    model_id: str
+    model_revision: str | None
+    weights: str
+    fingerprints: dict[int, str]
+    families: dict[int, str]
+    sites: tuple[StoredSite, ...]
+    context: int
+    n_sequences: int
+    shard_sequences: int
+    batch_size: int
+    dtype: str
+    tokens_sha256: str
+    source: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.n_sequences // self.shard_sequences)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Shape at one token of everything that is kept, by its name in the shards."""
+        return {f"{site}.{name}": shape for site in self.sites for name, shape in site.shapes.items()}
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> StoreInfo:
+        """Of the contents of ``store.json``; ValueError says what is wrong with them."""
+        values = json.loads(data)
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            found = values.get("format") if isinstance(values, dict) else None
+            raise ValueError(f"it has format {found!r}, this version reads {FORMAT}")
+        known = {f.name for f in fields(cls)}
+        if wrong := sorted(known ^ values.keys()):
+            raise ValueError(f"missing or unknown: {', '.join(wrong)}")
+        values["sites"] = tuple(StoredSite(**site) for site in values["sites"])
+        for name in ("fingerprints", "families"):
+            values[name] = {int(layer): value for layer, value in values[name].items()}
+        return cls(**values)
+
+    @cached_property
+    def identity(self) -> str:
+        """What ties shards to this header."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+
+
+def shard_path(folder: Path, i: int) -> Path:
+    return folder / f"shard-{i:05d}.safetensors"
+
+
+def read_info(folder: Path) -> StoreInfo:
+    """The header; FileNotFoundError if there is none, ValueError if it cannot be used."""
+    path = folder / HEADER
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no activation store: {HEADER} is missing; `writesae extract` makes one"
+        )
+    try:
+        return StoreInfo.from_json(path.read_bytes())
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise ValueError(f"{path} is not the header of an activation store ({e}): extract into a new folder") from e
+
+
+def write_shard(folder: Path, i: int, info: StoreInfo, tensors: Mapping[str, Tensor]) -> None:
+    """Write a shard with all that is needed to check it."""
+    # One key only: safetensors writes several in no particular order, and the same shard has the same bytes.
+    seal = json.dumps({"store": info.identity, "shard": i, "sha256": checksum(tensors)})
+    write_whole(shard_path(folder, i), safetensors.torch.save(dict(tensors), {"writesae": seal}))
+
+
+def read_shard(folder: Path, i: int, info: StoreInfo, *, check: bool = True) -> dict[str, Tensor]:
+    """A shard's tensors, mapped into memory: they are read where they are used.
+
+    Args:
+        folder, i, info: which shard, of which store.
+        check: read all of it and compare with its checksum.
+
+    Raises:
+        ValueError: it was cut off or altered, or belongs to another store or place.
+    """
+    path = shard_path(folder, i)
+    try:
+        with safetensors.safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            seal = json.loads((file.metadata() or {}).get("writesae", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, ValueError) as e:
+        raise ValueError(f"{path} is not a whole shard ({e}): it was cut off or altered; {AGAIN}") from e
+    if not isinstance(seal, dict) or (seal.get("store"), seal.get("shard")) != (info.identity, i):
+        seal = seal if isinstance(seal, dict) else {}
+        raise ValueError(
+            f"{path} belongs elsewhere: expected shard {i} of store {info.identity[:16]}, found shard "
+            f"{seal.get('shard')} of store {str(seal.get('store'))[:16]}; {AGAIN}"
+        )
+    if check and (found := checksum(tensors)) != seal.get("sha256"):
+        raise ValueError(
+            f"{path} was altered after it was written: expected checksum {seal.get('sha256')}, found {found}; {AGAIN}"
+        )
+    return tensors
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,255 @@
+"""What heads write, kept in factors: the inputs of the recurrence, from which writes and states are rebuilt.
+
+A state of a 128 x 128 head has 16,384 numbers a token; what a Gated DeltaNet's depends on, k, v, beta and log_decay,
+has 258. A store keeps those along sequences that each begin from a zero state, in half precision, and rebuilds the rest
+with the code that `ActivationCache` uses, without the model. `extraction.py` makes stores, `shards.py` says what their
+files are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from rich.progress import track
+from torch import Tensor
+
+from writesae.recurrence import Write
+from writesae.recurrence.dynamics import Dynamics, States
+from writesae.recurrence.rules import RULES, Rule
+from writesae.stores.shards import HEADER, REPORT, StoredSite, StoreInfo, read_info, read_shard, shard_path
+
+if TYPE_CHECKING:
+    from writesae.model import HookedRecurrentModel
+
+RULE_OF = {  # stores of version 0.1 named a layer's family as messages do, where its rule is meant
+    "Gated DeltaNet": "gated_delta",
+    "Kimi Delta Attention": "kimi_delta",
+    "Mamba-2": "mamba2",
+    "RWKV-7": "rwkv7",
+    "DeltaNet": "delta",
+    "Gated Linear Attention": "gla",
+}
+OPEN_SHARDS = 8  # how many are kept mapped into memory
+Numbers: TypeAlias = slice | Sequence[int] | Tensor
+
+
+class ActivationStore:
+    """What some heads write, and their states, along token sequences; rebuilt from factors, without the model.
+
+    ``sequences`` are given as a slice, a list or a tensor of their numbers, in any order. Values are float32 on the
+    CPU, exactly as kept. At most `OPEN_SHARDS` shards are mapped into memory, and only what is asked for is read.
+
+    Attributes:
+        info: what it holds.
+        folder: where it is; None if it is in memory (`writesae.stores.extraction.record`).
+
+    >>> store = ActivationStore.open("my-store")
+    >>> store.write(2, 0, [5, 3]).shape                        # [2, pos]
+    >>> store.state(2, 0, slice(0, 4), [-1]).shape             # [4, 1, d_key, d_value]
+    """
+
+    def __init__(self, info: StoreInfo, folder: Path | None = None, shards: Sequence[Mapping[str, Tensor]] = ()):
+        self.info = info
+        self.folder = folder
+        self._in_memory = shards
+        self._open: OrderedDict[int, Mapping[str, Tensor]] = OrderedDict()
+        self._checked: set[int] = set()
+        self._sites = {(site.layer, site.head): site for site in info.sites}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> ActivationStore:
+        """A store on disk. Each shard's checksum is verified when it is first read; `verify` does all.
+
+        Raises:
+            FileNotFoundError: no store there, or shards are missing.
+            ValueError: the header is damaged, or of another version.
+        """
+        folder = Path(folder)
+        info = read_info(folder)
+        paths = [shard_path(folder, i) for i in range(info.n_shards)]
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} lacks {len(missing)} of {info.n_shards} shards, {', '.join(missing[:3])}"
+                f"{', ...' if len(missing) > 3 else ''}: the same `writesae extract` again makes what is missing"
+            )
+        return cls(info, folder)
+
+    @staticmethod
+    def is_at(folder: str | Path) -> bool:
+        """Whether there is one."""
+        return (Path(folder) / HEADER).is_file()
+
+    def place(self, name: str) -> tuple[int, int]:
+        """``(layer, head)`` of a site by its name, ``LAYER.HEAD``; ValueError that lists those there are."""
+        for site in self.info.sites:
+            if str(site) == name:
+                return site.layer, site.head
+        raise ValueError(f"the store has no site {name!r}; it has {', '.join(map(str, self.info.sites))}")
+
+    def __len__(self) -> int:
+        return self.info.n_sequences
+
+    def __repr__(self) -> str:
+        sites = ", ".join(map(str, self.info.sites))
+        return f"ActivationStore({self.info.model_id}: {sites}; {len(self)} sequences of {self.context} tokens)"
+
+    @property
+    def sites(self) -> list[tuple[int, int]]:
+        """``(layer, head)`` of each head."""
+        return list(self._sites)
+
+    @property
+    def n_sequences(self) -> int:
+        return self.info.n_sequences
+
+    @property
+    def context(self) -> int:
+        """Tokens of a sequence."""
+        return self.info.context
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of all sites together, token ids and headers included; measured."""
+        if self.folder is None:
+            size = sum(x.nbytes for shard in self._in_memory for x in shard.values())
+        else:
+            size = sum(shard_path(self.folder, i).stat().st_size for i in range(self.info.n_shards))
+        return size / (self.n_sequences * self.context)
+
+    @property
+    def times_smaller(self) -> float:
+        """Than the dense states of the same heads in two bytes a number."""
+        return 2 * sum(site.d_key * site.d_value for site in self.info.sites) / self.bytes_per_token
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What `writesae.stores.extraction.store_error` measured when the store was made; empty if it is not there."""
+        path = self.folder and self.folder / REPORT
+        return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+
+    # --- what is kept -------------------------------------------------------------------------------------------------
+
+    def tokens(self, sequences: Numbers | None = None) -> Int[Tensor, "n pos"]:
+        """Token ids; None for all."""
+        return self._rows("tokens", self._numbers(slice(None) if sequences is None else sequences)).long()
+
+    def values(self, layer: int, head: int, sequences: Numbers) -> dict[str, Tensor]:
+        """The inputs of the recurrence that writes and states depend on, ``[n, pos, 1, ...]``.
+
+        Raises:
+            IndexError: no such site or sequence.
+            ValueError: a shard is damaged.
+        """
+        site, numbers = self.site(layer, head), self._numbers(sequences)
+        return {name: self._rows(f"{site}.{name}", numbers).float().unsqueeze(2) for name in site.shapes}
+
+    # --- what follows from it -----------------------------------------------------------------------------------------
+
+    def write(self, layer: int, head: int, sequences: Numbers) -> Write:
+        """The native write, ``[n, pos]``."""
+        return self.dynamics(layer, head, sequences).native[:, :, 0]
+
+    def delta(self, layer: int, head: int, sequences: Numbers) -> Write:
+        """What each token's state gains beyond decay, ``[n, pos]``; of rank 2 for RWKV-7."""
+        return self.states(layer, head, sequences).gain
+
+    def states(self, layer: int, head: int, sequences: Numbers) -> States:
+        """Every state of these sequences, in factors."""
+        return self.dynamics(layer, head, sequences).states(0)
+
+    def state(
+        self, layer: int, head: int, sequences: Numbers, positions: Sequence[int]
+    ) -> Float[Tensor, "n n_positions d_key d_value"]:
+        """The states after the tokens at ``positions`` (negative ones count from the end), built."""
+        for p in positions:
+            if not -self.context <= p < self.context:
+                raise IndexError(f"position {p}: the store's sequences have positions 0 to {self.context - 1}")
+        return self.dynamics(layer, head, sequences).states_at([int(p) % self.context for p in positions])[:, :, 0]
+
+    def dynamics(self, layer: int, head: int, sequences: Numbers) -> Dynamics:
+        """What one head's memory went through, ``[n, pos, 1]``."""
+        return Dynamics.of(self._rule(layer), self.values(layer, head, sequences))
+
+    def _rule(self, layer: int) -> Rule:
+        name = RULE_OF.get(self.info.families[layer], self.info.families[layer])
+        if name not in RULES:
+            raise ValueError(
+                f"layer {layer} follows the rule {name!r}, and known here are {', '.join(RULES)}: import the package "
+                f"that registers it (writesae.hooks.register), or use the version that made the store"
+            )
+        return RULES[name]
+
+    def site(self, layer: int, head: int) -> StoredSite:
+        """Sizes of one head, and of what is kept of it; IndexError if it is not in the store."""
+        if (layer, head) not in self._sites:
+            raise IndexError(
+                f"layer {layer} head {head} is not in the store; it has {', '.join(map(str, self.info.sites))}"
+            )
+        return self._sites[layer, head]
+
+    # --- against the model --------------------------------------------------------------------------------------------
+
+    def check_fits(self, model: HookedRecurrentModel) -> None:
+        """Raise ValueError unless the model's recurrent layers are those that the store was made with."""
+        for site in self.info.sites:
+            layer = site.layer
+            known = {s.layer: (s.n_heads, s.d_key, s.d_value) for s in model.sites}
+            heads, *sizes = known.get(layer, (0, 0, 0))
+            if site.head >= heads or sizes != [site.d_key, site.d_value]:
+                raise ValueError(
+                    f"the store has head {site.head} of layer {layer} of {self.info.model_id}, {site.d_key} x "
+                    f"{site.d_value}; {model.model_id} has recurrent layers {list(known)}, and there {heads} heads"
+                )
+            if (found := model.fingerprint(layer)) != self.info.fingerprints[layer]:
+                raise ValueError(
+                    f"the store was made with {self.info.model_id}, whose layer {layer} has fingerprint "
+                    f"{self.info.fingerprints[layer]}; that of {model.model_id} has {found}: other weights. "
+                    f"Load that model, or extract again with this one"
+                )
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def verify(self, progress: bool = True) -> None:
+        """Check every shard; ValueError names the first that is not as it was written."""
+        for i in track(range(self.info.n_shards if self.folder else 0), "checking shards", disable=not progress):
+            self._checked.discard(i)
+            self._open.pop(i, None)
+            self._shard(i)
+
+    def _numbers(self, sequences: Numbers) -> Int[Tensor, " n"]:
+        if isinstance(sequences, slice):
+            sequences = range(len(self))[sequences]
+        numbers = torch.as_tensor(sequences, device="cpu").long().reshape(-1)
+        wrong = numbers[(numbers < 0) | (numbers >= len(self))]
+        if len(wrong):
+            raise IndexError(f"sequence {int(wrong[0])}: the store has sequences 0 to {len(self) - 1}")
+        return numbers
+
+    def _rows(self, name: str, numbers: Int[Tensor, " n"]) -> Tensor:
+        """Some sequences of one tensor, in the dtype it is kept in."""
+        of_shard, within = numbers // self.info.shard_sequences, numbers % self.info.shard_sequences
+        shape = self.info.shapes().get(name, [])
+        dtype = torch.int32 if name == "tokens" else self.info.torch_dtype
+        found = torch.empty(len(numbers), self.context, *shape, dtype=dtype)
+        for i in of_shard.unique().tolist():
+            here = (of_shard == i).nonzero()[:, 0]
+            found[here] = self._shard(i)[name][within[here]]
+        return found
+
+    def _shard(self, i: int) -> Mapping[str, Tensor]:
+        if self.folder is None:
+            return self._in_memory[i]
+        if i not in self._open:
+            self._open[i] = read_shard(self.folder, i, self.info, check=i not in self._checked)
+            self._checked.add(i)
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(i)
+        return self._open[i]
