@@ -97,9 +97,7 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> float
     return difference
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "BLOCK", 2**15)  # 64 positions of two sequences
+SMALL = 2**15  # a block: 64 positions of two sequences
 
 
 # Codes ---------------------------------------------------------------------------------------------------------------
@@ -254,8 +252,7 @@ def test_a_state_is_read_as_wide_as_the_widest_block(monkeypatch: pytest.MonkeyP
     """With a threshold, blocks differ in how many atoms are active."""
     sae, x = make(GDN.d_value, "write", sparsity="jumprelu"), torch.randn(1, 5, D_KEY, GDN.d_value)
     x[:, :3] *= 0.1
-    monkeypatch.setattr(reading, "BLOCK", 1)
-    values, indices = encode_matrices(sae, x)
+    values, indices = encode_matrices(sae, x, block=1)
     expected, _ = sae.topk(x)
     assert values.shape == expected.shape == indices.shape
     torch.testing.assert_close(values, expected)

@@ -14,8 +14,8 @@ from torch import Tensor
 from writesae.hooks.positions import PAD
 from writesae.saes.activity.contexts import EDGES, Contexts
 from writesae.saes.activity.reading import BLOCK, Codes, encode
+from writesae.saes.autoencoder import Autoencoder
 from writesae.saes.config import SAEConfig
-from writesae.saes.sae import WriteSAE
 from writesae.stores.texts import together
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def top_contexts(
     model: HookedRecurrentModel,
-    sae: WriteSAE,
+    sae: Autoencoder,
     texts: str | Iterable[str] | Int[Tensor, "n pos"],
     *,
     n: int = 10,
@@ -46,7 +46,7 @@ def top_contexts(
         model: the model.
         sae: an SAE of one of its heads.
         texts: a text, several (read one after the other, so a generator will do), or token ids.
-        n: firings kept an atom.
+        n: firings kept per atom.
         atoms: which atoms; None for all.
         before, after: tokens shown around each firing, as far as its window goes.
         batch_size: windows run at once.
