@@ -374,7 +374,7 @@ def test_streaming_needs_states_and_one_decay():
     delta = matrices_of("batches")
     with pytest.raises(ValueError, match="target 'state'; this SAE reads each write: use encode"):
         make().encode_states(delta, torch.zeros(2, 4).double())
-    with pytest.raises(ValueError, match=r"\[batch, pos\], one decay a token; got \[2, 4, 6\].*encode dense states"):
+    with pytest.raises(ValueError, match=r"\[batch, pos\], one decay per token; got \[2, 4, 6\].*encode dense states"):
         make(target="state").encode_states(delta, torch.zeros(2, 4, 6).double())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from writesae.saes.config import SAEConfig
 from writesae.zoo import ZOO, shipped_model, shipped_saes
 
 
+@runtime_checkable
 class Format(Protocol):
     """One kind of checkpoint.
 

@@ -7,13 +7,14 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from writesae.saes.config import VARIANTS, SAEConfig
 
 CARD = "README.md"
 
 
+@runtime_checkable
 class Saveable(Protocol):
     """What can be uploaded: an SAE that writes its own files."""
 

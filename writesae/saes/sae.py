@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -21,6 +21,9 @@ from writesae.saes.config import SAEConfig
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
+
+
+S = TypeVar("S", bound="WriteSAE")
 
 
 class WriteSAE(Autoencoder):
@@ -81,8 +84,8 @@ class WriteSAE(Autoencoder):
 
     @classmethod
     def from_pretrained(
-        cls, folder_or_hub_id: str | Path, subfolder: str | None = None, *, revision: str | None = None
-    ) -> Self:
+        cls: type[S], folder_or_hub_id: str | Path, subfolder: str | None = None, *, revision: str | None = None
+    ) -> S:
         """Load a saved SAE from a folder, the ones shipped here (``"tiny-gdn/L2H0"``), or the hub, as float32.
 
         A folder with a ``best.pt`` of the paper's code in place of our two files will do (see `load_reference`), and
@@ -102,7 +105,9 @@ class WriteSAE(Autoencoder):
         return cls.from_tensors(*formats.load(folder, root), whose=folder / files.WEIGHTS)
 
     @classmethod
-    def from_tensors(cls, cfg: SAEConfig, tensors: Mapping[str, Tensor], whose: str | Path = "these tensors") -> Self:
+    def from_tensors(
+        cls: type[S], cfg: SAEConfig, tensors: Mapping[str, Tensor], whose: str | Path = "these tensors"
+    ) -> S:
         """An SAE that takes these tensors as its own, after a check of their names, shapes and norms.
 
         ValueError if they do not fit, which names ``whose`` they are.

@@ -11,7 +11,9 @@ Letters: ``pre [..., n_atoms]``, activations ``a_i >= 0``.
 Others can be added from outside: see `register_sparsity`.
 """
 
-from writesae.saes.sparsities import batch_topk, gated, jumprelu, topk  # noqa: F401  (each registers itself)
 from writesae.saes.sparsities.base import SPARSITIES, Choosing, Sparsity, Thresholds, register_sparsity, sparsity_named
+
+# Each registers itself; messages list them in this order.
+from writesae.saes.sparsities import topk, batch_topk, jumprelu, gated  # noqa: F401  # isort: skip
 
 __all__ = ["SPARSITIES", "Choosing", "Sparsity", "Thresholds", "register_sparsity", "sparsity_named"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,7 @@ from writesae.saes.reconstruction import Activations, Batch, DenseActivations
 from writesae.saes.sparsities.selection import batch_threshold
 
 
+@runtime_checkable
 class SAE(Protocol):
     """What a sparsity sees of the SAE: its sizes, its encoder, and the tensors that the sparsity itself asked for."""
 
