@@ -6,9 +6,9 @@ see `register_format`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,65 +18,66 @@ from writesae.saes.config import SAEConfig
 from writesae.zoo import ZOO, shipped_model, shipped_saes
 
 
-@runtime_checkable
-class Format(Protocol):
+class Format(ABC):
     """One kind of checkpoint.
 
     Attributes:
         holds: what a folder of it holds, for messages: ``"best.pt of the paper's code"``.
-        wanted: what to fetch from the hub, relative to the SAE's folder.
-        wanted_of_root: the same, relative to the repository.
+        wanted: its files, relative to the SAE's folder, as far as they are needed; the first tells it from others.
+        wanted_of_root: what else is needed from a repository on the hub, relative to its root.
     """
 
-    holds: str
-    wanted: tuple[str, ...]
-    wanted_of_root: tuple[str, ...]
+    holds: ClassVar[str]
+    wanted: ClassVar[tuple[str, ...]]
+    wanted_of_root: ClassVar[tuple[str, ...]] = ()
 
     def recognises(self, folder: Path) -> bool:
         """Whether the folder is of this format; true as well if it is but is damaged."""
-        ...
+        return (folder / self.wanted[0]).is_file()
 
-    def load(self, folder: Path, root: Path) -> tuple[SAEConfig, Mapping[str, Tensor]]:
+    @abstractmethod
+    def load(self, folder: Path, root: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
         """The configuration, and the tensors by the names in `WriteSAE`, as float32.
 
         ``root`` is the folder or repository that was named, where ``folder`` may be a subfolder of it. Raises
         FileNotFoundError for a file that is missing, ValueError for one that is damaged.
         """
-        ...
 
 
 FORMATS: list[Format] = []
 """All that exist. The first that recognises a folder loads it."""
 
-
-def register_format(format: Format) -> Format:
-    """Let `WriteSAE.from_pretrained` load a kind of checkpoint that the package does not know."""
-    FORMATS.append(format)
-    return format
+F = TypeVar("F", bound=Format)
 
 
-class Ours:
+def register_format(cls: type[F]) -> type[F]:
+    """A decorator: `WriteSAE.from_pretrained` can load this kind of checkpoint from now on.
+
+    >>> @register_format
+    ... class Mine(Format): ...
+    """
+    name = cls.__module__, cls.__qualname__
+    FORMATS[:] = [one for one in FORMATS if (type(one).__module__, type(one).__qualname__) != name]  # a cell run again
+    FORMATS.append(cls())
+    return cls
+
+
+@register_format
+class Ours(Format):
     """``cfg.json`` and ``sae_weights.safetensors``, see `writesae.saes.files`."""
 
     holds = f"{files.CONFIG} and {files.WEIGHTS}"
-    wanted: tuple[str, ...] = (files.CONFIG, files.WEIGHTS)
-    wanted_of_root: tuple[str, ...] = ()
+    wanted = (files.CONFIG, files.WEIGHTS)
 
-    def recognises(self, folder: Path) -> bool:
-        return (folder / files.CONFIG).is_file()
-
-    def load(self, folder: Path, root: Path) -> tuple[SAEConfig, Mapping[str, Tensor]]:
-        others = ", or ".join(format.holds for format in FORMATS if format is not OURS)
+    def load(self, folder: Path, root: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
+        others = ", or ".join(format.holds for format in FORMATS[1:])
         cfg, tensors = files.load(folder, f" (or {others})" if others else "")
         return cfg, {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}
 
 
-OURS = register_format(Ours())
-
-
-def load(folder: Path, root: Path) -> tuple[SAEConfig, Mapping[str, Tensor]]:
-    """What the first format that recognises a folder makes of it; errors as of ours if none does."""
-    return next((format for format in FORMATS if format.recognises(folder)), OURS).load(folder, root)
+def load(folder: Path, root: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
+    """What the first format that recognises a folder makes of it. If none does, ours says what is missing."""
+    return next((format for format in FORMATS if format.recognises(folder)), FORMATS[0]).load(folder, root)
 
 
 def locate(folder_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None) -> Path:

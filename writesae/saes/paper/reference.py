@@ -22,7 +22,7 @@ from torch import Tensor
 from writesae.saes.autoencoder import Autoencoder
 from writesae.saes.config import SAEConfig
 from writesae.saes.files import check_finite, read_json
-from writesae.saes.formats import register_format
+from writesae.saes.formats import Format, register_format
 from writesae.saes.paper.manifest import MANIFEST, verify
 from writesae.saes.sae import WriteSAE
 
@@ -118,21 +118,16 @@ def read_reference(
     return dataclasses.replace(cfg, model_id=model_id, training={"reference": record}, **place), weights
 
 
-class OfThePaper:
+@register_format
+class OfThePaper(Format):
     """A folder that a training of the paper's code left, as a format of `WriteSAE.from_pretrained`."""
 
     holds = f"{CHECKPOINTS[0]} of the paper's code"
-    wanted: tuple[str, ...] = ON_HUB
-    wanted_of_root: tuple[str, ...] = (MANIFEST,)
-
-    def recognises(self, folder: Path) -> bool:
-        return (folder / CHECKPOINTS[0]).is_file()
+    wanted = ON_HUB
+    wanted_of_root = (MANIFEST,)
 
     def load(self, folder: Path, root: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
         return read_reference(folder, root=root)
-
-
-register_format(OfThePaper())
 
 
 def _file(path: Path) -> Path:
