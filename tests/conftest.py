@@ -1,7 +1,7 @@
 """Settings that every test shares; fixtures of one topic belong beside its tests.
 
-Which tests are slow is measured, not guessed: ``pytest --measure`` notes in `slow.json` what each test function took, all
-its cases together, for all but the quickest that fit into `QUICK` seconds of one core. These are marked ``slow``.
+Which tests are slow is measured, not guessed: ``pytest --measure`` notes in `slow.json` what each test function took,
+all its cases together, for all but the quickest that fit into `QUICK` seconds of one core. These are marked ``slow``.
 """
 
 import json
