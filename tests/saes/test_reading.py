@@ -259,7 +259,7 @@ def test_a_state_is_read_as_wide_as_the_widest_block() -> None:
 
 def test_codes_say_what_they_are() -> None:
     codes = hooked(GDN).encode(make(GDN.d_value, "write"), random_ids(2, 9))
-    assert repr(codes).startswith("Codes(2 sequences, 18 tokens: 3.0 of 24 atoms active a token")
+    assert repr(codes).startswith("Codes(2 sequences, 18 tokens: 3.0 of 24 atoms active per token")
     with pytest.raises(IndexError, match="atom 24: this SAE has atoms 0 to 23"):
         codes.atom(24)
 

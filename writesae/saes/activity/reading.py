@@ -78,7 +78,7 @@ class Codes:
         active, n = int((self.values > 0).sum()), self.n_tokens
         return (
             f"Codes({len(self.tokens)} sequences, {n:,} tokens: {active / max(n, 1):.1f} of {self.n_atoms:,} atoms "
-            f"active a token, {int((self.fired > 0).sum()):,} of them somewhere)"
+            f"active per token, {int((self.fired > 0).sum()):,} of them somewhere)"
         )
 
 

@@ -76,7 +76,7 @@ class FromStore(Data):
         layer, head: one of its sites.
         target: ``"write"``, ``"delta"`` or ``"state"``.
         held_out: share of the sequences that is only measured on: evenly spread, so every part of the text has some.
-        stride: of states that have to be built (one decay a key channel), keep every ``stride``-th position.
+        stride: of states that have to be built (one decay per key channel), keep every ``stride``-th position.
         buffer_tokens: tokens in memory at once. A larger store is read in pieces, in an order drawn from ``seed``.
         held_out_tokens: at most so many tokens are measured on.
         seed: of the order.

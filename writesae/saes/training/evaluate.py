@@ -14,7 +14,8 @@ def evaluate(sae: Autoencoder, data: Matrices, batch_size: int = 4096) -> dict[s
     """How well an SAE does on samples; batch_topk by its threshold, if it has one.
 
     Returns:
-        ``nmse``: the FVU (fraction of variance unexplained), summed squared error over summed squared norm.
+        ``nmse``: the normalised MSE, summed squared error over summed squared norm; where data are centred that is the
+        FVU (fraction of variance unexplained).
         ``mse``: mean squared error of one number.
         ``cosine``: of the strongest atom to the matrix (less the mean, if centred), mean over samples;
         ``cosine_p10``: a tenth of the samples have less. ``l0``: active atoms per sample. ``alive``: share of atoms
