@@ -22,9 +22,9 @@ from writesae.hooks.positions import PAD
 from writesae.pages.decoder import Decoder
 from writesae.saes.activity.contexts import Contexts
 from writesae.saes.activity.reading import codes_of, inputs
-from writesae.saes.activity.search import Strongest, windows_of
+from writesae.saes.activity.search import Strongest
 from writesae.saes.config import SAEConfig
-from writesae.stores.texts import together
+from writesae.stores.windows import Window, each_window, together
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
@@ -38,26 +38,11 @@ NUMBERS = (*COLUMNS, "side", "activation", "token", "window", "position")
 activation; the token's id; the number of the window, and the position in it."""
 
 
-@dataclass(frozen=True)
-class Window:
-    """Tokens that are read together, from an empty memory.
-
-    Attributes:
-        document: which text. start: which of its tokens is the first.
-        tokens: their ids.
-    """
-
-    document: int
-    start: int
-    tokens: Int[Tensor, " pos"]
-
-
 def cut_windows(
     model: HookedRecurrentModel, texts: str | Iterable[str] | Int[Tensor, "n pos"], context: int = CONTEXT
 ) -> list[Window]:
     """Texts in windows of ``context`` tokens; the last of a text may be shorter. ValueError if there is no text."""
-    given = [texts] if isinstance(texts, str) else texts
-    windows = [Window(*window) for window in windows_of(model, given, context)]
+    windows = list(each_window(model, texts, context))
     if not windows:
         raise ValueError("no text: give at least one that is not empty")
     return windows

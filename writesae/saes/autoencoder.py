@@ -106,7 +106,7 @@ class Autoencoder(nn.Module):
 
     def _side(self, side: str, name: str) -> Dictionary:
         kind = DICTIONARIES[name]
-        return kind(self.cfg.rank, **{letter: getattr(self, f"{letter}_{side}") for letter in kind.letters()})
+        return kind(self.cfg.rank, **{letter: getattr(self, f"{letter}_{side}") for letter in kind.letters})
 
     @property
     def decoder(self) -> Atoms:

@@ -6,8 +6,9 @@ A dictionary holds the SAE's own tensors, so what it does in place it does to th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,8 @@ from writesae.recurrence.matrices import Atoms, dense, leading, norm2, unit_norm
 class Dictionary(ABC):
     """``n_atoms`` matrices. Its fields are tensors, named as in files but for the side (``V`` is ``V_dec``)."""
 
+    letters: ClassVar[tuple[str, ...]]  # names of its tensors
     rank: int
-
-    @classmethod
-    def letters(cls) -> list[str]:
-        """Names of its tensors."""
-        return [f.name for f in fields(cls) if f.name != "rank"]
 
     @staticmethod
     @abstractmethod
@@ -40,7 +37,7 @@ class Dictionary(ABC):
     ) -> dict[str, Tensor]:
         """Tensors of what an encoder reads these atoms with, before training: the atoms, as far as it can have them."""
         if isinstance(decoder, cls):
-            return {letter: getattr(decoder, letter).detach().clone() for letter in cls.letters()}
+            return {letter: getattr(decoder, letter).detach().clone() for letter in cls.letters}
         return cls.random(n_atoms, d_key, d_value, rank)
 
     @property
@@ -71,13 +68,14 @@ class Dictionary(ABC):
 
     def scale(self, factor: float) -> None:
         """Multiply every matrix by a number, in place."""
-        getattr(self, self.letters()[0]).mul_(factor)
+        getattr(self, self.letters[0]).mul_(factor)
 
 
 @dataclass(frozen=True, eq=False)
 class Factored(Dictionary):
     """``sum_r v_r w_r^T``: ``V [n_atoms, d_key]`` and ``W [n_atoms, d_value]``, or ``[n_atoms, rank, ...]``."""
 
+    letters = ("V", "W")
     V: Tensor
     W: Tensor
 
@@ -126,6 +124,7 @@ class Factored(Dictionary):
 class Dense(Dictionary):
     """Free matrices: ``A [n_atoms, d_key, d_value]``."""
 
+    letters = ("A",)
     A: Tensor
 
     @staticmethod
