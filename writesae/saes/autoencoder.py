@@ -71,7 +71,7 @@ class Autoencoder(nn.Module):
         if c.decoder_bias:
             self.b_dec = nn.Parameter(torch.zeros(c.d_key, c.d_value))
         self.register_buffer("mean", torch.zeros(c.d_key, c.d_value) if c.center else None)
-        for name, tensor in self.sparsity.tensors(c.n_atoms).items():
+        for name, tensor in self.sparsity.tensors(c).items():
             if isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)
             else:

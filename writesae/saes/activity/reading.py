@@ -142,7 +142,7 @@ def encode_matrices(
     x = x.to(sae.b_enc.device)
     initial = None if initial is None else initial.to(sae.b_enc.device)
     # Filled in place: small results kept between large blocks would leave the memory in holes that no block fits into.
-    values = sae.b_enc.new_zeros(*size(x)[:2], sae.sparsity.width(sae.cfg.k) or 1)
+    values = sae.b_enc.new_zeros(*size(x)[:2], sae.sparsity.width(sae.cfg) or 1)
     indices, start = torch.zeros_like(values, dtype=torch.long), 0
     for pre in _pre(sae, x, initial, block):
         found, m = sae.sparsify(pre), values.shape[-1]
@@ -217,7 +217,7 @@ def codes_of(sae: Autoencoder, cache: ActivationCache, ids: Int[Tensor, "batch p
     found = encode_matrices(sae, *target_of(cache, *sae.place, sae.cfg.target))
     values, indices = (part.to(ids.device) for part in found)
     values = values.masked_fill((cache.positions == PAD)[..., None], 0)
-    if sae.sparsity.width(sae.cfg.k) is None:  # padding may have had more than any token
+    if sae.sparsity.width(sae.cfg) is None:  # padding may have had more than any token
         m = max(1, int((values > 0).sum(-1).max()))
         values, indices = values[..., :m], indices[..., :m]
     return Codes(values, indices, ids, cache.positions, sae.cfg)

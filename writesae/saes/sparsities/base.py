@@ -43,8 +43,8 @@ class Sparsity(ABC):
     chooses: ClassVar[bool]
     calibrated: ClassVar[tuple[str, ...]] = ()
 
-    def tensors(self, n_atoms: int) -> dict[str, nn.Parameter | Tensor]:
-        """What it adds to an SAE: parameters are trained, plain tensors only stored."""
+    def tensors(self, cfg: Any) -> dict[str, nn.Parameter | Tensor]:
+        """What it adds to an SAE of this `SAEConfig`: parameters are trained, plain tensors only stored."""
         return {}
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Sparsity(ABC):
     def activations(self, sae: SAE, batch: Batch, *, over_batch: bool, bandwidth: float) -> Activations:
         """Activations of one batch in training, with gradients."""
 
-    def width(self, k: int) -> int | None:
+    def width(self, cfg: Any) -> int | None:
         """How many atoms `sparsify` returns for each matrix, or None if that depends on the data."""
         return None
 

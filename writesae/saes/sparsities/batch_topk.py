@@ -5,6 +5,8 @@ A matrix by itself is read by ``threshold``: its atoms above that are active.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from writesae.saes.sparsities.selection import above, batch_threshold
 class BatchTopK(Choosing):
     calibrated = ("threshold",)
 
-    def tensors(self, n_atoms: int) -> dict[str, Tensor]:
+    def tensors(self, cfg: Any) -> dict[str, Tensor]:
         return {"threshold": torch.tensor(float("nan"))}
 
     def choose(self, sae: SAE, pre: Tensor, *, over_batch: bool, processes: Processes = ALONE) -> tuple[Tensor, Tensor]:

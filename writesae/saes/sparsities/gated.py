@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,8 +13,8 @@ from writesae.saes.sparsities.base import SAE, Thresholds, register_sparsity
 
 @register_sparsity("gated")
 class Gated(Thresholds):
-    def tensors(self, n_atoms: int) -> dict[str, nn.Parameter | Tensor]:
-        return {"r_mag": nn.Parameter(torch.zeros(n_atoms)), "b_mag": nn.Parameter(torch.zeros(n_atoms))}
+    def tensors(self, cfg: Any) -> dict[str, nn.Parameter | Tensor]:
+        return {"r_mag": nn.Parameter(torch.zeros(cfg.n_atoms)), "b_mag": nn.Parameter(torch.zeros(cfg.n_atoms))}
 
     def of_pre(self, sae: SAE, pre: Tensor, bandwidth: float) -> Tensor:
         strength = (sae.r_mag.exp() * (pre - sae.b_enc) + sae.b_mag).relu()

@@ -13,8 +13,8 @@ from writesae.saes.sparsities.base import SAE, Thresholds, register_sparsity
 
 @register_sparsity("jumprelu")
 class JumpReLU(Thresholds):
-    def tensors(self, n_atoms: int) -> dict[str, nn.Parameter | Tensor]:
-        return {"log_threshold": nn.Parameter(torch.zeros(n_atoms))}
+    def tensors(self, cfg: Any) -> dict[str, nn.Parameter | Tensor]:
+        return {"log_threshold": nn.Parameter(torch.zeros(cfg.n_atoms))}
 
     def of_pre(self, sae: SAE, pre: Tensor, bandwidth: float) -> Tensor:
         return AboveThreshold.apply(pre, sae.log_threshold, bandwidth)  # type: ignore[return-value]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from writesae.jobs.processes import ALONE, Processes
@@ -14,5 +16,5 @@ class TopK(Choosing):
     def choose(self, sae: SAE, pre: Tensor, *, over_batch: bool, processes: Processes = ALONE) -> tuple[Tensor, Tensor]:
         return largest(pre, sae.cfg.k)
 
-    def width(self, k: int) -> int:
-        return k
+    def width(self, cfg: Any) -> int:
+        return cfg.k
