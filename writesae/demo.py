@@ -12,13 +12,13 @@ import torch
 from rich.columns import Columns
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from writesae.experiments import ReplacementResult, replacement_test
 from writesae.experiments.replacement import When
 from writesae.hooks import ActivationCache
+from writesae.jobs.progress import Bars
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
 from writesae.saes import WriteSAE
@@ -51,13 +51,12 @@ def run(
     console.print(about(name, model, saes))
     console.print(written(model, saes[0], SENTENCE))
 
-    results = []
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=console, transient=True) as progress:
-        tasks = [progress.add_task(f"replacement test, {_site(sae)}", total=n_firings) for sae in saes]
-        for sae, task in zip(saes, tasks, strict=True):
-            update = lambda done, task=task: progress.update(task, completed=done)  # noqa: E731
-            results.append(replacement_test(model, sae, heldout_documents(), n_firings=n_firings, progress=update))
+    with Bars(transient=True) as bars:
+        lines = [bars.add(f"replacement test, {_site(sae)}", n_firings) for sae in saes]
+        results = [
+            replacement_test(model, sae, heldout_documents(), n_firings=n_firings, progress=bar)
+            for sae, bar in zip(saes, lines, strict=True)
+        ]
     for result in results:
         console.print(result.table())
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from jaxtyping import Int
 from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from writesae.jobs.disk import write_whole
+from writesae.jobs.progress import track
 from writesae.pages.render import atom_page, index_page
 from writesae.pages.study import study
 
@@ -74,12 +74,8 @@ def write_pages(
         check_model=check_model, console=console,
     )  # fmt: skip
     command = command or shlex.join(["writesae", "pages", name, "--out", str(out)])
-    everything = track(
-        range(sae.cfg.n_atoms), "writing pages", console=console or Console(quiet=True), disable=console is None,
-        transient=True,
-    )  # fmt: skip
     written = {out / page_name(atom) for atom in range(sae.cfg.n_atoms)}
-    for atom in everything:
+    for atom in track(range(sae.cfg.n_atoms), "writing pages", console, transient=True):
         write_file(out / page_name(atom), atom_page(made, atom, command=command))
     for path in set((out / "atom").glob("*.html")) - written:  # of a larger SAE, which was here before
         path.unlink()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Int
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -27,6 +26,7 @@ from torch import Tensor
 from writesae.experiments.engine.conditions import place_of
 from writesae.experiments.report.reproduction import sae_fingerprint
 from writesae.jobs.disk import write_whole
+from writesae.jobs.progress import Bars
 from writesae.pages.decoder import BLOCK, Decoder, direct_effect, extremes, nearest
 from writesae.pages.effects import FOLLOWED, HORIZON, STEP, TESTED, Replaced, Steered, logit_effect, replace, steer
 from writesae.pages.survey import CONTEXT, Survey, Window, cut_windows, survey, token_string
@@ -170,16 +170,15 @@ def study(
     windows = cut_windows(model, texts)
     starts = _prompts(model, windows, prompts)
     settings = _settings(model, sae, windows, starts)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=console or Console(quiet=True), transient=True) as progress:
+    with Bars(console, transient=True) as bars:
         found = before.survey if before is not None else _kept_survey(model, sae, folder, settings)
         if found is None:
-            found = survey(model, sae, windows, progress=_bar(progress, "reading the texts", len(windows)))
+            found = survey(model, sae, windows, progress=bars.add("reading the texts", len(windows)))
             _keep_survey(found, folder, settings)
         made = before or Study(model, sae, name, source, found, _kept_atoms(folder, settings))
         wanted = dict.fromkeys([*found.most_frequent(atoms), *also])
         missing = [atom for atom in wanted if atom not in made.measured and int(found.seen.firings[atom])]
-        tell = _bar(progress, "measuring atoms", len(missing))
+        tell = bars.add("measuring atoms", len(missing))
         for start in range(0, len(missing), AT_ONCE):
             some = missing[start : start + AT_ONCE]
             for atom, result in zip(some, _measure(made, windows, some, starts), strict=True):
@@ -270,8 +269,3 @@ def _kept_survey(model: HookedRecurrentModel, sae: WriteSAE, folder: Path | None
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _bar(progress: Progress, what: str, total: int) -> Callable[[int], None]:
-    task = progress.add_task(what, total=total, visible=total > 0)
-    return lambda done: progress.update(task, completed=done)

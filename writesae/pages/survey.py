@@ -6,7 +6,7 @@ For every atom: its strongest firings with the tokens around (`top_contexts`), c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from writesae.experiments.classes import AtomClasses, classes_of
 from writesae.experiments.engine.firings import COLUMNS, Seen, compare
 from writesae.experiments.engine.mixture import MIN_VALUES
 from writesae.hooks.positions import PAD
+from writesae.jobs.progress import Progress
 from writesae.pages.decoder import Decoder
 from writesae.saes.activity.contexts import Contexts
 from writesae.saes.activity.reading import codes_of, inputs
@@ -163,7 +164,7 @@ def survey(
     max_firings: int = 500,
     batch_size: int = 8,
     seed: int = 0,
-    progress: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> Survey:
     """One pass over the windows, for all atoms.
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from writesae.hooks.names import name_of
 from writesae.jobs.disk import write_whole
 from writesae.jobs.processes import Processes
+from writesae.jobs.progress import Bars
 from writesae.jobs.versions import versions
 from writesae.stores.shards import (
     HEADER,
@@ -88,10 +88,11 @@ def extract(
     info = _same_as(folder, new)
     todo = [i for i in range(info.n_shards) if not shard_path(folder, i).exists()]
     mine = [i for i in todo if i % team.count == team.index]
-    with _bar(f"{len(sites)} heads", [_of_shard(info, tokens, i) for i in mine], progress and team.first) as advance:
+    with Bars(progress and team.first) as bars:
+        bar = bars.add(f"{len(sites)} heads", total=sum(len(_of_shard(info, tokens, i)) for i in mine))
         for i in mine:
             rows = _of_shard(info, tokens, i)
-            shard = _run(model, info, rows, i * info.shard_sequences, advance)
+            shard = _run(model, info, rows, i * info.shard_sequences, bar.advance)
             with _explained(folder, info):
                 write_shard(folder, i, info, shard)
     if team.first and not (folder / REPORT).exists():
@@ -112,8 +113,9 @@ def record(
 ) -> ActivationStore:
     """The same in memory; arguments and errors are those of `extract`."""
     info = _describe(model, tokens, sites, batch_size, len(tokens), dtype, "")
-    with _bar(f"{len(sites)} heads", [tokens], progress) as advance:
-        return ActivationStore(info, shards=[_run(model, info, tokens, 0, advance)])
+    with Bars(progress) as bars:
+        bar = bars.add(f"{len(sites)} heads", total=len(tokens))
+        return ActivationStore(info, shards=[_run(model, info, tokens, 0, bar.advance)])
 
 
 def store_error(model: HookedRecurrentModel, tokens: Int[Tensor, "n pos"], info: StoreInfo) -> dict[str, Any]:
@@ -353,15 +355,6 @@ def _explained(folder: Path, info: StoreInfo) -> Iterator[None]:
 
 def _of_shard(info: StoreInfo, tokens: Tensor, i: int) -> Tensor:
     return tokens[i * info.shard_sequences : (i + 1) * info.shard_sequences]
-
-
-@contextmanager
-def _bar(what: str, parts: Sequence[Tensor], show: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar over sequences."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TimeRemainingColumn(), disable=not show) as bar:
-        task = bar.add_task(what, total=sum(map(len, parts)))
-        yield lambda n: bar.advance(task, n)
 
 
 def _digits(x: Tensor) -> float:

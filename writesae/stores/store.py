@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
-from rich.progress import track
 from torch import Tensor
 
+from writesae.jobs.progress import track
 from writesae.recurrence import Write
 from writesae.recurrence.dynamics import Dynamics, States
 from writesae.recurrence.rules import RULES, Rule
@@ -218,7 +218,7 @@ class ActivationStore:
 
     def verify(self, progress: bool = True) -> None:
         """Check every shard; ValueError names the first that is not as it was written."""
-        for i in track(range(self.info.n_shards if self.folder else 0), "checking shards", disable=not progress):
+        for i in track(range(self.info.n_shards if self.folder else 0), "checking shards", progress):
             self._checked.discard(i)
             self._open.pop(i, None)
             self._shard(i)

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Mamba2Config,
@@ -32,6 +31,7 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
+from writesae.jobs.progress import Bars
 from writesae.models.load import load_model
 from writesae.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 from writesae.zoo import corpus
@@ -283,9 +283,8 @@ def train(
     stop = []  # the first Ctrl-C ends the run after the step in hand; a second one ends it at once
     previous = signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else signal.default_int_handler(*_))
     began = saved = time.monotonic()
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, TimeRemainingColumn()) as progress, metrics.open("a") as log:
-        task = progress.add_task("training", total=steps, completed=step)
+    with Bars() as bars, metrics.open("a") as log:
+        bar = bars.add("training", steps, done=step)
         while step < steps and not stop and (minutes is None or time.monotonic() - began < 60 * minutes):
             start = time.monotonic()
             for group in optimizer.param_groups:
@@ -309,7 +308,7 @@ def train(
             log.flush()
             if due:
                 save()  # after the log, which therefore never lacks a step that the checkpoint has
-            progress.update(task, completed=step, description=f"loss {row['loss']:.3f}")
+            bar(step, f"loss {row['loss']:.3f}")
         save()
     signal.signal(signal.SIGINT, previous)
     if step < steps:
