@@ -19,7 +19,7 @@ from writesae.hooks import Add
 from writesae.hooks.intercept import short_chunks
 from writesae.pages.survey import Survey, Window, token_string
 from writesae.recurrence import Write
-from writesae.stores.texts import together
+from writesae.stores.windows import together
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel

@@ -25,7 +25,7 @@ from writesae.saes.activity.contexts import Contexts
 from writesae.saes.activity.reading import codes_of, inputs
 from writesae.saes.activity.search import Strongest, windows_of
 from writesae.saes.config import SAEConfig
-from writesae.stores.texts import together
+from writesae.stores.windows import together
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel

@@ -34,6 +34,7 @@ from transformers import (
 from writesae.jobs.progress import Bars
 from writesae.models.load import load_model
 from writesae.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
+from writesae.stores.texts import read
 from writesae.zoo import corpus
 from writesae.zoo.evaluate import bits_per_byte, head_memory, xz_bits_per_byte
 
@@ -234,7 +235,7 @@ def train(
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     source = text or corpus.fetch(cache)
-    train_docs, held_out = corpus.split(corpus.read(source))
+    train_docs, held_out = corpus.split(read(source))
 
     if (out / "tokenizer").is_dir():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
@@ -334,7 +335,7 @@ def export(
 
     # Score what a user will load: the rounded weights, computing in float32.
     model = load_model(folder, dtype=torch.float32).eval()
-    _, held_out = corpus.split(corpus.read(text or corpus.fetch(cache)))
+    _, held_out = corpus.split(read(text or corpus.fetch(cache)))
     texts = [d.text[:5000] if quick else d.text for d in held_out]
     settings = state["settings"]
     record = {

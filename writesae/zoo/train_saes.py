@@ -16,7 +16,8 @@ import typer
 from writesae.model import HookedRecurrentModel
 from writesae.saes import train_store
 from writesae.stores.extraction import parse_sites, record
-from writesae.stores.texts import sequences, spread
+from writesae.stores.texts import read
+from writesae.stores.windows import Windows
 from writesae.zoo import corpus
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -37,11 +38,11 @@ def main(
 ) -> None:
     """SAEs of native writes, one atom active in each; the same command again goes on where it stopped."""
     hooked = HookedRecurrentModel.from_pretrained(model)
-    documents, _ = corpus.split(corpus.read(text or corpus.fetch(cache)))
-    tokens = spread(sequences(hooked, [document.text for document in documents], context), max_tokens)
-    store = record(hooked, tokens, parse_sites(hooked, site))
-    for (layer, head), sae in train_store(store, n_atoms=atoms, steps=steps, seed=seed, out=out).items():
-        folder = sae.save_pretrained(out / f"L{layer}H{head}", dtype=torch.float16)
+    documents, _ = corpus.split(read(text or corpus.fetch(cache)))
+    windows = Windows.cut(hooked, [document.text for document in documents], context).enough(of="the text")
+    store = record(hooked, windows.spread(max_tokens).tokens, parse_sites(hooked, site))
+    for sae in train_store(store, n_atoms=atoms, steps=steps, seed=seed, out=out).values():
+        folder = sae.save_pretrained(out / sae.place.folder, dtype=torch.float16)
         print(f"{folder}: {sae.cfg.training['held_out']}")
 
 
