@@ -68,7 +68,4 @@ def check_same(folder: Path, there: Mapping[str, Any], now: Mapping[str, Any]) -
     """
     if found := differences(there, now):
         pairs = "; ".join(f"{key} {there.get(key)!s:.60} there, {now[key]!s:.60} now" for key in found)
-        raise ValueError(
-            f"{folder} was begun otherwise: {pairs}. Run it again with the settings that are there, or choose a new "
-            f"folder"
-        )
+        raise ValueError(f"{folder} was begun otherwise: {pairs}. Give what it was begun with, or choose a new folder")

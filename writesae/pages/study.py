@@ -9,7 +9,6 @@ Files appear whole, and say what they were made with; those made with anything e
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -27,6 +26,7 @@ from writesae.experiments.engine.conditions import place_of
 from writesae.experiments.report.reproduction import sae_fingerprint
 from writesae.jobs.disk import write_whole
 from writesae.jobs.progress import Bars
+from writesae.jobs.resumable import Kept
 from writesae.pages.decoder import BLOCK, Decoder, direct_effect, extremes, nearest
 from writesae.pages.effects import FOLLOWED, HORIZON, STEP, TESTED, Replaced, Steered, logit_effect, replace, steer
 from writesae.pages.survey import CONTEXT, Survey, Window, cut_windows, survey, token_string
@@ -169,13 +169,13 @@ def study(
     sae.atom(torch.tensor(list(also), dtype=torch.long))  # raises for one out of range
     windows = cut_windows(model, texts)
     starts = _prompts(model, windows, prompts)
-    settings = _settings(model, sae, windows, starts)
+    kept = Kept(folder, {"format": FORMAT, "settings": _settings(model, sae, windows, starts)})
     with Bars(console, transient=True) as bars:
-        found = before.survey if before is not None else _kept_survey(model, sae, folder, settings)
+        found = before.survey if before is not None else _kept_survey(model, sae, kept)
         if found is None:
             found = survey(model, sae, windows, progress=bars.add("reading the texts", len(windows)))
-            _keep_survey(found, folder, settings)
-        made = before or Study(model, sae, name, source, found, _kept_atoms(folder, settings))
+            _keep_survey(found, kept)
+        made = before or Study(model, sae, name, source, found, _kept_atoms(kept))
         wanted = dict.fromkeys([*found.most_frequent(atoms), *also])
         missing = [atom for atom in wanted if atom not in made.measured and int(found.seen.firings[atom])]
         tell = bars.add("measuring atoms", len(missing))
@@ -183,7 +183,7 @@ def study(
             some = missing[start : start + AT_ONCE]
             for atom, result in zip(some, _measure(made, windows, some, starts), strict=True):
                 made.measured[atom] = result
-                _keep(folder, f"atoms/{atom:05d}.json", {"settings": settings, "measured": asdict(result)})
+                kept.write(f"atoms/{atom:05d}.json", {"measured": asdict(result)})
             tell(start + len(some))
     return made
 
@@ -230,38 +230,25 @@ def _settings(model: HookedRecurrentModel, sae: WriteSAE, windows: Sequence[Wind
     return digest.hexdigest()[:16]
 
 
-def _keep(folder: Path | None, name: str, contents: dict[str, Any]) -> None:
-    if folder is not None:
-        write_whole(folder / name, json.dumps({"format": FORMAT} | contents).encode())
-
-
-def _kept(path: Path, settings: str) -> dict[str, Any] | None:
-    """What a file holds, if it was made with the same settings; None if it is not there, or damaged."""
-    try:
-        read = json.loads(path.read_bytes())
-        return read if read["format"] == FORMAT and read["settings"] == settings else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _kept_atoms(folder: Path | None, settings: str) -> dict[int, Measured]:
+def _kept_atoms(kept: Kept) -> dict[int, Measured]:
+    """What was measured before."""
     found = {}
-    for path in sorted((folder / "atoms").glob("*.json")) if folder is not None else ():
-        if (read := _kept(path, settings)) is not None:
+    for path in sorted((kept.folder / "atoms").glob("*.json")) if kept.folder is not None else ():
+        if (read := kept.read(f"atoms/{path.name}")) is not None:
             found[int(path.stem)] = Measured.loaded(read["measured"])
     return found
 
 
-def _keep_survey(found: Survey, folder: Path | None, settings: str) -> None:
-    if folder is not None:
+def _keep_survey(found: Survey, kept: Kept) -> None:
+    if kept.folder is not None:
         data = save_tensors({name: x.contiguous() for name, x in found.tensors().items()})
-        write_whole(folder / "survey.safetensors", data)
-        _keep(folder, "survey.json", {"settings": settings, "about": found.about, "sha256": _sha256(data)})
+        write_whole(kept.folder / "survey.safetensors", data)
+        kept.write("survey.json", {"about": found.about, "sha256": _sha256(data)})
 
 
-def _kept_survey(model: HookedRecurrentModel, sae: WriteSAE, folder: Path | None, settings: str) -> Survey | None:
-    read = None if folder is None else _kept(folder / "survey.json", settings)
-    if read is None or folder is None or not (path := folder / "survey.safetensors").is_file():
+def _kept_survey(model: HookedRecurrentModel, sae: WriteSAE, kept: Kept) -> Survey | None:
+    read = kept.read("survey.json")
+    if read is None or kept.folder is None or not (path := kept.folder / "survey.safetensors").is_file():
         return None
     data = path.read_bytes()
     return Survey.loaded(model, sae.cfg, load_tensors(data), read["about"]) if _sha256(data) == read["sha256"] else None

@@ -22,9 +22,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from writesae.hooks.names import name_of
-from writesae.jobs.disk import write_whole
+from writesae.hooks.sites import Head
+from writesae.jobs.disk import remove_halves, write_whole
 from writesae.jobs.processes import Processes
 from writesae.jobs.progress import Bars
+from writesae.jobs.resumable import check_same
 from writesae.jobs.versions import versions
 from writesae.stores.shards import (
     HEADER,
@@ -133,32 +135,36 @@ def store_error(model: HookedRecurrentModel, tokens: Int[Tensor, "n pos"], info:
     positions = sorted({(i + 1) * info.context // 8 - 1 for i in range(8)} - {-1})
     errors = {}
     for site in info.sites:
-        where = (site.layer, site.head, slice(None), positions)
-        S = before.state(*where)
-        off = (after.state(*where) - S).norm(dim=(-2, -1)) / S.norm(dim=(-2, -1)).clamp_min(1e-30)
+        S, kept_S = (store.state(site.layer, site.head, slice(None), positions) for store in (before, after))
+        off = (kept_S - S).norm(dim=(-2, -1)) / S.norm(dim=(-2, -1)).clamp_min(1e-30)
         errors[str(site)] = {"max": _digits(off.max()), "median": _digits(off.median())}
     return {"dtype": info.dtype, "sequences": len(rows), "positions": positions, "state_error": errors}
 
 
-def parse_sites(model: HookedRecurrentModel, names: Iterable[str]) -> list[tuple[int, int]]:
-    """``LAYER.HEAD`` or ``LAYER.all``, several, as pairs; ValueError or IndexError names what is not one."""
+def parse_sites(model: HookedRecurrentModel, names: Iterable[str]) -> list[Head]:
+    """The heads that names stand for, each ``LAYER.HEAD`` or ``LAYER.all``.
+
+    Raises:
+        ValueError: a name of another form.
+        IndexError: a layer that is not recurrent, or a head that it does not have.
+    """
     sites = []
     for name in names:
         layer, _, head = name.partition(".")
         if not layer.isdecimal() or not (head.isdecimal() or head == "all"):
             raise ValueError(f"site {name!r}: write LAYER.HEAD or LAYER.all, e.g. 2.0; `writesae hooks` lists them")
         heads = range(model.site(int(layer)).n_heads) if head == "all" else [int(head)]
-        sites += [(int(layer), h) for h in heads]
+        sites += [Head(int(layer), h) for h in heads]
     return _checked(model, sites)
 
 
-def _checked(model: HookedRecurrentModel, sites: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Each site once; IndexError if there is no such head."""
-    sites = list(dict.fromkeys(sites))
-    for layer, head in sites:
+def _checked(model: HookedRecurrentModel, sites: Iterable[tuple[int, int]]) -> list[Head]:
+    """Each head once; IndexError if there is no such head."""
+    heads = [Head(*site) for site in dict.fromkeys(sites)]
+    for layer, head in heads:
         if not 0 <= head < model.site(layer).n_heads:
             raise IndexError(f"head {head} of layer {layer}: allowed are 0 to {model.site(layer).n_heads - 1}")
-    return sites
+    return heads
 
 
 # --- the pass ---------------------------------------------------------------------------------------------------------
@@ -175,7 +181,7 @@ def _run(
     shapes, dtype = info.shapes(), info.torch_dtype
     shard = {name: torch.empty(*tokens.shape, *shape, dtype=dtype) for name, shape in shapes.items()}
     shard["tokens"] = tokens.to("cpu", torch.int32)
-    heads = _by_layer((site.layer, site.head) for site in info.sites)
+    heads = _by_layer(site.place for site in info.sites)
     for start in range(0, len(tokens), info.batch_size):
         rows = slice(start, start + info.batch_size)
 
@@ -186,7 +192,7 @@ def _run(
             if not bool(kept.isfinite().all()):
                 raise _not_finite(given.cpu(), kept, layer, heads[layer], quantity, first + rows.start)
             for i, head in enumerate(heads[layer]):
-                shard[f"{layer}.{head}.{quantity}"][rows] = kept[:, :, i]
+                shard[f"{Head(layer, head)}.{quantity}"][rows] = kept[:, :, i]
 
         _pass(model, tokens[rows], heads, keep)
         advance(len(tokens[rows]))
@@ -206,7 +212,8 @@ def _not_finite(x: Tensor, kept: Tensor, layer: int, heads: list[int], quantity:
     row, pos, j, *_ = (~kept.isfinite()).nonzero()[0].tolist()
     given = x[row, pos, j].flatten()
     value = given[~kept[row, pos, j].flatten().isfinite()][0].item()
-    where = f"layer {layer} head {heads[j]}: {quantity} at sequence {first + row}, position {pos}, is {value:.6g}"
+    place = Head(layer, heads[j]).words
+    where = f"{place}: {quantity} at sequence {first + row}, position {pos}, is {value:.6g}"
     if torch.tensor(value).isfinite():
         return ValueError(
             f"{where}, too large for {str(kept.dtype).removeprefix('torch.')}, which ends at "
@@ -215,7 +222,7 @@ def _not_finite(x: Tensor, kept: Tensor, layer: int, heads: list[int], quantity:
     return ValueError(f"{where}: the model itself fails there; look at these tokens, or run it in float32")
 
 
-def _by_layer(sites: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+def _by_layer(sites: Iterable[Head]) -> dict[int, list[int]]:
     heads: dict[int, list[int]] = {}
     for layer, head in sites:
         heads.setdefault(layer, []).append(head)
@@ -245,20 +252,20 @@ def _describe(
         raise ValueError(f"tokens must be [n, pos], at least one; got {list(tokens.shape)}")
     for part in tokens.split(1024):  # ids are checked before anything is written
         model.to_tokens(part)
-    sites = _checked(model, sites)
-    if not sites:
+    chosen = _checked(model, sites)
+    if not chosen:
         raise ValueError("no sites: name at least one (layer, head)")
     if model.hf_model.training or any(tap.busy for tap in model._taps):
         raise ValueError(
             "the model is in training mode, or hooks or edits are attached: call model.eval(), detach them"
         )
-    heads = _by_layer(sites)
+    heads = _by_layer(chosen)
     shapes: dict[int, dict[str, list[int]]] = {layer: {} for layer in heads}
     _pass(
         model, tokens[:1, :2], heads, lambda x, point: shapes[point.layer].update({point.quantity: list(x.shape[3:])})
     )
     stored = []
-    for layer, head in sites:
+    for layer, head in chosen:
         site = model.site(layer)
         stored.append(StoredSite(layer, head, site.d_key, site.d_value, shapes[layer]))
     if shard_sequences is None:
@@ -294,9 +301,7 @@ def _numbers(site: StoredSite) -> int:
 def _prepare(folder: Path, new: StoreInfo) -> None:
     """A header and room for the shards; what a killed run left half-written is removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (HEADER, REPORT, "shard-*.safetensors"):
-        for left_over in folder.glob(f".{name}.*.tmp"):
-            left_over.unlink()
+    remove_halves(folder, HEADER, REPORT, "shard-*.safetensors")
     if (folder / HEADER).exists():
         info = _same_as(folder, new)
     elif any(folder.iterdir()):
@@ -322,14 +327,14 @@ def _prepare(folder: Path, new: StoreInfo) -> None:
 def _same_as(folder: Path, new: StoreInfo) -> StoreInfo:
     """The header that is there; ValueError says in what this run differs from it."""
     old = read_info(folder)
-    known, asked = asdict(old), asdict(new)
-    differ = [name for name in known if name != "source" and known[name] != asked[name]]
-    if "sites" in differ:
-        known["sites"], asked["sites"] = (" ".join(map(str, info.sites)) for info in (old, new))
-    if differ:
-        pairs = "; ".join(f"{name} {known[name]!s:.60} there, {asked[name]!s:.60} now" for name in differ)
-        raise ValueError(f"{folder} was begun otherwise: {pairs}. Give what it was begun with, or choose a new folder")
+    check_same(folder, _work(old), _work(new))
     return old
+
+
+def _work(info: StoreInfo) -> dict[str, Any]:
+    """What every shard depends on, as a message can name it."""
+    work = asdict(info) | {"families": info.rules, "sites": " ".join(map(str, info.sites))}
+    return {name: value for name, value in work.items() if name != "source"}
 
 
 def _write(folder: Path, name: str, values: dict[str, Any], info: StoreInfo) -> None:

@@ -21,11 +21,20 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from writesae.hooks.sites import Head
 from writesae.jobs.disk import write_whole
 
 HEADER = "store.json"
 REPORT = "report.json"
 FORMAT = 1
+RULE_OF = {  # stores of version 0.1 named a layer's family as messages do, where its rule is meant
+    "Gated DeltaNet": "gated_delta",
+    "Kimi Delta Attention": "kimi_delta",
+    "Mamba-2": "mamba2",
+    "RWKV-7": "rwkv7",
+    "DeltaNet": "delta",
+    "Gated Linear Attention": "gla",
+}
 AGAIN = "delete that file and run the same `writesae extract` again: it makes only what is missing"
 
 
@@ -39,8 +48,13 @@ class StoredSite:
     d_value: int
     shapes: dict[str, list[int]]
 
+    @property
+    def place(self) -> Head:
+        """Which head it is."""
+        return Head(self.layer, self.head)
+
     def __str__(self) -> str:
-        return f"{self.layer}.{self.head}"
+        return str(self.place)
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,8 @@ class StoreInfo:
         model_id, model_revision: name of the model, and its commit on the hub if it has one.
         weights: sha256 of all of the model's weights, their dtype included.
         fingerprints: ``model.fingerprint(layer)`` by layer.
-        families: name of the adapter by layer, which says how writes and states follow from what is kept.
+        families: by layer, the name of the update rule, which says how writes and states follow from what is kept.
+            Old stores have the family's display name here; see `rules`.
         sites: the heads.
         context: tokens of a sequence.
         n_sequences: how many sequences.
@@ -87,6 +102,11 @@ class StoreInfo:
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+    @property
+    def rules(self) -> dict[int, str]:
+        """Name of the update rule by layer, also of a store that names the family."""
+        return {layer: RULE_OF.get(name, name) for layer, name in self.families.items()}
 
     def shapes(self) -> dict[str, list[int]]:
         """Shape at one token of everything that is kept, by its name in the shards."""

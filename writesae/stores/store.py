@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from writesae.hooks.sites import Head
 from writesae.jobs.progress import track
 from writesae.recurrence import Write
 from writesae.recurrence.dynamics import Dynamics, States
@@ -27,14 +28,6 @@ from writesae.stores.shards import HEADER, REPORT, StoredSite, StoreInfo, read_i
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
 
-RULE_OF = {  # stores of version 0.1 named a layer's family as messages do, where its rule is meant
-    "Gated DeltaNet": "gated_delta",
-    "Kimi Delta Attention": "kimi_delta",
-    "Mamba-2": "mamba2",
-    "RWKV-7": "rwkv7",
-    "DeltaNet": "delta",
-    "Gated Linear Attention": "gla",
-}
 OPEN_SHARDS = 8  # how many are kept mapped into memory
 Numbers: TypeAlias = slice | Sequence[int] | Tensor
 
@@ -60,7 +53,7 @@ class ActivationStore:
         self._in_memory = shards
         self._open: OrderedDict[int, Mapping[str, Tensor]] = OrderedDict()
         self._checked: set[int] = set()
-        self._sites = {(site.layer, site.head): site for site in info.sites}
+        self._sites = {site.place: site for site in info.sites}
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationStore:
@@ -86,11 +79,11 @@ class ActivationStore:
         """Whether there is one."""
         return (Path(folder) / HEADER).is_file()
 
-    def place(self, name: str) -> tuple[int, int]:
-        """``(layer, head)`` of a site by its name, ``LAYER.HEAD``; ValueError that lists those there are."""
-        for site in self.info.sites:
-            if str(site) == name:
-                return site.layer, site.head
+    def place(self, name: str) -> Head:
+        """The head of a name, ``LAYER.HEAD``; ValueError lists those that are in the store."""
+        for head in self._sites:
+            if str(head) == name:
+                return head
         raise ValueError(f"the store has no site {name!r}; it has {', '.join(map(str, self.info.sites))}")
 
     def __len__(self) -> int:
@@ -101,8 +94,8 @@ class ActivationStore:
         return f"ActivationStore({self.info.model_id}: {sites}; {len(self)} sequences of {self.context} tokens)"
 
     @property
-    def sites(self) -> list[tuple[int, int]]:
-        """``(layer, head)`` of each head."""
+    def sites(self) -> list[Head]:
+        """The heads in it."""
         return list(self._sites)
 
     @property
@@ -116,7 +109,7 @@ class ActivationStore:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of all sites together, token ids and headers included; measured."""
+        """Bytes per token of all heads together, token ids and file headers included; measured."""
         if self.folder is None:
             size = sum(x.nbytes for shard in self._in_memory for x in shard.values())
         else:
@@ -125,7 +118,7 @@ class ActivationStore:
 
     @property
     def times_smaller(self) -> float:
-        """Than the dense states of the same heads in two bytes a number."""
+        """How many times smaller it is than the dense states of the same heads, at two bytes per number."""
         return 2 * sum(site.d_key * site.d_value for site in self.info.sites) / self.bytes_per_token
 
     @property
@@ -179,7 +172,7 @@ class ActivationStore:
         return Dynamics.of(self._rule(layer), values)
 
     def _rule(self, layer: int) -> Rule:
-        name = RULE_OF.get(self.info.families[layer], self.info.families[layer])
+        name = self.info.rules[layer]
         if name not in RULES:
             raise ValueError(
                 f"layer {layer} follows the rule {name!r}, and known here are {', '.join(RULES)}: import the package "
@@ -189,11 +182,10 @@ class ActivationStore:
 
     def site(self, layer: int, head: int) -> StoredSite:
         """Sizes of one head, and of what is kept of it; IndexError if it is not in the store."""
-        if (layer, head) not in self._sites:
-            raise IndexError(
-                f"layer {layer} head {head} is not in the store; it has {', '.join(map(str, self.info.sites))}"
-            )
-        return self._sites[layer, head]
+        place = Head(layer, head)
+        if place not in self._sites:
+            raise IndexError(f"{place.words} is not in the store; it has {', '.join(map(str, self._sites))}")
+        return self._sites[place]
 
     # --- against the model --------------------------------------------------------------------------------------------
 
