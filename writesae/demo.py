@@ -79,7 +79,7 @@ def about(name: str, model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> P
     lines = (
         f"{type(model.hf_model).__name__}, {n_parameters:.1f} M parameters; recurrent layers {layers}, each with "
         f"{site.n_heads} states of {site.d_key} x {site.d_value}.",
-        f"On held-out text it needs {record['held_out_bits_per_byte']:.2f} bits a byte "
+        f"On held-out text it needs {record['held_out_bits_per_byte']:.2f} bits per byte "
         f"(xz -9: {record['xz_bits_per_byte']:.2f}).",
         "SAEs: " + "; ".join(f"{_site(sae)}, {sae.cfg.n_atoms} rank-1 atoms" for sae in saes) + ".",
     )
