@@ -1,8 +1,8 @@
-"""From a model and token sequences to an `ActivationStore`: one pass of the model, whatever number of heads.
+"""From a model and token sequences to an `ActivationStore`: one pass of the model for any number of heads.
 
-A shard follows from the model, the tokens and its number alone, and appears whole or not at all. So a run that was
-stopped, however, is continued by the same command, several processes share the work without talking to each other, and
-the files are the same in the end. (Same to the last bit on the same hardware and number of threads, as the model is.)
+A shard follows from the model, the tokens and its number alone, and appears whole or not at all. So the same command
+continues a run that was stopped, several processes share the work without communicating, and the files are the same in
+the end (to the last bit on the same hardware with the same number of threads, as the model's outputs are).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
 
 DTYPES = ("float16", "bfloat16", "float32")
-SHARD_BYTES = 64 * 2**20  # about how large a shard is, if nothing else is asked for
+SHARD_BYTES = 64 * 2**20  # about how large a shard is by default
 
 
 def extract(
@@ -61,26 +61,26 @@ def extract(
     progress: bool = True,
     source: str = "",
 ) -> ActivationStore:
-    """Make a store on disk, or go on where a run with the same arguments stopped.
+    """Make a store on disk, or continue where a run with the same arguments stopped.
 
-    Started by ``accelerate launch``, every process makes its share of the shards; all return the whole store.
+    Under ``accelerate launch`` every process makes its share of the shards; all return the whole store.
 
     Args:
-        model: hooked model, nothing attached.
+        model: hooked model, with nothing attached.
         tokens: sequences of equal length, without padding; each begins from a zero state.
-        sites: ``(layer, head)`` of each head to keep.
-        folder: a new or empty one, or that of the run to continue.
+        sites: ``(layer, head)`` of each head to store.
+        folder: a new or empty folder, or that of the run to continue.
         batch_size: sequences run at once.
-        shard_sequences: sequences of a shard; None for shards of about 64 MB, in whole batches.
-        dtype: float16, bfloat16 or float32.
+        shard_sequences: sequences per shard; None for shards of about 64 MB, in whole batches.
+        dtype: precision of the store: float16, bfloat16 or float32.
         progress: show a progress bar.
         source: where the tokens came from, for the header.
 
     Raises:
         IndexError: no such layer or head.
-        ValueError: the folder holds something else, or a store made otherwise (the message says in what); a value is
-            NaN or infinite, or too large for ``dtype``.
-        OSError: the disk is full, or too small for what is still to be made.
+        ValueError: the folder holds other files, or a store made with other arguments (the message says which); a
+            value is NaN or infinite, or too large for ``dtype``.
+        OSError: the disk is full, or has too little room for the rest of the store.
     """
     folder, team = Path(folder), Processes.launched()
     new = _describe(model, tokens, sites, batch_size, shard_sequences, dtype, source)
@@ -113,7 +113,7 @@ def record(
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> ActivationStore:
-    """The same in memory; arguments and errors are those of `extract`."""
+    """A store in memory; arguments and errors are those of `extract`."""
     info = _describe(model, tokens, sites, batch_size, len(tokens), dtype, "")
     with Bars(progress) as bars:
         bar = bars.add(f"{len(sites)} heads", total=len(tokens))
@@ -124,7 +124,7 @@ def store_error(model: HookedRecurrentModel, tokens: Int[Tensor, "n pos"], info:
     """How far states rebuilt from a store are from those rebuilt from float32, at some tokens of the first sequences.
 
     Returns:
-        Which sequences and positions, and for each site the largest and the median ``||S' - S|| / ||S||``.
+        How many sequences, which positions, and for each head the largest and the median ``||S' - S|| / ||S||``.
     """
     rows = tokens[: min(4, info.batch_size)]
     exact = replace(info, dtype="float32", n_sequences=len(rows), shard_sequences=len(rows))
@@ -201,7 +201,7 @@ def _run(
 
 @torch.no_grad()
 def _pass(model: HookedRecurrentModel, tokens: Tensor, layers: Iterable[int], keep: Callable[..., None]) -> None:
-    """Show the inputs of these layers' recurrences that writes and states depend on, ``[batch, pos, head, ...]``."""
+    """Give ``keep`` the inputs of these layers' recurrences that writes and states depend on."""
     wanted = [name_of(q, layer) for layer in layers for q in model.family(layer).rule.state_inputs]
     with model.hooks([(name, keep) for name in wanted]):
         # Without the head of the language model, whose logits nobody wants and which may cost as much as the layers.
@@ -241,7 +241,7 @@ def _describe(
     dtype: torch.dtype,
     source: str,
 ) -> StoreInfo:
-    """The header, after checking all that can be checked before the pass."""
+    """The header, after checking everything that can be checked before the pass."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"dtype {name}: allowed are {', '.join(DTYPES)}")
@@ -291,7 +291,7 @@ def _describe(
 
 
 def _numbers(site: StoredSite) -> int:
-    """How many numbers of a site are kept a token."""
+    """How many numbers of a head are stored per token."""
     return sum(torch.Size(shape).numel() for shape in site.shapes.values())
 
 
@@ -299,7 +299,7 @@ def _numbers(site: StoredSite) -> int:
 
 
 def _prepare(folder: Path, new: StoreInfo) -> None:
-    """A header and room for the shards; what a killed run left half-written is removed."""
+    """Write the header and check that there is room for the shards; remove what a killed run left half-written."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_halves(folder, HEADER, REPORT, "shard-*.safetensors")
     if (folder / HEADER).exists():
@@ -325,7 +325,7 @@ def _prepare(folder: Path, new: StoreInfo) -> None:
 
 
 def _same_as(folder: Path, new: StoreInfo) -> StoreInfo:
-    """The header that is there; ValueError says in what this run differs from it."""
+    """The header that is there; ValueError says in what this run differs from the one that began it."""
     old = read_info(folder)
     check_same(folder, _work(old), _work(new))
     return old
@@ -344,14 +344,14 @@ def _write(folder: Path, name: str, values: dict[str, Any], info: StoreInfo) -> 
 
 @contextmanager
 def _explained(folder: Path, info: StoreInfo) -> Iterator[None]:
-    """A disk that is full, or gone, in the middle of it."""
+    """Explain that the disk is full, or gone, in the middle of the work, and what to do."""
     try:
         yield
     except OSError as e:
         done = sum(shard_path(folder, i).exists() for i in range(info.n_shards))
         full = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else str(e)
         found = OSError(
-            f"{folder}: {full}. {done} of {info.n_shards} shards are whole and stay; when this is mended, the same "
+            f"{folder}: {full}. {done} of {info.n_shards} shards are whole and stay; when this is fixed, the same "
             f"command continues"
         )
         found.errno = e.errno

@@ -36,7 +36,7 @@ def read(path: Path) -> list[Document]:
         ValueError: there is no text in it.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: give a .txt file, or a folder of such")
+        raise FileNotFoundError(f"{path} does not exist: give a .txt file, or a folder of .txt files")
     root = path if path.is_dir() else path.parent
     files = path.rglob("*.txt") if path.is_dir() else [path]
     documents = [Document(str(f.relative_to(root)), f.read_text(encoding="utf-8").strip()) for f in files]
@@ -54,7 +54,7 @@ def from_files(
     Args:
         model: whose tokenizer is used.
         path: file or folder.
-        context: tokens of a window.
+        context: tokens per window.
         max_tokens: keep at most this many tokens, evenly spread over all of the text; None for all.
 
     Raises:
@@ -82,7 +82,7 @@ def from_dataset(
     Args:
         model: whose tokenizer is used.
         name: a hub id, a folder that `datasets` can load, or one .jsonl, .json, .parquet or .csv file.
-        context: tokens of a window.
+        context: tokens per window.
         max_tokens: keep at most this many tokens; None for the whole split.
         split, column: where the texts are.
         config: which of the data set's configurations, if it has several.
@@ -106,7 +106,7 @@ def from_array(path: Path, context: int, max_tokens: int | None = None) -> Int[T
 
     Args:
         path: the file.
-        context: tokens of a window.
+        context: tokens per window.
         max_tokens: keep at most this many tokens, evenly spread; None for all.
 
     Raises:

@@ -73,7 +73,7 @@ def split(documents: list[Document], every: int = HOLD_OUT_EVERY) -> tuple[list[
 
 
 def excerpt(documents: list[Document], size: int = 200_000) -> str:
-    """About `size` bytes of the documents: an equal share of each one's beginning, whole paragraphs or sentences.
+    """About `size` bytes of the documents: an equal share of the beginning of each, in whole sentences.
 
     Documents are separated by a line holding <|endoftext|>.
     """

@@ -1,11 +1,11 @@
-"""Train a tiny recurrent language model from nothing on a CPU: the recipe behind `tiny-gdn` and its siblings.
+"""Train a tiny recurrent language model from scratch on a CPU: the recipe behind `tiny-gdn` and its siblings.
 
     python -m writesae.zoo.train_lm train runs/tiny                       # the default public-domain corpus
     python -m writesae.zoo.train_lm train runs/mamba --arch mamba2        # another architecture
     python -m writesae.zoo.train_lm train runs/mine --text my_texts/      # your own .txt files
     python -m writesae.zoo.train_lm export runs/tiny my-tiny-gdn          # the latest checkpoint as a model folder
 
-Interrupt it whenever you like (Ctrl-C); the same command goes on exactly where the last checkpoint was written.
+Interrupt it whenever you like (Ctrl-C); the same command continues exactly from the last checkpoint.
 """
 
 import json
@@ -196,7 +196,7 @@ def get_batch(tokens: torch.Tensor, step: int, batch: int, length: int, seed: in
 
 
 def save_checkpoint(path: Path, **state) -> None:
-    """Write whole or not at all: a reader, or a run killed here, never meets half a file."""
+    """Write the file whole or not at all, also if the run is killed meanwhile."""
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
@@ -223,12 +223,14 @@ def train(
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     vocab: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 2048,
-    seed: int = 0,
-    minutes: Annotated[float | None, typer.Option(help="Stop (resumably) after this long in this process.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after this many minutes; the same command continues.")
+    ] = None,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 120.0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves PyTorch's choice.")] = 0,
 ) -> None:
-    """Train from nothing, or go on from OUT/checkpoint.pt; at the last step export to OUT/model."""
+    """Train from scratch, or continue from OUT/checkpoint.pt; after the last step, export to OUT/model."""
     if arch not in ARCHITECTURES:
         raise typer.BadParameter(f"{arch!r}: allowed are {', '.join(ARCHITECTURES)}", param_hint="--arch")
     if threads:
@@ -313,7 +315,7 @@ def train(
         save()
     signal.signal(signal.SIGINT, previous)
     if step < steps:
-        print(f"stopped at step {step} of {steps}; the same command goes on from here")
+        print(f"stopped at step {step} of {steps}; the same command continues from here")
     else:
         export(out, out / "model", text, cache)
 
