@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from docs_pages import DOCS
 
 PAGE = (DOCS / "extending.md").read_text("utf-8")

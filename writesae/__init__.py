@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from writesae.pages import write_pages
     from writesae.recurrence import Recurrence, States, Write
     from writesae.saes import Codes, Contexts, SAEConfig, Substitute, WriteSAE, top_contexts, train_site, train_store
-    from writesae.stores import ActivationStore, extract, record
+    from writesae.stores import ActivationStore, extract, record, texts
 
 # Where each name lives. They load at first use, so that `writesae --help` need not wait for torch.
 _HOME = {
@@ -48,7 +48,7 @@ _HOME = {
         "install", "logit_change", "population_test", "replacement_test", "reproduce", "seed_stability", "sign_test",
     ),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
-    "writesae.stores": ("ActivationStore", "extract", "record"),
+    "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
         "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Reconstruct", "Replace", "Site", "Steer",
     ),
@@ -66,8 +66,8 @@ __all__ = [
     "HookedRecurrentModel", "Intervention", "Logit", "Reconstruct", "Recurrence", "Replace", "ReplacementResult",
     "SAEConfig", "Site", "States", "Steer", "Substitute", "Write", "WriteSAE", "amplify", "atom_classes", "attribute",
     "attribution_test", "choose_atoms", "erase", "extract", "gradient", "install", "logit_change", "population_test",
-    "record", "replacement_test", "reproduce", "seed_stability", "sign_test", "top_contexts", "train_site",
-    "train_store", "write_pages",
+    "record", "replacement_test", "reproduce", "seed_stability", "sign_test", "texts", "top_contexts",
+    "train_site", "train_store", "write_pages",
 ]  # fmt: skip
 
 

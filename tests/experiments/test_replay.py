@@ -1,6 +1,7 @@
 """Replayed futures against plain ones: one firing and one condition at a time, states edited as dense matrices."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch

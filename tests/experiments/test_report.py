@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-from writesae.experiments import report
+from writesae.experiments.report import report
 from writesae.experiments.report.outcome import load_outcome, save_outcome
 from writesae.experiments.report.paper import CELLS, TABLE, paper_value
 from writesae.experiments.report.report import write_report

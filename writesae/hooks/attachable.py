@@ -5,17 +5,11 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 from writesae.hooks.interventions import Intervention
-from writesae.hooks.sites import Head
 
 
 @runtime_checkable
 class AttachableSAE(Protocol):
     """An SAE of what one head writes or remembers. `writesae.saes.WriteSAE` is one; yours may be another."""
-
-    @property
-    def place(self) -> Head:
-        """The head it belongs to; ValueError if it does not say."""
-        ...
 
     def check_fits(self, model: Any, *, check_model: bool = True) -> None:
         """Raise ValueError unless it belongs to a head of this model, with these weights if ``check_model``."""

@@ -37,8 +37,8 @@ class Substitute(Intervention):
             )
         if atom is not None:
             sae.atom(atom)  # raises for an atom out of range
-        layer, head = sae.place
-        values = {"layer": layer, "head": head, "sae": sae, "atom": atom, "norm": norm}
+        cfg = sae.cfg  # one that does not say its head is refused where it is attached
+        values = {"layer": cfg.layer, "head": cfg.head, "sae": sae, "atom": atom, "norm": norm}
         for name, value in values.items():
             object.__setattr__(self, name, value)
 

@@ -175,7 +175,8 @@ class ActivationStore:
 
     def dynamics(self, layer: int, head: int, sequences: Numbers) -> Dynamics:
         """What one head's memory went through, ``[n, pos, 1]``."""
-        return Dynamics.of(self._rule(layer), self.values(layer, head, sequences))
+        values = self.values(layer, head, sequences)
+        return Dynamics.of(self._rule(layer), values)
 
     def _rule(self, layer: int) -> Rule:
         name = RULE_OF.get(self.info.families[layer], self.info.families[layer])

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from writesae.hooks import ActivationCache, Replace, find_mixers, short_chunks
-from writesae.hooks.interventions import of_rank
 from writesae.recurrence import Read, Write
+from writesae.recurrence.write import of_rank
 from writesae.saes.activity.reading import inputs
 
 if TYPE_CHECKING:
