@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from writesae.hooks import ActivationCache, AttachableSAE, name_of
-from writesae.hooks.intercept import find_mixers
-from writesae.hooks.positions import CACHES, Positions
+from writesae.hooks.clock import CACHES
+from writesae.hooks.positions import Positions
+from writesae.hooks.quantities import QUANTITIES
 from writesae.hooks.residual import Stopped, stop_at
 from writesae.model.attaching import HookedModel, Hooks, Names, added, check_fired
 from writesae.model.tokens import Text, next_token_loss
@@ -23,27 +24,6 @@ from writesae.models.load import load_model
 from writesae.models.tokenizers import check_tokenizer, load_tokenizer
 from writesae.models.wrappers import bare, unwrapped, weights
 from writesae.zoo import shipped_model, shipped_models
-
-MEANING = {
-    "resid_pre": ("[batch, pos, d_model]", "the residual stream before the layer"),
-    "v_mix": ("[batch, pos, head, d_value]", "how much of the first layer's value is mixed into v"),
-    "q_raw": ("[batch, pos, head, d_key]", "the query before its norm and scale"),
-    "k_raw": ("[batch, pos, head, d_key]", "the key before its norm"),
-    "q": ("[batch, pos, head, d_key]", "what reads the state, after any norm and scale"),
-    "k": ("[batch, pos, head, d_key]", "where a token writes, after any norm"),
-    "v": ("[batch, pos, head, d_value]", "what it writes"),
-    "beta": ("[batch, pos, head]", "how strongly it writes, and erases if anything is erased"),
-    "log_decay": ("[batch, pos, head]", "log of how much of the state stays, <= 0"),
-    "kappa": ("[batch, pos, head, d_key]", "removal key: what the erase reads, of length 1"),
-    "iclr": ("[batch, pos, head, d_key]", "in-context learning rate: how much of that is erased"),
-    "write": ("Write [batch, pos, head]", "the native write, in factors: key k, value v (times beta if there is one)"),
-    "state": ("[batch, pos, head, d_key, d_value]", "the memory, at the positions asked for"),
-    "o": ("[batch, pos, head, d_value]", "what was read, before norm and gate"),
-    "z": ("[batch, pos, head, d_value]", "the output gate, as the norm is given it"),
-    "mixer_out": ("[batch, pos, d_model]", "what the mixer, recurrent or attention, gives to the stream"),
-    "mlp_out": ("[batch, pos, d_model]", "what the MLP or the experts give to the stream"),
-    "resid_post": ("[batch, pos, d_model]", "the residual stream after the layer"),
-}
 
 
 class HookedRecurrentModel(HookedModel):
@@ -110,33 +90,31 @@ class HookedRecurrentModel(HookedModel):
     def describe_hooks(self) -> list[tuple[str, str, str]]:
         """``(name, shape, meaning)`` of each kind of hook point, in firing order."""
         kinds: dict[str, tuple[str, str, str]] = {}
+        order = list(QUANTITIES)
         points = self._installed.points
         for layer in sorted(range(len(points)), key=lambda i: -len(points[i])):  # some lack what others have
-            family = self._by_layer[layer].family if layer in self._by_layer else None
+            describe = self._by_layer[layer].family.describe if layer in self._by_layer else QUANTITIES.__getitem__
+            before = order[0]
             for quantity, point in points[layer].items():
-                shape, meaning = MEANING[quantity]
-                if family and quantity == "log_decay" and family.rule.decay_per_key:
-                    shape = "[batch, pos, head, d_key]"
-                if family and quantity in family.letters:
-                    meaning = f"{meaning} ({family.letters[quantity]})"
-                kinds.setdefault(quantity, (point.name.replace(f".{layer}.", ".{layer}."), shape, meaning))
-        return [kinds[quantity] for quantity in MEANING if quantity in kinds]
+                name = point.name.replace(f".{layer}.", ".{layer}.")
+                shape, meaning = describe(quantity)
+                kinds.setdefault(quantity, (name, shape, meaning))
+                if quantity not in order:  # an architecture's own
+                    order.insert(order.index(before) + 1, quantity)
+                before = quantity
+        return [kinds[quantity] for quantity in order if quantity in kinds]
 
     @property
     def config(self) -> Any:
         return self.hf_model.config
 
-    def _mixer(self, layer: int) -> nn.Module:
-        tap = self._tap(layer)
-        return next(mixer for _, mixer, _ in find_mixers(self.hf_model) if mixer.writesae_tap is tap)
-
     def W_O(self, layer: int) -> Float[Tensor, "head d_value d_model"]:
         """The output projection of a recurrent layer, head by head; norm and gate before it are not in it."""
-        return self.family(layer).projection(self._mixer(layer))
+        return self.family(layer).projection(self._installed.mixers[self._tap(layer).site.layer])
 
     def norm(self, layer: int) -> nn.Module | None:
         """The module that normalises (and gates) what the heads of a recurrent layer read; None where nothing does."""
-        return self.family(layer).norm(self._mixer(layer))
+        return self.family(layer).norm(self._installed.mixers[self._tap(layer).site.layer])
 
     def fingerprint(self, layer: int) -> str:
         """A hash of the recurrent layer's weights, rounded to bfloat16 so that it does not depend on the load dtype.
@@ -144,7 +122,7 @@ class HookedRecurrentModel(HookedModel):
         SAEs record it, and are refused by a model with other weights. Adapters of PEFT count as far as they are active:
         a layer with one has the fingerprint that it keeps when the adapter is merged.
         """
-        mixer = self._mixer(layer)
+        mixer = self._installed.mixers[self._tap(layer).site.layer]
         digest = hashlib.sha256()
         for name, parameter in sorted(weights(mixer)):
             digest.update(f"{name}{list(parameter.shape)}".encode())
@@ -289,7 +267,7 @@ class HookedRecurrentModel(HookedModel):
                 "hook_state holds a d_key x d_value matrix a token, so it is kept only where asked: pass both a "
                 "hook_state in names= and state_positions=[...], or use cache.state(layer, positions) afterwards"
             )
-        cache = ActivationCache(self._taps, self._points, self._aliases, device)
+        cache = ActivationCache(self.taps, self._points, self._aliases, device)
         # States are rebuilt from the recurrence's inputs.
         inputs = {name_of(q, s.layer) for s in states for q in self.family(s.layer).rule.state_inputs}
         chosen = {point.name for point in wanted if point not in states}
@@ -297,16 +275,16 @@ class HookedRecurrentModel(HookedModel):
         clock = self._installed.clock
         with ExitStack() as stack:
             for point in keep:
-                stack.enter_context(point.add_hook(lambda value, hook: cache._store(hook.name, value, clock)))
-            for tap in self._taps:
-                recorder = lambda record, tap=tap: cache._record(tap, record)  # noqa: E731
+                stack.enter_context(point.add_hook(lambda value, hook: cache.store(hook.name, value, clock)))
+            for tap in self.taps:
+                recorder = lambda record, tap=tap: cache.record(tap, record)  # noqa: E731
                 if any(p in wanted for p in tap.points.values()):
                     stack.enter_context(added(tap.recorders, recorder))
             out = self(x, **kwargs)
-        check_fired([point.name for point in keep if point.name not in cache._values], 1)
+        check_fired([point.name for point in keep if point.name not in cache], 1)
         for point in states:
-            cache._store(point.name, cache.state(point.layer, list(state_positions or ())))
-        cache._only({point.name for point in wanted})
+            cache.store(point.name, cache.state(point.layer, list(state_positions or ())))
+        cache.keep_only({point.name for point in wanted})
         if remove_batch_dim:
             cache.remove_batch_dim()
         return out, cache
