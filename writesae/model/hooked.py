@@ -19,6 +19,7 @@ from writesae.hooks.positions import CACHES, Positions
 from writesae.hooks.residual import Stopped, stop_at
 from writesae.model.attaching import HookedModel, Hooks, Names, added, check_fired
 from writesae.model.tokens import Text, is_text, next_token_loss
+from writesae.models.arguments import arguments_of
 from writesae.models.load import load_model
 from writesae.models.tokenizers import check_tokenizer, load_tokenizer
 from writesae.models.wrappers import bare, unwrapped, weights
@@ -89,6 +90,8 @@ class HookedRecurrentModel(HookedModel):
         Formats are those of transformers, of flash-linear-attention (RWKV-7, DeltaNet, GLA), and of the authors of
         RWKV-7 (the path of a ``.pth`` file) and Mamba-2; see `writesae.models.load`.
         """
+        if "torch_dtype" in kwargs:
+            raise TypeError("torch_dtype is called dtype here, as in transformers: from_pretrained(..., dtype=...)")
         source = shipped_model(str(name)) or str(name)
         try:
             hf_model = load_model(source, dtype=dtype, **kwargs)
@@ -212,7 +215,10 @@ class HookedRecurrentModel(HookedModel):
         """Arguments with the cache, if there is one, under the name that the model has for it."""
         past = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         others = {name: value for name, value in kwargs.items() if name not in CACHES}
-        return others if past is None else others | {next((n for n in CACHES if n in self._takes()), CACHES[0]): past}
+        if past is None:
+            return others
+        takes = arguments_of(self.hf_model)
+        return {**others, next((name for name in CACHES if name in takes), CACHES[0]): past}
 
     def _tokens(self, x: Text | None, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor | None]:
         """``input_ids`` or ``inputs_embeds``, and the mask: that of texts, or the one in ``kwargs``, which loses it."""
@@ -250,7 +256,7 @@ class HookedRecurrentModel(HookedModel):
                 positions.vouch()
         if not is_text(x) or not isinstance(out, Tensor):
             return out
-        texts = [x] if isinstance(x, str) else list(x)
+        texts = [x] if isinstance(x, str) else list(x or ())
         per_text, ends = out.shape[0] // len(texts), self._ends(kwargs)
         rows = []
         for i, row in enumerate(out):
@@ -262,18 +268,18 @@ class HookedRecurrentModel(HookedModel):
 
     def _read_for_generation(self, x: Text | None, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """`read`, where only some arguments are the model's; transformers refuses those that it does not know."""
-        of_model = {name: kwargs[name] for name in kwargs if name in self._takes() or name in CACHES}
+        of_model = {name: kwargs[name] for name in kwargs if name in (*arguments_of(self.hf_model), *CACHES)}
         x, given = self.read(x, self._cache_renamed(of_model))
         return x, {name: value for name, value in kwargs.items() if name not in of_model} | given
 
     def _most_new_tokens(self, kwargs: dict[str, Any], n_prompt: int) -> int | None:
         """How many tokens may be generated, None where nothing says so."""
         configs = (kwargs.get("generation_config"), getattr(self.hf_model, "generation_config", None))
-        for get in (kwargs.get, *(lambda name, c=c: getattr(c, name, None) for c in configs if c is not None)):
-            if get("max_new_tokens") is not None:
-                return get("max_new_tokens")
-            if get("max_length") is not None:
-                return max(get("max_length") - n_prompt, 1)
+        for said in (kwargs, *(vars(config) for config in configs if config is not None)):
+            if (n_new := said.get("max_new_tokens")) is not None:
+                return n_new
+            if (n_all := said.get("max_length")) is not None:
+                return max(n_all - n_prompt, 1)
         return None
 
     def _ends(self, kwargs: dict[str, Any]) -> Int[Tensor, " n"]:
@@ -284,7 +290,7 @@ class HookedRecurrentModel(HookedModel):
 
     def run_with_cache(
         self,
-        x: Text,
+        x: Text | None = None,
         names: Names = None,
         *,
         names_filter: Names = None,
@@ -350,7 +356,7 @@ class HookedRecurrentModel(HookedModel):
 
     def run_with_hooks(
         self,
-        x: Text,
+        x: Text | None = None,
         hooks: Hooks = (),
         *,
         fwd_hooks: Hooks = (),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -13,16 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from writesae.models.wrappers import bare, device_of, weight
+from writesae.models.arguments import arguments_of, check_arguments
+from writesae.models.wrappers import device_of, weight
 
 Text: TypeAlias = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Int[Tensor, "..."] | Any
 """A text, several, token ids (also a numpy array or lists), or the mapping that a tokenizer returns."""
-
-# What transformers takes for every model, beside the arguments of the model's own forward, and does something with.
-_OF_EVERY_MODEL = (
-    "output_hidden_states", "output_attentions", "output_router_logits", "num_items_in_batch", "return_dict",
-)  # fmt: skip
-_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 class TokenModel(nn.Module):
@@ -60,17 +53,23 @@ class TokenModel(nn.Module):
                     f"token ids must be integers [pos] or [batch, pos]; got {text.dtype} {list(text.shape)}"
                 )
             return self._check_ids(ids.to(self.device)), None
-        if not isinstance(text, str) and isinstance(text, Sequence) and len(text):
+        if isinstance(text, Sequence) and not isinstance(text, str | bytes) and len(text):
             if all(isinstance(x, int) and not isinstance(x, bool) for x in text):
                 return self.to_tokens(torch.tensor(text))
             if all(isinstance(x, Sequence) and not isinstance(x, str) and len(x) for x in text):
-                return self.to_tokens(_rows(text))
-        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, Sequence) else []
+                return self.to_tokens(_rows(list(text)))  # type: ignore[arg-type]
+        texts = (
+            [text]
+            if isinstance(text, str)
+            else list(text)
+            if isinstance(text, Sequence) and not isinstance(text, bytes)
+            else []
+        )
         if not texts or not all(isinstance(x, str) and x for x in texts):
             got = " ".join(repr(text).split())
             raise ValueError(
-                f"give a non-empty text, a list of such, token ids (integers [pos] or [batch, pos]), or what a "
-                f"tokenizer returns; got {got[:100]}"
+                f"give a non-empty text, a list of such, or token ids (integers [pos] or [batch, pos], or the mapping "
+                f"that a tokenizer returns); got {got[:100]}"
             )
         rows = [torch.tensor(self._tokenizer()(x, verbose=False)["input_ids"]) for x in texts]
         n_pos = max(len(row) for row in rows)
@@ -108,26 +107,10 @@ class TokenModel(nn.Module):
             mask = mask if mask.ndim > 1 else mask[None]
         if isinstance(mask, Tensor):
             arguments["attention_mask"] = mask.to(self.device)
-        self.check_arguments(arguments)
+        check_arguments(self.hf_model, arguments)
         if (x is None) == (arguments.get("inputs_embeds") is None):
             raise ValueError("give text or token ids, or inputs_embeds= [batch, pos, d_model] in place of them")
         return x, arguments
-
-    def check_arguments(self, names: Iterable[str]) -> None:
-        """Raise TypeError for an argument that the model would ignore, with the nearest that it has."""
-        known = [*self._takes(), *_OF_EVERY_MODEL]
-        for name in names:
-            if name in _PACKING:
-                raise TypeError(
-                    f"{name} packs several texts into one row, and nothing here would keep them apart: give one text a "
-                    f"row, padded, with an attention_mask"
-                )
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-                raise TypeError(
-                    f"{type(bare(self.hf_model)).__name__} has no argument {name!r}"
-                    + (f"; nearest: {near[0]}" if near else f"; it has {', '.join(known)}")
-                )
 
     @overload
     def to_str_tokens(self, text: str | Sequence[int] | Int[Tensor, "..."]) -> list[str]: ...
@@ -210,11 +193,7 @@ class TokenModel(nn.Module):
     def logits_of_last(self, n: int) -> dict[str, Any]:
         """The argument that has the model make logits of the last ``n`` tokens alone (0: of all), if it knows one: with
         a large vocabulary they may cost as much as the layers."""
-        return {"logits_to_keep": n} if "logits_to_keep" in self._takes() else {}
-
-    def _takes(self) -> Mapping[str, inspect.Parameter]:
-        """The arguments that the model knows; some that it does not, it would ignore."""
-        return inspect.signature(bare(self.hf_model).forward).parameters
+        return {"logits_to_keep": n} if "logits_to_keep" in arguments_of(self.hf_model) else {}
 
 
 def is_text(x: object) -> bool:
