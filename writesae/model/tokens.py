@@ -67,10 +67,7 @@ class TokenModel(nn.Module):
         )
         if not texts or not all(isinstance(x, str) and x for x in texts):
             got = " ".join(repr(text).split())
-            raise ValueError(
-                f"give a non-empty text, a list of such, or token ids (integers [pos] or [batch, pos], or the mapping "
-                f"that a tokenizer returns); got {got[:100]}"
-            )
+            raise ValueError(f"give a non-empty text, a list of such, or token ids; got {got[:100]}")
         rows = [torch.tensor(self._tokenizer()(x, verbose=False)["input_ids"]) for x in texts]
         n_pos = max(len(row) for row in rows)
         ids = torch.full((len(rows), n_pos), self._pad_id())
