@@ -59,13 +59,13 @@ class Windows:
 
     @classmethod
     def cut(cls, model: HookedRecurrentModel, texts: Texts, context: int) -> Windows:
-        """Each text cut into windows; what is left at its end is dropped. See `enough` for texts that are too short."""
+        """Cut each text into windows; the remainder at its end is dropped. See `enough` for short texts."""
         rows = [model.to_tokens(text)[0][0] for text in ([texts] if isinstance(texts, str) else texts)]
         return cls.of_rows(rows, context)
 
     @classmethod
     def of_rows(cls, rows: Sequence[Int[Tensor, " _"]], context: int) -> Windows:
-        """The same of texts that are token ids already."""
+        """The same, from texts that are token ids already."""
         numbers = [len(row) // context for row in rows]
         parts = [row[: n * context].reshape(n, context) for row, n in zip(rows, numbers, strict=True)]
         return cls(
@@ -80,7 +80,7 @@ class Windows:
 
     @property
     def context(self) -> int:
-        """Tokens of a window."""
+        """Tokens per window."""
         return self.tokens.shape[1]
 
     def __getitem__(self, index: slice | Tensor) -> Windows:
@@ -92,7 +92,7 @@ class Windows:
         Args:
             n: how many are needed.
             of: what was cut, for the message.
-            lower: which arguments would ask for less, for the message.
+            lower: the arguments that would ask for less, for the message.
 
         Raises:
             ValueError: there are fewer; the message has the numbers.

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from writesae.jobs.progress import Bars
 from writesae.recurrence.matrices import Matrices
 from writesae.saes.config import SAEConfig
 from writesae.saes.sae import WriteSAE
@@ -73,19 +73,14 @@ def train_sae(
 
 def train_runs(runs: Mapping[str, Run], progress: bool = True) -> dict[str, WriteSAE]:
     """Several trainings side by side, a step of each in turn; see `train_sae`."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, disable=not progress)
-    with bar, _interrupts_wait() as interrupted, torch.enable_grad():  # a notebook may have switched gradients off
-        tasks = {
-            name: bar.add_task(f"training {name}", total=run.settings.steps, completed=run.step)
-            for name, run in runs.items()
-        }
+    # A notebook may have switched gradients off.
+    with Bars(progress) as bars, _interrupts_wait() as interrupted, torch.enable_grad():
+        lines = {name: bars.add(f"training {name}", run.settings.steps, run.step) for name, run in runs.items()}
         while any(run.left for run in runs.values()):
             for name, run in runs.items():
                 if run.left:
                     error = run.advance()
-                    shown = f"training {name}, normalised MSE {error:.3f}"
-                    bar.update(tasks[name], completed=run.step, description=shown)
+                    lines[name](run.step, f"training {name}, normalised MSE {error:.3f}")
             if interrupted():
                 for run in runs.values():
                     run.save()
