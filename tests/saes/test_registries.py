@@ -85,7 +85,7 @@ def test_a_sparsity_of_ones_own(everything_as_it_was: None) -> None:
 
 
 def test_a_name_is_given_once(everything_as_it_was: None) -> None:
-    with pytest.raises(ValueError, match=r"there is a sparsity 'topk' already, writesae\.saes\.sparsities\.topk\.TopK"):
+    with pytest.raises(ValueError, match=r"a sparsity 'topk' already, writesae\.saes\.sparsities\.choosing\.TopK"):
         register_sparsity("topk")(Loud)
     register_sparsity("loud")(Loud)
     register_sparsity("loud")(Loud)  # a notebook's cell that runs again
