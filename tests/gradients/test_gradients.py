@@ -254,7 +254,7 @@ def test_parameters_keep_wanting_gradients_and_get_none(shipped):
         gradient(model, ids, lambda logits: 1 / 0 if logits is None else torch.ones(2).reshape(3))
     assert [p.requires_grad for p in model.hf_model.parameters()] == wanted
     assert all(p.grad is None for p in model.hf_model.parameters())
-    assert not any(point.listening for point in model._points.values())
+    assert not any(point.listening for point in model.hook_dict.values())
     assert not model.norm(0)._forward_hooks or model.norm(0)._forward_hooks.keys() == _hooks_of_others(model)
 
 

@@ -14,8 +14,7 @@ from torch import Tensor
 from writesae.experiments.results.result import Number, Result, figure
 from writesae.experiments.results.statistics import bootstrap, r_squared
 from writesae.gradients import Logit, gradient
-from writesae.hooks import Delete
-from writesae.hooks.intercept import short_chunks
+from writesae.hooks import Delete, short_chunks
 from writesae.stores.texts import prompts
 
 if TYPE_CHECKING:

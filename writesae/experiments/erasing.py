@@ -17,8 +17,7 @@ from writesae.experiments.engine.directions import estimate
 from writesae.experiments.engine.targets import ranks, show_token
 from writesae.experiments.results.result import Number, Result, figure
 from writesae.experiments.results.statistics import paired, wilson
-from writesae.hooks import Add, Delete, Intervention
-from writesae.hooks.intercept import short_chunks
+from writesae.hooks import Add, Delete, Intervention, short_chunks
 from writesae.recurrence import Read
 from writesae.saes.activity.reading import encode
 from writesae.stores.texts import sequences

@@ -30,8 +30,7 @@ from torch import Tensor
 from writesae.experiments.results.result import Number, Result, figure
 from writesae.experiments.results.statistics import r_squared
 from writesae.gradients import Logit, gradient
-from writesae.hooks import Add
-from writesae.hooks.intercept import short_chunks
+from writesae.hooks import Add, short_chunks
 from writesae.recurrence import Recurrence, Write, at_least_float32
 from writesae.recurrence.kernels import carried
 from writesae.stores.texts import prompts

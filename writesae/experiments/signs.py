@@ -24,8 +24,7 @@ from writesae.experiments.engine.directions import (
 from writesae.experiments.engine.targets import Targets, ordinary_tokens, token_ids
 from writesae.experiments.results.result import Number, Result, figure
 from writesae.experiments.results.statistics import r_squared, wilson
-from writesae.hooks import Add
-from writesae.hooks.intercept import short_chunks
+from writesae.hooks import Add, short_chunks
 from writesae.recurrence import Read
 from writesae.stores.texts import sequences
 

@@ -282,7 +282,7 @@ def gradient(
             raise ValueError("the number asked about does not depend on what these layers read: use the logits given")
         wanted = [tensor for probe in probes.values() for tensor in probe.tensors]
         found = torch.autograd.grad(value.sum(), wanted, allow_unused=True)
-    cache._detach()
+    cache.detach()
     gradients = dict(zip(map(id, wanted), found, strict=True))
     of_tensor = lambda x: torch.zeros_like(x) if gradients[id(x)] is None else gradients[id(x)]  # noqa: E731
     made = {}

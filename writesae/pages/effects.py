@@ -14,8 +14,7 @@ from writesae.experiments.engine.continuations import ENDED, SameChance, go_on
 from writesae.experiments.engine.replay import LOGITS
 from writesae.experiments.population import population_test
 from writesae.experiments.replacement_result import middle
-from writesae.hooks import Add
-from writesae.hooks.intercept import short_chunks
+from writesae.hooks import Add, short_chunks
 from writesae.pages.survey import Survey, Window, token_string
 from writesae.recurrence import Write
 from writesae.stores.windows import together

@@ -23,9 +23,9 @@ from writesae.jobs.progress import Progress
 from writesae.pages.decoder import Decoder
 from writesae.saes.activity.contexts import Contexts
 from writesae.saes.activity.reading import codes_of, inputs
-from writesae.saes.activity.search import Strongest, windows_of
+from writesae.saes.activity.search import Strongest
 from writesae.saes.config import SAEConfig
-from writesae.stores.windows import Texts, together
+from writesae.stores.windows import Texts, Window, each_window, together
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
@@ -39,26 +39,10 @@ NUMBERS = (*COLUMNS, "side", "activation", "token", "window", "position")
 activation; the token's id; the number of the window, and the position in it."""
 
 
-@dataclass(frozen=True)
-class Window:
-    """Tokens that are read together, from an empty memory.
-
-    Attributes:
-        document: number of the text.
-        start: position in the text of the first token.
-        tokens: the token ids.
-    """
-
-    document: int
-    start: int
-    tokens: Int[Tensor, " pos"]
-
-
 def cut_windows(model: HookedRecurrentModel, texts: Texts, context: int = CONTEXT) -> list[Window]:
     """Texts cut into windows of ``context`` tokens. Unlike `Windows`, the last of a text may be shorter: pages show all
     of a text, and lose none of it. ValueError if there is no text."""
-    given = [texts] if isinstance(texts, str) else texts
-    windows = [Window(*window) for window in windows_of(model, given, context)]
+    windows = list(each_window(model, texts, context))
     if not windows:
         raise ValueError("no text: give at least one that is not empty")
     return windows

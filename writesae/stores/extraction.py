@@ -255,7 +255,7 @@ def _describe(
     chosen = _checked(model, sites)
     if not chosen:
         raise ValueError("no sites: name at least one (layer, head)")
-    if model.hf_model.training or any(tap.busy for tap in model._taps):
+    if model.hf_model.training or model.busy:
         raise ValueError(
             "the model is in training mode, or hooks or edits are attached: call model.eval(), detach them"
         )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,28 @@ if TYPE_CHECKING:
 
 Texts = str | Iterable[str] | Int[Tensor, "n pos"]
 """A text, several, or token ids, one text a row."""
+
+
+class Window(NamedTuple):
+    """One window by itself: which text it is of, which token of that text it begins with, and its tokens."""
+
+    document: int
+    start: int
+    tokens: Int[Tensor, " n_pos"]
+
+
+def each_window(
+    model: HookedRecurrentModel, texts: Texts | Iterable[str | Int[Tensor, " _"]], context: int
+) -> Iterator[Window]:
+    """Windows one after the other, of texts that need not fit into memory at once.
+
+    Unlike those of `Windows`, the last of a text may be shorter than ``context``, so that every token is in one.
+    """
+    for document, text in enumerate([texts] if isinstance(texts, str) else texts):
+        if len(text):
+            row = model.to_tokens(text)[0][0]
+            for start in range(0, len(row), context):
+                yield Window(document, start, row[start : start + context])
 
 
 @dataclass(frozen=True, eq=False)

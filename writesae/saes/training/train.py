@@ -1,8 +1,8 @@
-"""Training SAEs: atoms start from data, stay on the unit sphere, and are revived when dead.
+"""Training SAEs: atoms are initialised from data, stay on the unit sphere, and are revived when dead.
 
 The paper's recipe (appendix D): Adam, warm-up then cosine, reconstruction error plus the auxiliary dead-atom loss,
-resampling of atoms that stay silent. Here the data may stay in factors, and atoms start as rank-1 parts of random
-samples rather than at random.
+resampling of atoms that stay silent. Here the data may stay in factors, and atoms are initialised as rank-1 parts of
+random samples rather than at random.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def train_runs(runs: Mapping[str, Run], progress: bool = True) -> dict[str, Writ
         while any(run.left for run in runs.values()):
             for name, run in runs.items():
                 if run.left:
-                    nmse = run.advance()
-                    lines[name](run.step, f"training {name}, nmse {nmse:.3f}")
+                    error = run.advance()
+                    lines[name](run.step, f"training {name}, normalised MSE {error:.3f}")
             if interrupted():
                 for run in runs.values():
                     run.save()
