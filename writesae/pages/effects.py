@@ -10,11 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.engine.conditions import place_of
-from writesae.experiments.engine.continuations import ENDED, SameChance, go_on
+from writesae.experiments.engine.continuations import ENDED, CommonRandomNumbers, go_on
 from writesae.experiments.engine.replay import LOGITS
 from writesae.experiments.population import population_test
-from writesae.experiments.replacement_result import middle
+from writesae.experiments.replacement import middle
 from writesae.hooks import Add
 from writesae.hooks.intercept import short_chunks
 from writesae.pages.survey import Survey, Window, token_string
@@ -59,7 +58,7 @@ def logit_effect(
         n_firings: firings of each.
         rows: sequences run at once.
     """
-    layer, head = place_of(sae)
+    layer, head = sae.place
     tokens = {(window.document, window.start): window.tokens for window in windows}
     firings = []  # which of the atoms, its activation, tokens of the window as far as they count, place in it
     for i, atom in enumerate(atoms):
@@ -193,7 +192,7 @@ def steer(
         temperature: of the sampling. seed: of its noise, which all continuations of a prompt share.
         rows: sequences run at once.
     """
-    layer, head = place_of(sae)
+    layer, head = sae.place
     shown = ["".join(token_string(model, token) for token in row.tolist()) for row in prompts]
 
     def run(which: list[tuple[int, int]], scale: float) -> list[tuple[str, ...]]:
@@ -203,7 +202,7 @@ def steer(
             atom, prompt = (torch.tensor(x) for x in zip(*which[start : start + rows], strict=True))
             ids, given = together([prompts[p] for p in prompt.tolist()])
             edit = Add(layer, head, write=sae.atom(atom)[:, None], scale=scale, relative=True)
-            chance = SameChance(prompt, temperature, seed)
+            chance = CommonRandomNumbers(prompt, temperature, seed)
             mask = given.get("attention_mask")
             new = go_on(model, ids, mask, n_tokens, [edit] if scale else [], chance=chance, whole=True)
             texts += [tuple(token_string(model, token) for token in row.tolist() if token != ENDED) for row in new]

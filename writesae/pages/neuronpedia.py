@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from writesae.experiments.engine.conditions import place_of
 from writesae.jobs.disk import write_whole
 from writesae.pages.decoder import direct_effect
 from writesae.pages.study import Study
@@ -37,7 +36,7 @@ def export(study: Study, folder: str | Path) -> Path:
     """
     folder, cfg, found = Path(folder), study.sae.cfg, study.survey
     alive = (found.seen.firings > 0).nonzero()[:, 0].tolist()
-    layer, head = place_of(study.sae)
+    layer, head = study.sae.place
     source = f"writesae-{cfg.target}-h{head}"
     model_id = str(cfg.model_id or study.model.model_id)
     for path in folder.glob("batch-*.json"):  # of another SAE there may have been more

@@ -24,7 +24,6 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from writesae.experiments.engine.conditions import place_of
 from writesae.experiments.report.reproduction import sae_fingerprint
 from writesae.jobs.disk import write_whole
 from writesae.pages.decoder import BLOCK, Decoder, direct_effect, extremes, nearest
@@ -114,8 +113,7 @@ class Study:
         """Of each atom the tokens that its value promotes through the output embedding (`direct_effect`)."""
         step = max(1, BLOCK // self.model.W_U.shape[1])
         parts = [
-            self.tokens(direct_effect(self.model, *place_of(self.sae), value))
-            for value in self.decoder.value.split(step)
+            self.tokens(direct_effect(self.model, *self.sae.place, value)) for value in self.decoder.value.split(step)
         ]
         return [tokens for part in parts for tokens in part]
 
@@ -192,7 +190,7 @@ def study(
 def _measure(made: Study, windows: Sequence[Window], atoms: Sequence[int], prompts: Sequence[Tensor]) -> list[Measured]:
     model, sae, found = made.model, made.sae, made.survey
     effect = logit_effect(model, sae, found, windows, atoms)
-    direct = direct_effect(model, *place_of(sae), made.decoder.value[torch.tensor(atoms)])
+    direct = direct_effect(model, *sae.place, made.decoder.value[torch.tensor(atoms)])
     agreement = torch.cosine_similarity(effect, direct, dim=-1).tolist()  # both are centred
     replaced = [replace(model, sae, found, windows, atom) for atom in atoms]
     parts = zip(made.tokens(effect), agreement, replaced, steer(model, sae, atoms, prompts), strict=True)

@@ -165,7 +165,7 @@ def write_report(
 
 def _part(outcome: Outcome, number: int) -> dict[str, Any]:
     """What the templates show of one outcome: text, nothing escaped."""
-    sites = " ".join(f"L{layer}H{head}" for layer, head in outcome.sites[:8])
+    sites = " ".join(head.folder for head in outcome.sites[:8])
     more = f" and {len(outcome.sites) - 8} more" if len(outcome.sites) > 8 else ""
     model = " ".join(filter(None, [outcome.model_id, sites + more]))
     seconds = "" if outcome.seconds is None else f"{outcome.seconds:.0f}"
@@ -183,7 +183,7 @@ def _part(outcome: Outcome, number: int) -> dict[str, Any]:
 
 
 def _row(outcome: Outcome, number: Number) -> dict[str, str]:
-    paper = paper_value(outcome.experiment, number.name, outcome.model_id, outcome.sites, outcome.rule)
+    paper = paper_value(outcome.experiment, number.id, outcome.model_id, outcome.sites, outcome.rule)
     n = "" if number.n is None else f"{number.n:,}"
     return dict(name=number.name, value=str(number), n=n, paper=_paper(paper), source=_source(paper))
 
