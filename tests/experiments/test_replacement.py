@@ -11,6 +11,7 @@ from writesae.experiments import Rate, Run, wilson
 from writesae.experiments.engine.conditions import CONDITIONS, DEFAULT, Generators, put_in, windows_of
 from writesae.experiments.population import PopulationResult, population_test
 from writesae.experiments.replacement import ReplacementResult
+from writesae.hooks.sites import Head
 from writesae.saes import SAEConfig
 from writesae.zoo import heldout_documents
 
@@ -217,7 +218,7 @@ def by_hand(kl, atom=None, window=None, matched=None, cosine=None):
         layer=torch.full((n,), 2), head=torch.zeros(n, dtype=torch.long), window=whole(window), document=whole(window),
         position=whole(None), atom=whole(atom), activation=torch.ones(n), native_norm=torch.ones(n),
         cosine=torch.linspace(0.1, 0.9, n) if cosine is None else torch.tensor(cosine), kl=kl,
-        flips={name: torch.zeros(n, dtype=torch.bool) for name in kl}, divergence=kl, places=((2, 0),),
+        flips={name: torch.zeros(n, dtype=torch.bool) for name in kl}, divergence=kl, places=(Head(2, 0),),
     )  # fmt: skip
 
 

@@ -58,8 +58,8 @@ class PopulationResult(Result):
     @property
     def atoms(self) -> pd.DataFrame:
         """One row per atom: its firings tested, how often it beats deletion (and matched to the native norm), its
-        median cosine to the writes, how often the top token changes, and whether it ``inverts``: wins at its coefficient
-        at more than half of its firings, and loses at the native norm at more than half."""
+        median cosine to the writes, how often the top token changes, and whether it ``inverts``: wins at its
+        coefficient at more than half of its firings, and loses at the native norm at more than half."""
         import pandas as pd
 
         f = self.firings
