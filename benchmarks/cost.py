@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import writesae as ws
+from writesae.hooks.dispatch import native as native_of
 from writesae.hooks.families import FAMILIES
 from writesae.models.load import load_model
 from writesae.zoo import shipped_model
@@ -56,9 +57,9 @@ def native(run: Callable[[], Any]) -> Callable[[], Any]:
         for module, family in places:
             for function in family.kernels + family.fused + family.helpers:
                 ours = getattr(module, function, None)
-                if hasattr(ours, "writesae_native"):
+                if ours is not None and native_of(ours) is not ours:
                     swapped.append((module, function, ours))
-                    setattr(module, function, ours.writesae_native)
+                    setattr(module, function, native_of(ours))
         try:
             return run()
         finally:

@@ -13,7 +13,7 @@ import writesae as ws
 from architectures import N_VOCAB, architecture_named, each_architecture, each_rule
 from writesae.experiments.engine.divergence import divergence
 from writesae.experiments.engine.replay import WAYS, Replayer, kl_from, stacked
-from writesae.hooks.intercept import short_chunks
+from writesae.hooks import short_chunks
 from writesae.hooks.sites import Head
 from writesae.stores.texts import sequences
 from writesae.zoo import heldout_documents

@@ -254,7 +254,7 @@ def test_parameters_keep_wanting_gradients_and_get_none(shipped):
         gradient(model, ids, lambda logits: 1 / 0 if logits is None else torch.ones(2).reshape(3))
     assert [p.requires_grad for p in model.hf_model.parameters()] == wanted
     assert all(p.grad is None for p in model.hf_model.parameters())
-    assert not any(point.listening for point in model._points.values())
+    assert not any(point.listening for point in model.hook_dict.values())
     assert not model.norm(0)._forward_hooks or model.norm(0)._forward_hooks.keys() == _hooks_of_others(model)
 
 
@@ -270,7 +270,7 @@ def test_bad_questions(shipped):
         gradient(model, ids, Logit(9999999))
     with pytest.raises(IndexError, match=r"position 60 is out of range: allowed are -60 to 59"):
         gradient(model, ids, Logit(1, at=60))
-    with pytest.raises(ValueError, match=r"one number a sequence, \[1\]; got \[60, 2048\]"):
+    with pytest.raises(ValueError, match=r"one number per sequence, \[1\]; got \[60, 2048\]"):
         gradient(model, ids, lambda logits: logits[0])
     with pytest.raises(ValueError, match="does not depend on what these layers read"):
         gradient(model, ids, lambda logits: torch.zeros(1))

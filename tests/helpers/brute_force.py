@@ -351,7 +351,7 @@ RWKV7 = Rule(
 
 def native(function: Callable[..., Any]) -> Callable[..., Any]:
     """A modeling file's own function, also if it has been intercepted."""
-    return getattr(function, "writesae_native", function)
+    return getattr(getattr(function, "writesae", None), "function", function)
 
 
 @contextmanager

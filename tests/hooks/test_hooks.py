@@ -32,7 +32,9 @@ from architectures import (
 )
 from writesae import Add, Delete, HookedRecurrentModel, Replace, SAEConfig, Site, Substitute, Write, WriteSAE
 from writesae.hooks import install, name_of
-from writesae.hooks.positions import Clock
+from writesae.hooks.attachment import attached_to
+from writesae.hooks.clock import Clock
+from writesae.hooks.installing import Attachment
 
 QWEN = ARCHITECTURES[0]
 QUANTITIES = QWEN.quantities(0)
@@ -68,7 +70,7 @@ def padded_batch(n_pos: int, n_pad: int) -> tuple[Tensor, Tensor]:
 
 def same_as_before(model: HookedRecurrentModel, ids: Tensor, before: Tensor) -> bool:
     with torch.no_grad():
-        return torch.equal(model(ids), before) and not any(tap.busy for tap in model._taps)
+        return torch.equal(model(ids), before) and not model.busy
 
 
 # Names, order, shapes ------------------------------------------------------------------------------------------------
@@ -469,7 +471,7 @@ def test_backward_hooks(model: HookedRecurrentModel) -> None:
     """torch's own hooks on a point see the gradient of its quantity, and change nothing."""
     ids, seen = random_ids(1, 9), []
     before = model(ids).detach()
-    point = model._points[name("v", 1)]
+    point = model.hook_dict[name("v", 1)]
     handle = point.register_full_backward_hook(lambda _m, _given, of_output: seen.append(of_output[0]))
     logits = model(ids)
     assert torch.allclose(logits, before, atol=1e-5)
@@ -763,7 +765,7 @@ def test_taps_of_the_text_model_alone(architecture: Architecture) -> None:
     )  # fmt: skip
     taps = install(text_model).taps
     assert tuple(tap.site.layer for tap in taps) == architecture.layers
-    assert "attention_mask" in taps[0].clock.parameters and text_model.writesae_clock is taps[0].clock
+    assert "attention_mask" in taps[0].clock.parameters and attached_to(text_model, Attachment).clock is taps[0].clock
 
 
 def test_clock_of_a_cache_that_does_not_count() -> None:

@@ -36,11 +36,13 @@ from architectures import (
 )
 from brute_force import DenseEdit
 from writesae import Add, Delete, HookedRecurrentModel, Intervention, Replace, SAEConfig, Substitute, Write, WriteSAE
-from writesae.hooks import intercept
+from writesae.hooks import response, tap
+from writesae.hooks.clock import Clock
 from writesae.hooks.families import gdn, mamba2
 from writesae.hooks.families.base import of_heads
 from writesae.hooks.families.mamba2 import ChunkScan, StepUpdate
-from writesae.hooks.positions import PAD, Clock
+from writesae.hooks.positions import PAD
+from writesae.recurrence import Recurrence
 from writesae.recurrence.rules import Rule
 
 TOLERANCE = 1e-4  # max |Δlogit|; logits have a standard deviation of about 1
@@ -567,7 +569,7 @@ def test_nothing_attached_nothing_changed(architecture: Architecture) -> None:
     ):
         model(ids)
     check("after an exception in a block")
-    assert all(not tap.busy for tap in model._taps)
+    assert not model.busy
 
 
 # Every edit, in every mode -------------------------------------------------------------------------------------------
@@ -728,26 +730,26 @@ def measure(architecture: Architecture) -> dict[str, float]:
 
 # Broken twins --------------------------------------------------------------------------------------------------------
 
-chunked, respond = intercept.chunked, intercept.respond
+chunked, respond = response.chunked, response.respond
 scan_result, step_result = ChunkScan.result, StepUpdate.result
 
 
-def without_erase(rec: Any, write: Write, *args: Any, **kwargs: Any) -> Any:
-    return chunked(replace(rec, a=None, b=None), write, *args, **kwargs)
+def without_erase(rec: Recurrence) -> Recurrence:
+    return replace(rec, a=None, b=None)
 
 
-def a_and_b_swapped(rec: Any, write: Write, *args: Any, **kwargs: Any) -> Any:
-    return chunked(replace(rec, a=rec.b, b=rec.a), write, *args, **kwargs)
+def a_and_b_swapped(rec: Recurrence) -> Recurrence:
+    return replace(rec, a=rec.b, b=rec.a)
 
 
-def erase_undecayed(rec: Any, write: Write, *args: Any, **kwargs: Any) -> Any:
+def erase_undecayed(rec: Recurrence) -> Recurrence:
     """``-beta k (k^T S)`` for ``-beta k (k^T D S)``."""
     decay = rec.log_decay.exp()
-    return chunked(replace(rec, b=rec.b / (decay if decay.ndim == 4 else decay[..., None])), write, *args, **kwargs)
+    return replace(rec, b=rec.b / (decay if decay.ndim == 4 else decay[..., None]))
 
 
-def decay_of_the_first_channel(rec: Any, write: Write, *args: Any, **kwargs: Any) -> Any:
-    return chunked(replace(rec, log_decay=rec.log_decay[..., 0]), write, *args, **kwargs)
+def decay_of_the_first_channel(rec: Recurrence) -> Recurrence:
+    return replace(rec, log_decay=rec.log_decay[..., 0])
 
 
 def written_along_the_erase_key(rec: Any, write: Write, *args: Any, **kwargs: Any) -> Any:
@@ -759,8 +761,8 @@ def read_ignored(*args: Any, **kwargs: Any) -> Any:
     return chunked(*args, **(kwargs | {"read": "same"}))
 
 
-def state_not_carried(call: Any, native: Write, record: Any, o: Tensor, state: Tensor | None) -> Any:
-    return respond(call, native, record, o, None)[0], state
+def state_not_carried(recurrence: Any, native: Write, record: Any, o: Tensor, state: Tensor | None) -> Any:
+    return respond(recurrence, native, record, o, None)[0], state
 
 
 def padding_counted(clock: Clock) -> Tensor:
@@ -827,22 +829,22 @@ SLICE = "substitute deltas, same"  # a slice: nothing says that a position is mi
 RULES = {a.rule for a in ARCHITECTURES}
 TWINS = [
     *(
-        Twin(rule, intercept, "chunked", without_erase, prefill, case)
+        Twin(rule, Rule, "recurrence", without_erase, prefill, case)
         for rule in (bf.GATED_DELTA, bf.KDA, bf.DELTA_NET, bf.RWKV7)
         for case in ("interventions", "hooks", "substitutes")
     ),
     # Not for the rules whose `a b^T` is symmetric, since both lie along the key: swapping is right there.
-    *(Twin(rule, intercept, "chunked", a_and_b_swapped, prefill, "interventions") for rule in (bf.KDA, bf.RWKV7)),
-    *(Twin(rule, intercept, "chunked", erase_undecayed, prefill, "interventions") for rule in (bf.GATED_DELTA, bf.KDA)),
+    *(Twin(rule, Rule, "recurrence", a_and_b_swapped, prefill, "interventions") for rule in (bf.KDA, bf.RWKV7)),
+    *(Twin(rule, Rule, "recurrence", erase_undecayed, prefill, "interventions") for rule in (bf.GATED_DELTA, bf.KDA)),
     *(
-        Twin(rule, intercept, "chunked", decay_of_the_first_channel, prefill, "interventions")
+        Twin(rule, Rule, "recurrence", decay_of_the_first_channel, prefill, "interventions")
         for rule in (bf.KDA, bf.GLA, bf.RWKV7)
     ),
-    Twin(bf.GATED_DELTA, intercept, "chunked", written_along_the_erase_key, prefill, "interventions"),
-    Twin(bf.GATED_DELTA, intercept, "chunked", read_ignored, prefill, "read next"),
-    Twin(bf.GATED_DELTA, intercept, "chunked", read_ignored, decode, "read next"),
+    Twin(bf.GATED_DELTA, response, "chunked", written_along_the_erase_key, prefill, "interventions"),
+    Twin(bf.GATED_DELTA, response, "chunked", read_ignored, prefill, "read next"),
+    Twin(bf.GATED_DELTA, response, "chunked", read_ignored, decode, "read next"),
     *(
-        Twin(rule, intercept, "respond", state_not_carried, *how)
+        Twin(rule, tap, "respond", state_not_carried, *how)
         for rule in (bf.GATED_DELTA, bf.MAMBA2)
         for how in ((pieces, "interventions"), (decode, "read next"))
     ),
@@ -869,9 +871,10 @@ def test_twins(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, expected = e.sequences.get(case.name, e.ids), e.expected[case.name]
     assert_close(twin.mode(e, case, ids), expected)
     if twin.owner is Rule:  # frozen, and its functions are values of each adapter
-        for tap in e.model._taps:
-            broken = replace(tap.family.rule, **{twin.name: twin.broken})
-            monkeypatch.setattr(tap, "family", replace(tap.family, rule=broken))
+        for one in e.model.taps:
+            rule = one.family.rule
+            broken = twin.broken if twin.name == "write" else lambda get, rule=rule: twin.broken(rule.recurrence(get))
+            monkeypatch.setattr(one, "family", replace(one.family, rule=replace(rule, **{twin.name: broken})))
     else:
         monkeypatch.setattr(twin.owner, twin.name, twin.broken)
     with pytest.raises(AssertionError, match="not close"):

@@ -14,7 +14,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from architectures import ARCHITECTURES, D_KEY, D_VALUE, N_HEADS, N_VOCAB
 from writesae import Add, Delete, HookedRecurrentModel, Replace, SAEConfig, Substitute, Write, WriteSAE
-from writesae.hooks import intercept
+from writesae.hooks.tap import running
 
 QWEN = ARCHITECTURES[0]
 K = "blocks.1.mixer.hook_k"
@@ -40,8 +40,8 @@ def model(wrapped: Any) -> Iterator[HookedRecurrentModel]:
     """One model for all tests: each must leave it as it was."""
     model, ids, logits = wrapped
     yield model
-    assert not any(tap.busy for tap in model._taps)
-    assert not any(m._forward_hooks for m in model._points.values())
+    assert not model.busy
+    assert not any(m._forward_hooks for m in model.hook_dict.values())
     with torch.no_grad():
         assert torch.equal(model(ids), logits)
 
@@ -96,8 +96,11 @@ def test_a_transformers_release_without_the_functions(name: str, monkeypatch: py
 
 def test_packed_sequences_on_a_cpu(model: HookedRecurrentModel, ids: Tensor) -> None:
     borders = torch.tensor([0, 5, 12], dtype=torch.int32)
+    packed = dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=7, max_length_k=7)
     with pytest.raises(ValueError, match=r"cannot keep packed sequences \(\w+\) apart on a CPU"):
-        model(ids, cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=7, max_length_k=7)
+        model.hf_model(ids, **packed)
+    with pytest.raises(ValueError, match="cu_seq_lens_q packs several texts into one row"):
+        model(ids, **packed)
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
@@ -508,5 +511,5 @@ def test_what_runs_is_not_left_marked_as_running(model: HookedRecurrentModel, id
     """After an error in the middle of a layer."""
     with pytest.raises(ZeroDivisionError):
         model.run_with_hooks(ids, [(K, lambda value, hook: 1 / 0)])
-    assert intercept._running.get() is None
-    assert model._taps[0].clock._call == {}
+    assert running.get() is None
+    assert model.taps[0].clock._call == {}

@@ -14,8 +14,7 @@ from writesae.experiments.protocol import Progress, Run, experiment
 from writesae.experiments.results.result import Figure, Number, Result, figure, predicted_and_measured
 from writesae.experiments.results.statistics import bootstrap, r_squared
 from writesae.gradients import Logit, gradient
-from writesae.hooks import Delete
-from writesae.hooks.intercept import short_chunks
+from writesae.hooks import Delete, short_chunks
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel
 from writesae.stores.windows import Texts

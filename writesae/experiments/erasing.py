@@ -18,8 +18,7 @@ from writesae.experiments.engine.targets import ranks, show_token
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.experiments.results.result import Figure, Number, Result, figure, frame, intervals
 from writesae.experiments.results.statistics import paired
-from writesae.hooks import Add, Delete, Intervention
-from writesae.hooks.intercept import short_chunks
+from writesae.hooks import Add, Delete, Intervention, short_chunks
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
 from writesae.saes import WriteSAE

@@ -31,8 +31,7 @@ from writesae.experiments.protocol import Progress, Run, experiment
 from writesae.experiments.results.result import Figure, Number, Result, figure, predicted_and_measured
 from writesae.experiments.results.statistics import r_squared
 from writesae.gradients import Logit, gradient
-from writesae.hooks import Add
-from writesae.hooks.intercept import short_chunks
+from writesae.hooks import Add, short_chunks
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Recurrence, Write, at_least_float32
 from writesae.recurrence.kernels import carried

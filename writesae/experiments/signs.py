@@ -25,8 +25,7 @@ from writesae.experiments.engine.targets import Targets, ordinary_tokens, token_
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, share
 from writesae.experiments.results.statistics import r_squared
-from writesae.hooks import Add
-from writesae.hooks.intercept import short_chunks
+from writesae.hooks import Add, short_chunks
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
 from writesae.stores.windows import Texts

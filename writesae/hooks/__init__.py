@@ -2,17 +2,20 @@
 
 from writesae.hooks.attachable import AttachableSAE
 from writesae.hooks.cache import ActivationCache
-from writesae.hooks.families import FAMILIES, Family
-from writesae.hooks.intercept import Attached, Tap, install
+from writesae.hooks.dispatch import short_chunks
+from writesae.hooks.families import FAMILIES, Family, KernelCall, register
+from writesae.hooks.installing import find_mixers, install
 from writesae.hooks.interventions import Add, Delete, Intervention, Moment, Replace
 from writesae.hooks.names import name_of, resolve
 from writesae.hooks.points import HookPoint
 from writesae.hooks.positions import PositionSet
+from writesae.hooks.quantities import Quantity
 from writesae.hooks.residual_edits import Reconstruct, ResidualEdit, Steer
 from writesae.hooks.sites import Head, Site
+from writesae.hooks.tap import Attached, Tap
 
 __all__ = [
     "FAMILIES", "ActivationCache", "Add", "AttachableSAE", "Attached", "Delete", "Family", "Head", "HookPoint",
-    "Intervention", "Moment", "PositionSet", "Reconstruct", "Replace", "ResidualEdit", "Site", "Steer", "Tap",
-    "install", "name_of", "resolve",
+    "Intervention", "KernelCall", "Moment", "PositionSet", "Quantity", "Reconstruct", "Replace", "ResidualEdit", "Site",
+    "Steer", "Tap", "find_mixers", "install", "name_of", "register", "resolve", "short_chunks",
 ]  # fmt: skip

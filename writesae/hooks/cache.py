@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.hooks.intercept import Record, Tap, total_write
+from writesae.hooks.clock import Clock
 from writesae.hooks.names import name_of, resolve
 from writesae.hooks.points import Value
-from writesae.hooks.positions import PAD, Clock
+from writesae.hooks.positions import PAD
+from writesae.hooks.response import Record, total_write
+from writesae.hooks.tap import Tap
 from writesae.recurrence import Write
 from writesae.recurrence.dynamics import Dynamics
 
@@ -45,21 +47,25 @@ class ActivationCache(Mapping[str, Any]):
         self._positions: Tensor | None = None
         self.has_batch_dim = True
 
-    def _store(self, name: str, value: Value, clock: Clock | None = None) -> None:
+    def store(self, name: str, value: Value, clock: Clock | None = None) -> None:
+        """Take in a value; ``clock`` says which tokens are which."""
         self._values[name] = value if self._device is None else value.to(self._device)
         if clock is not None and self._positions is None:
             self._positions = clock.try_positions()
 
-    def _detach(self) -> None:
-        self._values = {name: value.detach() for name, value in self._values.items()}
-
-    def _only(self, names: set[str]) -> None:
-        self._values = {name: value for name, value in self._values.items() if name in names}
-
-    def _record(self, tap: Tap, record: Record) -> None:
+    def record(self, tap: Tap, record: Record) -> None:
+        """Take in what the states of a layer depend on beside its values."""
         self._records[tap.site.layer] = record if self._device is None else record.to(self._device)
         if self._positions is None:
             self._positions = tap.clock.try_positions()
+
+    def detach(self) -> None:
+        """Let go of the graph that gradients would go through."""
+        self._values = {name: value.detach() for name, value in self._values.items()}
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Let go of all other values."""
+        self._values = {name: value for name, value in self._values.items() if name in names}
 
     def remove_batch_dim(self) -> None:
         """Leave the batch dimension out of everything from here on.
@@ -94,7 +100,7 @@ class ActivationCache(Mapping[str, Any]):
 
     def __contains__(self, name: object) -> bool:
         try:
-            self[name]  # type: ignore[index]
+            self[name]  # type: ignore[index]  # whatever it is, it is looked up
         except KeyError:
             return False
         return True

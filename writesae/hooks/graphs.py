@@ -50,9 +50,9 @@ def outside_graphs(fn: Callable[..., Any], otherwise: Callable[..., Any] = lambd
     return functools.update_wrapper(seen, fn)
 
 
-def begin(text_model: Any) -> None:
-    """A pass begins: is anything attached?"""
-    RUNNING.passes[text_model] = _attached(text_model.layers)
+def begin(text_model: Any, attached: bool) -> None:
+    """A pass begins, of a model with or without something attached."""
+    RUNNING.passes[text_model] = attached
     RUNNING.attached = sum(RUNNING.passes.values())
 
 
@@ -60,10 +60,3 @@ def end(text_model: Any) -> None:
     """Its pass is over, or has failed, maybe before it began for us."""
     RUNNING.passes.pop(text_model, None)
     RUNNING.attached = sum(RUNNING.passes.values())
-
-
-def _attached(layers: Any) -> bool:
-    taps = (getattr(layer, "writesae_tap", None) for layer in layers)
-    return any(tap is not None and tap.busy for tap in taps) or any(
-        point.listening for layer in layers for point in layer.writesae_points.values()
-    )

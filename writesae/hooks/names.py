@@ -13,7 +13,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-RESIDUAL = ("resid_pre", "mixer_out", "mlp_out", "resid_post")
+from writesae.hooks.quantities import RESIDUAL
 
 OF_BLOCKS = {  # TransformerLens' names of points of the residual stream, by what follows `blocks.{layer}.`
     "hook_in": "resid_pre",

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from writesae.hooks.names import name_of
+from writesae.hooks.positions import PositionSet
 from writesae.recurrence import Write
 
 Value: TypeAlias = Tensor | Write
+V = TypeVar("V", Tensor, Write)
 HookFn: TypeAlias = Callable[[Any, "HookPoint"], Any]
 
 
@@ -27,7 +30,12 @@ class HookPoint(nn.Module):
         name: full name, e.g. ``blocks.9.mixer.hook_k``; see `writesae.hooks.names`.
         layer: index of the layer.
         quantity: short name, e.g. ``k``.
+        positions: of ``hook_state`` while it fires: the position of each row that is shown.
+        request: who asked for the state that is shown.
     """
+
+    positions: Int[Tensor, " rows"] | None = None
+    request: PositionSet | None = None
 
     def __init__(self, layer: int, quantity: str):
         super().__init__()
@@ -54,7 +62,7 @@ class HookPoint(nn.Module):
         active = getattr(getattr(forward, "state", None), "active", None)
         return active is None or active()[0] is not None
 
-    def fire(self, value: Value) -> tuple[Value, bool]:
+    def fire(self, value: V) -> tuple[V, bool]:
         """Show ``value`` to the hooks. Returns the value to go on with, and whether it was changed.
 
         A hook changes the value by returning another one, or in place. Within an nnsight trace that may ask for
@@ -63,9 +71,10 @@ class HookPoint(nn.Module):
         Raises:
             TypeError, ValueError: a hook returned another kind, shape or dtype; the message names hook and shapes.
         """
-        goes_on = isinstance(value, Tensor) and value.requires_grad and self.traced
-        if goes_on:
-            value = value.view_as(value)  # type: ignore[union-attr]  # the model may use the tensor elsewhere, too
+        goes_on = False
+        if isinstance(value, Tensor) and value.requires_grad and self.traced:
+            goes_on = True
+            value = value.view_as(value)  # the model may use the tensor elsewhere, too
         before = [_mark(t) for t in _tensors(value)]
         after = self(value)
         if after is not value:
@@ -101,9 +110,11 @@ class HookPoint(nn.Module):
         if dir not in ("fwd", "bwd"):
             raise ValueError(f"dir={dir!r}: allowed are 'fwd' (the value) and 'bwd' (its gradient)")
         shown = fn if dir == "fwd" else functools.partial(_on_gradient, fn)
-        return self.register_forward_hook(
-            lambda point, _args, value: shown(value, point)  # type: ignore[arg-type]
-        )
+
+        def hook(point: Any, _args: Any, value: Value) -> Any:
+            return shown(value, point)
+
+        return self.register_forward_hook(hook)
 
     def extra_repr(self) -> str:
         return self.name

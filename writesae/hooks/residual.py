@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,13 +35,10 @@ def watch(layer: nn.Module, index: int, recurrent: nn.Module | None) -> dict[str
     points = {quantity: HookPoint(index, quantity) for quantity in ("resid_pre", *found, "resid_post")}
     for quantity, point in points.items():
         layer.add_module(f"hook_{quantity}", point)
-    layer.writesae_points = points  # type: ignore[assignment]
-    layer.register_forward_pre_hook(_enter, with_kwargs=True)
-    layer.register_forward_hook(_leave)
+    layer.register_forward_pre_hook(Watch(points["resid_pre"]).taken, with_kwargs=True)
+    layer.register_forward_hook(Watch(points["resid_post"]).given)
     for quantity, module in found.items():
-        # Not the layer itself, which would then be a child of its child: its points, which a deepcopy copies with it.
-        module.writesae_seen = (points, quantity)  # type: ignore[assignment]
-        module.register_forward_hook(_added)
+        module.register_forward_hook(Watch(points[quantity]).given)
     return points
 
 
@@ -62,38 +60,34 @@ def stream_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-@outside_graphs
-def _enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    new = _show(layer.writesae_points["resid_pre"], stream_in(args, kwargs))  # type: ignore[index]
-    if new is None:
-        return None
-    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+@dataclass(eq=False)
+class Watch:
+    """Shows the stream to a point as a module takes or gives it. Its methods are hooks of torch on that module."""
 
+    point: HookPoint
 
-@outside_graphs
-def _leave(layer: nn.Module, _args: Any, output: Any) -> Any:
-    return _first_shown(layer.writesae_points["resid_post"], output)  # type: ignore[index]
+    @outside_graphs
+    def taken(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """Before a layer."""
+        new = self._show(stream_in(args, kwargs))
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
+    @outside_graphs
+    def given(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        """After a module, whose output is the stream, or a tuple whose first part is."""
+        if not isinstance(output, tuple):
+            return self._show(output)
+        new = self._show(output[0])
+        return None if new is None else (new, *output[1:])
 
-@outside_graphs
-def _added(module: nn.Module, _args: Any, output: Any) -> Any:
-    points, quantity = module.writesae_seen  # type: ignore[misc]
-    return _first_shown(points[quantity], output)  # type: ignore[arg-type]
-
-
-def _first_shown(point: HookPoint, output: Any) -> Any:
-    """The output of a module with what hooks made of the stream, which is its first part; None if they left it."""
-    if not isinstance(output, tuple):
-        return _show(point, output)
-    new = _show(point, output[0])
-    return None if new is None else (new, *output[1:])
-
-
-def _show(point: HookPoint, value: Tensor) -> Tensor | None:
-    if not point.listening:
-        return None
-    new, changed = point.fire(to_show(value))
-    return new if changed else None  # type: ignore[return-value]
+    def _show(self, stream: Tensor) -> Tensor | None:
+        """What hooks made of the stream; None if they left it."""
+        if not self.point.listening:
+            return None
+        new, changed = self.point.fire(to_show(stream))
+        return new if changed else None
 
 
 class Stopped(Exception):

@@ -26,8 +26,8 @@ from writesae.hooks import (
     name_of,
     resolve,
 )
-from writesae.hooks.names import RESIDUAL
 from writesae.hooks.positions import Positions
+from writesae.hooks.quantities import RESIDUAL
 from writesae.hooks.residual_edits import is_residual_sae
 from writesae.model.tokens import TokenModel
 from writesae.recurrence import Read
@@ -47,12 +47,11 @@ class HookedModel(TokenModel):
     def __init__(self, hf_model: Any, tokenizer: Any = None):
         super().__init__()
         self._installed = installed = install(hf_model)
-        self._taps: list[Tap] = installed.taps
         self.hf_model = hf_model
         self.tokenizer = tokenizer
         self._points = {point.name: point for layer in installed.points for point in layer.values()}
-        self._by_layer = {tap.site.layer: tap for tap in self._taps}
-        self._aliases = {tap.site.layer: tap.family.aliases for tap in self._taps}
+        self._by_layer = {tap.site.layer: tap for tap in self.taps}
+        self._aliases = {tap.site.layer: tap.family.aliases for tap in self.taps}
         self._edited_stream: list[PositionSet] = []  # where edits of the residual stream are attached
         self._handles: list[torch.utils.hooks.RemovableHandle] = []  # of `add_hook`
 
@@ -61,7 +60,7 @@ class HookedModel(TokenModel):
     @property
     def sites(self) -> list[Site]:
         """The recurrent layers, ``Site(layer, n_heads, d_key, d_value, rule)``."""
-        return [tap.site for tap in self._taps]
+        return [tap.site for tap in self.taps]
 
     @property
     def hook_names(self) -> list[str]:
@@ -77,6 +76,16 @@ class HookedModel(TokenModel):
     def n_layers(self) -> int:
         """How many layers there are, recurrent and other."""
         return len(self._installed.layers)
+
+    @property
+    def taps(self) -> list[Tap]:
+        """What is attached to each recurrent mixer, in order of layers."""
+        return self._installed.taps
+
+    @property
+    def busy(self) -> bool:
+        """Whether hooks or edits are attached."""
+        return self._installed.ours.busy
 
     def site(self, layer: int) -> Site:
         """The site of a layer; IndexError if that layer is not recurrent."""
@@ -278,7 +287,7 @@ class HookedModel(TokenModel):
 
     def _asked(self) -> list[PositionSet]:
         """The positions of everything attached."""
-        of_taps = [p for tap in self._taps for p in [*(item.positions for item in tap.attached), *tap.state_requests]]
+        of_taps = [p for tap in self.taps for p in [*(item.positions for item in tap.attached), *tap.state_requests]]
         return of_taps + self._edited_stream
 
     def _check_within(self, lengths: Int[Tensor, " batch"]) -> None:

@@ -14,36 +14,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from writesae.hooks import ActivationCache, AttachableSAE, name_of
-from writesae.hooks.intercept import find_mixers
-from writesae.hooks.positions import CACHES, Positions
+from writesae.hooks.clock import CACHES
+from writesae.hooks.positions import Positions
+from writesae.hooks.quantities import QUANTITIES
 from writesae.hooks.residual import Stopped, stop_at
 from writesae.model.attaching import HookedModel, Hooks, Names, added, check_fired
-from writesae.model.tokens import Text, next_token_loss
+from writesae.model.tokens import Text, is_text, next_token_loss
+from writesae.models.arguments import arguments_of
 from writesae.models.load import load_model
 from writesae.models.tokenizers import check_tokenizer, load_tokenizer
 from writesae.models.wrappers import bare, unwrapped, weights
 from writesae.zoo import shipped_model, shipped_models
-
-MEANING = {
-    "resid_pre": ("[batch, pos, d_model]", "the residual stream before the layer"),
-    "v_mix": ("[batch, pos, head, d_value]", "how much of the first layer's value is mixed into v"),
-    "q_raw": ("[batch, pos, head, d_key]", "the query before its norm and scale"),
-    "k_raw": ("[batch, pos, head, d_key]", "the key before its norm"),
-    "q": ("[batch, pos, head, d_key]", "what reads the state, after any norm and scale"),
-    "k": ("[batch, pos, head, d_key]", "where a token writes, after any norm"),
-    "v": ("[batch, pos, head, d_value]", "what it writes"),
-    "beta": ("[batch, pos, head]", "how strongly it writes, and erases if anything is erased"),
-    "log_decay": ("[batch, pos, head]", "log of how much of the state stays, <= 0"),
-    "kappa": ("[batch, pos, head, d_key]", "removal key: what the erase reads, of length 1"),
-    "iclr": ("[batch, pos, head, d_key]", "in-context learning rate: how much of that is erased"),
-    "write": ("Write [batch, pos, head]", "the native write, in factors: key k, value v (times beta if there is one)"),
-    "state": ("[batch, pos, head, d_key, d_value]", "the memory, at the positions asked for"),
-    "o": ("[batch, pos, head, d_value]", "what was read, before norm and gate"),
-    "z": ("[batch, pos, head, d_value]", "the output gate, as the norm is given it"),
-    "mixer_out": ("[batch, pos, d_model]", "what the mixer, recurrent or attention, gives to the stream"),
-    "mlp_out": ("[batch, pos, d_model]", "what the MLP or the experts give to the stream"),
-    "resid_post": ("[batch, pos, d_model]", "the residual stream after the layer"),
-}
 
 
 class HookedRecurrentModel(HookedModel):
@@ -89,6 +70,8 @@ class HookedRecurrentModel(HookedModel):
         Formats are those of transformers, of flash-linear-attention (RWKV-7, DeltaNet, GLA), and of the authors of
         RWKV-7 (the path of a ``.pth`` file) and Mamba-2; see `writesae.models.load`.
         """
+        if "torch_dtype" in kwargs:
+            raise TypeError("torch_dtype is called dtype here, as in transformers: from_pretrained(..., dtype=...)")
         source = shipped_model(str(name)) or str(name)
         try:
             hf_model = load_model(source, dtype=dtype, **kwargs)
@@ -110,33 +93,31 @@ class HookedRecurrentModel(HookedModel):
     def describe_hooks(self) -> list[tuple[str, str, str]]:
         """``(name, shape, meaning)`` of each kind of hook point, in firing order."""
         kinds: dict[str, tuple[str, str, str]] = {}
+        order = list(QUANTITIES)
         points = self._installed.points
         for layer in sorted(range(len(points)), key=lambda i: -len(points[i])):  # some lack what others have
-            family = self._by_layer[layer].family if layer in self._by_layer else None
+            describe = self._by_layer[layer].family.describe if layer in self._by_layer else QUANTITIES.__getitem__
+            before = order[0]
             for quantity, point in points[layer].items():
-                shape, meaning = MEANING[quantity]
-                if family and quantity == "log_decay" and family.rule.decay_per_key:
-                    shape = "[batch, pos, head, d_key]"
-                if family and quantity in family.letters:
-                    meaning = f"{meaning} ({family.letters[quantity]})"
-                kinds.setdefault(quantity, (point.name.replace(f".{layer}.", ".{layer}."), shape, meaning))
-        return [kinds[quantity] for quantity in MEANING if quantity in kinds]
+                name = point.name.replace(f".{layer}.", ".{layer}.")
+                shape, meaning = describe(quantity)
+                kinds.setdefault(quantity, (name, shape, meaning))
+                if quantity not in order:  # an architecture's own
+                    order.insert(order.index(before) + 1, quantity)
+                before = quantity
+        return [kinds[quantity] for quantity in order if quantity in kinds]
 
     @property
     def config(self) -> Any:
         return self.hf_model.config
 
-    def _mixer(self, layer: int) -> nn.Module:
-        tap = self._tap(layer)
-        return next(mixer for _, mixer, _ in find_mixers(self.hf_model) if mixer.writesae_tap is tap)
-
     def W_O(self, layer: int) -> Float[Tensor, "head d_value d_model"]:
         """The output projection of a recurrent layer, head by head; norm and gate before it are not in it."""
-        return self.family(layer).projection(self._mixer(layer))
+        return self.family(layer).projection(self._installed.mixers[self._tap(layer).site.layer])
 
     def norm(self, layer: int) -> nn.Module | None:
         """The module that normalises (and gates) what the heads of a recurrent layer read; None where nothing does."""
-        return self.family(layer).norm(self._mixer(layer))
+        return self.family(layer).norm(self._installed.mixers[self._tap(layer).site.layer])
 
     def fingerprint(self, layer: int) -> str:
         """A hash of the recurrent layer's weights, rounded to bfloat16 so that it does not depend on the load dtype.
@@ -144,7 +125,7 @@ class HookedRecurrentModel(HookedModel):
         SAEs record it, and are refused by a model with other weights. Adapters of PEFT count as far as they are active:
         a layer with one has the fingerprint that it keeps when the adapter is merged.
         """
-        mixer = self._mixer(layer)
+        mixer = self._installed.mixers[self._tap(layer).site.layer]
         digest = hashlib.sha256()
         for name, parameter in sorted(weights(mixer)):
             digest.update(f"{name}{list(parameter.shape)}".encode())
@@ -155,7 +136,7 @@ class HookedRecurrentModel(HookedModel):
 
     def forward(
         self,
-        x: Text,
+        x: Text | None = None,
         *,
         return_type: str | None = "logits",
         loss_per_token: bool = False,
@@ -165,7 +146,8 @@ class HookedRecurrentModel(HookedModel):
         """Logits for text or token ids ``[batch, pos, vocab]``, with whatever is attached.
 
         Args:
-            x: a text, several (padded on the left), token ids ``[pos]`` or ``[batch, pos]``.
+            x: a text, several (padded on the left), token ids ``[pos]`` or ``[batch, pos]``, or the mapping that a
+                tokenizer returns. None with ``inputs_embeds=`` ``[batch, pos, d_model]``.
             return_type: "loss": the cross entropy in nats of each next token, the mean over real tokens; "both": logits
                 and loss; None: nothing is returned.
             loss_per_token: the loss ``[batch, pos - 1]`` instead, 0 at padding.
@@ -176,14 +158,15 @@ class HookedRecurrentModel(HookedModel):
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type={return_type!r}: allowed are 'logits', 'loss', 'both' and None")
-        ids, mask = self.to_tokens(x)
-        mask = kwargs.pop("attention_mask", mask)
-        past = self._cache_renamed(kwargs)
+        x, kwargs = self.read(x, self._cache_renamed(kwargs))
+        tokens, mask = self._tokens(x, kwargs)
+        size = next(iter(tokens.values())).shape[:2]
+        past = next((kwargs[name] for name in CACHES if name in kwargs), None)
         if past is None:
             kwargs.setdefault("use_cache", False)
             if mask is None or mask.ndim == 2:  # with any other mask, an edit says that it can't know positions
-                self._check_within(torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(-1))
-        elif mask is not None and not isinstance(x, Tensor) and mask.shape[1] == ids.shape[1]:
+                self._check_within(torch.full(size[:1], size[1]) if mask is None else mask.sum(-1))
+        elif mask is not None and is_text(x) and mask.shape[1] == size[1]:
             raise ValueError(
                 "texts of unequal length can't continue a cache: pass token ids and the whole attention_mask"
             )
@@ -192,27 +175,41 @@ class HookedRecurrentModel(HookedModel):
                 raise ValueError("stop_at_layer would leave past_key_values half filled: pass one of them")
             try:
                 with stop_at(self._installed.layers, stop_at_layer):
-                    self.hf_model(input_ids=ids, attention_mask=mask, **kwargs)
+                    self.hf_model(**tokens, attention_mask=mask, **kwargs)
             except Stopped as stopped:
                 return stopped.stream
             raise RuntimeError(f"the model ran without its layer {stop_at_layer}")
-        logits = self.hf_model(input_ids=ids, attention_mask=mask, **kwargs).logits
+        if return_type in ("loss", "both") and "input_ids" not in tokens:
+            raise ValueError(f"return_type={return_type!r} needs the token ids that come next; inputs_embeds has none")
+        logits = self.hf_model(**tokens, attention_mask=mask, **kwargs).logits
         if return_type in ("logits", None):
             return logits if return_type else None
-        if logits.shape[1] != ids.shape[1] or (mask is not None and mask.shape != ids.shape):
+        if logits.shape[1] != size[1] or (mask is not None and mask.shape != size):
             raise ValueError("a loss needs logits of all tokens: drop logits_to_keep and past_key_values")
-        loss = next_token_loss(logits, ids, mask, loss_per_token)
+        loss = next_token_loss(logits, tokens["input_ids"], mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
-    def _cache_renamed(self, kwargs: dict[str, Any]) -> Any:
-        """The cache among arguments, under the name that the model has for it: another name, it would ignore."""
-        past = next((kwargs.pop(name) for name in CACHES if kwargs.get(name) is not None), None)
-        if past is not None:
-            kwargs[next((name for name in CACHES if name in self._takes()), CACHES[0])] = past
-        return past
+    def _cache_renamed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments with the cache, if there is one, under the name that the model has for it."""
+        past = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        others = {name: value for name, value in kwargs.items() if name not in CACHES}
+        if past is None:
+            return others
+        takes = arguments_of(self.hf_model)
+        return {**others, next((name for name in CACHES if name in takes), CACHES[0]): past}
+
+    def _tokens(self, x: Text | None, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """``input_ids`` or ``inputs_embeds``, and the mask: that of texts, or the one in ``kwargs``, which loses it."""
+        if x is None:
+            embeds = kwargs.pop("inputs_embeds")
+            if not isinstance(embeds, Tensor) or embeds.ndim != 3:
+                raise ValueError("inputs_embeds must be a tensor [batch, pos, d_model]")
+            return {"inputs_embeds": embeds.to(self.device)}, kwargs.pop("attention_mask", None)
+        ids, mask = self.to_tokens(x)
+        return {"input_ids": ids}, kwargs.pop("attention_mask", mask)
 
     @torch.no_grad()
-    def generate(self, x: Text, **kwargs: Any) -> str | list[str] | Int[Tensor, "batch pos"]:
+    def generate(self, x: Text | None = None, **kwargs: Any) -> Any:
         """Continue a text, with whatever is attached acting on every token, prompt and generated alike.
 
         Args:
@@ -222,32 +219,56 @@ class HookedRecurrentModel(HookedModel):
         Returns:
             Prompt and continuation: a text for a text, a list for several, token ids for token ids.
         """
-        ids, mask = self.to_tokens(x)
-        mask = kwargs.pop("attention_mask", mask)
+        x, kwargs = self._read_for_generation(x, kwargs)
+        tokens, mask = self._tokens(x, kwargs)
+        size = next(iter(tokens.values())).shape[:2]
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("generation needs padding on the left: the attention mask ends with padding")
-        mask = torch.ones_like(ids) if mask is None else mask
-        self._cache_renamed(kwargs)
-        if "max_new_tokens" in kwargs:
-            self._check_within(mask.sum(-1) + kwargs["max_new_tokens"] - 1)  # the last token is never fed
-        out = self.hf_model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[operator]
-        if "max_new_tokens" in kwargs:  # positions past an early end of the text are no mistake
+        mask = torch.ones(size, dtype=torch.long, device=self.device) if mask is None else mask
+        most = self._most_new_tokens(kwargs, 0 if x is None else size[1])
+        if most is not None:
+            self._check_within(mask.sum(-1) + most - 1)  # the last token is never fed
+        out = self.hf_model.generate(**tokens, attention_mask=mask, **kwargs)  # type: ignore[operator]
+        if most is not None:  # positions past an early end of the text are no mistake
             for positions in self._asked():
                 positions.vouch()
-        if isinstance(x, Tensor) or (not isinstance(x, str) and isinstance(x[0], int)):
+        if not is_text(x) or not isinstance(out, Tensor):
             return out
-        n_new = out.shape[1] - ids.shape[1]
-        texts = [x] if isinstance(x, str) else list(x)
-        per_text = out.shape[0] // len(texts)
-        rows = [
-            self._tokenizer().decode(out[i][-(n_new + int(mask[i // per_text].sum())) :], skip_special_tokens=True)
-            for i in range(len(out))
-        ]
+        texts = [x] if isinstance(x, str) else list(x or ())
+        per_text, ends = out.shape[0] // len(texts), self._ends(kwargs)
+        rows = []
+        for i, row in enumerate(out):
+            old, new = row[size[1] - int(mask[i // per_text].sum()) : size[1]], row[size[1] :]
+            over = torch.isin(new, ends).nonzero()[:1, 0]  # what follows the end of one text is filling
+            new = new[: int(over) + 1] if len(over) else new
+            rows.append(self._tokenizer().decode(torch.cat([old, new]), skip_special_tokens=True))
         return rows[0] if isinstance(x, str) and len(rows) == 1 else rows
+
+    def _read_for_generation(self, x: Text | None, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """`read`, where only some arguments are the model's; transformers refuses those that it does not know."""
+        of_model = {name: kwargs[name] for name in kwargs if name in (*arguments_of(self.hf_model), *CACHES)}
+        x, given = self.read(x, self._cache_renamed(of_model))
+        return x, {name: value for name, value in kwargs.items() if name not in of_model} | given
+
+    def _most_new_tokens(self, kwargs: dict[str, Any], n_prompt: int) -> int | None:
+        """How many tokens may be generated, None where nothing says so."""
+        configs = (kwargs.get("generation_config"), getattr(self.hf_model, "generation_config", None))
+        for said in (kwargs, *(vars(config) for config in configs if config is not None)):
+            if (n_new := said.get("max_new_tokens")) is not None:
+                return n_new
+            if (n_all := said.get("max_length")) is not None:
+                return max(n_all - n_prompt, 1)
+        return None
+
+    def _ends(self, kwargs: dict[str, Any]) -> Int[Tensor, " n"]:
+        """Token ids at which generation of a text ends."""
+        configs = (kwargs.get("generation_config"), getattr(self.hf_model, "generation_config", None))
+        found = kwargs.get("eos_token_id", next((c.eos_token_id for c in configs if c is not None), None))
+        return torch.as_tensor([] if found is None else found, device=self.device).reshape(-1).long()
 
     def run_with_cache(
         self,
-        x: Text,
+        x: Text | None = None,
         names: Names = None,
         *,
         names_filter: Names = None,
@@ -289,7 +310,7 @@ class HookedRecurrentModel(HookedModel):
                 "hook_state holds a d_key x d_value matrix a token, so it is kept only where asked: pass both a "
                 "hook_state in names= and state_positions=[...], or use cache.state(layer, positions) afterwards"
             )
-        cache = ActivationCache(self._taps, self._points, self._aliases, device)
+        cache = ActivationCache(self.taps, self._points, self._aliases, device)
         # States are rebuilt from the recurrence's inputs.
         inputs = {name_of(q, s.layer) for s in states for q in self.family(s.layer).rule.state_inputs}
         chosen = {point.name for point in wanted if point not in states}
@@ -297,23 +318,23 @@ class HookedRecurrentModel(HookedModel):
         clock = self._installed.clock
         with ExitStack() as stack:
             for point in keep:
-                stack.enter_context(point.add_hook(lambda value, hook: cache._store(hook.name, value, clock)))
-            for tap in self._taps:
-                recorder = lambda record, tap=tap: cache._record(tap, record)  # noqa: E731
+                stack.enter_context(point.add_hook(lambda value, hook: cache.store(hook.name, value, clock)))
+            for tap in self.taps:
+                recorder = lambda record, tap=tap: cache.record(tap, record)  # noqa: E731
                 if any(p in wanted for p in tap.points.values()):
                     stack.enter_context(added(tap.recorders, recorder))
             out = self(x, **kwargs)
-        check_fired([point.name for point in keep if point.name not in cache._values], 1)
+        check_fired([point.name for point in keep if point.name not in cache], 1)
         for point in states:
-            cache._store(point.name, cache.state(point.layer, list(state_positions or ())))
-        cache._only({point.name for point in wanted})
+            cache.store(point.name, cache.state(point.layer, list(state_positions or ())))
+        cache.keep_only({point.name for point in wanted})
         if remove_batch_dim:
             cache.remove_batch_dim()
         return out, cache
 
     def run_with_hooks(
         self,
-        x: Text,
+        x: Text | None = None,
         hooks: Hooks = (),
         *,
         fwd_hooks: Hooks = (),

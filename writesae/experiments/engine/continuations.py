@@ -10,8 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from writesae.hooks import Add
-from writesae.hooks.intercept import short_chunks
+from writesae.hooks import Add, short_chunks
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
 

@@ -23,8 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from writesae.hooks import ActivationCache, Replace
-from writesae.hooks.intercept import find_mixers, short_chunks
+from writesae.hooks import ActivationCache, Replace, find_mixers, short_chunks
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read, Write

@@ -12,6 +12,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from writesae.hooks.quantities import PER_KEY, QUANTITIES, UNDESCRIBED, Quantity
 from writesae.hooks.sites import Site
 from writesae.models.wrappers import weight
 from writesae.recurrence import Recurrence, Write, at_least_float32
@@ -99,7 +100,10 @@ SSM = {"ssm_C": "q", "ssm_B": "k", "ssm_decay": "log_decay", "ssm_write": "write
 
 @dataclass(frozen=True)
 class Family:
-    """An adapter.
+    """An adapter: where an architecture runs its recurrence, and what the arguments mean. `register` makes it known.
+
+    A mixer has its layer's index as ``mixer.layer_idx``, and is somewhere under ``....layers.{index}``, as in all of
+    transformers.
 
     Attributes:
         name: for messages and the support table.
@@ -117,6 +121,7 @@ class Family:
             seen.
         seen_at: ``{quantity: submodule}`` for what is no input of the recurrence but the output of a submodule that
             runs before it, in firing order. A mixer need not have them all.
+        meanings: shape and meaning of quantities that are this architecture's own, see `writesae.hooks.quantities`.
         letters: what canonical quantities are in the architecture's own words, where those differ.
         aliases: TransformerLens' names of quantities, less ``hook_``: what we call the same quantity.
     """
@@ -133,13 +138,25 @@ class Family:
     projections: tuple[str, ...] = ("out_proj", "o_proj")
     norms: tuple[str, ...] = ()
     seen_at: Mapping[str, str] = field(default_factory=dict)
+    meanings: Mapping[str, Quantity] = field(default_factory=dict)
     letters: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=lambda: SSM)
 
+    def layer(self, mixer: Any) -> int:
+        """The layer that a mixer is in, ``mixer.layer_idx`` as in all of transformers."""
+        return int(mixer.layer_idx)
+
     def site(self, mixer: nn.Module) -> Site:
         """Where a mixer's states are, and of what shape."""
-        sizes = (int(getattr(mixer, name)) for name in self.sizes)
-        return Site(int(mixer.layer_idx), *sizes, rule=self.rule.name)  # type: ignore[arg-type]
+        n_heads, d_key, d_value = (int(getattr(mixer, name)) for name in self.sizes)
+        return Site(self.layer(mixer), n_heads, d_key, d_value, rule=self.rule.name)
+
+    def describe(self, quantity: str) -> Quantity:
+        """Shape and meaning of a quantity, in this architecture's words."""
+        shape, meaning = self.meanings.get(quantity) or QUANTITIES.get(quantity, UNDESCRIBED)
+        if quantity == "log_decay" and self.rule.decay_per_key:
+            shape = PER_KEY
+        return Quantity(shape, f"{meaning} ({self.letters[quantity]})" if quantity in self.letters else meaning)
 
     def norm(self, mixer: nn.Module) -> nn.Module | None:
         """The mixer's norm of what its heads read, if it has one."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from writesae.hooks.families.base import SSM, Family, KernelCall, as_given, of_heads
+from writesae.hooks.families.registry import register
 from writesae.recurrence import rules
 
 _ARGUMENT = {"q": "query", "k": "key", "v": "value", "beta": "beta", "log_decay": "g"}
@@ -91,3 +92,4 @@ GATED_DELTANET = Family(
     | {"q": "q_raw", "k": "k_raw", "ssm_C": "q_raw", "ssm_B": "k_raw", "ssm_write": "beta"}
     | {"recurrence_out": "o", "gate_input": "z"},
 )
+register(GATED_DELTANET)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from writesae.hooks.families.gdn import GATED_DELTANET, modeling
+from writesae.hooks.families.registry import register
 from writesae.recurrence import rules
 
 KIMI_DELTA = replace(
@@ -22,3 +23,4 @@ KIMI_DELTA = replace(
     kernels=("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"),
     sizes=("num_heads", "head_dim", "head_dim"),
 )
+register(KIMI_DELTA)

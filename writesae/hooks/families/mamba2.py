@@ -21,6 +21,7 @@ from torch import Tensor
 
 from writesae.hooks.families.base import Family, KernelCall, as_given, of_heads
 from writesae.hooks.families.gdn import modeling
+from writesae.hooks.families.registry import register
 from writesae.recurrence import rules
 from writesae.recurrence.kernels import chunked
 
@@ -168,3 +169,4 @@ MAMBA2 = Family(
         "o": "S^T C, without the skip D x",
     },
 )
+register(MAMBA2)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from writesae.hooks.families.base import Family, KernelCall, as_given, of_heads
+from writesae.hooks.families.registry import register
 from writesae.recurrence import rules
 
 _SIZES = ("num_heads", "head_k_dim", "head_v_dim")
@@ -40,6 +41,7 @@ RWKV7 = Family(
     call=CanonicalCall,
     letters={"q": "r, the receptance", "z": "g, which multiplies as it is", "o": "without the token's own bonus"},
 )
+register(RWKV7)
 
 DELTANET = Family(
     name="DeltaNet",
@@ -50,6 +52,7 @@ DELTANET = Family(
     norms=("o_norm",),
     call=CanonicalCall,
 )
+register(DELTANET)
 
 GLA = Family(
     name="Gated Linear Attention",
@@ -60,3 +63,4 @@ GLA = Family(
     norms=("g_norm_swish_gate", "g_norm"),
     call=CanonicalCall,
 )
+register(GLA)

@@ -1,0 +1,165 @@
+"""Putting hooks into a model: taps at its recurrent mixers, points at its layers, a clock at its text model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from writesae.hooks import graphs
+from writesae.hooks.attachment import attach, attached_to
+from writesae.hooks.clock import Clock
+from writesae.hooks.dispatch import intercept
+from writesae.hooks.families import FAMILIES, Family
+from writesae.hooks.points import HookPoint
+from writesae.hooks.residual import watch
+from writesae.hooks.tap import Seen, Tap
+
+
+def find_mixers(model: nn.Module) -> list[tuple[str, Any, Family]]:
+    """The recurrent mixers of a model, wherever they sit: ``(path, module, family)`` in order of layers."""
+    found: list[tuple[str, Any, Family]] = []
+    for path, module in model.named_modules():
+        for family in FAMILIES:
+            if family.mixers.get(type(module).__module__) == type(module).__name__:
+                found.append((path, module, family))
+    return sorted(found, key=lambda item: item[2].layer(item[1]))
+
+
+@dataclass(eq=False)
+class Attachment:
+    """All that is ours in a model. Kept on its text model.
+
+    Attributes:
+        clock: which positions the running pass has.
+        taps: one at each recurrent mixer, in order of layers.
+        points: of each layer, in firing order.
+    """
+
+    clock: Clock
+    taps: list[Tap]
+    points: list[dict[str, HookPoint]]
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody would see or change anything in a pass."""
+        return any(tap.busy for tap in self.taps) or any(
+            point.listening for points in self.points for point in points.values()
+        )
+
+    @torch.compiler.disable(reason=graphs.REASON)
+    def begin(self, text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each pass of the text model."""
+        graphs.begin(text_model, self.busy)
+        self.clock.begin(args, kwargs)
+
+    @torch.compiler.disable(reason=graphs.REASON)
+    def end(self, text_model: nn.Module, _args: Any, output: Any) -> None:
+        """After each pass, also if it failed."""
+        graphs.end(text_model)
+        self.clock.end(output)
+
+
+@dataclass(eq=False)
+class Installed:
+    """What `install` put into a model, and where.
+
+    Attributes:
+        ours: taps, points and clock.
+        text_model: the module that they are kept on.
+        layers: of the text model.
+        mixers: the recurrent ones by their layer.
+    """
+
+    ours: Attachment
+    text_model: nn.Module
+    layers: list[nn.Module]
+    mixers: dict[int, nn.Module]
+
+    @property
+    def taps(self) -> list[Tap]:
+        return self.ours.taps
+
+    @property
+    def points(self) -> list[dict[str, HookPoint]]:
+        return self.ours.points
+
+    @property
+    def clock(self) -> Clock:
+        return self.ours.clock
+
+
+def install(model: nn.Module) -> Installed:
+    """Tap every recurrent mixer of ``model``, watch every layer (once; a second call finds the same taps and points).
+
+    Raises:
+        ValueError: no recurrent layer in it.
+        RuntimeError: a modeling file lacks the functions to intercept.
+    """
+    found = find_mixers(model)
+    if not found:
+        known = sorted(name for family in FAMILIES for name in family.mixers.values())
+        raise ValueError(
+            f"{type(model).__name__} has no recurrent layer that writesae knows; known mixers: {', '.join(known)}"
+        )
+    paths: dict[int, str] = {}
+    for path, mixer, family in found:
+        if (first := paths.setdefault(family.layer(mixer), path)) != path:
+            raise ValueError(
+                f"layer {family.layer(mixer)} has two mixers, {first} and {path}, and one of them does not run: PEFT's "
+                f"modules_to_save keeps such copies; take mixers out of it, or call merge_and_unload() first"
+            )
+    for name, family in {type(mixer).__module__: family for _, mixer, family in found}.items():
+        intercept(name, family)
+    text_model: Any = model.get_submodule(f".{found[0][0]}".rsplit(".layers.", 1)[0].removeprefix("."))
+    layers = [_inside(layer) for layer in text_model.layers]
+    ours = attached_to(text_model, Attachment)
+    if ours is None:
+        ours = _attach(text_model, layers, [(mixer, family) for _, mixer, family in found])
+    return Installed(ours, text_model, layers, {family.layer(mixer): mixer for _, mixer, family in found})
+
+
+def _inside(layer: nn.Module) -> nn.Module:
+    """The layer itself, where TransformerLens' bridge has put a block around it."""
+    return layer._modules.get("_original_component") or layer
+
+
+def _attach(
+    text_model: nn.Module, layers: Sequence[nn.Module], mixers: Sequence[tuple[nn.Module, Family]]
+) -> Attachment:
+    torch.compiler.reset()  # graphs made until now know nothing of what follows
+    ours = Attachment(Clock.of(text_model), [], [])
+    text_model.register_forward_pre_hook(ours.begin, with_kwargs=True)
+    text_model.register_forward_hook(ours.end, always_call=True)
+    recurrent = {family.layer(mixer): mixer for mixer, family in mixers}
+    ours.points = [watch(layer, index, recurrent.get(index)) for index, layer in enumerate(layers)]
+    for mixer, family in mixers:
+        index = family.layer(mixer)
+        tap = _tap(mixer, layers[index], family, ours.clock)
+        ours.taps.append(tap)
+        before, *after = ours.points[index].items()
+        ours.points[index] = dict([before, *tap.points.items(), *after])
+    attach(text_model, ours)
+    return ours
+
+
+def _tap(mixer: nn.Module, layer: nn.Module, family: Family, clock: Clock) -> Tap:
+    site = family.site(mixer)
+    points = {quantity: HookPoint(site.layer, quantity) for quantity in family.quantities(mixer)}
+    for quantity, point in points.items():
+        mixer.add_module(f"hook_{quantity}", point)
+    tap = Tap(site, family, points, clock)
+    # The layer, too: TransformerLens' bridge calls the parts of a mixer, and not the mixer.
+    for module in (layer, mixer):
+        module.register_forward_pre_hook(tap.enter)
+        module.register_forward_hook(tap.leave, always_call=True)
+    norm = family.gate_norm(mixer)
+    if norm is not None:
+        norm.register_forward_pre_hook(tap.gate)
+    for quantity, name in family.seen_at.items():
+        if quantity in points:
+            mixer.get_submodule(name).register_forward_hook(Seen(tap, quantity).given)
+    return tap

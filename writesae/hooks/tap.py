@@ -1,0 +1,266 @@
+"""What is attached to one recurrent mixer, and what becomes of a call of its recurrence.
+
+A `Tap` shows the canonical quantities to the mixer's hook points, runs the native function on what comes back, and adds
+the linear response of the edits to its result (`writesae.hooks.response`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from writesae.hooks.clock import Clock
+from writesae.hooks.families.base import Family, KernelCall
+from writesae.hooks.graphs import outside_graphs
+from writesae.hooks.interventions import Intervention, Moment
+from writesae.hooks.points import HookPoint, to_show
+from writesae.hooks.positions import PositionSet
+from writesae.hooks.response import Edit, Record, kept_of, respond, total_write
+from writesae.hooks.sites import Site
+from writesae.recurrence import Read, Write, first_state
+from writesae.recurrence.kernels import chunked
+
+running: ContextVar[Tap | None] = ContextVar("running_tap", default=None)
+"""The tap of the mixer that is running, if any: whose call of the recurrence the next one is."""
+
+
+@dataclass(eq=False)
+class Attached:
+    """An intervention in force: what, at which positions, and which read first sees it."""
+
+    what: Intervention
+    heads: list[int]
+    positions: PositionSet
+    read: Read
+
+
+@dataclass(eq=False)
+class Tap:
+    """Everything attached to one mixer, and what its hooks and edits make of a call of its recurrence.
+
+    Attributes:
+        site: where it is.
+        family: the adapter of its architecture.
+        points: the mixer's hook points by quantity, in firing order.
+        clock: of the model.
+        attached: interventions in force.
+        state_requests: the positions at which somebody wants to see states.
+        recorders: called with the `Record` of every call.
+        shape: of the running call's output, ``[batch, pos, head, d_value]``.
+        device: where that call runs; layers may lie on several.
+    """
+
+    site: Site
+    family: Family
+    points: dict[str, HookPoint]
+    clock: Clock
+    attached: list[Attached] = field(default_factory=list)
+    state_requests: list[PositionSet] = field(default_factory=list)
+    recorders: list[Callable[[Record], None]] = field(default_factory=list)
+    shape: tuple[int, ...] = ()
+    device: torch.device | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether anybody would see or change anything in a call."""
+        return bool(
+            self.attached or self.state_requests or self.recorders or any(p.listening for p in self.points.values())
+        )
+
+    def run(self, native: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """The native call, with hooks and edits."""
+        self.device = device_of_call(arguments.values())
+        call = self.family.call(self.family, arguments)
+        for quantity in self.family.raw + self.family.rule.inputs:
+            if self.points[quantity].listening:
+                new = self.show(quantity, call.get(quantity))
+                if new is not None:
+                    call.set(quantity, new)
+        initial = call.initial_state
+        if self.recorders and initial is not None:
+            initial = initial.clone()  # the model's cache updates it in place
+        hooked = self._write_hook(call)
+        record = Record(initial, hooked + self._edits(call), {}, hooked[0].write if hooked else None)
+        self._walk_states(call, record)
+        write = call.write() if record.edits or record.dense else None
+        kept = kept_of(write, record.edits) if write else None
+        if kept is not None:
+            call.set("v", call.get("v") * kept[..., None])
+        o, state = call.run(native)
+        self.shape = o.shape
+        if write:
+            o, state = respond(call.recurrence, write, record, o, state)
+        for recorder in self.recorders:
+            recorder(record)
+        new = self.show("o", o) if self.points["o"].listening else None
+        return call.result(o if new is None else new, state)
+
+    def show(self, quantity: str, given: Float[Tensor, "batch pos head ..."]) -> Tensor | None:
+        """Fire a hook point: what its hooks made of the quantity, None if nothing. Padding stays as it was."""
+        padding = self._padding(given.device)
+        new, changed = self.points[quantity].fire(to_show(given) if padding is None else given.clone())
+        if not changed:
+            return None
+        if padding is not None:
+            new = torch.where(padding[(..., *(None,) * (given.ndim - 2))], given, new)
+        return new
+
+    def _padding(self, device: torch.device | None) -> Bool[Tensor, "batch pos"] | None:
+        """Which tokens of the call are padding, None if none is. What a hook does to these stays out of the model."""
+        padding = self.clock.padding()
+        return None if padding is None else padding.to(device)
+
+    def _write_hook(self, call: KernelCall) -> list[Edit]:
+        """A changed ``hook_write`` comes instead of the native write: its key need not be the erase key any more."""
+        point = self.points["write"]
+        if not point.listening:
+            return []
+        shown = call.write()
+        new, changed = point.fire(Write(shown.key.clone(), to_show(shown.value)))  # the erase may share the key
+        if not changed:
+            return []
+        instead, padding = torch.ones_like(shown.value[..., 0]), self._padding(self.device)
+        if padding is not None:
+            instead = instead.masked_fill(padding[..., None], 0)
+            new = new * instead
+        return [Edit(None, new, "same", 0, instead)]
+
+    def _edits(self, call: KernelCall) -> list[Edit]:
+        """Edits that follow from the writes alone: all tokens at once."""
+        edits = []
+        for attached in self.attached:
+            if attached.what.needs_state:
+                continue
+            mask, index = attached.positions.match(self.clock.positions().to(self.device))
+            start = _first_column(mask)
+            if start is None:
+                continue
+            heads = None if attached.heads == list(range(self.site.n_heads)) else attached.heads
+            rec, write = call.recurrence(heads)[:, start:], call.write(heads)[:, start:]
+            index = None if index is None else index[:, start:]
+            made = attached.what.edit(Moment(write, rec, index, delta_rank=self.family.rule.delta_rank))
+            there = mask[:, start:, None].to(write.value.dtype)
+            instead = there.expand(write.shape) if attached.what.replaces else None
+            made = None if made is None else made * there
+            edits.append(Edit(None if heads is None else tuple(heads), made, attached.read, start, instead))
+        return edits
+
+    def _walk_states(self, call: KernelCall, record: Record) -> None:
+        """Edits that depend on the state, and ``hook_state``: from one such token to the next, states only there."""
+        by_state = [a for a in self.attached if a.what.needs_state]
+        if not by_state and not self.state_requests:
+            return
+        positions = self.clock.positions().to(self.device)
+        matches = [(a, *a.positions.match(positions)) for a in by_state]
+        asked = [(request, request.match(positions)[0]) for request in self.state_requests]
+        masks = [mask for _, mask, _ in matches] + [mask for _, mask in asked]
+        events: Bool[Tensor, " pos"] = torch.stack([mask.any(0) for mask in masks]).any(0)
+
+        rec, native = call.recurrence(), call.write()
+        total = total_write(native, record.edits)
+        S = first_state(rec, native, call.initial_state)
+        made: dict[int, list[tuple[int, Write]]] = {id(a): [] for a in by_state}
+        start = 0
+        for t in events.nonzero()[:, 0].tolist():
+            if t > start:
+                _, S = chunked(rec[:, start:t], total[:, start:t], S)
+            here = slice(t, t + 1)
+            _, after = chunked(rec[:, here], total[:, here], S)
+            for attached, mask, index in matches:
+                if not mask[:, t].any():
+                    continue
+                h = attached.heads
+                now = Moment(
+                    native[:, here][:, :, h],
+                    rec[:, here][:, :, h],
+                    None if index is None else index[:, here],
+                    S[:, h],
+                    self.family.rule.delta_rank,
+                )
+                there = mask[:, here, None].to(now.write.value.dtype)
+                write = attached.what.edit(now) or now.write * 0.0
+                made[id(attached)].append((t, write * there))
+                E = (write - now.write if attached.what.replaces else write) * there
+                after = after.index_add(1, torch.tensor(h, device=S.device), E.dense().squeeze(1))
+            for request, mask in asked:
+                rows = mask[:, t].nonzero()[:, 0]
+                if len(rows):
+                    after = self._state_hook(request, after, rows, positions[rows, t], record, t)
+            S, start = after, t + 1
+        for attached, mask, _ in matches:
+            if writes := made[id(attached)]:
+                record.edits.append(Edit.of_tokens(attached.heads, attached.read, writes, mask, attached.what.replaces))
+
+    def _state_hook(
+        self,
+        request: PositionSet,
+        S: Tensor,
+        rows: Int[Tensor, " rows"],
+        at: Int[Tensor, " rows"],
+        record: Record,
+        t: int,
+    ) -> Tensor:
+        point = self.points["state"]
+        point.request, point.positions = request, at
+        shown = S[rows].unsqueeze(1)
+        new, changed = point.fire(shown.clone())
+        if not changed:
+            return S
+        E = torch.zeros_like(S).index_copy(0, rows, (new - shown).squeeze(1))
+        record.dense[t] = record.dense[t] + E if t in record.dense else E
+        return S + E
+
+    # Hooks of torch on the modules where all this happens. They are methods, so a deepcopy of a model has its own.
+
+    @outside_graphs
+    def enter(self, _module: nn.Module, _args: Any) -> None:
+        """Before the mixer, or the layer it is in: calls of the recurrence from here on are this mixer's."""
+        running.set(self)
+
+    @outside_graphs
+    def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """After it, also if it failed."""
+        running.set(None)
+
+    @outside_graphs
+    def gate(self, _norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Before the gated norm. It is called as ``norm(o, z)`` with tokens and heads flattened together: that is where
+        ``z`` is."""
+        if not self.points["z"].listening:
+            return None
+        o, z, *rest = args
+        new = self.show("z", z.reshape(self.shape))
+        return None if new is None else (o, new.reshape(z.shape), *rest)
+
+
+@dataclass(eq=False)
+class Seen:
+    """A quantity that is the output of a submodule of the mixer, heads side by side (`Family.seen_at`)."""
+
+    tap: Tap
+    quantity: str
+
+    @outside_graphs
+    def given(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        """After the submodule."""
+        if not self.tap.points[self.quantity].listening:
+            return None
+        new = self.tap.show(self.quantity, output.reshape(*output.shape[:2], self.tap.site.n_heads, -1))
+        running.set(self.tap)  # a hook may have run another model, and the recurrence is still to come
+        return None if new is None else new.reshape(output.shape)
+
+
+def device_of_call(values: Iterable[Any]) -> torch.device:
+    """Where the arguments of a call are."""
+    return next(x.device for x in values if isinstance(x, Tensor))
+
+
+def _first_column(mask: Bool[Tensor, "batch pos"]) -> int | None:
+    columns = mask.any(0)
+    return int(columns.int().argmax()) if bool(columns.any()) else None
