@@ -47,6 +47,7 @@ class Run:
         seed: of everything that is drawn.
         check_model: refuse SAEs that were trained on other weights.
         progress: told how many units are done so far.
+        total: how many were asked for, where batches may do more.
 
     Raises:
         IndexError, ValueError: an SAE does not fit the model.
@@ -59,6 +60,7 @@ class Run:
     seed: int = 0
     check_model: bool = True
     progress: Progress | None = None
+    total: int | None = None
     done: int = field(default=0, init=False)
     generator: torch.Generator = field(init=False)
 
@@ -81,7 +83,7 @@ class Run:
         """So many units more are done."""
         self.done += n
         if self.progress is not None:
-            self.progress(self.done)
+            self.progress(self.done if self.total is None else min(self.done, self.total))
 
 
 def several(sae: WriteSAE | Sequence[WriteSAE] | None) -> list[WriteSAE]:

@@ -182,7 +182,7 @@ def sign_test(
     pool = ordinary_tokens(model).nonzero()[:, 0]
     if not (isinstance(targets, str) and targets in ("random", "top")):
         pool = token_ids(model, targets)
-    run = Run(model, text, batch_size=batch_size, seed=seed, progress=progress)
+    run = Run(model, text, batch_size=batch_size, seed=seed, progress=progress, total=n)
     generator = run.generator
     n_windows = -(-n // per_window)
     cut = run.windows(context, n_windows, "n or context, or raise per_window")

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from writesae.hooks import Add, short_chunks
-from writesae.model import HookedRecurrentModel
+from writesae.model import HookedRecurrentModel, Text
 from writesae.recurrence import Read
 
 ENDED = -1  # in place of a token after the end of a text
@@ -91,7 +91,7 @@ def text_of(model: HookedRecurrentModel, ids: Int[Tensor, " n"]) -> str:
 
 
 def prompts_of(
-    model: HookedRecurrentModel, prompts: str | Sequence[str] | Sequence[int] | Int[Tensor, "..."]
+    model: HookedRecurrentModel, prompts: Text
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None, Int[Tensor, " batch"], list[str]]:
     """Token ids, mask, lengths without padding, and the texts of prompts."""
     ids, mask = model.to_tokens(prompts)
