@@ -64,7 +64,7 @@ def test_an_error_of_the_pages(section: Section, here: Path) -> None:
     (language, code), (kind, message), *fixes = section.blocks
     assert kind == "text" and len(message.replace("...", "")) > 30, "a message that nearly anything would match"
     names: dict[str, Any] = {}
-    exec(setup("errors/index.md"), names)
+    exec(setup("errors/README.md"), names)
     found = said(language, code, names)
     assert matches(message, found), found
     assert matches(section.heading, found, whole=False), found
@@ -83,7 +83,7 @@ def test_another_message_does_not_match() -> None:
 
 def test_the_index_of_errors_lists_every_message() -> None:
     """That the links lead somewhere is checked when the site is built."""
-    index = (DOCS / "errors" / "index.md").read_text("utf-8")
+    index = (DOCS / "errors" / "README.md").read_text("utf-8")
     listed = re.findall(r"(?m)^- \[(.+)\]\((.+?)#", index)
     assert sorted(listed) == sorted((section.heading, section.page) for section in sections("errors"))
 

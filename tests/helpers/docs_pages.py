@@ -33,7 +33,7 @@ def sections(folder: str) -> list[Section]:
     for path in sorted((DOCS / folder).glob("*.md")):
         text = path.read_text("utf-8")
         fenced = re.sub(r"(?ms)^```.*?^```$", lambda block: re.sub(r"(?m)^#", "\0", block[0]), text)  # comments in code
-        _, *parts = re.split(r"(?m)^## ", fenced) if path.stem != "index" else [""]
+        _, *parts = re.split(r"(?m)^## ", fenced) if path.stem != "README" else [""]
         for part in parts:
             heading, body = part.replace("\0", "#").split("\n", 1)
             found.append(Section(path.name, heading.strip(), blocks(body)))
