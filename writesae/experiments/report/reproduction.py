@@ -13,19 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 
-from writesae.experiments.protocol import EXPERIMENTS, Asked, Progress, Sizes, Task, one_each, tasks_of
+from writesae.experiments.protocol import EXPERIMENTS, Asked, Sizes, Task, one_each, tasks_of
 from writesae.experiments.report.outcome import Outcome, load_outcome, save_outcome
 from writesae.experiments.report.report import write_report
 from writesae.experiments.results.result import Result
+from writesae.jobs.progress import Bars, Progress
 from writesae.model import HookedRecurrentModel
 from writesae.saes import WriteSAE
 
 __all__ = ["EXPERIMENTS", "Sizes", "reproduce"]
-
-COLUMNS = (SpinnerColumn, lambda: TextColumn("{task.description}"), BarColumn, MofNCompleteColumn, TimeElapsedColumn)
 
 
 def reproduce(
@@ -77,19 +74,18 @@ def reproduce(
     out, shared = Path(out), _shared(model, texts, seed)
     prints = {id(sae): sae_fingerprint(sae) for sae in (*saes, *flat, *other_seeds)}
     outcomes: list[Outcome] = []
-    with Bars(*(make() for make in COLUMNS), console=console or Console(quiet=True), transient=True) as bars:
-        whole = bars.add_task("experiments", total=len(tasks))
+    with Bars(console, transient=True) as bars:
+        whole = bars.add("experiments", len(tasks))
         for task in tasks:
             settings = _as_saved(task, shared, prints)
             outcome = _done(out / task.key, settings)
             there = outcome is not None
             if outcome is None:
-                bar = bars.add_task(task.key, total=None)
-                tell = lambda done, bar=bar: bars.update(bar, completed=done)  # noqa: E731
-                outcome = _run(out / task.key, task, settings, model, tell)
-                bars.remove_task(bar)
+                bar = bars.add(task.key)
+                outcome = _run(out / task.key, task, settings, model, bar)
+                bar.remove()
             outcomes.append(outcome)
-            bars.advance(whole)
+            whole.advance()
             if there and task is not tasks[-1]:
                 continue  # it is in the report that is there, or will be in the next
             write_report(out, outcomes, title=title or f"writesae: {model.model_id}", intro=_intro(model, saes))
