@@ -62,7 +62,8 @@ class AttributionTest(Result):
             f"tokens; one write (any layer, any head; its distance from the prediction drawn evenly on a log scale) is "
             f"deleted, and the change is compared with what one backward pass predicts: minus the write's contribution "
             f"(the scale of the head's norm held fixed, so that contributions add up), minus its first-order effect "
-            f"(the gradient as it is), and the deletion's effect with the head's norm taken exactly. Nothing is fitted. Intervals: "
+            f"(the gradient as it is), and the deletion's effect with the head's norm taken exactly. Nothing is "
+            f"fitted. Intervals: "
             f"bootstrap over prompts."
         )
 
