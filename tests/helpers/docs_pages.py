@@ -26,8 +26,13 @@ def setup(page: str) -> str:
     return next(code for language, code in blocks((DOCS / page).read_text("utf-8")) if language == "python")
 
 
-def sections(page: str) -> list[Section]:
-    text = (DOCS / page).read_text("utf-8")
+def sections(pages: str) -> list[Section]:
+    """Those of one page, or of all pages of a folder."""
+    paths = sorted((DOCS / pages).glob("*.md")) if (DOCS / pages).is_dir() else [DOCS / pages]
+    return [section for path in paths for section in of_page(path.read_text("utf-8"))]
+
+
+def of_page(text: str) -> list[Section]:
     fenced = re.sub(r"(?ms)^```.*?^```$", lambda block: re.sub(r"(?m)^#", "\0", block[0]), text)  # comments in code
     _, *parts = re.split(r"(?m)^### ", re.sub(r"(?m)^## .*$", "", fenced))
     found = (part.replace("\0", "#").split("\n", 1) for part in parts)
