@@ -72,7 +72,7 @@ def reproduce(
     if not tasks:
         raise ValueError(f"nothing to run of {', '.join(only or ())}: seed_stability needs SAEs of other seeds")
     out, shared = Path(out), _shared(model, texts, seed)
-    prints = {id(sae): sae_fingerprint(sae) for sae in (*saes, *flat, *other_seeds)}
+    prints = {id(sae): sae.fingerprint() for sae in (*saes, *flat, *other_seeds)}
     outcomes: list[Outcome] = []
     with Bars(console, transient=True) as bars:
         whole = bars.add("experiments", len(tasks))
@@ -132,13 +132,6 @@ def _shared(model: HookedRecurrentModel, texts: str | Sequence[str], seed: int) 
         digest.update(text.encode() + b"\0")
     weights = hashlib.sha256("".join(model.fingerprint(site.layer) for site in model.sites).encode()).hexdigest()
     return {"weights": weights[:16], "text": digest.hexdigest()[:16], "seed": seed}
-
-
-def sae_fingerprint(sae: WriteSAE) -> str:  # to be `sae.fingerprint()`
-    digest = hashlib.sha256(f"{sae.cfg.layer}.{sae.cfg.head}.{sae.cfg.target}.{sae.cfg.sparsity}".encode())
-    for name, x in sorted(sae.state_dict().items()):
-        digest.update(name.encode() + x.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _intro(model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> str:
