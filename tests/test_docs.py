@@ -307,7 +307,15 @@ def test_the_site_in_a_browser(served: str) -> None:
     """It is all there without a network, and a message leads to its page."""
     with chromium() as browser:
         watched = watch(browser)
-        for address in ("", "errors/", "errors/positions/", "concepts/", "benchmarks/", "api/model/", "tutorials/1_look_inside/"):
+        for address in (
+            "",
+            "errors/",
+            "errors/positions/",
+            "concepts/",
+            "benchmarks/",
+            "api/model/",
+            "tutorials/1_look_inside/",
+        ):
             watched.page.goto(served + address, wait_until="networkidle")
             assert watched.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than its window"
         watched.page.get_by_role("textbox", name="Search").press_sequentially("positions count from 0")
