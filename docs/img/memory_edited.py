@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.colors
 import matplotlib.pyplot as plt
 import torch
 
@@ -40,9 +40,9 @@ THEMES = {
 }
 
 
+@torch.no_grad()
 def run() -> dict[str, Any]:
     """States ``[d_key, d_value]`` of the head after the last token, and probabilities of the next one."""
-    torch.set_grad_enabled(False)
     model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
     tokens = model.to_str_tokens(TARGET)
     place = len(tokens) - 2  # " the": the token at which this head writes
