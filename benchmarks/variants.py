@@ -24,7 +24,8 @@ from writesae import ActivationStore, HookedRecurrentModel, WriteSAE
 from writesae.saes import train_store
 from writesae.saes.training.data import FromStore
 from writesae.stores.extraction import record
-from writesae.stores.texts import read, sequences, spread
+from writesae.stores.texts import read
+from writesae.stores.windows import Windows
 from writesae.zoo import corpus
 
 SITES = ["tiny-gdn:2.0", "tiny-mamba2:4.0", "tiny-rwkv7:3.4"]
@@ -61,7 +62,7 @@ def main(
         name, where = place.split(":")
         layer, head = (int(x) for x in where.split("."))
         model = HookedRecurrentModel.from_pretrained(name)
-        ids = spread(sequences(model, [d.text for d in documents], context), tokens)
+        ids = Windows.cut(model, [d.text for d in documents], context).spread(tokens).tokens
         store = record(model, ids, [(layer, head)], progress=False)
         for variant, sparsity in VARIANTS:
             options: Any = dict(n_atoms=atoms, k=k, steps=steps, lr=lr, batch_size=512, progress=False)

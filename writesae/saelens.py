@@ -144,7 +144,7 @@ class SAELensWriteSAE(sae_lens.SAE[SAELensConfig]):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """Check the tensors, and do to them what ``WriteSAE.from_pretrained`` does."""
         loaded = WriteSAE(self.cfg.own()).to(torch.promote_types(self.dtype, torch.float32))
-        check_tensors(state_dict, loaded.state_dict(), Path(WEIGHTS))
+        check_tensors(state_dict, loaded.state_dict(), WEIGHTS)
         check_finite(state_dict, loaded.cfg, f"{WEIGHTS} is not usable")
         loaded.load_state_dict(state_dict)
         loaded.restore_norms(WEIGHTS)

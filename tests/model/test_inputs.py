@@ -102,7 +102,7 @@ def test_positions_that_begin_again_after_padding_are_no_packing() -> None:
 @pytest.mark.parametrize(
     "x",
     [{"a": 1}, [], "", ["a", 1], None, 3.5, object(), [True, False], {"input_ids": [[1, 2], [1]]}, b"text"],
-    ids=repr,
+    ids=lambda x: type(x).__name__,  # the same in every process
 )
 def test_what_is_no_input(model: ws.HookedRecurrentModel, x: Any) -> None:
     for run in (model, model.generate, model.run_with_cache):

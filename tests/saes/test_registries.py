@@ -85,7 +85,7 @@ def test_a_sparsity_of_ones_own(everything_as_it_was: None) -> None:
 
 
 def test_a_name_is_given_once(everything_as_it_was: None) -> None:
-    with pytest.raises(ValueError, match=r"there is a sparsity 'topk' already, writesae\.saes\.sparsities\.topk\.TopK"):
+    with pytest.raises(ValueError, match=r"a sparsity 'topk' already, writesae\.saes\.sparsities\.choosing\.TopK"):
         register_sparsity("topk")(Loud)
     register_sparsity("loud")(Loud)
     register_sparsity("loud")(Loud)  # a notebook's cell that runs again
@@ -111,7 +111,7 @@ def test_formats_are_asked_in_order(everything_as_it_was: None, tmp_path: Path) 
     assert torch.equal(sae.V_dec, Text.tensors["V_dec"])
 
     Text.tensors = {name: t for name, t in Text.tensors.items() if name != "b_enc"}
-    with pytest.raises(ValueError, match="b_enc is missing"):
+    with pytest.raises(ValueError, match=r"L2H0 does not fit the configuration that Text read: b_enc is missing"):
         WriteSAE.from_pretrained(tmp_path, "L2H0")
     WriteSAE(dataclasses.replace(sae.cfg, n_atoms=7)).save_pretrained(tmp_path / "L2H0")
     assert WriteSAE.from_pretrained(tmp_path, "L2H0").cfg.n_atoms == 7  # ours comes first

@@ -16,8 +16,8 @@ from writesae.recurrence import Recurrence, Write, states
 from writesae.recurrence.dynamics import States
 from writesae.saes import VARIANTS, SAEConfig, WriteSAE, files
 from writesae.saes.reconstruction import DenseActivations, Reading
-from writesae.saes.sparsities.jumprelu import AboveThreshold, CountActive
 from writesae.saes.sparsities.selection import topk
+from writesae.saes.sparsities.thresholds import AboveThreshold, CountActive
 
 SIZES = dict(d_key=6, d_value=5, n_atoms=12, k=3)
 # Every encoder with every decoder and every sparsity; rank, centring and bias vary along.

@@ -25,7 +25,7 @@ from architectures import N_VOCAB, architecture_named, each_architecture, each_r
 from writesae.cli import app
 from writesae.recurrence.dynamics import States
 from writesae.recurrence.rules import RULES
-from writesae.stores import texts
+from writesae.stores import Windows, texts
 from writesae.stores.extraction import extract, parse_sites, record
 from writesae.stores.shards import RULE_OF, read_info, read_shard, shard_path, write_shard
 from writesae.stores.store import ActivationStore
@@ -486,7 +486,7 @@ def test_sequences_do_not_cross_documents(gdn, folder_of_texts):
     rows = [gdn.to_tokens(prose(n, i))[0][0] for i, n in enumerate([100, 5, 60])]
     expected = [row[i : i + 16] for row in rows for i in range(0, len(row) - 15, 16)]
     assert torch.equal(found, torch.stack(expected).int())
-    assert torch.equal(found.long(), texts.sequences(gdn, [prose(n, i) for i, n in enumerate([100, 5, 60])], 16))
+    assert torch.equal(found.long(), Windows.cut(gdn, [prose(n, i) for i, n in enumerate([100, 5, 60])], 16).tokens)
     some = texts.from_files(gdn, folder_of_texts, 16, max_tokens=3 * 16 + 5)
     assert len(some) == 3 and torch.equal(some[0], found[0]) and torch.equal(some[-1], found[len(found) * 2 // 3])
 
@@ -496,7 +496,7 @@ def test_data_sets(gdn, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps({"prose": row}) + "\n" for row in rows))
-    expected = texts.sequences(gdn, [row for row in rows if row], 16).int()
+    expected = Windows.cut(gdn, [row for row in rows if row], 16).tokens.int()
     for name in (folder, folder / "train.jsonl"):
         assert torch.equal(texts.from_dataset(gdn, str(name), 16, column="prose"), expected)
     assert torch.equal(texts.from_dataset(gdn, str(folder), 16, 40, column="prose"), expected[:2])

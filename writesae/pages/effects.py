@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.engine.continuations import ENDED, SameChance, go_on
+from writesae.experiments.engine.continuations import ENDED, CommonRandomNumbers, go_on
 from writesae.experiments.engine.replay import LOGITS
 from writesae.experiments.population import population_test
-from writesae.experiments.replacement_result import middle
+from writesae.experiments.replacement import middle
 from writesae.hooks import Add, short_chunks
 from writesae.pages.survey import Survey, Window, token_string
 from writesae.recurrence import Write
@@ -203,7 +203,7 @@ def steer(
             atom, prompt = (torch.tensor(x) for x in zip(*which[start : start + rows], strict=True))
             ids, given = together([prompts[p] for p in prompt.tolist()])
             edit = Add(layer, head, write=sae.atom(atom)[:, None], scale=scale, relative=True)
-            chance = SameChance(prompt, temperature, seed)
+            chance = CommonRandomNumbers(prompt, temperature, seed)
             mask = given.get("attention_mask")
             new = go_on(model, ids, mask, n_tokens, [edit] if scale else [], chance=chance, whole=True)
             texts += [tuple(token_string(model, token) for token in row.tolist() if token != ENDED) for row in new]

@@ -98,7 +98,9 @@ def saelens_fields(cfg: SAEConfig) -> dict[str, Any]:
     }
 
 
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
+def check_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], whose: str, configuration: str = f"{CONFIG} beside it"
+) -> None:
     """Raise ValueError that names every tensor missing, unknown or of another shape than the configuration asks for."""
     wrong = [f"{name} is missing" for name in expected if name not in found]
     wrong += [f"{name} is unknown" for name in found if name not in expected]
@@ -108,7 +110,7 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
         if name in found and found[name].shape != expected[name].shape
     ]
     if wrong:
-        raise ValueError(f"{path} does not fit {CONFIG} beside it: {'; '.join(wrong)}; save the SAE again")
+        raise ValueError(f"{whose} does not fit {configuration}: {'; '.join(wrong)}; save the SAE again")
 
 
 def check_finite(tensors: Mapping[str, Tensor], cfg: SAEConfig, trouble: str) -> None:

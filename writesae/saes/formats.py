@@ -43,6 +43,10 @@ class Format(ABC):
         FileNotFoundError for a file that is missing, ValueError for one that is damaged.
         """
 
+    def names(self, folder: Path) -> tuple[str, str]:
+        """What to call the tensors and the configuration in messages."""
+        return str(folder), f"the configuration that {type(self).__name__} read"
+
 
 FORMATS: list[Format] = []
 """All that exist. The first that recognises a folder loads it."""
@@ -74,10 +78,13 @@ class Ours(Format):
         cfg, tensors = files.load(folder, f" (or {others})" if others else "")
         return cfg, {name: t.to(torch.float32, copy=True) for name, t in tensors.items()}
 
+    def names(self, folder: Path) -> tuple[str, str]:
+        return str(folder / files.WEIGHTS), f"{files.CONFIG} beside it"
 
-def load(folder: Path, root: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
-    """What the first format that recognises a folder makes of it. If none does, ours says what is missing."""
-    return next((format for format in FORMATS if format.recognises(folder)), FORMATS[0]).load(folder, root)
+
+def recognised(folder: Path) -> Format:
+    """The first format that recognises a folder. If none does, ours, which will say what is missing."""
+    return next((format for format in FORMATS if format.recognises(folder)), FORMATS[0])
 
 
 def locate(folder_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None) -> Path:

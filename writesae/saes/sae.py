@@ -102,21 +102,33 @@ class WriteSAE(Autoencoder):
         """
         root = formats.locate(folder_or_hub_id, subfolder, revision)
         folder = root / subfolder if subfolder else root
-        return cls.from_tensors(*formats.load(folder, root), whose=folder / files.WEIGHTS)
+        format = formats.recognised(folder)
+        cfg, tensors = format.load(folder, root)
+        return cls.from_tensors(cfg, tensors, *format.names(folder))
 
     @classmethod
     def from_tensors(
-        cls: type[S], cfg: SAEConfig, tensors: Mapping[str, Tensor], whose: str | Path = "these tensors"
+        cls: type[S],
+        cfg: SAEConfig,
+        tensors: Mapping[str, Tensor],
+        whose: str = "the given tensors",
+        configuration: str = "the configuration",
     ) -> S:
         """An SAE that takes these tensors as its own, after a check of their names, shapes and norms.
 
-        ValueError if they do not fit, which names ``whose`` they are.
+        Args:
+            cfg: the SAE's configuration.
+            tensors: by the names above, all that such an SAE has.
+            whose, configuration: what to call the two, for the message.
+
+        Raises:
+            ValueError: they do not fit.
         """
         with torch.device("meta"):  # sizes only: dense atoms may take gigabytes
             sae = cls(cfg)
-        files.check_tensors(tensors, sae.state_dict(), whose)
+        files.check_tensors(tensors, sae.state_dict(), whose, configuration)
         sae.load_state_dict(tensors, assign=True)
-        sae.restore_norms(str(whose))
+        sae.restore_norms(whose)
         return sae
 
     def restore_norms(self, whose: str) -> None:

@@ -10,10 +10,10 @@ Every module of this folder is imported here and registers its families; one of 
 import importlib
 import pkgutil
 
-from writesae.hooks.families.base import Family, KernelCall
+from writesae.hooks.families.base import Family, KernelCall, as_given, of_heads
 from writesae.hooks.families.registry import FAMILIES, register
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["FAMILIES", "Family", "KernelCall", "register"]
+__all__ = ["FAMILIES", "Family", "KernelCall", "as_given", "of_heads", "register"]

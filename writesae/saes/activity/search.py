@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
-from rich.progress import track
 from torch import Tensor
 
 from writesae.hooks.positions import PAD
+from writesae.jobs.progress import track
 from writesae.saes.activity.contexts import EDGES, Contexts
 from writesae.saes.activity.reading import BLOCK, Codes, encode
 from writesae.saes.autoencoder import Autoencoder
@@ -73,7 +73,7 @@ def top_contexts(
     n_documents = n_tokens = 0
     texts = [texts] if isinstance(texts, str) else texts
     total = len(texts) if isinstance(texts, Sequence | Tensor) else None
-    windows = each_window(model, track(texts, "top contexts", total=total, disable=not progress), context)
+    windows = each_window(model, track(texts, "top contexts", progress, total=total), context)
     while batch := list(islice(windows, batch_size)):
         documents, starts, rows = zip(*batch, strict=True)
         ids, given = together(rows)

@@ -81,7 +81,7 @@ def load_reference(
         ValueError: damaged, wants to run code, of an unknown type, or tensors do not fit; the message names them.
     """
     cfg, weights = read_reference(path, model_id=model_id, layer=layer, head=head, root=root)
-    return WriteSAE.from_tensors(cfg, weights, path)
+    return WriteSAE.from_tensors(cfg, weights, str(path))
 
 
 def read_reference(

@@ -1,4 +1,4 @@
-"""How pre-activations become activations: which atoms are active, and how strongly. One file for each way.
+"""How pre-activations become activations: which atoms are active, and how strongly.
 
 Letters: ``pre [..., n_atoms]``, activations ``a_i >= 0``.
 
@@ -11,9 +11,8 @@ Letters: ``pre [..., n_atoms]``, activations ``a_i >= 0``.
 Others can be added from outside: see `register_sparsity`.
 """
 
-from writesae.saes.sparsities.base import SPARSITIES, Choosing, Sparsity, Thresholds, register_sparsity, sparsity_named
-
-# Each registers itself; messages list them in this order.
-from writesae.saes.sparsities import topk, batch_topk, jumprelu, gated  # noqa: F401  # isort: skip
+from writesae.saes.sparsities.base import SPARSITIES, Sparsity, register_sparsity, sparsity_named
+from writesae.saes.sparsities.choosing import Choosing
+from writesae.saes.sparsities.thresholds import Thresholds
 
 __all__ = ["SPARSITIES", "Choosing", "Sparsity", "Thresholds", "register_sparsity", "sparsity_named"]

@@ -10,10 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from writesae.jobs.processes import ALONE, Processes
 from writesae.recurrence.matrices import Matrices
-from writesae.saes.reconstruction import Activations, Batch, DenseActivations
-from writesae.saes.sparsities.selection import batch_threshold
+from writesae.saes.reconstruction import Activations, Batch
 
 
 @runtime_checkable
@@ -29,7 +27,7 @@ class SAE(Protocol):
 
 
 class Sparsity(ABC):
-    """One way to make activations of pre-activations. Subclass `Choosing` or `Thresholds`.
+    """One way to make activations of pre-activations. Subclass `Choosing` or `Thresholds` for a new one.
 
     A sparsity has no state of its own: its parameters and buffers are attributes of the SAE that each method is given,
     so that files and optimisers know them by one name.
@@ -92,64 +90,6 @@ class Sparsity(ABC):
     def ready(self, sae: SAE) -> bool:
         """Whether it can read single matrices: nothing waits for `calibrate`."""
         return not any(bool(torch.isnan(getattr(sae, name)).any()) for name in self.calibrated)
-
-
-class Choosing(Sparsity):
-    """A sparsity that chooses atoms by rank; their activations are ``ReLU(pre)``. A subclass says which: `choose`."""
-
-    chooses = True
-
-    @abstractmethod
-    def choose(
-        self, sae: SAE, pre: Float[Tensor, "... n_atoms"], *, over_batch: bool, processes: Processes = ALONE
-    ) -> tuple[Int[Tensor, "... m"], Float[Tensor, "... m"]]:
-        """The atoms chosen, largest first, and 1 for each that is active, else 0."""
-
-    def activate(self, sae: SAE, pre: Tensor) -> Tensor:
-        values, indices = self.sparsify(sae, pre)
-        return torch.zeros_like(pre).scatter(-1, indices, values)
-
-    def sparsify(self, sae: SAE, pre: Tensor, over_batch: bool = False) -> tuple[Tensor, Tensor]:
-        indices, active = self.choose(sae, pre, over_batch=over_batch)
-        return pre.gather(-1, indices).relu() * active, indices
-
-    def activations(self, sae: SAE, batch: Batch, *, over_batch: bool, bandwidth: float) -> Activations:
-        pre = batch.encoding.chosen_from()
-        return batch.chosen(*self.choose(sae, pre, over_batch=over_batch, processes=batch.processes))
-
-    def reset_atoms(self, sae: SAE, atoms: Tensor) -> None:
-        sae.b_enc[atoms] = 0
-
-
-class Thresholds(Sparsity):
-    """A sparsity in which each atom has a threshold of its own, learnt. A subclass has `of_pre`, `set_threshold`,
-    and usually `further_loss` and `lead`."""
-
-    chooses = False
-
-    @abstractmethod
-    def of_pre(self, sae: SAE, pre: Float[Tensor, "... n_atoms"], bandwidth: float) -> Float[Tensor, "... n_atoms"]:
-        """Activations of all atoms. ``bandwidth`` is for straight-through gradients, see `WriteSAE.loss`."""
-
-    @abstractmethod
-    def set_threshold(self, sae: SAE, threshold: Float[Tensor, ""]) -> None:
-        """Let every atom be active where its pre-activation without bias is above ``threshold``."""
-
-    def activate(self, sae: SAE, pre: Tensor) -> Tensor:
-        return self.of_pre(sae, pre, 0.5)
-
-    def sparsify(self, sae: SAE, pre: Tensor, over_batch: bool = False) -> tuple[Tensor, Tensor]:
-        found = self.activate(sae, pre)
-        values, indices = found.topk(max(1, int((found > 0).sum(-1).max())), -1)
-        return values, indices
-
-    def activations(self, sae: SAE, batch: Batch, *, over_batch: bool, bandwidth: float) -> Activations:
-        return DenseActivations(self.of_pre(sae, batch.encoding.all, bandwidth))
-
-    def initialise(self, sae: SAE, x: Matrices) -> None:
-        """Thresholds with which ``k`` atoms per matrix are active."""
-        sae.b_enc.zero_()
-        self.set_threshold(sae, batch_threshold(sae.pre(x), sae.cfg.k).clamp_min(1e-12))
 
 
 SPARSITIES: dict[str, Sparsity] = {}
