@@ -31,7 +31,7 @@ READMES = {
     "tutorials/README.md": "tutorials/index.md",
     "writesae/zoo/README.md": "zoo.md",
 }
-LINK = re.compile(r"""(\]\(|src(?:set)?=")([^)"#\s:]+)""")  # of Markdown, <img>, <source>; what has a colon is an address
+LINK = re.compile(r"""(\]\(|src(?:set)?=")([^)"#\s:]+)""")  # Markdown, <img>, <source>; a colon: an address
 
 
 def notebooks() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import re
 import shlex
@@ -86,6 +87,28 @@ def test_the_index_of_errors_lists_every_message() -> None:
     index = (DOCS / "errors" / "README.md").read_text("utf-8")
     listed = re.findall(r"(?m)^- \[(.+)\]\((.+?)#", index)
     assert sorted(listed) == sorted((section.heading, section.page) for section in sections("errors"))
+
+
+# The picture of README -----------------------------------------------------------------------------------------------
+
+
+def test_the_picture_of_readme_shows_what_the_model_does() -> None:
+    """The script's numbers are those in README's description, and its first two matrices add up to the third."""
+    spec = importlib.util.spec_from_file_location("memory_edited", DOCS / "img" / "memory_edited.py")
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    with torch.no_grad():
+        found = script.run()
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert found["words"][0] == "time"
+    assert f"'time' rises from {100 * found['p'][0]:.0f}% to {100 * found['q'][0]:.0f}%" in readme
+    torch.testing.assert_close(found["before"] + found["change"], found["after"])
+    assert found["change"].norm() > 0.1
+    for theme in script.THEMES:
+        assert (
+            f"docs/img/memory_edited-{theme}.svg" in readme and (DOCS / "img" / f"memory_edited-{theme}.svg").is_file()
+        )
 
 
 # Names ---------------------------------------------------------------------------------------------------------------

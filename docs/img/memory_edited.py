@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.colors
 import matplotlib.pyplot as plt
 import torch
 
@@ -21,18 +21,28 @@ FOLDER = Path(__file__).parent
 LAYER, HEAD = 2, 3
 SOURCE, TARGET = "We have peace at home, and at the same", "We have peace at home, and by the same"
 THEMES = {
-    "light": {"ink": "#1f2328", "quiet": "#6e7781", "native": "#8c959f", "edited": "#bc4c00", "paper": "#ffffff",
+    "light": {
+        "ink": "#1f2328",
+        "quiet": "#6e7781",
+        "native": "#8c959f",
+        "edited": "#bc4c00",
+        "paper": "#ffffff",
         "scale": ["#0b4fb3", "#6ea8fe", "#ffffff", "#ff9b5e", "#bc4c00"],
     },
-    "dark": {"ink": "#e6edf3", "quiet": "#9198a1", "native": "#6e7681", "edited": "#ff9b5e", "paper": "#0d1117",
+    "dark": {
+        "ink": "#e6edf3",
+        "quiet": "#9198a1",
+        "native": "#6e7681",
+        "edited": "#ff9b5e",
+        "paper": "#0d1117",
         "scale": ["#79c0ff", "#1f6feb", "#0d1117", "#d4621a", "#ffb77c"],
     },
 }
 
 
+@torch.no_grad()
 def run() -> dict[str, Any]:
     """States ``[d_key, d_value]`` of the head after the last token, and probabilities of the next one."""
-    torch.set_grad_enabled(False)
     model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
     tokens = model.to_str_tokens(TARGET)
     place = len(tokens) - 2  # " the": the token at which this head writes
@@ -69,7 +79,9 @@ def draw(found: dict[str, Any], theme: dict[str, str]) -> Any:
     )
     figure = plt.figure(figsize=(9.6, 2.9), facecolor=theme["paper"])
     colors = matplotlib.colors.LinearSegmentedColormap.from_list("", theme["scale"])
-    limit = 0.5 * max(found[name].abs().max().item() for name in ("before", "change", "after"))  # few entries are larger
+    limit = 0.5 * max(
+        found[name].abs().max().item() for name in ("before", "change", "after")
+    )  # few entries are larger
     matrices = [
         ("before", 0.010, "its memory", "“… and by the same”"),
         ("change", 0.235, "one write exchanged", "for that of “… and at the same”"),
@@ -91,7 +103,9 @@ def draw(found: dict[str, Any], theme: dict[str, str]) -> Any:
     for offset, name, color in ((-0.2, "p", theme["native"]), (0.2, "q", theme["edited"])):
         axis.barh([row + offset for row in rows], found[name], height=0.36, color=color)
         for row, value in zip(rows, found[name], strict=True):
-            axis.text(value + 0.02, row + offset, f"{100 * value:.0f}%", fontsize=7.5, va="center", color=theme["quiet"])
+            axis.text(
+                value + 0.02, row + offset, f"{100 * value:.0f}%", fontsize=7.5, va="center", color=theme["quiet"]
+            )
     axis.set(xlim=(0, 1.08), xticks=[], yticks=list(rows), yticklabels=found["words"])
     axis.invert_yaxis()
     axis.tick_params(length=0)
