@@ -28,6 +28,7 @@ READMES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "CITATION.cff": "CITATION.cff",
     "tutorials/README.md": "tutorials/index.md",
     "writesae/zoo/README.md": "zoo.md",
 }
