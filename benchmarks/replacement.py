@@ -24,9 +24,10 @@ from rich.table import Table
 from transformers import DynamicCache
 
 import writesae as ws
-from writesae.experiments.engine.conditions import DEFAULT, Generators, place_of, put_in, top_atoms, windows_of
+from writesae.experiments.engine.conditions import DEFAULT, Generators, put_in, top_atoms, windows_of
 from writesae.experiments.engine.divergence import divergence
 from writesae.experiments.engine.replay import Replayer, kl_from, stacked
+from writesae.experiments.protocol import Run
 from writesae.zoo import heldout_documents, shipped_models, shipped_saes
 
 
@@ -69,8 +70,8 @@ def main(
         table.add_column(column, justify="right")
     for name in site or [f"{m}/{sae.name}" for m in shipped_models() for sae in shipped_saes(m)]:
         model, sae = ws.HookedRecurrentModel.from_pretrained(name.split("/")[0]), ws.WriteSAE.from_pretrained(name)
-        place, text = place_of(sae), heldout_documents()
-        windows, _ = windows_of(model, text, context, horizon)
+        place, text = sae.place, heldout_documents()
+        windows = windows_of(Run(model, text), context, horizon).tokens
         n = -(-firings // 8)
         ids, window = windows[:: len(windows) // n][:n], torch.arange(n).repeat_interleave(8)
         position = torch.randint(context // 4, context - horizon, (len(window),))

@@ -22,7 +22,8 @@ from rich.table import Table
 
 import writesae as ws
 from writesae.saes import train_site
-from writesae.stores.texts import sequences
+from writesae.stores import Windows
+from writesae.stores.texts import read
 from writesae.zoo import corpus, heldout_documents
 
 SITES = ["tiny-gdn:2.0", "tiny-mamba2:4.0", "tiny-mamba2:6.11", "tiny-rwkv7:3.5", "tiny-rwkv7:3.4"]
@@ -41,7 +42,7 @@ def main(
 ) -> None:
     """Replacement rates by training target."""
     transformers.logging.set_verbosity_error()
-    documents, _ = corpus.split(corpus.read(corpus.fetch(cache)))
+    documents, _ = corpus.split(read(corpus.fetch(cache)))
     table = Table(title=f"Replacement test, {firings} firings, {atoms} atoms, k={k}, {steps} steps")
     columns = ("head", "trained on", "nmse", "cosine to write", "atom beats deletion, at", "in total")
     for column in (*columns, "matched, at", "in total"):
@@ -51,7 +52,7 @@ def main(
         name, where = place.split(":")
         layer, head = (int(x) for x in where.split("."))
         model = models.setdefault(name, ws.HookedRecurrentModel.from_pretrained(name))
-        ids = sequences(model, [d.text for d in documents], CONTEXT)
+        ids = Windows.cut(model, [d.text for d in documents], CONTEXT).tokens
         ids = ids[:: max(1, len(ids) * CONTEXT // tokens)]
         for what in target or ("write", "delta", "state"):
             options: Any = dict(target=what, n_atoms=atoms, k=k, steps=steps, progress=False)

@@ -24,7 +24,8 @@ from writesae import ActivationStore, HookedRecurrentModel, WriteSAE
 from writesae.saes import train_store
 from writesae.saes.training.data import FromStore
 from writesae.stores.extraction import record
-from writesae.stores.texts import sequences, spread
+from writesae.stores.texts import read
+from writesae.stores.windows import Windows
 from writesae.zoo import corpus
 
 SITES = ["tiny-gdn:2.0", "tiny-mamba2:4.0", "tiny-rwkv7:3.4"]
@@ -54,14 +55,14 @@ def main(
 ) -> None:
     """The table."""
     transformers.logging.set_verbosity_error()
-    documents, _ = corpus.split(corpus.read(corpus.fetch(cache)))
+    documents, _ = corpus.split(read(corpus.fetch(cache)))
     columns = ("head", "variant", "sparsity", "nmse", "mse", "alive", "L0", "write, tokens", "write, atoms", "states/s")
     table = Table(*columns, title=f"Target {target}, {atoms} atoms, k={k}, {steps} steps of 512")
     for place in site or SITES:
         name, where = place.split(":")
         layer, head = (int(x) for x in where.split("."))
         model = HookedRecurrentModel.from_pretrained(name)
-        ids = spread(sequences(model, [d.text for d in documents], context), tokens)
+        ids = Windows.cut(model, [d.text for d in documents], context).spread(tokens).tokens
         store = record(model, ids, [(layer, head)], progress=False)
         for variant, sparsity in VARIANTS:
             options: Any = dict(n_atoms=atoms, k=k, steps=steps, lr=lr, batch_size=512, progress=False)

@@ -24,8 +24,14 @@ from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
-READMES = {"README.md": "index.md", "tutorials/README.md": "tutorials/index.md", "writesae/zoo/README.md": "zoo.md"}
-LINK = re.compile(r"""(\]\(|src=")([^)"#\s:]+)""")  # of Markdown, and of <img>; what has a colon is an address
+READMES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "tutorials/README.md": "tutorials/index.md",
+    "writesae/zoo/README.md": "zoo.md",
+}
+LINK = re.compile(r"""(\]\(|src(?:set)?=")([^)"#\s:]+)""")  # of Markdown, <img>, <source>; what has a colon is an address
 
 
 def notebooks() -> list[str]:

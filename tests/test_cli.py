@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+import writesae.cli
 from writesae.cli import app
 from writesae.zoo import shipped_models
 
@@ -16,6 +18,16 @@ def test_help_names_the_commands():
     result = runner.invoke(app, ["--help"])
     assert result.exit_code == 0
     assert "demo" in result.output and "hooks" in result.output
+
+
+def test_a_file_is_a_command():
+    """Nothing else lists them, so that a new one is one file; --help keeps their order."""
+    files = {path.stem for path in Path(writesae.cli.__file__).parent.glob("*.py") if not path.stem.startswith("_")}
+    found = [command.name for command in app.registered_commands]
+    assert set(found) == files
+    assert found == ["demo", "hooks", "extract", "train", "contexts", "pages", "reproduce", "convert"]
+    places = [runner.invoke(app, ["--help"]).output.index(f" {name} ") for name in found]
+    assert places == sorted(places)
 
 
 def test_help_does_not_wait_for_torch():
@@ -45,6 +57,6 @@ def test_demo_runs_and_leaves_a_picture(model, tmp_path):
     picture = tmp_path / "demo.png"
     result = runner.invoke(app, ["demo", "--model", model, "--firings", "12", "--picture", str(picture)])
     assert result.exit_code == 0, result.output
-    for part in ("bits a byte", "writes at each token", "Replacement test", "beats deletion", "Steering", "Done in"):
+    for part in ("bits per byte", "writes at each token", "Replacement test", "beats deletion", "Steering", "Done in"):
         assert part in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -58,18 +58,18 @@ def said(language: str, code: str, names: dict[str, Any]) -> str:
     pytest.fail(f"no error: {code}")
 
 
-@pytest.mark.parametrize("section", sections("errors.md"), ids=lambda section: section.heading)
-def test_an_error_of_the_page(section: Section, here: Path) -> None:
-    """It is raised in the words of the page, which has a few of them in its heading; and the mend mends it."""
-    (language, code), (kind, message), *mends = section.blocks
+@pytest.mark.parametrize("section", sections("errors"), ids=lambda section: section.heading)
+def test_an_error_of_the_pages(section: Section, here: Path) -> None:
+    """It is raised in the words of its page, which has a few of them in its heading; and the fix fixes it."""
+    (language, code), (kind, message), *fixes = section.blocks
     assert kind == "text" and len(message.replace("...", "")) > 30, "a message that nearly anything would match"
     names: dict[str, Any] = {}
-    exec(setup("errors.md"), names)
+    exec(setup("errors/README.md"), names)
     found = said(language, code, names)
     assert matches(message, found), found
     assert matches(section.heading, found, whole=False), found
-    for _, mend in mends:
-        exec(mend, names)
+    for _, fix in fixes:
+        exec(fix, names)
 
 
 def test_another_message_does_not_match() -> None:
@@ -78,7 +78,14 @@ def test_another_message_does_not_match() -> None:
     for other in ("ValueError: head 4 at layer 1: allowed are 0 to 7", "IndexError: head 4 at layer 1", ""):
         assert not matches(page, other)
     assert not matches(page, "ValueError: head 4 at layer 1: allowed are 0 to 3, or None")
-    assert len(sections("errors.md")) > 40, "the page is not read as it is written"
+    assert len(sections("errors")) > 60, "the pages are not read as they are written"
+
+
+def test_the_index_of_errors_lists_every_message() -> None:
+    """That the links lead somewhere is checked when the site is built."""
+    index = (DOCS / "errors" / "README.md").read_text("utf-8")
+    listed = re.findall(r"(?m)^- \[(.+)\]\((.+?)#", index)
+    assert sorted(listed) == sorted((section.heading, section.page) for section in sections("errors"))
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
@@ -307,10 +314,18 @@ def test_the_site_in_a_browser(served: str) -> None:
     """It is all there without a network, and a message leads to its page."""
     with chromium() as browser:
         watched = watch(browser)
-        for address in ("", "errors/", "api/model/", "tutorials/1_look_inside/"):
+        for address in (
+            "",
+            "errors/",
+            "errors/positions/",
+            "concepts/",
+            "benchmarks/",
+            "api/model/",
+            "tutorials/1_look_inside/",
+        ):
             watched.page.goto(served + address, wait_until="networkidle")
             assert watched.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than its window"
         watched.page.get_by_role("textbox", name="Search").press_sequentially("positions count from 0")
-        watched.page.locator("a[href*='errors/?'][href*='positions-count-from-0']").first.click()
-        assert "/errors/" in watched.page.url
+        watched.page.locator("a[href*='errors/positions/?'][href*='positions-count-from-0']").first.click()
+        assert "/errors/positions/" in watched.page.url
         assert watched.errors == [] and [url for url in watched.requests if not url.startswith((served, "data:"))] == []

@@ -23,13 +23,13 @@ FLOORS = [  # from the ground up
     {"saes"},
     {"experiments"},
     {"pages"},
-    {"saelens", "demo", "zoo.evaluate"},
+    {"saelens", "demo", "zoo.corpus", "zoo.evaluate"},
     {"zoo.train_lm", "zoo.train_saes"},
     {"cli"},
     {"writesae"},  # the face: `writesae/__init__.py`
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-LATE = {"cli", "writesae", "demo"}  # rooms that may import ours inside functions: the command line and the face
+LATE = {"cli", "writesae"}  # rooms that may import ours inside functions: the command line and the face
 
 
 def modules(package: Path) -> dict[str, Path]:

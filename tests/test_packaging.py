@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -54,3 +55,43 @@ def test_a_plain_install_suffices_to_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_weight_of_the_wheel(wheel: zipfile.ZipFile) -> None:
+    """Nearly all of it are the shipped models and SAEs, which the demo needs; code and recipes are a small part."""
+    size = {entry.filename: entry.compress_size for entry in wheel.infolist()}
+    shipped = sum(n for name, n in size.items() if name.endswith((".safetensors", "tokenizer.json", "heldout.txt")))
+    assert sum(size.values()) < 12.5e6
+    assert sum(size.values()) - shipped < 0.75e6
+
+
+def test_the_import_is_quick_and_loads_no_torch() -> None:
+    """Seconds of CPU time, the least of five processes; the time on the wall depends on what else runs."""
+    code = (
+        "import sys, time; start = time.process_time(); import writesae; used = time.process_time() - start\n"
+        "assert not {'torch', 'transformers', 'numpy', 'pandas'} & set(sys.modules), 'torch and its kin come later'\n"
+        "print(used)"
+    )
+    run = [sys.executable, "-c", code]
+    used = [float(subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True).stdout) for _ in range(5)]
+    assert min(used) < 0.3
+
+
+def test_the_version_stands_in_one_place() -> None:
+    """In pyproject.toml; what a user asks for is what was installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    code = "import importlib.metadata as m, writesae; assert writesae.__version__ == m.version('writesae')"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    for path in (ROOT / "writesae").rglob("*.py"):
+        assert f'"{project["version"]}"' not in path.read_text("utf-8"), path
+    assert not any(line.startswith("version:") for line in (ROOT / "CITATION.cff").read_text("utf-8").splitlines())
+
+
+def test_readme_is_one_page_and_has_the_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert len(readme.splitlines()) <= 150
+    start = "python -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt -e . && writesae demo"
+    assert start in readme and 'pip install -c constraints.txt -e ".[test]" && pytest' in readme
+    code = re.search(r"(?ms)^## Ten lines\n\n```python\n(.*?)^```", readme)
+    assert code and len([line for line in code[1].splitlines() if line]) <= 12

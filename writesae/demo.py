@@ -1,4 +1,4 @@
-"""The demo: what a model writes to memory, an atom in place of a write, an atom that steers. Offline, on a CPU."""
+"""The demo: what a model writes to memory, an atom that replaces a write, an atom that steers. Offline, on a CPU."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from rich.columns import Columns
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from writesae.experiments import ReplacementResult, replacement_test
 from writesae.experiments.replacement import When
 from writesae.hooks import ActivationCache
+from writesae.jobs.progress import Bars
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
 from writesae.saes import WriteSAE
@@ -35,9 +35,12 @@ def run(
 
     Args:
         name: a shipped model that comes with SAEs.
-        n_firings: firings of the replacement test, for each SAE.
-        picture: PNG to write; None for none.
-        console: where to print.
+        n_firings: firings tested by the replacement test, per SAE.
+        picture: PNG file to write; None for none.
+        console: where to print; None for the standard output.
+
+    Raises:
+        ValueError: not a shipped model that comes with SAEs.
     """
     console = console or Console()
     began = time.monotonic()
@@ -51,13 +54,12 @@ def run(
     console.print(about(name, model, saes))
     console.print(written(model, saes[0], SENTENCE))
 
-    results = []
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=console, transient=True) as progress:
-        tasks = [progress.add_task(f"replacement test, {_site(sae)}", total=n_firings) for sae in saes]
-        for sae, task in zip(saes, tasks, strict=True):
-            update = lambda done, task=task: progress.update(task, completed=done)  # noqa: E731
-            results.append(replacement_test(model, sae, heldout_documents(), n_firings=n_firings, progress=update))
+    with Bars(transient=True) as bars:
+        lines = [bars.add(f"replacement test, {sae.place.words}", n_firings) for sae in saes]
+        results = [
+            replacement_test(model, sae, heldout_documents(), n_firings=n_firings, progress=bar)
+            for sae, bar in zip(saes, lines, strict=True)
+        ]
     for result in results:
         console.print(result.table())
 
@@ -80,18 +82,17 @@ def about(name: str, model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> P
     lines = (
         f"{type(model.hf_model).__name__}, {n_parameters:.1f} M parameters; recurrent layers {layers}, each with "
         f"{site.n_heads} states of {site.d_key} x {site.d_value}.",
-        f"On held-out text it needs {record['held_out_bits_per_byte']:.2f} bits a byte "
+        f"On held-out text it needs {record['held_out_bits_per_byte']:.2f} bits per byte "
         f"(xz -9: {record['xz_bits_per_byte']:.2f}).",
-        "SAEs: " + "; ".join(f"{_site(sae)}, {sae.cfg.n_atoms} rank-1 atoms" for sae in saes) + ".",
+        "SAEs: " + "; ".join(f"{sae.place.words}, {sae.cfg.n_atoms} rank-1 atoms" for sae in saes) + ".",
     )
     return Panel("\n".join(lines), title=name, expand=False)
 
 
 @torch.no_grad()
 def read_writes(model: HookedRecurrentModel, sae: WriteSAE, text: str) -> tuple[ActivationCache, Write, Any, Any, Any]:
-    """The cache of a pass; by token the head's writes, top atoms' activations, numbers and cosines."""
-    layer, head = sae.cfg.layer, sae.cfg.head
-    assert layer is not None and head is not None
+    """One pass: its cache, and by token the head's writes, the top atoms' activations, numbers and cosines."""
+    layer, head = sae.place
     names = [name for name in model.hook_names if name.startswith(f"blocks.{layer}.mixer.") and "state" not in name]
     _, cache = model.run_with_cache(text, names=names)
     write = cache.write(layer)[0, :, head]
@@ -100,9 +101,8 @@ def read_writes(model: HookedRecurrentModel, sae: WriteSAE, text: str) -> tuple[
 
 
 def written(model: HookedRecurrentModel, sae: WriteSAE, text: str, n_tokens: int = 12) -> Table:
-    """What one head writes at the first tokens of a text, and which atom stands for it."""
-    layer, head = sae.cfg.layer, sae.cfg.head
-    assert layer is not None and head is not None
+    """What one head writes at the first tokens of a text, and the atom that stands for it."""
+    layer, head = sae.place
     cache, write, values, indices, cosine = read_writes(model, sae, text)
     about = {"write norm": write.norm()}
     if f"blocks.{layer}.mixer.hook_beta" in model.hook_names:
@@ -111,7 +111,7 @@ def written(model: HookedRecurrentModel, sae: WriteSAE, text: str, n_tokens: int
         kept = cache["log_decay", layer][0, :, head].exp()
         about["memory kept"] = kept.reshape(len(kept), -1).mean(1)  # over key channels, where each has its own
     table = Table(
-        title=f"What {_site(sae)} writes at each token", caption="cosine: of the atom and the write it stands for"
+        title=f"What {sae.place.words} writes at each token", caption="cosine: of the atom and the write it stands for"
     )
     for column in ("token", *about, "top atom", "activation", "cosine"):
         table.add_column(column, justify="left" if column == "token" else "right")
@@ -133,8 +133,8 @@ def steered(
     prompt: str,
     **generation: Any,
 ) -> Panel:
-    """One generation as it is, and with an atom added to every write."""
-    sae = next(s for s in saes if (s.cfg.layer, s.cfg.head) == (layer, head))
+    """One text generated as it is, and with an atom added to every write."""
+    sae = next(s for s in saes if s.place == (layer, head))
     before = model.generate(prompt, **generation)
     with model.intervene(sae, atom=atom, scale=scale):
         after = model.generate(prompt, **generation)
@@ -144,7 +144,7 @@ def steered(
     ]
     more, less = (", ".join(map(repr, tokens)) for tokens in promoted(model, sae, atom, scale))
     about = Text(f"Over held-out text it makes more likely, on average: {more}\nless likely: {less}")
-    return Panel(Group(Columns(sides), about), title=f"Steering a generation through {_site(sae)}", expand=False)
+    return Panel(Group(Columns(sides), about), title=f"Steering a generation through {sae.place.words}", expand=False)
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def _draw_write(left: Any, right: Any, model: HookedRecurrentModel, sae: WriteSA
     matrices = (write[t].dense(), (sae.atom(int(indices[t])) * float(values[t])).dense())
     limit = max(float(m.abs().max()) for m in matrices)
     titles = (
-        f"{_site(sae)} writes at {model.to_str_tokens(SENTENCE)[t]!r}",
+        f"{sae.place.words} writes at {model.to_str_tokens(SENTENCE)[t]!r}",
         f"atom {int(indices[t])} at its activation (cosine {float(cosine[t]):.2f})",
     )
     for axis, matrix, title in zip((left, right), matrices, titles, strict=True):
@@ -220,7 +220,7 @@ def _draw_scatter(axis: Any, result: ReplacementResult) -> None:
 
 
 def _draw_rates(axis: Any, result: ReplacementResult) -> None:
-    """Who stays closer to the model: at the firing (dark), and summed over the tokens after it too (light)."""
+    """Which one stays closer to the model: at the firing (dark), and summed with the tokens after it (light)."""
     pairs = (("atom", "delete"), ("matched", "delete"), ("delete", "random"), ("atom", "random"))
     for y, pair in enumerate(pairs):
         looks: tuple[tuple[float, str, When], ...] = ((-0.2, "C0", "at"), (0.2, "#9ecae1", "through"))
@@ -235,7 +235,3 @@ def _draw_rates(axis: Any, result: ReplacementResult) -> None:
     axis.set_xlim(0, 100)
     axis.set_xlabel("% of firings, with Wilson 95% interval")
     axis.set_title("closer: at the firing (dark), in total (light)", fontsize=9)
-
-
-def _site(sae: WriteSAE) -> str:
-    return f"layer {sae.cfg.layer} head {sae.cfg.head}"

@@ -93,8 +93,8 @@ class SAELensWriteSAE(sae_lens.SAE[SAELensConfig]):
 
     @property
     def b_enc(self) -> Float[Tensor, " d_sae"]:
-        """The encoder's bias, less the reading of the mean, if matrices are centred."""
-        return self.write_sae._offset()
+        """The encoder's bias, less the inner product with the mean, if matrices are centred."""
+        return self.write_sae.offset
 
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_in"]:  # type: ignore[override]
@@ -104,7 +104,7 @@ class SAELensWriteSAE(sae_lens.SAE[SAELensConfig]):
     @property
     def b_dec(self) -> Float[Tensor, " d_in"]:  # type: ignore[override]
         """What every reconstruction contains: mean and bias."""
-        constant = self.write_sae._constant()
+        constant = self.write_sae.constant
         if constant is None:
             return self.write_sae.b_enc.new_zeros(self.cfg.d_in)
         return constant.flatten()
@@ -144,10 +144,10 @@ class SAELensWriteSAE(sae_lens.SAE[SAELensConfig]):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """Check the tensors, and do to them what ``WriteSAE.from_pretrained`` does."""
         loaded = WriteSAE(self.cfg.own()).to(torch.promote_types(self.dtype, torch.float32))
-        check_tensors(state_dict, loaded.state_dict(), Path(WEIGHTS))
-        check_finite(state_dict, f"{WEIGHTS} is not usable")
+        check_tensors(state_dict, loaded.state_dict(), WEIGHTS)
+        check_finite(state_dict, loaded.cfg, f"{WEIGHTS} is not usable")
         loaded.load_state_dict(state_dict)
-        loaded.mend_norms(WEIGHTS)
+        loaded.restore_norms(WEIGHTS)
         for name, tensor in loaded.state_dict().items():
             state_dict[name] = tensor.to(state_dict[name])
         _rename(state_dict, {name: f"write_sae.{name}" for name in state_dict})

@@ -117,7 +117,7 @@ def test_numbers_records_and_picture(found):
 
 def test_bad_input(found):
     model, sae, _ = found
-    with pytest.raises(ValueError, match="the text has 0 prompts of 64 tokens; 64 were asked for"):
+    with pytest.raises(ValueError, match=r"the text makes 0 windows of 64 tokens .*, and 64 are needed"):
         logit_change(model, sae, "Too short.")
     with pytest.raises(ValueError, match=r"lags=\(40,\), context=64.*lags are 0 to 31"):
         logit_change(model, sae, heldout_documents(), lags=(40,))

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import writesae as ws
-from writesae.experiments import Rate, wilson
+from writesae.experiments import Rate, Run, wilson
 from writesae.experiments.engine.conditions import CONDITIONS, DEFAULT, Generators, put_in, windows_of
 from writesae.experiments.population import PopulationResult, population_test
-from writesae.experiments.replacement_result import ReplacementResult
+from writesae.experiments.replacement import ReplacementResult
+from writesae.hooks.sites import Head
 from writesae.saes import SAEConfig
 from writesae.zoo import heldout_documents
 
@@ -65,7 +66,7 @@ def planted(model, ids, layer, head, *, flat=False, wrong=0):
 
 
 def test_an_atom_that_is_the_write_changes_nothing(model, documents):
-    ids, _ = windows_of(model, documents[:1], CONTEXT, 4)
+    ids = windows_of(Run(model, documents[:1]), CONTEXT, 4).tokens
     ids = ids[:2]
     atoms, flat = planted(model, ids, 2, 0), planted(model, ids, 2, 0, flat=True)
     found = ws.replacement_test(
@@ -85,7 +86,7 @@ def test_an_atom_that_is_the_write_changes_nothing(model, documents):
 
 def test_a_planted_atom_that_is_not_the_write_loses(model, documents):
     """The twin of the test above: it must not be passed by anything that fires."""
-    ids, _ = windows_of(model, documents[:1], CONTEXT, 4)
+    ids = windows_of(Run(model, documents[:1]), CONTEXT, 4).tokens
     n = 2 * CONTEXT
     wrong = planted(model, ids[:2], 2, 0, wrong=n)
     found = ws.replacement_test(model, wrong, ids[:2], n_firings=16, context=CONTEXT, horizon=4)
@@ -93,7 +94,7 @@ def test_a_planted_atom_that_is_not_the_write_loses(model, documents):
 
 
 def test_all_heads_of_a_layer_and_two_layers_at_once(model, documents):
-    ids, _ = windows_of(model, documents[:1], CONTEXT, 4)
+    ids = windows_of(Run(model, documents[:1]), CONTEXT, 4).tokens
     ids = ids[:2]
     for places in ([(1, 0), (1, 1), (1, 2), (1, 3)], [(0, 1), (2, 3)]):
         saes = [planted(model, ids, *place) for place in places]
@@ -106,7 +107,7 @@ def test_all_heads_of_a_layer_and_two_layers_at_once(model, documents):
 
 
 def test_several_sites_each_by_itself(model, documents):
-    ids, _ = windows_of(model, documents[:1], CONTEXT, 4)
+    ids = windows_of(Run(model, documents[:1]), CONTEXT, 4).tokens
     saes = [planted(model, ids[:2], 2, 0), planted(model, ids[:2], 0, 1, wrong=2 * CONTEXT)]
     seen = []
     found = ws.replacement_test(model, saes, ids[:2], n_firings=10, context=CONTEXT, horizon=2, progress=seen.append)
@@ -160,7 +161,8 @@ def test_records_are_of_the_shape_promised(result):
 @pytest.mark.parametrize("broken", [False, True], ids=["right", "off by one"])
 def test_equal_to_a_replay_firing_by_firing(model, sae, documents, read, broken):
     found = ws.replacement_test(model, sae, documents, n_firings=5, context=CONTEXT, horizon=3, read=read, seed=1)
-    ids, document = windows_of(model, documents, CONTEXT, 3)
+    windows = windows_of(Run(model, documents), CONTEXT, 3)
+    ids, document = windows.tokens, windows.document
     assert torch.equal(found.document, document[found.window])
     edits = {"atom": ws.Substitute(sae), "matched": ws.Substitute(sae, norm="native"), "delete": ws.Delete(2, 0)}
     errors = []
@@ -216,7 +218,7 @@ def by_hand(kl, atom=None, window=None, matched=None, cosine=None):
         layer=torch.full((n,), 2), head=torch.zeros(n, dtype=torch.long), window=whole(window), document=whole(window),
         position=whole(None), atom=whole(atom), activation=torch.ones(n), native_norm=torch.ones(n),
         cosine=torch.linspace(0.1, 0.9, n) if cosine is None else torch.tensor(cosine), kl=kl,
-        flips={name: torch.zeros(n, dtype=torch.bool) for name in kl}, divergence=kl, places=((2, 0),),
+        flips={name: torch.zeros(n, dtype=torch.bool) for name in kl}, divergence=kl, places=(Head(2, 0),),
     )  # fmt: skip
 
 
@@ -268,7 +270,7 @@ def test_the_result_can_be_shown(result):
 
 def test_the_population_counts_atoms_alike(model, documents):
     """Half of the atoms are the writes, half are wrong ones: each atom counts once, however often it fires."""
-    ids, _ = windows_of(model, documents[:1], CONTEXT, 2)
+    ids = windows_of(Run(model, documents[:1]), CONTEXT, 2).tokens
     ids = ids[:2]
     made = planted(model, ids, 2, 0, wrong=CONTEXT)  # right in the first window, wrong in the second
     classes = np.array(["register"] * CONTEXT + ["bundle"] * CONTEXT)
@@ -324,7 +326,7 @@ def silent(sae):
 def test_too_little_text_or_too_few_firings_is_an_error(model, sae, documents):
     short = "The state of the Union is strong. "
     with pytest.raises(
-        ValueError, match=r"no text has 96 tokens \(the longest has \d+\): give longer ones, or a short"
+        ValueError, match=r"the text makes 0 windows of 96 tokens \(the longest text has \d+\), and 1 is needed"
     ):
         ws.replacement_test(model, sae, short)
     with pytest.raises(ValueError, match=r"the SAE at layer 2 head 0 fired at only \d+ tokens of \d+ windows of 96"):

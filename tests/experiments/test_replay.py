@@ -14,11 +14,14 @@ from architectures import N_VOCAB, architecture_named, each_architecture, each_r
 from writesae.experiments.engine.divergence import divergence
 from writesae.experiments.engine.replay import WAYS, Replayer, kl_from, stacked
 from writesae.hooks import short_chunks
+from writesae.hooks.sites import Head
 from writesae.stores.texts import sequences
 from writesae.zoo import heldout_documents
 
 CONTEXT, HORIZON = 48, 6
-SHIPPED = [("tiny-gdn", (2, 0)), ("tiny-gdn", (0, 3)), ("tiny-mamba2", (4, 0)), ("tiny-rwkv7", (3, 4))]
+SHIPPED = [
+    ("tiny-gdn", Head(2, 0)), ("tiny-gdn", Head(0, 3)), ("tiny-mamba2", Head(4, 0)), ("tiny-rwkv7", Head(3, 4))
+]  # fmt: skip
 each_shipped = pytest.mark.parametrize(
     "name, place", SHIPPED, ids=lambda x: x if isinstance(x, str) else f"L{x[0]}H{x[1]}"
 )
@@ -122,7 +125,7 @@ def test_futures_equal_plain_replays_firing_by_firing(models, name, place, read)
 @each_read
 @each_rule
 def test_futures_equal_brute_force_on_every_update_rule(architecture, read):
-    a, place = architecture, (1, 2)
+    a, place = architecture, Head(1, 2)
     model = ws.HookedRecurrentModel(a.build())
     ids = some_windows(model, 2, 24)
     window, position = some_firings(2, 3, 24, 4, first=4)
@@ -150,7 +153,7 @@ def test_every_architecture_finds_a_way_that_is_right(architecture):
     model = ws.HookedRecurrentModel(architecture.build())
     ids = some_windows(model, 3, 24)
     window, position = some_firings(3, 4, 24, 4, first=4)
-    for place in ((1, 1), (3, 1)):  # a layer of attention, where there is one, lies above and below
+    for place in (Head(1, 1), Head(3, 1)):  # a layer of attention, where there is one, lies above and below
         replayer, _, _, found = futures(model, place, ids, window, position, "same", 4)
         # transformers' Bamba counts positions from 0 in every piece (5.23), so its windows are run whole.
         assert replayer.way == ((False, True) if architecture.forgets_positions else WAYS[0])
@@ -163,7 +166,9 @@ def test_every_architecture_finds_a_way_that_is_right(architecture):
         assert torch.equal(found.flips, expected.flips) and float(expected.kl.max()) > 1e-3
 
 
-@pytest.mark.parametrize("places", [[(1, 0), (1, 2)], [(0, 1), (2, 3)]], ids=["two heads", "two layers"])
+@pytest.mark.parametrize(
+    "places", [[Head(1, 0), Head(1, 2)], [Head(0, 1), Head(2, 3)]], ids=["two heads", "two layers"]
+)
 def test_several_heads_at_once(models, places):
     model = models("tiny-gdn")
     ids = some_windows(model, 2)
@@ -220,7 +225,7 @@ def test_divergence_is_that_of_the_states(models, monkeypatch, name, place, brok
 
 
 def test_the_native_write_put_in_changes_nothing(models):
-    model, place = models("tiny-gdn"), (2, 0)
+    model, place = models("tiny-gdn"), Head(2, 0)
     ids = some_windows(model, 2)
     window, position = torch.tensor([0, 1]), torch.tensor([20, 33])
     replayer = Replayer(model, [place], horizon=HORIZON)
@@ -232,7 +237,7 @@ def test_the_native_write_put_in_changes_nothing(models):
 
 def test_in_bfloat16_futures_are_compared_within_one_pass():
     model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn", dtype=torch.bfloat16)
-    ids, place = some_windows(model, 2), (2, 0)
+    ids, place = some_windows(model, 2), Head(2, 0)
     window, position = torch.tensor([0, 1, 1]), torch.tensor([20, 33, 35])
     replayer = Replayer(model, [place], horizon=HORIZON)
     native = replayer.native(ids)
@@ -246,7 +251,7 @@ def test_in_bfloat16_futures_are_compared_within_one_pass():
 
 
 def test_a_cache_that_cannot_be_fed_in_pieces_is_done_without(models, monkeypatch):
-    model, place = models("tiny-gdn"), (2, 0)
+    model, place = models("tiny-gdn"), Head(2, 0)
     ids = some_windows(model, 2)
     window, position = some_firings(2, 4)
     *_, expected = futures(model, place, ids, window, position, "same")
@@ -265,11 +270,11 @@ def test_a_model_that_is_not_deterministic_is_refused():
     model = ws.HookedRecurrentModel(a.build())
     model.hf_model.get_output_embeddings().register_forward_hook(lambda m, i, out: out + torch.randn_like(out))
     with pytest.raises(RuntimeError, match=r"nats from the first: this model is not deterministic"):
-        futures(model, (1, 0), some_windows(model, 1, 24), torch.tensor([0]), torch.tensor([10]), "same", 4)
+        futures(model, Head(1, 0), some_windows(model, 1, 24), torch.tensor([0]), torch.tensor([10]), "same", 4)
 
 
 def test_nothing_is_left_behind(models):
-    model, place = models("tiny-gdn"), (2, 0)
+    model, place = models("tiny-gdn"), Head(2, 0)
     ids = some_windows(model, 2)
     before = model(ids)
     replayer, native, writes, _ = futures(model, place, ids, torch.tensor([0]), torch.tensor([20]), "same")
@@ -297,16 +302,16 @@ def test_short_chunks_change_rounding_alone(models, name):
 def test_mistakes(models):
     model = models("tiny-gdn")
     with pytest.raises(ValueError, match=r"horizon=0: it must be at least 1 with read='next'"):
-        Replayer(model, [(2, 0)], read="next", horizon=0)
+        Replayer(model, [Head(2, 0)], read="next", horizon=0)
     with pytest.raises(ValueError, match=r"horizon=-1"):
-        Replayer(model, [(2, 0)], horizon=-1)
+        Replayer(model, [Head(2, 0)], horizon=-1)
     with pytest.raises(ValueError, match=r"stride=1: it must be at least 3"):
-        Replayer(model, [(2, 0)], stride=1)
+        Replayer(model, [Head(2, 0)], stride=1)
     with pytest.raises(IndexError, match=r"layer 3 is not recurrent"):
-        Replayer(model, [(3, 0)])
+        Replayer(model, [Head(3, 0)])
     with pytest.raises(IndexError, match=r"head 9 at layer 2: allowed are 0 to 3"):
-        Replayer(model, [(2, 9)])
+        Replayer(model, [Head(2, 9)])
     with pytest.raises(ValueError, match=r"positions 45 to 45 with a horizon of 6: windows of 48 tokens allow 0 to 41"):
-        futures(model, (2, 0), some_windows(model, 1), torch.tensor([0]), torch.tensor([45]), "same")
+        futures(model, Head(2, 0), some_windows(model, 1), torch.tensor([0]), torch.tensor([45]), "same")
     with pytest.raises(Exception, match=r"read"):  # by its annotation here, else by a ValueError
-        Replayer(model, [(2, 0)], read="now")
+        Replayer(model, [Head(2, 0)], read="now")

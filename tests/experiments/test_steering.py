@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 
 import writesae as ws
 from writesae.experiments.amplifying import METRICS, amplify, count_of
-from writesae.experiments.engine.continuations import ENDED, SameChance, go_on
+from writesae.experiments.engine.continuations import ENDED, CommonRandomNumbers, go_on
 from writesae.experiments.engine.directions import (
     Places,
     at_positions,
@@ -227,7 +227,7 @@ def test_targets_of_the_sign_test(gdn, text):
 
 
 def test_bad_sign_tests(gdn):
-    with pytest.raises(ValueError, match=r"500 trials, 4 a window, need 125 windows of 64 tokens; the text has 0"):
+    with pytest.raises(ValueError, match=r"the text makes 0 windows of 64 tokens .*, and 125 are needed"):
         sign_test(gdn, 2, 0, "Call me Ishmael.")
     with pytest.raises(ValueError, match="a window holds the token written at and the 30 after it"):
         sign_test(gdn, 2, 0, "Call me Ishmael.", context=24, horizon=30)
@@ -340,7 +340,7 @@ def test_bad_erasures(gdn, sae, text, as_users_run_it):
         erase(gdn, dead, 3, text[:1], n=10)
     with pytest.raises(ValueError, match=r"fires at \d+ of [\d,]+ tokens of the text; n=5000 firings, and 2500 other"):
         erase(gdn, sae, 149, text[:2], n=5000)
-    with pytest.raises(ValueError, match="no text has 64 tokens"):
+    with pytest.raises(ValueError, match="the text makes 0 windows of 64 tokens"):
         erase(gdn, sae, 3, "Call me Ishmael.")
     with pytest.raises(ValueError, match="mode='cut': allowed are 'delete' and 'subtract'"):
         erase(gdn, sae, 3, text, mode="cut")
@@ -375,8 +375,8 @@ def test_what_follows_the_end_of_a_text_is_not_a_token(gdn):
 
 def test_same_chance_samples_from_the_softmax_and_depends_on_the_prompt_alone():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    draw = SameChance(torch.arange(2), temperature=0.5, seed=3)
-    wide = SameChance(torch.tensor([1, 0, 1, 5]), temperature=0.5, seed=3)
+    draw = CommonRandomNumbers(torch.arange(2), temperature=0.5, seed=3)
+    wide = CommonRandomNumbers(torch.tensor([1, 0, 1, 5]), temperature=0.5, seed=3)
     counts = torch.zeros(4)
     for _ in range(2000):
         one, more = (
@@ -593,7 +593,7 @@ def test_texts_do_not_depend_on_the_batch_and_follow_the_model(gdn, commas, ampl
         ids = gdn.to_tokens(prompt)[0]
         for positions in (slice(ids.shape[1], None), None):
             with gdn.intervene(ws.Add(2, 0, write=write), positions=positions):
-                new = go_on(gdn, ids, None, 16, chance=SameChance(torch.tensor([i]), 0.7, 0), whole=True)
+                new = go_on(gdn, ids, None, 16, chance=CommonRandomNumbers(torch.tensor([i]), 0.7, 0), whole=True)
             everywhere.append(gdn.tokenizer.decode(new[0]))
     assert everywhere[::2] == list(amplified.texts["300x"]) != everywhere[1::2]
 
@@ -648,7 +648,7 @@ def test_bad_amplifications(gdn, sae, text, commas):
         choose_atoms(gdn, sae, text[:1], lambda token: False)
     with pytest.raises(ValueError, match=r"only \d+ atoms are more active on the class"):
         choose_atoms(gdn, sae, text[:1], "comma", n=2000)
-    with pytest.raises(ValueError, match="no text has 256 tokens"):
+    with pytest.raises(ValueError, match="the text makes 0 windows of 256 tokens"):
         choose_atoms(gdn, sae, "Call me Ishmael.", "comma")
     with pytest.raises(ValueError, match="the control needs"):
         amplify(gdn, dataclasses.replace(commas, pool=commas.pool[:2]), PROMPTS)

@@ -270,7 +270,7 @@ def test_bad_questions(shipped):
         gradient(model, ids, Logit(9999999))
     with pytest.raises(IndexError, match=r"position 60 is out of range: allowed are -60 to 59"):
         gradient(model, ids, Logit(1, at=60))
-    with pytest.raises(ValueError, match=r"one number a sequence, \[1\]; got \[60, 2048\]"):
+    with pytest.raises(ValueError, match=r"one number per sequence, \[1\]; got \[60, 2048\]"):
         gradient(model, ids, lambda logits: logits[0])
     with pytest.raises(ValueError, match="does not depend on what these layers read"):
         gradient(model, ids, lambda logits: torch.zeros(1))

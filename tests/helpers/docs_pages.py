@@ -11,8 +11,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @dataclass(frozen=True)
 class Section:
-    """A heading of the third level, and the fenced blocks below it: ``(language, code)``."""
+    """A heading of the second level, on a page, and the fenced blocks below it: ``(language, code)``."""
 
+    page: str
     heading: str
     blocks: tuple[tuple[str, str], ...]
 
@@ -26,12 +27,17 @@ def setup(page: str) -> str:
     return next(code for language, code in blocks((DOCS / page).read_text("utf-8")) if language == "python")
 
 
-def sections(page: str) -> list[Section]:
-    text = (DOCS / page).read_text("utf-8")
-    fenced = re.sub(r"(?ms)^```.*?^```$", lambda block: re.sub(r"(?m)^#", "\0", block[0]), text)  # comments in code
-    _, *parts = re.split(r"(?m)^### ", re.sub(r"(?m)^## .*$", "", fenced))
-    found = (part.replace("\0", "#").split("\n", 1) for part in parts)
-    return [Section(heading.strip(), blocks(body)) for heading, body in found]
+def sections(folder: str) -> list[Section]:
+    """Those of all pages in a folder, except its index."""
+    found = []
+    for path in sorted((DOCS / folder).glob("*.md")):
+        text = path.read_text("utf-8")
+        fenced = re.sub(r"(?ms)^```.*?^```$", lambda block: re.sub(r"(?m)^#", "\0", block[0]), text)  # comments in code
+        _, *parts = re.split(r"(?m)^## ", fenced) if path.stem != "README" else [""]
+        for part in parts:
+            heading, body = part.replace("\0", "#").split("\n", 1)
+            found.append(Section(path.name, heading.strip(), blocks(body)))
+    return found
 
 
 def matches(pattern: str, message: str, *, whole: bool = True) -> bool:

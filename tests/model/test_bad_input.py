@@ -96,8 +96,11 @@ def test_a_transformers_release_without_the_functions(name: str, monkeypatch: py
 
 def test_packed_sequences_on_a_cpu(model: HookedRecurrentModel, ids: Tensor) -> None:
     borders = torch.tensor([0, 5, 12], dtype=torch.int32)
+    packed = dict(cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=7, max_length_k=7)
     with pytest.raises(ValueError, match=r"cannot keep packed sequences \(\w+\) apart on a CPU"):
-        model(ids, cu_seq_lens_q=borders, cu_seq_lens_k=borders, max_length_q=7, max_length_k=7)
+        model.hf_model(ids, **packed)
+    with pytest.raises(ValueError, match="cu_seq_lens_q packs several texts into one row"):
+        model(ids, **packed)
 
 
 # Names ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""README's support table is this one: made from the adapters and the list of architectures that the tests run over."""
+"""The support table of docs/support.md is this one: made from the adapters and the list of architectures that the tests run over."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from architectures import ARCHITECTURES
 from writesae.hooks.families import FAMILIES, Family
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 
 CHECKPOINTS = {
     "Mamba-2": "transformers; `mamba2` also the authors' own (`state-spaces/mamba2-*`)",
@@ -56,8 +56,8 @@ def support_table() -> str:
     return "\n".join(rows)
 
 
-def test_readme_has_the_table() -> None:
-    assert support_table() in README.read_text(), f"README's support table should be:\n\n{support_table()}\n"
+def test_the_page_has_the_table() -> None:
+    assert support_table() in PAGE.read_text("utf-8"), f"the table of docs/support.md should be:\n\n{support_table()}\n"
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

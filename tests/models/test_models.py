@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -749,6 +750,25 @@ def test_the_world_tokenizer_is_the_authors() -> None:
     assert ours.decode([0, 65]) == "<|endoftext|>@" and ours.decode([0, 65], skip_special_tokens=True) == "@"
 
 
+def test_the_world_tokenizer_does_what_others_do(tmp_path: Path) -> None:
+    tokenizer = WorldTokenizer(chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}")
+    texts = ["The state of the Union", "Hello wörld"]
+    alone = [tokenizer(text)["input_ids"] for text in texts]
+    assert tokenizer(texts)["input_ids"] == alone
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, max(map(len, alone)))
+    for row, mask, ids in zip(batch["input_ids"], batch["attention_mask"], alone, strict=True):
+        assert row[mask.bool()].tolist() == ids and bool(mask[-1])  # padded on the left
+    assert tokenizer(texts[0], truncation=True, max_length=2)["input_ids"] == alone[0][:2]
+    assert tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True) == texts
+    assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == texts[0]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": texts[1]}], tokenize=False)
+    assert chat == "user: Hello wörld\n\n"
+    assert tokenizer("<|endoftext|>")["input_ids"] != [0]  # text is text
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path)(texts)["input_ids"] == alone
+
+
 def test_text_in_and_out(pth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"ids up to 65529, but the model's vocabulary ends at 299: it is not this"):
         HookedRecurrentModel.from_pretrained(pth)
@@ -760,6 +780,8 @@ def test_text_in_and_out(pth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pair = model.generate(["The swan", "A"], max_new_tokens=3, do_sample=False)
     assert pair[0] == text
     assert model.to_str_tokens("The swan") == ["The", " sw", "an"]
+    write = transformers.pipeline("text-generation", model=model.hf_model, tokenizer=model.tokenizer)
+    assert write("The swan", max_new_tokens=3, do_sample=False)[0]["generated_text"] == text
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r'authors\' package: pip install "writesae\[rwkv\]", or pass tok'):

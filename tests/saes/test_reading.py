@@ -23,7 +23,6 @@ import writesae.zoo
 from architectures import D_KEY, N_VOCAB, Architecture, architecture_named, each_architecture, each_rule
 from writesae import HookedRecurrentModel, SAEConfig, States, Substitute, WriteSAE, top_contexts
 from writesae.cli import app
-from writesae.saes.activity import reading
 from writesae.saes.activity.contexts import EDGES
 from writesae.saes.activity.reading import encode_matrices, inputs, target_of
 
@@ -97,9 +96,7 @@ def assert_close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> float
     return difference
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "BLOCK", 2**15)  # 64 positions of two sequences
+SMALL = 2**15  # a block: 64 positions of two sequences
 
 
 # Codes ---------------------------------------------------------------------------------------------------------------
@@ -109,10 +106,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @each_rule
 @torch.no_grad()
 def test_states_are_read_as_the_dense_encoder_reads_them(
-    architecture: Architecture, encoder: str, sparsity: str, decoder: str, small_blocks: None
+    architecture: Architecture, encoder: str, sparsity: str, decoder: str
 ) -> None:
     sae, (ids, cache) = make(architecture.d_value, "state", encoder, sparsity, decoder), seen(architecture)
-    values, indices = encode_matrices(sae, *target_of(cache, LAYER, HEAD, "state"))
+    values, indices = encode_matrices(sae, *target_of(cache, LAYER, HEAD, "state"), block=SMALL)
     assert (values.diff(dim=-1) <= 0).all() and (values >= 0).all()
     codes = ws.Codes(values, indices, ids, cache.positions, sae.cfg)
     assert_close(codes.dense(), sae.encode(states(architecture)))
@@ -238,24 +235,23 @@ def test_a_hook_that_changes_the_state_is_refused() -> None:
 @each_rule
 @torch.no_grad()
 def test_neither_all_pre_activations_nor_states_are_held(
-    architecture: Architecture, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+    architecture: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sae, (_, cache) = make(architecture.d_value), seen(architecture)
     sizes, built = [], []
-    sparsify, dense = WriteSAE.sparsify, States.dense
-    monkeypatch.setattr(WriteSAE, "sparsify", lambda self, pre: (sizes.append(pre.shape[1]), sparsify(self, pre))[1])
+    sparsify, dense = sae.sparsify, States.dense
+    monkeypatch.setattr(sae, "sparsify", lambda pre: (sizes.append(pre.shape[1]), sparsify(pre))[1])
     monkeypatch.setattr(States, "dense", lambda self: (built.append(self.shape[1]), dense(self))[1])
-    encode_matrices(sae, *target_of(cache, LAYER, HEAD, "state"))
+    encode_matrices(sae, *target_of(cache, LAYER, HEAD, "state"), block=SMALL)
     assert max(sizes) <= 64 and sum(sizes) == N_POS
     assert built == (sizes if architecture.rule.decay_per_key else [])
 
 
-def test_a_state_is_read_as_wide_as_the_widest_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_is_read_as_wide_as_the_widest_block() -> None:
     """With a threshold, blocks differ in how many atoms are active."""
     sae, x = make(GDN.d_value, "write", sparsity="jumprelu"), torch.randn(1, 5, D_KEY, GDN.d_value)
     x[:, :3] *= 0.1
-    monkeypatch.setattr(reading, "BLOCK", 1)
-    values, indices = encode_matrices(sae, x)
+    values, indices = encode_matrices(sae, x, block=1)
     expected, _ = sae.topk(x)
     assert values.shape == expected.shape == indices.shape
     torch.testing.assert_close(values, expected)
@@ -263,7 +259,7 @@ def test_a_state_is_read_as_wide_as_the_widest_block(monkeypatch: pytest.MonkeyP
 
 def test_codes_say_what_they_are() -> None:
     codes = hooked(GDN).encode(make(GDN.d_value, "write"), random_ids(2, 9))
-    assert repr(codes).startswith("Codes(2 sequences, 18 tokens: 3.0 of 24 atoms active a token")
+    assert repr(codes).startswith("Codes(2 sequences, 18 tokens: 3.0 of 24 atoms active per token")
     with pytest.raises(IndexError, match="atom 24: this SAE has atoms 0 to 23"):
         codes.atom(24)
 

@@ -1,5 +1,6 @@
 """The SAE itself: factored equals dense, streaming equals states, files that come back equal or fail with a reason."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -11,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from writesae.jobs import disk
-from writesae.recurrence import Recurrence, Write, matrices, states
+from writesae.recurrence import Recurrence, Write, states
 from writesae.recurrence.dynamics import States
 from writesae.saes import VARIANTS, SAEConfig, WriteSAE, files
-from writesae.saes import reconstruction as error
-from writesae.saes.sparsity import CountActive, JumpReLU, topk
+from writesae.saes.reconstruction import DenseActivations, Reading
+from writesae.saes.sparsities.selection import topk
+from writesae.saes.sparsities.thresholds import AboveThreshold, CountActive
 
 SIZES = dict(d_key=6, d_value=5, n_atoms=12, k=3)
 # Every encoder with every decoder and every sparsity; rank, centring and bias vary along.
@@ -215,7 +217,7 @@ def test_thresholds_have_the_straight_through_gradient():
     theta = log_threshold.exp()
     near = ((pre - theta).abs() < h * theta / 2).double()
     assert 5 < near.sum() < 100
-    (JumpReLU.apply(pre, log_threshold, h) * weight).sum().backward()
+    (AboveThreshold.apply(pre, log_threshold, h) * weight).sum().backward()
     # theta / width = 1 / h; and d theta / d log_threshold = theta
     torch.testing.assert_close(log_threshold.grad, (-(theta / (h * theta)) * near * weight).sum(0) * theta)
     torch.testing.assert_close(pre.grad, weight * (pre > theta))
@@ -227,20 +229,24 @@ def test_thresholds_have_the_straight_through_gradient():
 
 @pytest.mark.parametrize("form", ["write", "states"])
 @pytest.mark.parametrize("broken", ["no values in the Gram matrix", "no decay", "no offset"])
-def test_what_is_left_out_is_noticed(monkeypatch, form, broken):
+@torch.no_grad()
+def test_what_is_left_out_is_noticed(form, broken):
     sae, x = make(encoder="bilinear", target="state"), matrices_of(form)
-    nmse = float(sae.loss(x.dense()).nmse.detach())
-    torch.testing.assert_close(float(sae.loss(x).nmse.detach()), nmse)
-    if broken == "no values in the Gram matrix":
-        monkeypatch.setattr(error, "sum_norm2", lambda a, rows: matrices.sum_norm2(a, Write(rows.key, 0 * rows.value)))
-    elif broken == "no decay":
-        if form == "write":
-            return
+    nmse = float(sae.loss(x.dense()).nmse)
+    torch.testing.assert_close(float(sae.loss(x).nmse), nmse)
+    if broken == "no decay" and form == "states":
         x = States(x.gain, 0.9 * x.log_decay)
+    batch = sae.batch(x)
+    if broken == "no offset":
+        batch.encoding = Reading(x, sae.encoder)
+    active = sae.sparsity.activations(sae, batch, over_batch=True, bandwidth=0.5)
+    if broken == "no values in the Gram matrix":
+        active = dataclasses.replace(active, rows=Write(active.rows.key, 0 * active.rows.value))
+    found = float(batch.error2(active)[0].sum() / batch.power)
+    if broken == "no decay" and form == "write":  # which has none: what is whole stays as it is
+        torch.testing.assert_close(found, nmse)
     else:
-        monkeypatch.setattr(error.Reading, "all", error.Reading.plain)
-        monkeypatch.setattr(error, "pick", lambda offset, indices: 0)
-    assert abs(float(sae.loss(x).nmse.detach()) - nmse) > 1e-3
+        assert abs(found - nmse) > 1e-3
 
 
 def test_loss_reports_the_top_atom():
@@ -265,14 +271,14 @@ def test_many_active_atoms_of_one_matrix_cost_no_gram_matrix_each():
     """One matrix with everything active, among others with nothing: codes of all atoms, and the same loss."""
     sae = make(sparsity="batch_topk", k=4)
     x = matrices_of("write") * torch.tensor([100.0, 1, 1, 1, 1, 1, 1]).double()
-    indices, active = sae._choose(sae.pre(x), True)
-    form = sae._codes(error.Reading(x, sae.encoder, sae.b_enc), indices, active)
+    indices, active = sae.sparsity.choose(sae, sae.pre(x), over_batch=True)
+    form = sae.batch(x).chosen(indices, active)
     wide = type(form)
     codes, reconstruction = explicit(sae, x.dense())
     for given in (x, x.dense()):
         torch.testing.assert_close(sae.loss(given).error2, (x.dense() - reconstruction).square().sum((-1, -2)))
     torch.testing.assert_close(form.spread(12), codes)
-    assert wide is error.DenseCodes or active.shape[-1] < 12
+    assert wide is DenseActivations or active.shape[-1] < 12
 
 
 def test_a_batch_topk_reads_single_matrices_by_its_threshold():
@@ -368,7 +374,7 @@ def test_streaming_needs_states_and_one_decay():
     delta = matrices_of("batches")
     with pytest.raises(ValueError, match="target 'state'; this SAE reads each write: use encode"):
         make().encode_states(delta, torch.zeros(2, 4).double())
-    with pytest.raises(ValueError, match=r"\[batch, pos\], one decay a token; got \[2, 4, 6\].*encode dense states"):
+    with pytest.raises(ValueError, match=r"\[batch, pos\], one decay per token; got \[2, 4, 6\].*encode dense states"):
         make(target="state").encode_states(delta, torch.zeros(2, 4, 6).double())
 
 

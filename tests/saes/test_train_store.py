@@ -192,7 +192,7 @@ def test_on_the_command_line(on_disk, tmp_path):
     out = tmp_path / "saes"
     arguments = ("train", on_disk.folder, out, "--steps", "10", "--atoms", "16", "--variant", "MatrixSAE")
     code, output = run(*arguments)
-    assert code == 0 and "L2H0" in output and "L0H3" in output and "nmse" in output
+    assert code == 0 and "L2H0" in output and "L0H3" in output and "normalised MSE" in output
     sae = WriteSAE.from_pretrained(out / "L0H3")
     assert (sae.cfg.encoder, sae.cfg.n_atoms, sae.cfg.training["steps"]) == ("dense", 16, 10)
     before = (out / "L0H3" / "sae_weights.safetensors").read_bytes()

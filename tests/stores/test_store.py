@@ -25,9 +25,9 @@ from architectures import N_VOCAB, architecture_named, each_architecture, each_r
 from writesae.cli import app
 from writesae.recurrence.dynamics import States
 from writesae.recurrence.rules import RULES
-from writesae.stores import texts
+from writesae.stores import Windows, texts
 from writesae.stores.extraction import extract, parse_sites, record
-from writesae.stores.shards import read_info, shard_path
+from writesae.stores.shards import RULE_OF, read_info, read_shard, shard_path, write_shard
 from writesae.stores.store import ActivationStore
 
 ROOT = Path(__file__).parents[2]
@@ -272,6 +272,41 @@ def test_a_damaged_header_is_refused(store, tmp_path):
     header.unlink()
 
 
+# --- stores of other versions -----------------------------------------------------------------------------------------
+
+
+def renamed(store, folder, name):
+    """The store as a version that calls the rule of its layers ``name`` would have written it."""
+    old = dataclasses.replace(store.info, families=dict.fromkeys(store.info.families, name))
+    folder.mkdir()
+    (folder / "store.json").write_text(json.dumps(dataclasses.asdict(old), indent=2) + "\n")
+    for i in range(old.n_shards):
+        write_shard(folder, i, old, read_shard(store.folder, i, store.info))
+    return ActivationStore.open(folder)
+
+
+@pytest.mark.parametrize("display, rule", RULE_OF.items())
+def test_a_store_that_names_families_as_messages_do_still_opens(store, tmp_path, display, rule):
+    old = renamed(store, tmp_path / "old", display)
+    assert old.info.families == {0: display, 3: display} and old.info.rules == {0: rule, 3: rule}
+    assert rule in RULES
+    if rule == "gated_delta":  # the rule of this model: the same numbers, and the same work to continue
+        for site in SITES:
+            assert torch.equal(old.state(*site, [0], [5]), store.state(*site, [0], [5]))
+        before = contents(old.folder)
+        shard_path(old.folder, 2).unlink()
+        make(hooked(), old.folder)
+        assert {name: x for name, x in contents(old.folder).items() if name != "report.json"} == before
+
+
+def test_a_rule_that_is_not_known_here_is_named_with_those_that_are(store, tmp_path):
+    other = renamed(store, tmp_path / "other", "quantum_delta")
+    assert torch.equal(other.tokens(), tokens()), "what needs no rule can be read"
+    for ask in (other.write, other.delta, other.states):
+        with pytest.raises(ValueError, match=r"layer 3 follows the rule 'quantum_delta'.*gated_delta.*register"):
+            ask(3, 0, [0])
+
+
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
@@ -451,7 +486,7 @@ def test_sequences_do_not_cross_documents(gdn, folder_of_texts):
     rows = [gdn.to_tokens(prose(n, i))[0][0] for i, n in enumerate([100, 5, 60])]
     expected = [row[i : i + 16] for row in rows for i in range(0, len(row) - 15, 16)]
     assert torch.equal(found, torch.stack(expected).int())
-    assert torch.equal(found.long(), texts.sequences(gdn, [prose(n, i) for i, n in enumerate([100, 5, 60])], 16))
+    assert torch.equal(found.long(), Windows.cut(gdn, [prose(n, i) for i, n in enumerate([100, 5, 60])], 16).tokens)
     some = texts.from_files(gdn, folder_of_texts, 16, max_tokens=3 * 16 + 5)
     assert len(some) == 3 and torch.equal(some[0], found[0]) and torch.equal(some[-1], found[len(found) * 2 // 3])
 
@@ -461,7 +496,7 @@ def test_data_sets(gdn, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(json.dumps({"prose": row}) + "\n" for row in rows))
-    expected = texts.sequences(gdn, [row for row in rows if row], 16).int()
+    expected = Windows.cut(gdn, [row for row in rows if row], 16).tokens.int()
     for name in (folder, folder / "train.jsonl"):
         assert torch.equal(texts.from_dataset(gdn, str(name), 16, column="prose"), expected)
     assert torch.equal(texts.from_dataset(gdn, str(folder), 16, 40, column="prose"), expected[:2])
@@ -490,7 +525,7 @@ def test_token_arrays(tmp_path):
         (x.numpy() / 2, "float64"),
         (x.view(4, 5, 5).numpy(), r"\[4, 5, 5\]"),
         (x.numpy() - 1, "from -1 to 98"),
-        (x[:9].numpy(), "no text of .* has 10 tokens"),
+        (x[:9].numpy(), r"ids\.npy makes 0 windows of 10 tokens \(the longest text has 9\)"),
         (np.array([{}]), "is not a .npy file of numbers"),
     ]:
         np.save(path, bad)

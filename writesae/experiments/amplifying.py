@@ -7,27 +7,27 @@ number is read off the text; as many other atoms, at the same norm, are the cont
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from writesae.experiments.engine.continuations import SameChance, go_on, prompts_of, text_of
-from writesae.experiments.engine.directions import estimate
-from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.engine.continuations import CommonRandomNumbers, go_on, prompts_of, text_of
+from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
+from writesae.experiments.results.result import Figure, Number, Result, figure, intervals
 from writesae.experiments.results.statistics import Array, paired
-from writesae.experiments.token_classes import ChosenAtoms
+from writesae.experiments.token_classes import ChosenAtoms, choose_atoms
 from writesae.hooks import Add
+from writesae.hooks.sites import Head
+from writesae.model import HookedRecurrentModel
+from writesae.model.tokens import Text as Prompts
 from writesae.recurrence import Write
+from writesae.saes import WriteSAE
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from writesae.model import HookedRecurrentModel
-    from writesae.model.tokens import Text as Prompts
+__all__ = ["AmplifyResult", "ChosenAtoms", "amplify", "choose_atoms"]
 
 Metric: TypeAlias = Callable[[str], float]
 
@@ -51,16 +51,16 @@ class AmplifyResult(Result):
     """Texts written with atoms amplified, and what was read off them.
 
     Attributes:
-        sites: layer and head of each SAE. atoms: amplified in each. what: the class they were chosen by.
+        sites: the head of each SAE. atoms: amplified in each. what: the class they were chosen by.
         contrast: the largest contrast among them.
         doses: factors of the mean activation on the class.
         n_tokens, temperature: of the texts.
         prompts: what they continue.
-        texts: by condition, one a prompt: ``"baseline"``, ``"5x"``, ``"random 5x"`` ...
-        scores: metric -> condition -> one number a prompt; the first metric is what tests are of.
+        texts: by condition, one per prompt: ``"baseline"``, ``"5x"``, ``"random 5x"`` ...
+        scores: metric -> condition -> one number per prompt; the first metric is what tests are of.
     """
 
-    sites: tuple[tuple[int, int], ...]
+    sites: tuple[Head, ...]
     atoms: tuple[tuple[int, ...], ...]
     what: str
     contrast: float
@@ -73,7 +73,7 @@ class AmplifyResult(Result):
 
     @property
     def title(self) -> str:
-        where = ", ".join(f"layer {layer} head {head}" for layer, head in self.sites)
+        where = ", ".join(head.words for head in self.sites)
         return f"Amplifying {self.what} atoms, {where}: {len(self.prompts)} prompts"
 
     @property
@@ -92,7 +92,7 @@ class AmplifyResult(Result):
     def numbers(self) -> list[Number]:
         found = []
         for metric, scores in self.scores.items():
-            found += [estimate(f"{metric}, {condition}", values) for condition, values in scores.items()]
+            found += [Number.estimate(f"{metric}, {condition}", values) for condition, values in scores.items()]
             if metric == next(iter(self.scores)) and len(self.prompts) > 1:
                 found += self._tests(metric, scores)
         return found
@@ -115,32 +115,38 @@ class AmplifyResult(Result):
             ]
         return found
 
-    def records(self) -> pd.DataFrame:
-        import pandas as pd
-
-        rows = []
-        for condition, texts in self.texts.items():
-            for i, text in enumerate(texts):
-                scores = {metric: float(values[condition][i]) for metric, values in self.scores.items()}
-                rows.append({"prompt": i, "condition": condition, **scores, "text": text})
-        return pd.DataFrame(rows)
+    def columns(self) -> dict[str, Any]:
+        n, names = len(self.prompts), list(self.texts)
+        scores = {metric: np.concatenate([of[name] for name in names]) for metric, of in self.scores.items()}
+        condition = [name for name in names for _ in range(n)]
+        texts = [text for name in names for text in self.texts[name]]
+        return {"prompt": list(range(n)) * len(names), "condition": condition, **scores, "text": texts}
 
     def plot(self) -> Figure:
         made, axes = figure(len(self.scores))
         for axis, (metric, scores) in zip(axes, self.scores.items(), strict=True):
-            for name, style in (("{:g}x", "o-"), ("random {:g}x", "s--")):
-                at = (0.0, *self.doses)
-                found = [estimate("", scores["baseline" if i == 0 else name.format(d)]) for i, d in enumerate(at)]
-                values = [x.value for x in found]
-                low = [x.value - (x.value if x.low is None else x.low) for x in found]
-                high = [(x.value if x.high is None else x.high) - x.value for x in found]
-                label = "chosen atoms" if name == "{:g}x" else "random atoms"
-                axis.errorbar(at, values, yerr=[low, high], fmt=style, ms=4, label=label)
+            for name, style, label in (("{:g}x", "o-", "chosen atoms"), ("random {:g}x", "s--", "random atoms")):
+                of_each = [scores["baseline"], *(scores[name.format(dose)] for dose in self.doses)]
+                found = [Number.estimate("", values) for values in of_each]
+                intervals(axis, (0.0, *self.doses), found, fmt=style, label=label)
             axis.set(xlabel="dose", ylabel=metric)
         axes[0].legend(frameon=False)
         return made
 
 
+def _plan(asked: Asked) -> Iterator[Task]:
+    """Of the atoms that are more active at ends of sentences than elsewhere, as in the paper."""
+    metrics = ["sentence ends", "newlines", "paragraphs", "word length"]
+
+    def run(sae: WriteSAE, **settings: Any) -> Result:
+        chosen = choose_atoms(asked.model, sae, asked.texts, "boundary", check_model=asked.check_model)
+        return amplify(asked.model, chosen, asked.prompts, metrics, **settings)
+
+    for sae in asked.saes:
+        yield Task(partial(run, sae), [sae], {"n_tokens": asked.sizes.tokens, **asked.common})
+
+
+@experiment("a class of atoms amplified while generating (section 4)", order=9, plan=_plan)
 @torch.no_grad()
 def amplify(
     model: HookedRecurrentModel,
@@ -154,7 +160,7 @@ def amplify(
     batch_size: int = 64,
     seed: int = 0,
     check_model: bool = True,
-    progress: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> AmplifyResult:
     """Let a model write with atoms added to its memory at every generated token.
 
@@ -162,7 +168,7 @@ def amplify(
     >>> amplify(model, chosen, prompts, ["newlines", "paragraphs", "word length"]).table()
 
     Args:
-        model: the model.
+        model, batch_size, seed, check_model: see `Run`.
         chosen: atoms of one SAE, or of several (all heads of a layer, say), which are then amplified together.
         prompts: a text, several, or token ids; a test needs two or more.
         metric: what is read off the text generated: names of `METRICS`, functions by name, or one function. The first
@@ -170,9 +176,6 @@ def amplify(
         doses: factors of the mean activation on the class.
         n_tokens: how many tokens to generate.
         temperature: of the sampling.
-        batch_size: rows generated at once.
-        seed: of the sampling and of the random atoms.
-        check_model: refuse SAEs trained on other weights.
         progress: called with the number of texts done, of prompts x (1 + 2 x doses).
 
     Raises:
@@ -184,8 +187,8 @@ def amplify(
             f"{len(sets)} sets of atoms, doses={list(doses)}, n_tokens={n_tokens}, temperature={temperature}: give at "
             f"least one set and one dose of 0 or more, 2 or more tokens, and a temperature above 0"
         )
+    run = Run(model, (), [x.sae for x in sets], batch_size, seed, check_model, progress)
     for x in sets:
-        x.sae.check_fits(model, check_model=check_model)
         if len(x.pool) < len(x.atoms):
             raise ValueError(f"{len(x.pool)} other atoms were active, and the control needs {len(x.atoms)}")
     metrics = _metrics(metric)
@@ -193,16 +196,17 @@ def amplify(
     n = len(ids)
     names = ["baseline", *(f"{k}{dose:g}x" for dose in doses for k in ("", "random "))]
     factors = [0.0, *(float(dose) for dose in doses for _ in range(2))]
-    generator = torch.Generator().manual_seed(seed)
     writes = []  # of each SAE, [2, prompt]: of the chosen atoms, and of each prompt's random ones
     for x in sets:
-        drawn = torch.stack([x.pool[torch.randperm(len(x.pool), generator=generator)[: len(x.atoms)]] for _ in shown])
+        drawn = torch.stack(
+            [x.pool[torch.randperm(len(x.pool), generator=run.generator)[: len(x.atoms)]] for _ in shown]
+        )
         own, other = x.write(x.atoms.expand(n, -1)), x.write(drawn)
         key, value = torch.stack([own.key, other.key]), torch.stack([own.value, other.value])
         writes.append(Write(key, value, own.rank))
 
     texts: list[str] = []
-    for batch in torch.arange(n * len(names)).split(batch_size):
+    for batch in run.batches(torch.arange(n * len(names))):
         condition, row = batch // n, batch % n
         at, random = row.to(ids.device), ((condition > 0) & (condition % 2 == 0)).long()
         factor = torch.tensor(factors)[condition]
@@ -211,11 +215,9 @@ def amplify(
         ]
         positions = lengths[at, None] + torch.arange(n_tokens - 1, device=ids.device)  # the last is never fed
         own_mask = None if mask is None else mask[at]
-        chance = SameChance(row, temperature, seed)
+        chance = CommonRandomNumbers(row, temperature, seed)
         new = go_on(model, ids[at], own_mask, n_tokens, edits, positions, chance=chance, whole=True)
         texts += [text_of(model, r) for r in new]
-        if progress is not None:
-            progress(len(texts))
     by_condition = {name: tuple(texts[i * n : (i + 1) * n]) for i, name in enumerate(names)}
     scores = {
         label: {name: np.array([float(measure(t)) for t in found]) for name, found in by_condition.items()}

@@ -10,16 +10,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.results.result import Figure, Number, Result, figure, frame
 from writesae.gradients import Gradient, LayerGradient, Logit, gradient
+from writesae.hooks.sites import Head
+from writesae.model import HookedRecurrentModel, Text
+from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import encode_matrices, target_of
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
-    from writesae.model import HookedRecurrentModel, Text
-    from writesae.saes import WriteSAE
+__all__ = ["Attribution", "attribute"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,7 @@ class Attribution(Result):
         deletions: layer -> ``[pos, head]``, what taking the write out would change: exact up to the head's norm. Only
             if asked for.
         outputs: layer -> ``[head]``, what the head's output contributes as a whole.
-        atoms: (layer, head) -> ``(indices, contributions)`` ``[pos, m]``: the contribution of each active atom to what
+        atoms: head -> ``(indices, contributions)`` ``[pos, m]``: the contribution of each active atom to what
             its SAE reads there; they sum to the write's up to what the SAE leaves out.
     """
 
@@ -49,7 +50,7 @@ class Attribution(Result):
     contributions: dict[int, Float[Tensor, "pos head"]]
     outputs: dict[int, Float[Tensor, " head"]]
     deletions: dict[int, Float[Tensor, "pos head"]] | None = None
-    atoms: dict[tuple[int, int], tuple[Int[Tensor, "pos m"], Float[Tensor, "pos m"]]] | None = None
+    atoms: dict[Head, tuple[Int[Tensor, "pos m"], Float[Tensor, "pos m"]]] | None = None
 
     @property
     def title(self) -> str:
@@ -82,28 +83,23 @@ class Attribution(Result):
         ]
         return made
 
-    def records(self) -> pd.DataFrame:
-        import pandas as pd
-
+    def columns(self) -> dict[str, Any]:
         parts = []
         for layer, found in self.contributions.items():
             n_pos, n_heads = found.shape
-            columns: dict[str, Any] = {
+            part: dict[str, Any] = {
                 "layer": layer,
                 "head": torch.arange(n_heads).repeat(n_pos).numpy(),
                 "position": torch.arange(n_pos).repeat_interleave(n_heads).numpy(),
                 "token": [token for token in self.tokens for _ in range(n_heads)],
                 "contribution": found.flatten().numpy(),
             }
-            if self.deletions is not None:
-                columns["deletion"] = self.deletions[layer].flatten().numpy()
-            parts.append(pd.DataFrame(columns))
-        return pd.concat(parts, ignore_index=True)
+            deleted = {} if self.deletions is None else {"deletion": self.deletions[layer].flatten().numpy()}
+            parts.append(part | deleted)
+        return dict(frame(*parts))
 
     def atom_records(self) -> pd.DataFrame:
-        """One row an active atom: layer, head, position, token, atom, contribution."""
-        import pandas as pd
-
+        """One row per active atom: layer, head, position, token, atom, contribution."""
         rows = [
             (layer, head, t, self.tokens[t], int(atom), float(found))
             for (layer, head), (indices, values) in (self.atoms or {}).items()
@@ -111,7 +107,8 @@ class Attribution(Result):
             for atom, found in zip(indices[t], values[t], strict=True)
             if found != 0
         ]
-        return pd.DataFrame(rows, columns=["layer", "head", "position", "token", "atom", "contribution"])
+        names = ("layer", "head", "position", "token", "atom", "contribution")
+        return frame({name: [row[i] for row in rows] for i, name in enumerate(names)})
 
     def plot(self, n_heads: int = 16) -> Figure:
         """Tokens across, heads down (those with the largest contributions), and all heads' sum above."""
@@ -151,7 +148,7 @@ def attribute(
         minus: a token whose logit is subtracted.
         position: the token after which it is predicted; -1 is the last.
         saes: SAEs of some heads: their active atoms' contributions too.
-        deletions: also estimate what deleting each write would change; costs ``pos^2 * d_value`` a head.
+        deletions: also estimate what deleting each write would change; costs ``pos^2 * d_value`` per head.
         check_model: refuse SAEs trained on other weights.
 
     Raises:
@@ -184,7 +181,7 @@ def attribute(
         contributions={layer: g.price(g.write)[0].cpu() for layer, g in fixed.items()},
         outputs={layer: g.of_output()[0].cpu() for layer, g in fixed.items()},
         deletions={layer: _deletions(found, layer) for layer in found.layers} if deletions else None,
-        atoms={(s.cfg.layer, s.cfg.head): _by_atom(found, fixed[s.cfg.layer], s) for s in saes} if saes else None,  # type: ignore[misc]
+        atoms={s.place: _by_atom(found, fixed[s.place.layer], s) for s in saes} if saes else None,
     )
 
 
@@ -197,8 +194,6 @@ def _deletions(found: Gradient, layer: int) -> Float[Tensor, "pos head"]:
 
 @torch.no_grad()
 def _by_atom(found: Gradient, g: LayerGradient, sae: WriteSAE) -> tuple[Int[Tensor, "pos m"], Float[Tensor, "pos m"]]:
-    layer, head = sae.cfg.layer, sae.cfg.head
-    assert layer is not None and head is not None
-    values, indices = encode_matrices(sae, *target_of(found.cache, layer, head, sae.cfg.target))
-    prices = g.prices(head, sae.decoder).gather(-1, indices.to(found.value.device))
+    values, indices = encode_matrices(sae, *target_of(found.cache, *sae.place, sae.cfg.target))
+    prices = g.prices(sae.place.head, sae.decoder).gather(-1, indices.to(found.value.device))
     return indices[0].cpu(), (values.to(prices.device) * prices)[0].cpu()

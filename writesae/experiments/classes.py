@@ -1,17 +1,16 @@
 """Classes of atoms (paper, section 3.1): which of them look like what the model writes where they fire?
 
 At every firing of an atom, any of the active ones, its cosine to the native write is taken; the median over its firings
-is one number an atom. A mixture of two Gaussians over these splits the atoms: *registers* are those of the component
+is one number per atom. A mixture of two Gaussians over these splits the atoms: *registers* are those of the component
 with the higher mean, *bundles* the others, *null* atoms never fired. Cosine is all that it looks at, and with an SAE
 trained on writes a high one is what training asked for: see what the replacement test makes of the classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +20,14 @@ from torch import Tensor
 
 from writesae.experiments.engine.firings import COLUMNS, Seen, firings
 from writesae.experiments.engine.mixture import MIN_VALUES, Mixture, fit_mixture
-from writesae.experiments.results.result import Number, Result, figure
-from writesae.experiments.results.statistics import Array, bootstrap, cliffs_delta
-from writesae.saes.config import SAEConfig
-from writesae.stores.texts import sequences, spread
+from writesae.experiments.protocol import Progress, Run, experiment
+from writesae.experiments.results.result import Figure, Number, Result, figure
+from writesae.experiments.results.statistics import Array, cliffs_delta
+from writesae.model import HookedRecurrentModel
+from writesae.saes import SAEConfig, WriteSAE
+from writesae.stores.windows import Texts
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from writesae.model import HookedRecurrentModel
-    from writesae.saes import WriteSAE
+__all__ = ["AtomClasses", "atom_classes"]
 
 CLASSES = ("register", "bundle", "null")
 COLORS = {"register": "tab:blue", "bundle": "tab:orange", "null": "tab:gray"}
@@ -183,14 +179,10 @@ class AtomClasses(Result):
     def _of(self, name: str, column: Tensor) -> Array:
         return column.numpy()[self.classes == name]
 
-    def records(self) -> pd.DataFrame:
-        """One row an atom."""
-        import pandas as pd
-
-        columns = ("mean_activation", "max_activation", "cosine", "key_cosine", "value_cosine", "elsewhere")
-        first = {"atom": np.arange(self.cfg.n_atoms), "class": self.classes, "firings": self.firings.numpy()}
-        first["rate"] = self.firings.numpy() / self.n_tokens
-        return pd.DataFrame(first | {name: getattr(self, name).numpy() for name in columns})
+    def columns(self) -> dict[str, Any]:
+        count, names = self.firings.numpy(), ("mean_activation", "max_activation", *COLUMNS)
+        first = {"atom": np.arange(self.cfg.n_atoms), "class": self.classes, "firings": count}
+        return first | {"rate": count / self.n_tokens} | {name: getattr(self, name).numpy() for name in names}
 
     def plot(self) -> Figure:
         """How the cosines are distributed, with the mixture; and cosine against activation rate."""
@@ -223,16 +215,17 @@ def _count(name: str, which: Array, n: int) -> Number:
 def _median(name: str, values: Array) -> Number:
     """A median over atoms, with an interval where there are two or more; NaN where there is none."""
     values = values[~np.isnan(values)] if values.dtype.kind == "f" else values
-    if len(values) > 1:
-        return Number.of(name, bootstrap(values, statistic=np.median, n_resamples=1000))  # type: ignore[arg-type]
-    return Number(name, float(values[0]) if len(values) else float("nan"), n=len(values))
+    if not len(values):
+        return Number(name, float("nan"), n=0)
+    return Number.estimate(name, values, None, np.median, n_resamples=1000)  # type: ignore[arg-type]
 
 
+@experiment("registers and bundles (section 3.1)", order=3, settings=lambda sizes: {"max_tokens": sizes.classes})
 @torch.no_grad()
 def atom_classes(
     model: HookedRecurrentModel,
     sae: WriteSAE,
-    texts: str | Sequence[str],
+    texts: Texts,
     *,
     context: int = 256,
     max_tokens: int | None = None,
@@ -242,22 +235,17 @@ def atom_classes(
     threshold: float | None = None,
     seed: int = 0,
     check_model: bool = True,
-    progress: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> AtomClasses:
     """Count every atom's firings over a text, and compare the atom with what is written there.
 
     Args:
-        model: the model.
-        sae: an SAE of one of its heads, of writes, deltas or states.
-        texts: a text or several, cut into windows of ``context`` tokens; what is left at the end of each is not read.
-        context: tokens a window, each from an empty memory.
+        model, sae, texts, batch_size, seed, check_model: see `Run`.
+        context: tokens per window, each from an empty memory; what is left at the end of a text is not read.
         max_tokens: read at most so many, evenly spread; None for all.
-        batch_size: windows a forward pass.
         min_firings: an atom that fires less often is a null atom.
         max_firings: at most so many of an atom's firings, drawn at random, are kept for its medians.
         threshold: split by this cosine; None for the mixture.
-        seed: of the drawing, and of the mixture's starts.
-        check_model: refuse an SAE trained on other weights.
         progress: called with the number of tokens done.
 
     Raises:
@@ -267,17 +255,12 @@ def atom_classes(
     for name, number in whole.items():
         if number < 1:
             raise ValueError(f"{name}={number}: must be at least 1")
-    sae.check_fits(model, check_model=check_model)
-    windows = sequences(model, texts, context)
-    if not len(windows):
-        raise ValueError(f"no text has {context} tokens: give longer texts, or a smaller context")
-    windows = spread(windows, max_tokens)
+    run = Run(model, texts, [sae], batch_size, seed, check_model, progress)
+    windows = run.windows(context).spread(max_tokens).tokens
     seen = Seen(sae.cfg.n_atoms, max_firings)
-    generator = torch.Generator().manual_seed(seed)
-    for start, part in enumerate(firings(model, sae, windows, batch_size, generator)):
-        seen.add(*part, torch.rand(len(part[0]), generator=generator))
-        if progress is not None:
-            progress(min((start + 1) * batch_size, len(windows)) * context)
+    found = firings(model, sae, windows, batch_size, run.generator)
+    for _, part in zip(run.batches(windows, context), found, strict=True):
+        seen.add(*part, torch.rand(len(part[0]), generator=run.generator))
     return classes_of(sae.cfg, seen, windows.numel(), context, min_firings, threshold, seed)
 
 

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.protocol import Progress, Run, experiment
+from writesae.experiments.results.result import Figure, Number, Result, figure, predicted_and_measured
 from writesae.experiments.results.statistics import bootstrap, r_squared
 from writesae.gradients import Logit, gradient
 from writesae.hooks import Delete, short_chunks
-from writesae.stores.texts import prompts
+from writesae.hooks.sites import Head
+from writesae.model import HookedRecurrentModel
+from writesae.stores.windows import Texts
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from writesae.model import HookedRecurrentModel
+__all__ = ["AttributionTest", "attribution_test"]
 
 PREDICTIONS = {
     "contribution": "minus its contribution, the scale of the head's norm held fixed",
-    "first order": "minus its price, the gradient as it is",
+    "first order": "minus its first-order effect, the gradient as it is",
     "exact through the norm": "the deletion's effect, exact up to the head's norm",
 }
 
@@ -50,6 +48,8 @@ class AttributionTest(Result):
     measured: Float[Tensor, " n"]
     predicted: dict[str, Float[Tensor, " n"]]
     context: int
+
+    ROWS = ("layer", "head", "position", "prompt", "lag", "measured", "predicted")
 
     @property
     def title(self) -> str:
@@ -89,60 +89,55 @@ class AttributionTest(Result):
             )
         return [*made, Number("median size of a change", float(self.measured.abs().median()))]
 
-    def records(self) -> pd.DataFrame:
-        import pandas as pd
-
-        columns = {
-            name: getattr(self, name).numpy() for name in ("layer", "head", "position", "prompt", "lag", "measured")
-        }
-        return pd.DataFrame(columns | {name: x.numpy() for name, x in self.predicted.items()})
-
     def plot(self) -> Figure:
         made, axes = figure(len(self.predicted))
         for axis, (name, predicted) in zip(axes, self.predicted.items(), strict=True):
-            axis.scatter(predicted, self.measured, s=5, alpha=0.5, c=self.layer, cmap="viridis")
-            ends = [float(self.measured.min()), float(self.measured.max())]
-            axis.plot(ends, ends, color="0.3", lw=0.8, ls="--")
+            predicted_and_measured(axis, predicted, self.measured, c=self.layer, cmap="viridis")
             axis.set(xlabel=f"predicted, {name}", ylabel="measured change of the logit difference")
             axis.set_title(f"r = {self.correlation(name):.3f}", fontsize=9)
         return made
 
 
+@experiment(
+    "which writes made a prediction, against real deletions",
+    order=10,
+    settings=lambda sizes: {"n_deletions": sizes.deletions},
+)
 def attribution_test(
     model: HookedRecurrentModel,
-    text: str | Sequence[str],
+    text: Texts,
     *,
     n_deletions: int = 1024,
     n_prompts: int = 32,
     context: int = 96,
     seed: int = 0,
-    progress: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> AttributionTest:
     """Delete single writes, and compare what that does with what the gradient said it would.
 
     Args:
-        model: the model.
-        text: cut into prompts of ``context`` tokens, of which ``n_prompts`` are drawn.
+        model, text, seed: see `Run`.
         n_deletions: writes deleted, rounded up to a multiple of ``n_prompts``; each time one layer and head, drawn
             evenly, and in each prompt one token.
-        n_prompts: prompts.
+        n_prompts: prompts, drawn from the text.
         context: tokens of each; the question is about what follows the last.
-        seed: of all that is drawn.
         progress: called with the number of deletions done.
 
     Raises:
         ValueError: the text has too few prompts.
     """
-    generator = torch.Generator().manual_seed(seed)
-    ids = prompts(model, text, context, n_prompts, generator).to(model.device)
+    run = Run(model, text, seed=seed, progress=progress)
+    generator = run.generator
+    windows = run.windows(context, n_prompts, "n_prompts or context")
+    ids = windows.draw(n_prompts, generator).tokens.to(model.device)
     with torch.no_grad():
         best = model(ids)[:, -1].topk(2).indices
     question = Logit(best[:, 0], minus=best[:, 1])
     found = gradient(model, ids, question)
-    sites = [(site.layer, head) for site in model.sites for head in range(site.n_heads)]
-    rows, done = [], 0
-    while done < n_deletions:
-        layer, head = sites[int(torch.randint(len(sites), (), generator=generator))]
+    heads = [Head(site.layer, head) for site in model.sites for head in range(site.n_heads)]
+    rows = []
+    while run.done < n_deletions:
+        layer, head = heads[int(torch.randint(len(heads), (), generator=generator))]
         lag = (context ** torch.rand(n_prompts, generator=generator)).long() - 1
         at = (context - 1 - lag).to(model.device)[:, None]
         with torch.no_grad(), short_chunks(), model.intervene(Delete(layer, head), positions=at):
@@ -152,9 +147,7 @@ def attribution_test(
         first, fixed = (-x.price(x.write)[each, at[:, 0], head] for x in (g, g.at_fixed_scale))
         site = torch.tensor([layer, head]).expand(n_prompts, 2)
         rows.append([*site.T, at[:, 0], torch.arange(n_prompts), lag, measured, fixed, first, effect])
-        done += n_prompts
-        if progress is not None:
-            progress(done)
+        run.tell(n_prompts)
     columns = [torch.cat([row[i].cpu() for row in rows]) for i in range(len(rows[0]))]
     predicted = dict(zip(PREDICTIONS, columns[6:], strict=True))
     return AttributionTest(*columns[:6], predicted=predicted, context=context)  # type: ignore[misc]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -13,21 +14,18 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from writesae.experiments.engine.directions import estimate
 from writesae.experiments.engine.targets import ranks, show_token
-from writesae.experiments.results.result import Number, Result, figure
-from writesae.experiments.results.statistics import paired, wilson
+from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
+from writesae.experiments.results.result import Figure, Number, Result, figure, frame, intervals
+from writesae.experiments.results.statistics import paired
 from writesae.hooks import Add, Delete, Intervention, short_chunks
+from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
+from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import encode
-from writesae.stores.texts import sequences
+from writesae.stores.windows import Texts, Windows
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from writesae.model import HookedRecurrentModel
-    from writesae.saes import WriteSAE
+__all__ = ["EraseResult", "erase"]
 
 Mode: TypeAlias = Literal["delete", "subtract"]
 Edit: TypeAlias = Callable[[Tensor], Intervention]
@@ -49,10 +47,14 @@ class Effect:
     def change(self) -> Float[Tensor, " n"]:
         return self.edited - self.native
 
+    def median(self, name: str) -> Number:
+        """The median change, with its bootstrap interval over windows."""
+        return Number.estimate(name, self.change, self.window, np.median, "nats")  # type: ignore[arg-type]
+
     def numbers(self, where: str) -> list[Number]:
         """Median change with its bootstrap interval over windows, and Wilcoxon's p."""
         return [
-            estimate(f"median change of log p{where}", self.change, self.window, np.median, "nats"),
+            self.median(f"median change of log p{where}"),
             Number(f"p (Wilcoxon){where}", paired(self.edited, self.native).p_wilcoxon),
         ]
 
@@ -113,8 +115,8 @@ class EraseResult(Result):
         e, same = self.erased, self.effects["erase, same firings"]
         found = [
             *e.numbers(""),
-            estimate("mean change of log p", e.change, e.window, unit="nats"),
-            Number.of("log p falls", wilson(int((e.change < 0).sum()), len(e.change))),
+            Number.estimate("mean change of log p", e.change, e.window, unit="nats"),
+            Number.share("log p falls", e.change < 0),
             Number("median rank before", float(e.native_rank.double().median()), n=len(e.change)),
             Number("median rank after", float(e.edited_rank.double().median()), n=len(e.change)),
             *same.numbers(", same firings"),
@@ -130,15 +132,13 @@ class EraseResult(Result):
                 found.append(Number(f"trend with dose, {place} (Spearman)", _spearman(x, y), n=len(x)))
         return found
 
-    def records(self) -> pd.DataFrame:
-        import pandas as pd
-
-        tables = []
+    def columns(self) -> dict[str, Any]:
+        parts = []
         for name, e in self.effects.items():
-            columns: dict[str, Any] = {k: v.numpy() for k, v in vars(e).items()}
             token = self.token_same if name == "erase, same firings" else self.token
-            tables.append(pd.DataFrame({"condition": name, "token": token, **columns, "change": e.change.numpy()}))
-        return pd.concat(tables, ignore_index=True)
+            columns = {k: v.numpy() for k, v in vars(e).items()}
+            parts.append({"condition": name, "token": token, **columns, "change": e.change.numpy()})
+        return dict(frame(*parts))
 
     def plot(self) -> Figure:
         made, (spread, dose) = figure(2)
@@ -148,24 +148,34 @@ class EraseResult(Result):
         spread.axhline(0, color="gray", lw=0.6)
         spread.set(ylabel=f"change of log p of {self.token_text!r}, nats")
         for sign, name, label in ((-1, "minus", "at firings"), (1, "no firing: plus", "where it does not fire")):
-            medians = [
-                estimate("", e.change, e.window, np.median) for m in self.doses if (e := self.effects[f"{name} {m:g}"])
-            ]
-            at = [sign * m for m in self.doses]
-            bars = [[m.value - (m.low or m.value) for m in medians], [(m.high or m.value) - m.value for m in medians]]
-            dose.errorbar(at, [m.value for m in medians], yerr=bars, fmt="o-", ms=4, label=label)
+            medians = [self.effects[f"{name} {m:g}"].median("") for m in self.doses]
+            intervals(dose, [sign * m for m in self.doses], medians, label=label)
         dose.axhline(0, color="gray", lw=0.6)
         dose.set(xlabel="times the atom at its activation, added", ylabel="median change, nats")
         dose.legend(frameon=False)
         return made
 
 
+def _plan(asked: Asked) -> Iterator[Task]:
+    """Of the atom that fires most; at fewer firings than asked for if the text has no more."""
+
+    def run(sae: WriteSAE, n: int, **settings: Any) -> Result:
+        codes = asked.model.encode(sae, Windows.cut(asked.model, asked.texts, 64).tokens, check_model=False)
+        late = codes.indices[:, 16:][codes.values[:, 16:] > 0].bincount(minlength=sae.cfg.n_atoms)
+        n, atom = min(n, int(late.max())), int(late.argmax())
+        return erase(asked.model, sae, atom, asked.texts, n=n, context=64, **settings)
+
+    for sae in asked.saes:
+        yield Task(partial(run, sae), [sae], {"n": asked.sizes.erase, **asked.common})
+
+
+@experiment("an atom taken out where it fires (section 4)", order=6, plan=_plan)
 @torch.no_grad()
 def erase(
     model: HookedRecurrentModel,
     sae: WriteSAE,
     atom: int,
-    text: str | Sequence[str],
+    text: Texts,
     *,
     n: int = 150,
     mode: Mode = "delete",
@@ -175,24 +185,19 @@ def erase(
     batch_size: int = 32,
     seed: int = 0,
     check_model: bool = True,
-    progress: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> EraseResult:
     """Take an atom out of the memory where it fires, and see which token becomes less likely.
 
     Args:
-        model: the model.
-        sae: an SAE of one of its heads.
+        model, sae, text, batch_size, seed, check_model: see `Run`.
         atom: which of its atoms; any activation above 0 is a firing.
-        text: cut into windows of ``context`` tokens, of which the first quarter is only context.
         n: firings, half of them to choose the token and half to test it; and ``n // 2`` tokens without a firing.
         mode: ``"delete"``: take out the native write, as the paper does; ``"subtract"``: ``a_i A_i`` alone.
         doses: what ``a_i A_i`` is multiplied by where it is subtracted at firings, or added elsewhere.
         read: ``"same"``: the token's own read sees the edit, and the token after it is predicted; ``"next"``: the next
             token's read does, and the one after that is predicted.
-        context: tokens of a window.
-        batch_size: windows run at once.
-        seed: of the choice of firings and of other tokens.
-        check_model: refuse an SAE trained on other weights.
+        context: tokens of a window, of which the first quarter is only context.
         progress: called with the number of distributions done, about ``n * (3 + len(doses))`` in all.
 
     Raises:
@@ -206,14 +211,10 @@ def erase(
             f"n={n}, context={context}, doses={list(doses)}: n and context are at least 4; doses are not negative, "
             f"and each is given once"
         )
-    sae.check_fits(model, check_model=check_model)
+    run = Run(model, text, [sae], batch_size, seed, check_model, progress)
     sae.atom(atom)  # raises for one out of range
-    layer, head = sae.cfg.layer, sae.cfg.head
-    assert layer is not None and head is not None
-    generator = torch.Generator().manual_seed(seed)
-    windows = sequences(model, text, context)
-    if not len(windows):
-        raise ValueError(f"no text has {context} tokens: give longer texts or a smaller context")
+    (layer, head), generator = sae.place, run.generator
+    windows = run.windows(context).tokens
     windows = windows[torch.randperm(len(windows), generator=generator)]
     usable = slice(context // 4, context - (read == "next"))
     codes = [encode(model, sae, x, check_model=False, batch_size=batch_size) for x in windows.split(batch_size)]
@@ -226,7 +227,7 @@ def erase(
             f"the {n} firings of atom {atom} lie in {len(fires[:, 0].unique())} windows: too few to choose the token "
             f"on some and test it on others; give more text or a smaller context"
         )
-    run = _Run(model, windows, usable.start, read, batch_size, progress)
+    score = _Scores(run, windows, usable.start, read)
     typical = float(activation[tuple(fires.T)].median())
 
     def add(times: float | int, of: Float[Tensor, " n"]) -> Add:  # so much of the atom, at one position a row
@@ -242,16 +243,16 @@ def erase(
     def delete(_: Tensor) -> Delete:
         return Delete(layer, head)
 
-    native, erased = run(fires), run(fires, delete if mode == "delete" else minus(1))
+    native, erased = score(fires), score(fires, delete if mode == "delete" else minus(1))
     lost = native - erased
     token, token_same = int(lost[for_choice].sum(0).argmax()), int(lost.sum(0).argmax())
-    native_others = run(others)
+    native_others = score(others)
     effects = {
-        "erase": run.effect(tested, native[~for_choice], erased[~for_choice], token),
-        "erase, same firings": run.effect(fires, native, erased, token_same),
-        **{f"minus {m:g}": run.effect(tested, native[~for_choice], run(tested, minus(m)), token) for m in doses},
-        "no firing: delete": run.effect(others, native_others, run(others, delete), token),
-        **{f"no firing: plus {m:g}": run.effect(others, native_others, run(others, plus(m)), token) for m in doses},
+        "erase": score.effect(tested, native[~for_choice], erased[~for_choice], token),
+        "erase, same firings": score.effect(fires, native, erased, token_same),
+        **{f"minus {m:g}": score.effect(tested, native[~for_choice], score(tested, minus(m)), token) for m in doses},
+        "no firing: delete": score.effect(others, native_others, score(others, delete), token),
+        **{f"no firing: plus {m:g}": score.effect(others, native_others, score(others, plus(m)), token) for m in doses},
     }
     return EraseResult(
         layer, head, atom, mode, read, typical, token, show_token(model, token), token_same,
@@ -275,39 +276,31 @@ def _choose(
 
 
 @dataclass
-class _Run:
+class _Scores:
     """Next-token distributions at single tokens, each a row ``(window, column)``, with or without an edit there."""
 
-    model: Any
+    run: Run
     windows: Int[Tensor, "n_windows context"]
     first: int  # position of column 0
     read: Read
-    batch_size: int
-    progress: Callable[[int], Any] | None
-    done: int = 0
 
     def __call__(self, at: Int[Tensor, "n 2"], edit: Edit | None = None) -> Float[Tensor, "n vocab"]:
         """Log probabilities at the first token whose read sees the edit."""
-        found = []
-        for part in at.split(self.batch_size):
-            found.append(self._log_p(part, None if edit is None else edit(part)).cpu())
-            self.done += len(part)
-            if self.progress is not None:
-                self.progress(self.done)
-        return torch.cat(found)
+        parts = self.run.batches(at)
+        return torch.cat([self._log_p(part, None if edit is None else edit(part)).cpu() for part in parts])
 
     def _log_p(self, at: Int[Tensor, "n 2"], edit: Intervention | None) -> Float[Tensor, "n vocab"]:
-        device, position = self.windows.device, at[:, 1] + self.first
+        model, device, position = self.run.model, self.windows.device, at[:, 1] + self.first
         last = position + (self.read == "next")  # nothing after that token is run; shorter rows are padded on the left
         column = torch.arange(int(last.max()) + 1) - (last.max() - last)[:, None]
         real = column >= 0
         tokens = self.windows[at[:, :1].to(device), column.clamp_min(0).to(device)]
-        given = {"attention_mask": None if bool(real.all()) else real.long().to(device), **self.model.logits_of_last(1)}
+        given = {"attention_mask": None if bool(real.all()) else real.long().to(device), **model.logits_of_last(1)}
         editing = nullcontext()
         if edit is not None:
-            editing = self.model.intervene(edit, positions=position[:, None], read=self.read, check_model=False)
+            editing = model.intervene(edit, positions=position[:, None], read=self.read, check_model=False)
         with short_chunks(), editing:
-            logits = self.model(tokens, **given)
+            logits = model(tokens, **given)
         return logits[:, -1].float().log_softmax(-1)
 
     def effect(

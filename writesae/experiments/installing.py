@@ -4,10 +4,11 @@ let the model go on greedily, and see whether the token turns up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,21 +25,17 @@ from writesae.experiments.engine.directions import (
     Places,
     at_positions,
     choose_writes,
-    estimate,
     setting,
 )
 from writesae.experiments.engine.targets import Targets, choose_targets, ranks, show_token
-from writesae.experiments.results.result import Number, Result, figure
-from writesae.experiments.results.statistics import wilson
+from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
+from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, share
 from writesae.hooks import Add
+from writesae.model import HookedRecurrentModel
+from writesae.model.tokens import Text as Prompts
 from writesae.recurrence import Read, Write
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from writesae.model import HookedRecurrentModel
-    from writesae.model.tokens import Text as Prompts
+__all__ = ["InstallResult", "install"]
 
 STRATA = (2, 11, 101, 1001)
 CONDITIONS = ("edited", "random")
@@ -46,7 +43,7 @@ CONDITIONS = ("edited", "random")
 
 @dataclass(frozen=True)
 class InstallResult(Result):
-    """Trials of installing, one row a prompt, target and scale; the scales one after the other.
+    """Trials of installing, one row per prompt, target and scale; the scales one after the other.
 
     Attributes:
         layer, heads, n_positions, direction, key, max_new_tokens: what was done.
@@ -83,6 +80,8 @@ class InstallResult(Result):
     targets: tuple[str, ...]
     texts: tuple[str, ...]
 
+    ROWS = ("prompt", "target", "scale", "rank", "log_p", "native")
+
     @property
     def title(self) -> str:
         heads = f"head {self.heads[0]}" if len(self.heads) == 1 else f"heads {', '.join(map(str, self.heads))}"
@@ -110,19 +109,18 @@ class InstallResult(Result):
         for i, name in enumerate(self.strata):
             if bool((here := first & (self.stratum == i)).any()):
                 found += self._inclusion(here, f", {name}")
-        lift, shift = self.log_p_after - self.log_p, self.rank - self.rank_after
-        prompt = self.prompt[first]
+        lift, shift = (x[:, first] for x in (self.log_p_after - self.log_p, self.rank - self.rank_after))
+        prompt, median = self.prompt[first], np.median
         found += [
-            Number.of("rank improved", wilson(int((shift[0, first] > 0).sum()), int(first.sum()))),
-            Number("median rank shift", float(shift[0, first].double().median()), n=int(first.sum())),
-            estimate("first-step lift", lift[0, first], prompt, np.median, "nats"),
-            estimate("mean first-step lift", lift[0, first], prompt, unit="nats"),
-            estimate("first-step lift, random value", lift[1, first], prompt, np.median, "nats"),
+            Number.share("rank improved", shift[0] > 0),
+            Number("median rank shift", float(shift[0].double().median()), n=int(first.sum())),
+            Number.estimate("first-step lift", lift[0], prompt, median, "nats"),  # type: ignore[arg-type]
+            Number.estimate("mean first-step lift", lift[0], prompt, unit="nats"),
+            Number.estimate("first-step lift, random value", lift[1], prompt, median, "nats"),  # type: ignore[arg-type]
         ]
         for scale in self.scales if len(self.scales) > 1 else ():
-            here = self.of_scale(scale)
-            for name, hits in zip(("", ", random value"), self.included[:, here], strict=True):
-                found.append(Number.of(f"inclusion at {scale:g}x{name}", wilson(*_count(hits))))
+            for name, hits in zip(("", ", random value"), self.included[:, self.of_scale(scale)], strict=True):
+                found.append(Number.share(f"inclusion at {scale:g}x{name}", hits))
         return found
 
     def _inclusion(self, here: Bool[Tensor, " n"], where: str) -> list[Number]:
@@ -130,22 +128,21 @@ class InstallResult(Result):
         gained, lost = int((edited & ~native).sum()), int((native & ~edited).sum())
         p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
         return [
-            Number.of(f"inclusion{where}", wilson(*_count(edited))),
-            Number.of(f"inclusion, unmodified{where}", wilson(*_count(native))),
-            Number.of(f"inclusion, random value{where}", wilson(*_count(self.included[1, here]))),
+            Number.share(f"inclusion{where}", edited),
+            Number.share(f"inclusion, unmodified{where}", native),
+            Number.share(f"inclusion, random value{where}", self.included[1, here]),
             Number(f"p (McNemar){where}", float(p), n=gained + lost),
         ]
 
-    def records(self) -> pd.DataFrame:
-        import pandas as pd
-
-        names = ("prompt", "target", "scale", "rank", "log_p", "native")
-        columns: dict[str, Any] = {name: getattr(self, name).numpy() for name in names}
-        columns |= {"target_text": self.targets, "stratum": [self.strata[i] for i in self.stratum.tolist()]}
+    def columns(self) -> dict[str, Any]:
+        columns = super().columns() | {
+            "target_text": self.targets,
+            "stratum": [self.strata[i] for i in self.stratum.tolist()],
+        }
         for i, condition in enumerate(CONDITIONS):
             for name in ("rank_after", "log_p_after", "included"):
                 columns[f"{name}_{condition}"] = getattr(self, name)[i].numpy()
-        return pd.DataFrame(columns | {"text": self.texts})
+        return columns | {"text": self.texts}
 
     def plot(self) -> Figure:
         made, (bars, dose) = figure(2)
@@ -153,17 +150,13 @@ class InstallResult(Result):
         present = [i for i in range(len(self.strata)) if bool((first & (self.stratum == i)).any())]
         series = {"unmodified": self.native, "random value": self.included[1], "edited": self.included[0]}
         for j, (name, hits) in enumerate(series.items()):
-            rates = [wilson(*_count(hits[first & (self.stratum == i)])) for i in present]
-            spread = [[r.rate - r.low for r in rates], [r.high - r.rate for r in rates]]
-            at = np.arange(len(present)) + 0.27 * (j - 1)
-            bars.bar(at, [r.rate for r in rates], 0.25, yerr=spread, label=name, error_kw={"lw": 0.8})
+            rates = [share(hits[first & (self.stratum == i)]) for i in present]
+            intervals(bars, np.arange(len(present)) + 0.27 * (j - 1), rates, width=0.25, label=name)
         bars.set_xticks(range(len(present)), [self.strata[i].removeprefix("ranks ") for i in present])
         bars.set(xlabel="rank of the target before", ylabel="target in continuation", ylim=(0, 1))
         bars.legend(frameon=False)
         for i, name in enumerate(("edited", "random value")):
-            rates = [wilson(*_count(self.included[i, self.of_scale(s)])) for s in self.scales]
-            spread = [[r.rate - r.low for r in rates], [r.high - r.rate for r in rates]]
-            dose.errorbar(self.scales, [r.rate for r in rates], yerr=spread, fmt="o-", ms=4, label=name)
+            intervals(dose, self.scales, [share(self.included[i, self.of_scale(s)]) for s in self.scales], label=name)
         dose.axhline(float(self.native.double().mean()), color="gray", lw=0.8, ls="--", label="unmodified")
         dose.set(xlabel="size of the write / native write", ylabel="target in continuation", ylim=(0, 1))
         dose.legend(frameon=False)
@@ -185,6 +178,21 @@ class InstallResult(Result):
         return table
 
 
+def _plan(asked: Asked) -> Iterator[Task]:
+    """In each head, and in all heads of a layer at once; at the last token of the prompts, and at the last three."""
+    for sae in asked.saes:
+        for direction, n_positions in (("formula", 3), ("formula", 1), ("gradient", 3), ("gradient", 1)):
+            name = f"{n_positions}" if direction == "formula" else f"{direction}_{n_positions}"
+            given = {"direction": direction, "n_positions": n_positions, "seed": asked.seed}
+            ways: list[tuple[str, int | None, Any]] = [(name, sae.place.head, [3.0, 1.5, 6.0])]
+            if n_positions == 3 and asked.first_of_layer(sae):
+                ways.append((f"{name}_all_heads", None, 3.0))
+            for name, head, scale in ways:
+                run = partial(install, asked.model, sae.place.layer, head, asked.prompts)
+                yield Task(run, [sae], {"scale": scale, **given}, name)
+
+
+@experiment("a token written into the memory (section 4)", order=8, plan=_plan)
 @torch.no_grad()
 def install(
     model: HookedRecurrentModel,
@@ -203,14 +211,14 @@ def install(
     read: Read = "same",
     batch_size: int = 64,
     seed: int = 0,
-    progress: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> InstallResult:
     """Write the direction of a target at the end of prompts, and see whether greedy continuations have the target.
 
     >>> install(model, 2, 0, "The captain", targets=[" war"]).table()      # one prompt: its texts before and after
 
     Args:
-        model: the model.
+        model, batch_size, seed: see `Run`.
         layer: whose state is written to.
         head: one head, several, or None for all of the layer.
         prompts: a text, several, or token ids.
@@ -222,8 +230,6 @@ def install(
         max_new_tokens: length of the continuations.
         direction, key: see `writesae.experiments.engine.directions.choose_writes`.
         read: ``"same"``: the read of a token written at sees the write. ``"next"``: the next token's does.
-        batch_size: rows generated at once.
-        seed: of targets and random values.
         progress: called with the number of continuations done: trials, twice for the control, and prompts.
 
     Raises:
@@ -237,7 +243,8 @@ def install(
             f"scale={scale}, n_positions={n_positions}, max_new_tokens={max_new_tokens}, per_stratum={per_stratum}: "
             f"give at least one scale, each once, and counts of at least 1"
         )
-    generator = torch.Generator().manual_seed(seed)
+    run = Run(model, batch_size=batch_size, seed=seed, progress=progress)
+    generator = run.generator
     ids, mask, lengths, texts = prompts_of(model, prompts)
     if int(lengths.min()) < n_positions:
         short = int(lengths.argmin())
@@ -254,7 +261,7 @@ def install(
     log_p = logits.log_softmax(-1).cpu()
     rank = ranks(logits.cpu()[prompt], target)
     native = go_on(model, ids, mask, max_new_tokens).cpu()
-    done = len(ids)
+    run.done = len(ids)
     parts: dict[str, list[Tensor]] = {}
     for size in scales:
         for batch in torch.arange(len(prompt)).split(batch_size):
@@ -279,9 +286,7 @@ def install(
                 }
                 for name, x in found.items():
                     parts.setdefault(f"{name} {condition}", []).append(x.cpu())
-                done += len(batch)
-                if progress is not None:
-                    progress(done)
+                run.tell(len(batch))
     n = len(scales)
     both = {
         name: torch.stack([torch.cat(parts[f"{name} {c}"]) for c in CONDITIONS])
@@ -327,7 +332,3 @@ def _heads(model: HookedRecurrentModel, layer: int, head: int | Sequence[int] | 
     for h in heads:
         model.site(layer).check_head(h)
     return heads
-
-
-def _count(hits: Bool[Tensor, " n"]) -> tuple[int, int]:
-    return int(hits.sum()), len(hits)

@@ -20,27 +20,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.protocol import Progress, Run, experiment
+from writesae.experiments.results.result import Figure, Number, Result, figure, predicted_and_measured
 from writesae.experiments.results.statistics import r_squared
 from writesae.gradients import Logit, gradient
 from writesae.hooks import Add, short_chunks
+from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Recurrence, Write, at_least_float32
 from writesae.recurrence.kernels import carried
-from writesae.stores.texts import prompts
+from writesae.saes import WriteSAE
+from writesae.stores.windows import Texts
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from writesae.model import HookedRecurrentModel
-    from writesae.saes import WriteSAE
+__all__ = ["LogitChange", "logit_change"]
 
 CLOSED = ("three factors", "exact in the layer")  # want a prefactor
 PREDICTIONS = (*CLOSED, "first order", "exact through the norm")
@@ -141,31 +139,26 @@ class LogitChange(Result):
         made += [Number(f"median size, epsilon {e:g}", x) for e, x in zip(self.epsilons, sizes, strict=True)]
         return made
 
-    def records(self) -> pd.DataFrame:
-        import pandas as pd
-
-        index = np.indices(self.measured.shape).reshape(4, -1)
-        columns = {
-            "prompt": index[0],
-            "position": self.position.numpy()[index[0]],
-            "lag": np.array(self.lags)[index[1]],
-            "token": self.token.numpy()[index[0], index[1]],
-            "atom": self.atoms.numpy()[index[2]],
-            "epsilon": np.array(self.epsilons)[index[3]],
+    def columns(self) -> dict[str, Any]:
+        prompt, lag, atom, epsilon = np.indices(self.measured.shape).reshape(4, -1)
+        return {
+            "prompt": prompt,
+            "position": self.position.numpy()[prompt],
+            "lag": np.array(self.lags)[lag],
+            "token": self.token.numpy()[prompt, lag],
+            "atom": self.atoms.numpy()[atom],
+            "epsilon": np.array(self.epsilons)[epsilon],
             "measured": self.measured.flatten().numpy(),
-        }
-        return pd.DataFrame(columns | {name: x.flatten().numpy() for name, x in self.predicted.items()})
+        } | {name: x.flatten().numpy() for name, x in self.predicted.items()}
 
     def plot(self) -> Figure:
         made, axes = figure(len(PREDICTIONS) + 1, width=3.4)
+        e = min(1, len(self.epsilons) - 1)
         for axis, name in zip(axes, PREDICTIONS, strict=False):
-            e = min(1, len(self.epsilons) - 1)
             x, y = self.predicted[name][self.test, ..., e], self.measured[self.test, ..., e]
             fitted = name in CLOSED
             x = x * self.prefactor(name)[:, e] if fitted else x
-            axis.scatter(x.flatten(), y.flatten(), s=4, alpha=0.4)
-            ends = [float(y.min()), float(y.max())]
-            axis.plot(ends, ends, color="0.3", lw=0.8, ls="--")
+            predicted_and_measured(axis, x.flatten(), y.flatten(), s=4, alpha=0.4)
             axis.set(xlabel=name + (" (prefactor fitted)" if fitted else ""), ylabel="measured change of the logit")
             axis.set_title(f"epsilon {self.epsilons[e]:g}: R² {self.r_squared(name, e, fitted=fitted):.3f}", fontsize=9)
         for name in PREDICTIONS:
@@ -177,11 +170,16 @@ class LogitChange(Result):
         return made
 
 
+@experiment(
+    "predicted changes of logits (equation 1) and one backward pass",
+    order=5,
+    settings=lambda sizes: {"n_prompts": sizes.logit, "atoms": max(4, sizes.logit // 4)},
+)
 @torch.no_grad()
 def logit_change(
     model: HookedRecurrentModel,
     sae: WriteSAE,
-    text: str | Sequence[str],
+    text: Texts,
     *,
     atoms: int | Sequence[int] = 16,
     epsilons: Sequence[float] = (0.1, 0.3, 1.0, 3.0),
@@ -191,40 +189,33 @@ def logit_change(
     batch_size: int = 64,
     seed: int = 0,
     check_model: bool = True,
-    progress: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> LogitChange:
     """Measure what atoms do to logits, and predict it in four ways.
 
     Args:
-        model: the model.
-        sae: an SAE of one of its heads.
-        text: cut into prompts of ``context`` tokens, of which ``n_prompts`` are drawn; the edit is at a token in the
-            second half of each.
+        model, sae, text, batch_size, seed, check_model: see `Run`.
         atoms: which, or how many, drawn from those that fire in the prompts.
         epsilons: sizes of the edit, times the norm of the native write at its token (the paper's are absolute: norms
             of writes differ a hundredfold between models).
         lags: tokens from the edit to the logit; 0 is the edited token's own prediction.
-        n_prompts: prompts; a prefactor is fitted on the first half.
-        context: tokens of each.
-        batch_size: edited prompts run at once.
-        seed: of all that is drawn.
-        check_model: refuse an SAE trained on other weights.
+        n_prompts: prompts, drawn from the text; a prefactor is fitted on the first half of them.
+        context: tokens of each; the edit is at one in the second half.
         progress: called with the number of edited prompts run.
 
     Raises:
         ValueError: too little text, too few atoms that fire, a lag longer than half a prompt, fewer than 4 prompts.
         IndexError: an atom out of range.
     """
-    sae.check_fits(model, check_model=check_model)
-    layer, head = sae.cfg.layer, sae.cfg.head
-    assert layer is not None and head is not None
+    run = Run(model, text, [sae], batch_size, seed, check_model, progress)
+    (layer, head), generator = sae.place, run.generator
     if min(lags) < 0 or max(lags) >= context // 2 or n_prompts < 4:
         raise ValueError(
             f"lags={tuple(lags)}, context={context}, n_prompts={n_prompts}: lags are 0 to {context // 2 - 1} (half a "
             f"prompt), and half of at least 4 prompts is fitted on"
         )
-    generator = torch.Generator().manual_seed(seed)
-    ids = prompts(model, text, context, n_prompts, generator).to(model.device)
+    windows = run.windows(context, n_prompts, "n_prompts or context")
+    ids = windows.draw(n_prompts, generator).tokens.to(model.device)
     position = torch.randint(context // 2, context - max(lags), (n_prompts,), generator=generator).to(model.device)
     chosen = _chosen(model, sae, ids, atoms, generator).to(model.device)
     edits = sae.atom(chosen).detach()  # [atom]
@@ -254,9 +245,9 @@ def logit_change(
         effect = found.effect(head, position[:, None].expand(each.shape), spread)
         predicted["exact through the norm"].append(effect.unflatten(1, (len(chosen), -1)))
 
-    measured, done = torch.empty(n_prompts, len(lags), len(chosen), len(epsilons)), 0
+    measured = torch.empty(n_prompts, len(lags), len(chosen), len(epsilons))
     todo = torch.cartesian_prod(torch.arange(n_prompts), torch.arange(len(chosen)), torch.arange(len(epsilons)))
-    for part in todo.to(model.device).split(batch_size):
+    for part in run.batches(todo.to(model.device)):
         p, a, e = part.T
         write = (edits[a] * (torch.tensor(list(epsilons), device=p.device)[e] * size[p]))[:, None]
         editing = model.intervene(Add(layer, head, write=write), positions=position[p, None], check_model=check_model)
@@ -264,9 +255,6 @@ def logit_change(
             edited = model(ids[p])
         found_there = edited[torch.arange(len(p), device=p.device)[:, None], at[p], token[p]]
         measured[p.cpu(), :, a.cpu(), e.cpu()] = (found_there - native[p]).float().cpu()
-        done += len(p)
-        if progress is not None:
-            progress(done)
     return LogitChange(
         layer,
         head,

@@ -6,8 +6,9 @@ few of its own firings, and atoms count alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -17,30 +18,21 @@ from jaxtyping import Int, Shaped
 from scipy import stats
 from torch import Tensor
 
-from writesae.experiments.engine.conditions import (
-    Generators,
-    Texts,
-    check_conditions,
-    check_sites,
-    flats_for,
-    measure,
-    place_of,
-    top_atoms,
-    windows_of,
-)
-from writesae.experiments.engine.replay import LOGITS, Replayer
-from writesae.experiments.replacement import joined
-from writesae.experiments.replacement_result import ReplacementResult
-from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.classes import atom_classes
+from writesae.experiments.engine.conditions import Tester, check_conditions, flats_for, joined, windows_of
+from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
+from writesae.experiments.replacement import ReplacementResult
+from writesae.experiments.results.result import Figure, Number, Result, figure
 from writesae.experiments.results.statistics import Array, bootstrap, cliffs_delta
+from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
+from writesae.saes import WriteSAE
+from writesae.stores.windows import Texts
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
-    from writesae.model import HookedRecurrentModel
-    from writesae.saes import WriteSAE
+__all__ = ["PopulationResult", "population_test"]
 
 BINS = (0.0, 0.05, 0.2, 0.3, 0.6, 0.8)
 """Edges of the bins of cosine: the paper's (table 13), and two more, for SAEs of writes."""
@@ -65,9 +57,9 @@ class PopulationResult(Result):
 
     @property
     def atoms(self) -> pd.DataFrame:
-        """One row an atom: its firings tested, how often it beats deletion (and matched to the native norm), its median
-        cosine to the writes, how often the top token changes, and whether it ``inverts``: wins at its coefficient at
-        more than half of its firings, and loses at the native norm at more than half."""
+        """One row per atom: its firings tested, how often it beats deletion (and matched to the native norm), its
+        median cosine to the writes, how often the top token changes, and whether it ``inverts``: wins at its
+        coefficient at more than half of its firings, and loses at the native norm at more than half."""
         import pandas as pd
 
         f = self.firings
@@ -133,43 +125,33 @@ class PopulationResult(Result):
         if "inverts" in atoms:
             found.append(_mean("matched-norm atom beats deletion, mean over atoms", atoms["wins_matched"], "%"))
             found.append(_mean("atoms that invert at the native norm", atoms["inverts"].astype(float), "%"))
-        edges = [-np.inf, *BINS, np.inf]
-        for low, high in pairwise(edges):
+        for low, high in pairwise([-np.inf, *BINS, np.inf]):
             some = atoms[(atoms["cosine"] >= low) & (atoms["cosine"] < high)]
             if len(some):
                 name = f"cosine < {high}" if low == -np.inf else f"cosine >= {low}" + f" and < {high}" * (high < np.inf)
                 found.append(_mean(f"atom beats deletion, {name}", some["wins"], "%"))
-        return found + self._by_class(atoms)
-
-    def _by_class(self, atoms: Any) -> list[Number]:
-        if self.classes is None:
-            return []
-        groups = {str(name): rows for name, rows in atoms.groupby("class") if name}
-        found = [_mean(f"atom beats deletion, {name} atoms", rows["wins"], "%") for name, rows in groups.items()]
+        groups = {} if self.classes is None else {str(name): rows for name, rows in atoms.groupby("class") if name}
+        found += [_mean(f"atom beats deletion, {name} atoms", rows["wins"], "%") for name, rows in groups.items()]
         if {"register", "bundle"} <= groups.keys():
-            pair = groups["register"], groups["bundle"]
-            for column, label in (
-                ("wins", "win rate"),
-                ("flips_delete", "flips under deletion"),
-                ("kl_lost", "KL lost"),
-            ):
-                x, y = (rows[column].to_numpy() for rows in pair)
+            what = {"wins": "win rate", "flips_delete": "flips under deletion", "kl_lost": "KL lost"}
+            for column, label in what.items():
+                x, y = (groups[name][column].to_numpy() for name in ("register", "bundle"))
                 p: Any = stats.mannwhitneyu(x, y)
-                found.append(Number.of(f"Cliff's delta, register against bundle, {label}", cliffs_delta(x, y)))
-                found.append(Number.of(f"Mann-Whitney p, register against bundle, {label}", float(p.pvalue)))
+                found.append(Number(f"Cliff's delta, register against bundle, {label}", cliffs_delta(x, y)))
+                found.append(Number(f"Mann-Whitney p, register against bundle, {label}", float(p.pvalue)))
         return found
 
-    def records(self) -> pd.DataFrame:
-        return self.atoms.reset_index()
+    def columns(self) -> dict[str, Any]:
+        return dict(self.atoms.reset_index())
 
     def plot(self) -> Figure:
         atoms: Any = self.atoms
         made, (left, right) = figure(2)
         left.scatter(atoms["cosine"], 100 * atoms["wins"], s=8, alpha=0.5)
         left.set(xlabel="median cosine of atom and write", ylabel="atom beats deletion (% of its firings)")
-        right.hist(100 * atoms["wins"], bins=np.linspace(0, 100, 21).tolist(), color="C0", label="at its coefficient")
+        bins = np.linspace(0, 100, 21).tolist()
+        right.hist(100 * atoms["wins"], bins=bins, color="C0", label="at its coefficient")
         if "wins_matched" in atoms:
-            bins = np.linspace(0, 100, 21).tolist()
             right.hist(100 * atoms["wins_matched"], bins=bins, histtype="step", color="C3", label="at the native norm")
         right.set(xlabel="atom beats deletion (% of its firings)", ylabel="atoms")
         right.legend(frameon=False)
@@ -181,6 +163,20 @@ def _mean(name: str, values: Any, unit: Any) -> Number:
     return Number.of(name, bootstrap(values.to_numpy()) if len(values) > 1 else float(values.mean()), unit)
 
 
+def _plan(asked: Asked) -> Iterator[Task]:
+    """With the classes of the atoms, so that registers and bundles are compared."""
+
+    def run(sae: WriteSAE, max_tokens: int, **settings: Any) -> Result:
+        shared = {name: settings[name] for name in asked.common}
+        classes = atom_classes(asked.model, sae, asked.texts, max_tokens=max_tokens, **shared).classes
+        return population_test(asked.model, sae, asked.texts, classes=classes, **settings)
+
+    given = {"n_atoms": asked.sizes.population, "max_tokens": asked.sizes.classes, **asked.common}
+    for sae in asked.saes:
+        yield Task(partial(run, sae), [sae], given)
+
+
+@experiment("the same, atom by atom (App. F.2)", order=2, plan=_plan)
 @torch.no_grad()
 def population_test(
     model: HookedRecurrentModel,
@@ -200,31 +196,28 @@ def population_test(
     batch_size: int = 32,
     seed: int = 0,
     check_model: bool = True,
-    progress: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> PopulationResult:
     """Run the replacement test for every atom that fires often enough.
 
     Args:
-        model: the model.
-        sae: an SAE of one of its heads.
-        text, context, horizon, conditions, read, flat, check_model: as for `replacement_test`.
+        model, sae, text, batch_size, seed, check_model: see `Run`.
+        context, horizon, conditions, read, flat: as for `replacement_test`.
         min_firings: firings an atom needs, as the strongest, at tokens that can be tested.
         max_firings: firings tested of each atom at most.
         n_atoms: test so many atoms, drawn at random from those that qualify; None for all of them.
         atoms: test these alone, as far as they qualify; None for any.
         classes: of atoms, to compare: ``{atom: "register" or "bundle" or ...}``, or one for every atom, as
             ``AtomClasses.classes``.
-        batch_size: windows a forward pass.
-        seed: of what is drawn.
         progress: called with the number of firings tested.
 
     Raises:
         ValueError: no atom (of those asked for) fires ``min_firings`` times in the text.
         IndexError: no such atom.
     """
-    check_sites(model, [sae], check_model)
+    run = Run(model, text, [sae], batch_size, seed, check_model, progress)
     chosen = check_conditions((*conditions, *(["flat_svd"] if flat is not None else [])), flat)
-    flats, place = flats_for([sae], flat, model), place_of(sae)
+    flats = flats_for(run, flat)
     if not 1 <= min_firings <= max_firings:
         raise ValueError(
             f"min_firings={min_firings}, max_firings={max_firings}: 1 <= min_firings <= max_firings is needed"
@@ -238,22 +231,17 @@ def population_test(
         if len(classes) != sae.cfg.n_atoms:
             raise ValueError(f"classes of {len(classes)} atoms; this SAE has {sae.cfg.n_atoms}")
         classes = {i: str(name) for i, name in enumerate(classes)}
-    windows, document = windows_of(model, text, context, horizon)
-    replayer, generators = Replayer(model, [place], horizon=horizon, read=read), Generators(seed)
-    step = max(1, min(batch_size, LOGITS // (context * model.W_U.shape[1])))
-
+    windows = windows_of(run, context, horizon)
+    tester = Tester(run, windows, [sae], chosen, flats, horizon, read)
     tops = []
-    for ids in windows.split(step):
-        value, atom = top_atoms(replayer.native(ids.to(model.device), logits=False), sae)
+    for which in torch.arange(len(windows)).split(tester.step):
+        value, atom = tester.tops(tester.native(which, logits=False))[sae.place]
         tops.append(atom.masked_fill(value <= 0, -1).cpu())
     top = torch.cat(tops)
-    n_alive = len(top[top >= 0].unique())
-    can = top.clone()
+    can = top.masked_fill(~tester.testable(), -1)
     if wanted is not None:
         can[~torch.isin(can, wanted)] = -1
-    can[:, : context // 4] = -1
-    can[:, context - horizon :] = -1
-    window, position = _draw(can, min_firings, max_firings, n_atoms, torch.Generator().manual_seed(seed))
+    window, position = _draw(can, min_firings, max_firings, n_atoms, run.generator)
     if not len(window):
         most = int(can[can >= 0].bincount().max()) if bool((can >= 0).any()) else 0
         raise ValueError(
@@ -261,21 +249,14 @@ def population_test(
             f"windows of {context} tokens (the most "
             f"frequent one {most} times): give a longer text, or lower min_firings"
         )
-    parts: list[dict[str, Any]] = []
-    done = 0
-    for some in window.unique().split(step):  # only windows with something to test, in order
-        native = replayer.native(windows[some].to(model.device))
+    for some in window.unique().split(tester.step):  # only windows with something to test, in order
         here = (window >= some[0]) & (window <= some[-1])
-        local = torch.searchsorted(some, window[here])
-        found = {place: top_atoms(native, sae)}
-        part = measure(replayer, native, [sae], local, position[here], found, chosen, generators, flats)
-        part |= {name: torch.full_like(local, x) for name, x in zip(("layer", "head"), place, strict=True)}
-        parts.append(part | {"window": window[here], "document": document[window[here]]})
-        done += len(local)
-        if progress is not None:
-            progress(done)
-    firings = ReplacementResult(**joined(parts), places=(place,), read=read, context=context, way=replayer.way)
-    return PopulationResult(firings, min_firings, max_firings, n_alive, classes)
+        native = tester.native(some)
+        tester.test(native, tester.tops(native), some, torch.searchsorted(some, window[here]), position[here])
+    firings = ReplacementResult(
+        **joined(tester.parts), places=(sae.place,), read=read, context=context, way=tester.replayer.way
+    )
+    return PopulationResult(firings, min_firings, max_firings, len(top[top >= 0].unique()), classes)
 
 
 def _draw(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,22 +18,19 @@ from writesae.experiments.engine.directions import (
     Places,
     at_positions,
     choose_writes,
-    estimate,
     promotion,
     setting,
 )
 from writesae.experiments.engine.targets import Targets, ordinary_tokens, token_ids
-from writesae.experiments.results.result import Number, Result, figure
-from writesae.experiments.results.statistics import r_squared, wilson
+from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
+from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, share
+from writesae.experiments.results.statistics import r_squared
 from writesae.hooks import Add, short_chunks
+from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
-from writesae.stores.texts import sequences
+from writesae.stores.windows import Texts
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from writesae.model import HookedRecurrentModel
+__all__ = ["SignTest", "sign_test"]
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,13 @@ class SignTest(Result):
         predicted, measured, n = self.predicted[:, 0], self.measured[:, 0], len(self.target)
         agrees = predicted.sign() == measured.sign()
         found = [
-            Number.of("sign as predicted", wilson(int(agrees.sum()), n)),
-            estimate("sign as predicted, by window", agrees.float(), self.window, unit="%"),
-            Number.of("target's logit rises", wilson(int((measured > 0).sum()), n)),
-            Number.of("target's log p rises", wilson(int((self.log_p[:, 0] > 0).sum()), n)),
+            Number.share("sign as predicted", agrees),
+            Number.estimate("sign as predicted, by window", agrees.float(), self.window, unit="%"),
+            Number.share("target's logit rises", measured > 0),
+            Number.share("target's log p rises", self.log_p[:, 0] > 0),
         ]
         if self.measured.shape[1] > 1:
-            rises = self.measured.sum(1) > 0
-            found.append(Number.of("target's logit rises, in total", wilson(int(rises.sum()), n)))
+            found.append(Number.share("target's logit rises, in total", self.measured.sum(1) > 0))
         if n > 2 and min(float(predicted.std()), float(measured.std())) > 0:
             x, y = predicted.double().numpy(), measured.double().numpy()
             slope = float(x @ y / (x @ x))  # one factor for all, as norms and gates would give if they did not vary
@@ -99,17 +96,16 @@ class SignTest(Result):
                 Number("R squared", r_squared(y, x), n=n),
                 Number("R squared, one factor fitted", r_squared(y, slope * x), n=n),
             ]
-        found.append(estimate("median change of log p", self.log_p[:, 0], self.window, np.median, "nats"))
+        change = Number.estimate("median change of log p", self.log_p[:, 0], self.window, np.median, "nats")  # type: ignore[arg-type]
+        found.append(change)
         return found
 
-    def records(self) -> pd.DataFrame:
-        import pandas as pd
-
-        columns: dict[str, Any] = {name: getattr(self, name).numpy() for name in ("window", "position", "target")}
+    def columns(self) -> dict[str, Any]:
+        columns = {name: getattr(self, name).numpy() for name in ("window", "position", "target")}
         for name in ("predicted", "measured", "log_p"):
-            for i, column in enumerate(getattr(self, name).T):
-                columns[f"{name} +{i + (self.read == 'next')}"] = column.numpy()
-        return pd.DataFrame(columns)
+            for i, column in enumerate(getattr(self, name).T, self.read == "next"):
+                columns[f"{name} +{i}"] = column.numpy()
+        return columns
 
     def plot(self) -> Figure:
         made, (cloud, along) = figure(2)
@@ -117,22 +113,28 @@ class SignTest(Result):
         cloud.axhline(0, color="gray", lw=0.6)
         cloud.axvline(0, color="gray", lw=0.6)
         cloud.set(xlabel="predicted change of the target's logit", ylabel="measured")
-        n = len(self.target)
-        rates = [wilson(int((column > 0).sum()), n) for column in self.measured.T]
-        at = np.arange(len(rates)) + (self.read == "next")
-        spread = [[r.rate - r.low for r in rates], [r.high - r.rate for r in rates]]
-        along.errorbar(at, [r.rate for r in rates], yerr=spread, fmt="o-", ms=4)
+        rates = [share(column > 0) for column in self.measured.T]
+        intervals(along, np.arange(len(rates)) + (self.read == "next"), rates)
         along.axhline(0.5, color="gray", lw=0.6)
         along.set(xlabel="tokens after the write", ylabel="share of trials whose logit rises", ylim=(0, 1))
         return made
 
 
+def _plan(asked: Asked) -> Iterator[Task]:
+    for sae in asked.saes:
+        for direction, name in (("formula", ""), ("gradient", "gradient")):
+            run = partial(sign_test, asked.model, *sae.place, asked.texts)
+            given = {"n": asked.sizes.signs, "direction": direction, "seed": asked.seed}
+            yield Task(run, [sae], given, name)
+
+
+@experiment("a direction chosen for a token (section 4)", order=7, plan=_plan)
 @torch.no_grad()
 def sign_test(
     model: HookedRecurrentModel,
     layer: int,
     head: int,
-    text: str | Sequence[str],
+    text: Texts,
     *,
     n: int = 500,
     targets: Literal["random", "top"] | Targets = "random",
@@ -146,15 +148,13 @@ def sign_test(
     per_window: int = 4,
     batch_size: int = 32,
     seed: int = 0,
-    progress: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> SignTest:
     """Write a target's direction at one token, and look whether the target's logit moves as predicted.
 
     Args:
-        model: the model.
+        model, text, batch_size, seed: see `Run`. ``per_window`` times as many rows run at once with the write.
         layer, head: whose state is written to.
-        text: cut into windows of ``context`` tokens; the write is at the last token that has ``horizon`` scored ones
-            after it, so that all trials have as much before them.
         n: trials.
         targets: ``"random"``: any token of the vocabulary; ``"top"``: one of the model's ``top`` most likely next
             tokens there; or the tokens to draw from, ids or strings.
@@ -163,10 +163,9 @@ def sign_test(
         direction, key: see `choose_writes`.
         read: ``"same"``: the token's own read sees the write; ``"next"``: the next token's does first, and is scored.
         horizon: how many tokens to score after the first that sees the write.
-        context: tokens of a window.
+        context: tokens of a window; the write is at the last token that has ``horizon`` scored ones after it, so that
+            all trials have as much before them.
         per_window: targets tried in a window.
-        batch_size: windows run at once; ``per_window`` times as many with the write.
-        seed: of windows and targets.
         progress: called with the number of trials done.
 
     Raises:
@@ -183,18 +182,14 @@ def sign_test(
     pool = ordinary_tokens(model).nonzero()[:, 0]
     if not (isinstance(targets, str) and targets in ("random", "top")):
         pool = token_ids(model, targets)
-    windows = sequences(model, text, context)
+    run = Run(model, text, batch_size=batch_size, seed=seed, progress=progress, total=n)
+    generator = run.generator
     n_windows = -(-n // per_window)
-    if len(windows) < n_windows:
-        raise ValueError(
-            f"{n} trials, {per_window} a window, need {n_windows} windows of {context} tokens; the text has "
-            f"{len(windows)}: give a longer text, or lower n or context, or raise per_window"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(windows), generator=generator)[:n_windows]
+    cut = run.windows(context, n_windows, "n or context, or raise per_window")
+    order, windows = torch.randperm(len(cut), generator=generator)[:n_windows], cut.tokens
     parts: dict[str, list[Tensor]] = {}
     times = torch.arange(horizon + 1)
-    for batch in order.split(batch_size):
+    for batch in run.batches(order, per_window):
         ids = windows[batch]
         at = torch.full((len(ids), 1), position, device=ids.device)
         write, query, logits = at_positions(model, layer, ids[:, : position + 1], None, at)
@@ -229,8 +224,6 @@ def sign_test(
         }
         for name, x in found.items():
             parts.setdefault(name, []).append(x.cpu())
-        if progress is not None:
-            progress(min(n, sum(map(len, parts["target"]))))
     chosen = {"random": "random tokens", "top": f"among the {top} most likely"}
     drawn = chosen.get(targets) if isinstance(targets, str) else None
     return SignTest(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +12,14 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from writesae.experiments.classes import CLASSES, COLORS, AtomClasses
-from writesae.experiments.results.result import Number, Result, figure
+from writesae.experiments.protocol import Asked, Task, experiment
+from writesae.experiments.results.result import Figure, Number, Result, figure, frame
 from writesae.experiments.results.statistics import Array, wilson
 from writesae.recurrence.matrices import Atoms, project, size, unit_norm
+from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import BLOCK
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-    from writesae.saes import WriteSAE
+__all__ = ["SeedStability", "seed_stability"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,17 +110,15 @@ class SeedStability(Result):
         """A column of the records."""
         return self.records()[what].to_numpy()
 
-    def records(self) -> pd.DataFrame:
-        """One row an atom and other SAE."""
-        import pandas as pd
-
+    def columns(self) -> dict[str, Any]:
         parts = []
         for match in self.matches:
-            columns = {"sae": match.sae, "other": match.other, "atom": match.atoms.numpy()}
+            atoms = match.atoms.numpy()
+            first: dict[str, Any] = {"sae": match.sae, "other": match.other, "atom": atoms}
             if self.classes is not None:
-                columns["class"] = self.classes[match.sae][match.atoms.numpy()]
-            parts.append(pd.DataFrame(columns | {"partner": match.partner.numpy(), "cosine": match.cosine.numpy()}))
-        return pd.concat(parts, ignore_index=True)
+                first["class"] = self.classes[match.sae][atoms]
+            parts.append(first | {"partner": match.partner.numpy(), "cosine": match.cosine.numpy()})
+        return dict(frame(*parts))
 
     def plot(self) -> Figure:
         """How alike the most similar atoms are; and the classes of each SAE."""
@@ -141,6 +137,14 @@ class SeedStability(Result):
         return fig
 
 
+def _plan(asked: Asked) -> Iterator[Task]:
+    for sae in asked.saes:
+        if others := [other for other in asked.other_seeds if other.place == sae.place]:
+            saes = [sae, *others]
+            yield Task(lambda progress, saes=saes: seed_stability(saes), saes)
+
+
+@experiment("atoms of SAEs trained with other seeds (section 3.1); needs --other-seed", order=4, plan=_plan)
 @torch.no_grad()
 def seed_stability(
     saes: Sequence[WriteSAE], *, threshold: float = 0.9, classes: Sequence[AtomClasses] | None = None

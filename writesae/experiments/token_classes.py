@@ -5,20 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.hooks.positions import PAD
+from writesae.hooks.sites import Head
+from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
+from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import encode
-from writesae.saes.sae import WriteSAE
-from writesae.stores.texts import sequences
-
-if TYPE_CHECKING:
-    from writesae.model import HookedRecurrentModel
+from writesae.stores.windows import Texts, Windows
 
 CLASSES: dict[str, Callable[[str], bool]] = {
     "boundary": lambda token: "\n" in token or bool(re.search(r"[.!?]", token)),
@@ -51,11 +50,9 @@ class ChosenAtoms:
     what: str
 
     @property
-    def site(self) -> tuple[int, int]:
-        """Layer and head."""
-        layer, head = self.sae.cfg.layer, self.sae.cfg.head
-        assert layer is not None and head is not None
-        return layer, head
+    def site(self) -> Head:
+        """The head that the SAE is of."""
+        return self.sae.place
 
     @property
     def contrast(self) -> Float[Tensor, " n"]:
@@ -76,7 +73,7 @@ class ChosenAtoms:
 def choose_atoms(
     model: HookedRecurrentModel,
     sae: WriteSAE,
-    texts: str | Sequence[str],
+    texts: Texts,
     is_class: str | Callable[[str], bool],
     n: int = 10,
     *,
@@ -113,9 +110,7 @@ def choose_atoms(
         raise ValueError(f"where={where!r}, n={n}: where is 'at' or 'before', n at least 1")
     if atoms is not None:
         sae.atom(torch.tensor(list(atoms)))  # raises for one out of range
-    windows = sequences(model, texts, context)
-    if not len(windows):
-        raise ValueError(f"no text has {context} tokens: give longer texts or a smaller context")
+    windows = Windows.cut(model, texts, context).enough().tokens
     tokenizer = model._tokenizer()
     members = torch.zeros(model.W_U.shape[1], dtype=torch.bool)
     for token in windows.unique().tolist():

@@ -1,4 +1,4 @@
-"""What every edit of the memory would do to a number, from one backward pass."""
+"""What every edit of the memory would do to a number that the model computes, from one backward pass."""
 
 from writesae.gradients.backward import Gradient, LayerGradient, Logit, gradient
 

@@ -4,14 +4,15 @@ Within a layer the effect of an edit on the outputs is exact and linear (`writes
 model it is taken to first order. With ``g_t`` the gradient of the number with respect to a head's output ``o_t``, which
 one backward pass gives for all layers and tokens, the gradient with respect to what is added to the state at ``t`` is
 a matrix ``M_t`` that obeys the layer's recurrence backwards in time (`kernels.adjoint`). ``<M_t, E>`` is the
-effect of an edit ``E`` there to first order: of every write, every atom, at every token, on every architecture.
+first-order effect of an edit ``E`` there, its attribution score: of every write, every atom, at every token, on every
+architecture.
 
-Most of what is not linear lies right behind the head, in its norm: what a head reads at a token is blown up there if it
-is little, and an edit that such a token sees is no small change. `LayerGradient.effect` therefore takes the norm as it
-is, and only what comes after it to first order.
+Most of the nonlinearity lies right behind the head, in its norm: where a head reads little, the norm scales it up, so
+that an edit that such a token sees is no small change. `LayerGradient.effect` therefore takes the norm exactly, and
+only what comes after it to first order.
 
-The paper's closed form (equation 1) is this with the erase left out, the way from the head to the logits replaced by
-the output embedding, and a prefactor fitted for what that misses.
+The paper's closed form (equation 1) is this without the erase, with the output embedding in place of the way from the
+head to the logits, and with a fitted prefactor for what that misses.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ class LayerGradient:
     """The gradient of one number with respect to the memory of one layer.
 
     Attributes:
-        recurrence: of the layer in the pass.
+        recurrence: the layer's recurrence in the pass.
         write: the native writes, ``[batch, pos, head]``.
-        output: gradient with respect to ``hook_o``.
-        norm: what comes right behind, None where nothing does.
+        output: the gradient with respect to ``hook_o``.
+        norm: the norm right behind the heads, None where there is none.
     """
 
     recurrence: Recurrence
@@ -57,11 +58,11 @@ class LayerGradient:
     norm: Norm | None = None
 
     def price(self, edit: Write, *, read: Read = "same") -> Float[Tensor, "batch pos head"]:
-        """``<M_t, E_t>``: how much each edit alone would change the number, to first order.
+        """First-order effects ``<M_t, E_t>``: how much each edit alone would change the number.
 
         Args:
-            edit: one a token and head, ``[batch, pos, head]`` (sizes of 1 broadcast), any rank.
-            read: ``"same"``: the read at the edit's own token sees it; ``"next"``: from the next on.
+            edit: one per token and head, ``[batch, pos, head]`` (sizes of 1 broadcast), any rank.
+            read: ``"same"``: the read at the edit's own token sees it; ``"next"``: only later reads do.
         """
         edit = edit.expand(*self.write.shape)
         total = torch.zeros_like(at_least_float32(self.output[..., 0]))
@@ -71,18 +72,20 @@ class LayerGradient:
         return total
 
     def of_output(self) -> Float[Tensor, "batch head"]:
-        """What each head's whole output contributes, ``sum_t g_t . o_t``: the sum of `price` of its writes (less what a
-        state from before the pass contributes)."""
+        """What each head's whole output contributes, ``sum_t g_t . o_t``.
+
+        It is the sum of `price` over the head's writes. What a state from before the pass contributes is left out.
+        """
         o, _ = chunked(self.recurrence, self.write)
         return (o * self.output).sum((1, 3))
 
     @property
     def at_fixed_scale(self) -> LayerGradient:
-        """The same with the scale of the layer's norm held fixed, so that what lies behind the head is linear.
+        """The same gradient with the scale of the layer's norm held fixed.
 
-        A norm undoes the scale of what it is given, so that, to first order, the parts of what a head reads sum to
-        nothing. With its scale held fixed, as is usual when logits are attributed, they sum to what the normalised
-        output contributes. The same as this where there is no norm.
+        A norm undoes the scale of its input, so that, to first order, the effects of all the parts of what a head reads
+        sum to zero. With the scale held fixed, as is usual when logits are attributed, they sum to what the normalised
+        output contributes. Where there is no norm, this changes nothing.
         """
         if self.norm is None:
             return self
@@ -94,13 +97,16 @@ class LayerGradient:
     ) -> Float[Tensor, "batch n"]:
         """How much each edit alone would change the number: exact up to the layer's norm, to first order beyond it.
 
-        Costs ``pos * d_value`` an edit, where `price` costs ``d_key + d_value``. The effects of edits do not add up.
+        Costs ``pos * d_value`` per edit, where `price` costs ``d_key + d_value``. Effects of several edits do not add.
 
         Args:
             head: which head.
-            positions: columns of the pass; for each sequence ``n`` edits.
+            positions: columns of the pass, ``n`` per sequence, one for each edit.
             edits: ``[batch, n]``, any rank.
-            read: see `price`.
+            read: as for `price`.
+
+        Raises:
+            IndexError: a position outside the pass.
         """
         asked = (int(positions.min()), int(positions.max()))
         if asked[0] < 0 or asked[1] >= self.recurrence.n_pos:
@@ -130,9 +136,10 @@ class LayerGradient:
         return torch.cat(parts, 1)
 
     def prices(self, head: int, atoms: Atoms, *, read: Read = "same") -> Float[Tensor, "batch pos n_atoms"]:
-        """`price` of every atom, at strength 1, at every token: what an SAE's encoder does, on gradients.
+        """The attribution score of every atom, at strength 1, at every token: `price`, of all atoms at once.
 
-        With one decay a head no gradient is built; with one a key channel they are, a few tokens at a time.
+        This is to gradients what an SAE's encoder is to states. With one decay per head no gradient matrix is built;
+        with one per key channel they are built, a few tokens at a time.
         """
         one = (slice(None), slice(None), [head])
         back, write = adjoint(self.recurrence[one]), self._write[one]
@@ -150,7 +157,11 @@ class LayerGradient:
     def at(
         self, positions: Sequence[int], heads: Sequence[int] | None = None, *, read: Read = "same"
     ) -> Float[Tensor, "batch n_positions head d_key d_value"]:
-        """The gradients ``M_t`` themselves, at the tokens (columns of the pass) and heads asked for."""
+        """The gradients ``M_t`` themselves, at some tokens (columns of the pass) and heads (None for all).
+
+        Raises:
+            IndexError: a position outside the pass.
+        """
         which = (slice(None), slice(None), slice(None) if heads is None else list(heads))
         n = self.recurrence.n_pos
         for t in positions:
@@ -163,7 +174,7 @@ class LayerGradient:
         return M
 
     def best(self, positions: Sequence[int], heads: Sequence[int] | None = None, *, read: Read = "same") -> Write:
-        """The rank-1 edit of norm 1 that raises the number most, to first order: the first singular pair of ``M_t``.
+        """The rank-1 edit of norm 1 that raises the number most to first order: the first singular pair of ``M_t``.
 
         Leading dimensions ``[batch, n_positions, head]``.
         """
@@ -179,12 +190,12 @@ class LayerGradient:
 
 @dataclass(frozen=True, eq=False)
 class Gradient:
-    """One number of each sequence of a pass, and its gradients with respect to the memory of every layer asked for.
+    """One number per sequence of a pass, and its gradients with respect to the memory of some layers.
 
     Attributes:
         value: the numbers.
-        logits: of the pass.
-        cache: what enters the recurrences.
+        logits: the logits of the pass.
+        cache: the inputs of the recurrences.
         layers: layer -> its `LayerGradient`; ``gradient[layer]`` is the same.
     """
 
@@ -204,8 +215,8 @@ class Logit:
     """The number to ask about: the logit of a token, or a difference of two logits.
 
     Attributes:
-        token: token id, one for all sequences or one each, ``[batch]``.
-        at: column of the pass, one for all sequences or one each; -1 is the last.
+        token: token id, one for all sequences or one per sequence, ``[batch]``.
+        at: column of the pass, one for all sequences or one per sequence; -1 is the last.
         minus: token id (or ids) whose logit is subtracted; None for none.
     """
 
@@ -239,22 +250,22 @@ def gradient(
     layers: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> Gradient:
-    """A pass and a backward pass: the gradient of a number with respect to the memory of every layer.
+    """One pass and one backward pass: the gradient of a number with respect to the memory of every layer.
 
-    Hooks and interventions that are attached act, and prices are then of further edits beside them. Parameters get no
-    gradients.
+    Hooks and interventions that are attached act in the pass; first-order effects are then those of further edits.
+    Parameters get no gradients.
 
     Args:
         model: the model.
         x: a text, several, or token ids, as for ``model(x)``.
-        of: what to differentiate: logits -> one number a sequence (a `Logit`, a log-probability, ...), which must
+        of: what to differentiate: logits -> one number per sequence (a `Logit`, a log-probability, ...), which must
             depend on its own sequence alone.
         layers: recurrent layers; None for all.
-        **kwargs: for the model, e.g. ``attention_mask``.
+        **kwargs: arguments of the model, e.g. ``attention_mask``.
 
     Raises:
         IndexError: a layer that is not recurrent, a token outside the vocabulary.
-        ValueError: not one number a sequence, or they do not depend on what these layers read.
+        ValueError: not one number per sequence, or the numbers do not depend on what these layers read.
 
     >>> found = gradient(model, "The state of the", Logit(token))
     >>> found[2].price(found.cache.write(2))        # what each write of layer 2 contributes, [batch, pos, head]
@@ -266,7 +277,7 @@ def gradient(
         logits, cache = model.run_with_cache(x, names=names, **kwargs)
         value = of(logits)
         if value.shape != logits.shape[:1]:
-            raise ValueError(f"give one number a sequence, [{len(logits)}]; got {list(value.shape)}")
+            raise ValueError(f"give one number per sequence, [{len(logits)}]; got {list(value.shape)}")
         if not value.requires_grad:
             raise ValueError("the number asked about does not depend on what these layers read: use the logits given")
         wanted = [tensor for probe in probes.values() for tensor in probe.tensors]
@@ -282,7 +293,7 @@ def gradient(
 
 
 class Probe:
-    """Zeros added to what a layer reads and to what its norm returns: gradients with respect to them are wanted."""
+    """Zeros added to what a layer reads and to what its norm returns, to get gradients with respect to them."""
 
     def __init__(self, stack: ExitStack, model: HookedRecurrentModel, layer: int):
         self.tensors: list[Tensor] = []  # of the reads; of the norm

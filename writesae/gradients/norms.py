@@ -1,4 +1,4 @@
-"""The norm right behind what the heads of a layer read: what changes of its input do beyond it."""
+"""The norm right behind the heads of a layer: what changes of its input do to what comes after it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Norm:
     """The norm behind a layer's reads, as it was called in the pass.
 
     Attributes:
-        module: it.
+        module: the norm's module.
         inputs: ``o`` (and, where it is gated, ``z``), heads flattened as the module takes them.
-        output: what it returned.
-        gradient: of the number, with respect to that.
+        output: what the module returned.
+        gradient: the number's gradient with respect to that output.
     """
 
     module: nn.Module
@@ -29,7 +29,7 @@ class Norm:
     gradient: Tensor
 
     def rows(self, x: Tensor, shape: torch.Size, used: slice, head: int) -> Float[Tensor, "batch pos width"]:
-        """Of an input or output: the rows that the head is in, its own where the module takes each head by itself."""
+        """The rows of an input or output that hold the head: only its own where each head is normalised by itself."""
         if x.shape[-1] == shape[-1]:
             return x.reshape(shape)[:, used, head]
         return x.reshape(*shape[:2], -1)[:, used]
@@ -37,13 +37,13 @@ class Norm:
     def effect(
         self, used: slice, head: int, shape: torch.Size, o_change: Float[Tensor, "batch used n d_value"]
     ) -> Float[Tensor, "batch n"]:
-        """What ``n`` changes of what a head reads would do to the number: the norm as it is, to first order beyond.
+        """What each of ``n`` changes of a head's output would do to the number: exact in the norm, first order beyond.
 
         Args:
-            used: the tokens (columns of the pass) at which it reads them.
+            used: the tokens (columns of the pass) of the changes.
             head: which head.
-            shape: of ``hook_o``, ``[batch, pos, head, d_value]``.
-            o_change: each change by itself.
+            shape: shape of ``hook_o``, ``[batch, pos, head, d_value]``.
+            o_change: the changes, each by itself.
         """
         o, *gates = (self.rows(x, shape, used, head)[:, :, None] for x in self.inputs)
         before, gradient = (self.rows(x, shape, used, head)[:, :, None] for x in (self.output, self.gradient))
@@ -77,7 +77,7 @@ class Norm:
 
 
 class _FixedScale(TorchFunctionMode):
-    """Norms computed inside pass no gradient through their scale."""
+    """Norms computed inside this pass no gradient through their scale."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

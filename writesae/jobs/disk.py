@@ -6,6 +6,13 @@ import os
 from pathlib import Path
 
 
+def remove_halves(folder: Path, *names: str) -> None:
+    """Remove what processes that were killed left half-written of files of these names (or patterns of names)."""
+    for name in names:
+        for half in folder.glob(f".{name}.*.tmp"):
+            half.unlink()
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write under a temporary name, then rename: a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Several processes that train one SAE: each takes a share of every batch, and sums are taken over all of them."""
+"""Several processes that share one job: each takes a share of the work, and sums are taken over all of them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Processes:
     """The processes started by ``accelerate launch`` (or torchrun); `ALONE` where there is one.
 
     Attributes:
-        count: how many.
-        index: which one this is, 0 to ``count - 1``.
+        count: how many processes.
+        index: number of this one, 0 to ``count - 1``.
     """
 
     count: int = 1
@@ -24,7 +24,7 @@ class Processes:
 
     @classmethod
     def launched(cls) -> Processes:
-        """Those this process was launched with; joins them at the first call."""
+        """The processes that this one was launched with; joins them at the first call."""
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             return ALONE
         from accelerate import PartialState
@@ -35,6 +35,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
+        """Whether this is the process that writes and reports."""
         return self.index == 0
 
     def share(self, x: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class Processes:
         return x
 
     def all(self, x: Tensor) -> Tensor:
-        """What all processes have, one after another along the first dimension, without a gradient."""
+        """The tensors of all processes, one after another along the first dimension, without a gradient."""
         if self.count == 1:
             return x.detach()
         lengths = [int(n) for n in self.all_lengths(len(x), x.device)]
@@ -60,12 +61,13 @@ class Processes:
         return torch.cat([part[:n] for part, n in zip(found, lengths, strict=True)])
 
     def all_lengths(self, n: int, device: torch.device) -> Tensor:
+        """The ``n`` of every process."""
         own = torch.zeros(self.count, dtype=torch.int64, device=device)
         own[self.index] = n
         return self.total(own)
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait until all processes have come here."""
         if self.count > 1:
             torch.distributed.barrier()
 

@@ -19,7 +19,8 @@ from writesae.hooks.positions import Positions
 from writesae.hooks.quantities import QUANTITIES
 from writesae.hooks.residual import Stopped, stop_at
 from writesae.model.attaching import HookedModel, Hooks, Names, added, check_fired
-from writesae.model.tokens import Text, next_token_loss
+from writesae.model.tokens import Text, is_text, next_token_loss
+from writesae.models.arguments import arguments_of
 from writesae.models.load import load_model
 from writesae.models.tokenizers import check_tokenizer, load_tokenizer
 from writesae.models.wrappers import bare, unwrapped, weights
@@ -69,6 +70,8 @@ class HookedRecurrentModel(HookedModel):
         Formats are those of transformers, of flash-linear-attention (RWKV-7, DeltaNet, GLA), and of the authors of
         RWKV-7 (the path of a ``.pth`` file) and Mamba-2; see `writesae.models.load`.
         """
+        if "torch_dtype" in kwargs:
+            raise TypeError("torch_dtype is called dtype here, as in transformers: from_pretrained(..., dtype=...)")
         source = shipped_model(str(name)) or str(name)
         try:
             hf_model = load_model(source, dtype=dtype, **kwargs)
@@ -133,7 +136,7 @@ class HookedRecurrentModel(HookedModel):
 
     def forward(
         self,
-        x: Text,
+        x: Text | None = None,
         *,
         return_type: str | None = "logits",
         loss_per_token: bool = False,
@@ -143,7 +146,8 @@ class HookedRecurrentModel(HookedModel):
         """Logits for text or token ids ``[batch, pos, vocab]``, with whatever is attached.
 
         Args:
-            x: a text, several (padded on the left), token ids ``[pos]`` or ``[batch, pos]``.
+            x: a text, several (padded on the left), token ids ``[pos]`` or ``[batch, pos]``, or the mapping that a
+                tokenizer returns. None with ``inputs_embeds=`` ``[batch, pos, d_model]``.
             return_type: "loss": the cross entropy in nats of each next token, the mean over real tokens; "both": logits
                 and loss; None: nothing is returned.
             loss_per_token: the loss ``[batch, pos - 1]`` instead, 0 at padding.
@@ -154,14 +158,15 @@ class HookedRecurrentModel(HookedModel):
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type={return_type!r}: allowed are 'logits', 'loss', 'both' and None")
-        ids, mask = self.to_tokens(x)
-        mask = kwargs.pop("attention_mask", mask)
-        past = self._cache_renamed(kwargs)
+        x, kwargs = self.read(x, self._cache_renamed(kwargs))
+        tokens, mask = self._tokens(x, kwargs)
+        size = next(iter(tokens.values())).shape[:2]
+        past = next((kwargs[name] for name in CACHES if name in kwargs), None)
         if past is None:
             kwargs.setdefault("use_cache", False)
             if mask is None or mask.ndim == 2:  # with any other mask, an edit says that it can't know positions
-                self._check_within(torch.full((len(ids),), ids.shape[1]) if mask is None else mask.sum(-1))
-        elif mask is not None and not isinstance(x, Tensor) and mask.shape[1] == ids.shape[1]:
+                self._check_within(torch.full(size[:1], size[1]) if mask is None else mask.sum(-1))
+        elif mask is not None and is_text(x) and mask.shape[1] == size[1]:
             raise ValueError(
                 "texts of unequal length can't continue a cache: pass token ids and the whole attention_mask"
             )
@@ -170,27 +175,41 @@ class HookedRecurrentModel(HookedModel):
                 raise ValueError("stop_at_layer would leave past_key_values half filled: pass one of them")
             try:
                 with stop_at(self._installed.layers, stop_at_layer):
-                    self.hf_model(input_ids=ids, attention_mask=mask, **kwargs)
+                    self.hf_model(**tokens, attention_mask=mask, **kwargs)
             except Stopped as stopped:
                 return stopped.stream
             raise RuntimeError(f"the model ran without its layer {stop_at_layer}")
-        logits = self.hf_model(input_ids=ids, attention_mask=mask, **kwargs).logits
+        if return_type in ("loss", "both") and "input_ids" not in tokens:
+            raise ValueError(f"return_type={return_type!r} needs the token ids that come next; inputs_embeds has none")
+        logits = self.hf_model(**tokens, attention_mask=mask, **kwargs).logits
         if return_type in ("logits", None):
             return logits if return_type else None
-        if logits.shape[1] != ids.shape[1] or (mask is not None and mask.shape != ids.shape):
+        if logits.shape[1] != size[1] or (mask is not None and mask.shape != size):
             raise ValueError("a loss needs logits of all tokens: drop logits_to_keep and past_key_values")
-        loss = next_token_loss(logits, ids, mask, loss_per_token)
+        loss = next_token_loss(logits, tokens["input_ids"], mask, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
-    def _cache_renamed(self, kwargs: dict[str, Any]) -> Any:
-        """The cache among arguments, under the name that the model has for it: another name, it would ignore."""
-        past = next((kwargs.pop(name) for name in CACHES if kwargs.get(name) is not None), None)
-        if past is not None:
-            kwargs[next((name for name in CACHES if name in self._takes()), CACHES[0])] = past
-        return past
+    def _cache_renamed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments with the cache, if there is one, under the name that the model has for it."""
+        past = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        others = {name: value for name, value in kwargs.items() if name not in CACHES}
+        if past is None:
+            return others
+        takes = arguments_of(self.hf_model)
+        return {**others, next((name for name in CACHES if name in takes), CACHES[0]): past}
+
+    def _tokens(self, x: Text | None, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """``input_ids`` or ``inputs_embeds``, and the mask: that of texts, or the one in ``kwargs``, which loses it."""
+        if x is None:
+            embeds = kwargs.pop("inputs_embeds")
+            if not isinstance(embeds, Tensor) or embeds.ndim != 3:
+                raise ValueError("inputs_embeds must be a tensor [batch, pos, d_model]")
+            return {"inputs_embeds": embeds.to(self.device)}, kwargs.pop("attention_mask", None)
+        ids, mask = self.to_tokens(x)
+        return {"input_ids": ids}, kwargs.pop("attention_mask", mask)
 
     @torch.no_grad()
-    def generate(self, x: Text, **kwargs: Any) -> str | list[str] | Int[Tensor, "batch pos"]:
+    def generate(self, x: Text | None = None, **kwargs: Any) -> Any:
         """Continue a text, with whatever is attached acting on every token, prompt and generated alike.
 
         Args:
@@ -200,32 +219,56 @@ class HookedRecurrentModel(HookedModel):
         Returns:
             Prompt and continuation: a text for a text, a list for several, token ids for token ids.
         """
-        ids, mask = self.to_tokens(x)
-        mask = kwargs.pop("attention_mask", mask)
+        x, kwargs = self._read_for_generation(x, kwargs)
+        tokens, mask = self._tokens(x, kwargs)
+        size = next(iter(tokens.values())).shape[:2]
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("generation needs padding on the left: the attention mask ends with padding")
-        mask = torch.ones_like(ids) if mask is None else mask
-        self._cache_renamed(kwargs)
-        if "max_new_tokens" in kwargs:
-            self._check_within(mask.sum(-1) + kwargs["max_new_tokens"] - 1)  # the last token is never fed
-        out = self.hf_model.generate(input_ids=ids, attention_mask=mask, **kwargs)  # type: ignore[operator]
-        if "max_new_tokens" in kwargs:  # positions past an early end of the text are no mistake
+        mask = torch.ones(size, dtype=torch.long, device=self.device) if mask is None else mask
+        most = self._most_new_tokens(kwargs, 0 if x is None else size[1])
+        if most is not None:
+            self._check_within(mask.sum(-1) + most - 1)  # the last token is never fed
+        out = self.hf_model.generate(**tokens, attention_mask=mask, **kwargs)  # type: ignore[operator]
+        if most is not None:  # positions past an early end of the text are no mistake
             for positions in self._asked():
                 positions.vouch()
-        if isinstance(x, Tensor) or (not isinstance(x, str) and isinstance(x[0], int)):
+        if not is_text(x) or not isinstance(out, Tensor):
             return out
-        n_new = out.shape[1] - ids.shape[1]
-        texts = [x] if isinstance(x, str) else list(x)
-        per_text = out.shape[0] // len(texts)
-        rows = [
-            self._tokenizer().decode(out[i][-(n_new + int(mask[i // per_text].sum())) :], skip_special_tokens=True)
-            for i in range(len(out))
-        ]
+        texts = [x] if isinstance(x, str) else list(x or ())
+        per_text, ends = out.shape[0] // len(texts), self._ends(kwargs)
+        rows = []
+        for i, row in enumerate(out):
+            old, new = row[size[1] - int(mask[i // per_text].sum()) : size[1]], row[size[1] :]
+            over = torch.isin(new, ends).nonzero()[:1, 0]  # what follows the end of one text is filling
+            new = new[: int(over) + 1] if len(over) else new
+            rows.append(self._tokenizer().decode(torch.cat([old, new]), skip_special_tokens=True))
         return rows[0] if isinstance(x, str) and len(rows) == 1 else rows
+
+    def _read_for_generation(self, x: Text | None, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """`read`, where only some arguments are the model's; transformers refuses those that it does not know."""
+        of_model = {name: kwargs[name] for name in kwargs if name in (*arguments_of(self.hf_model), *CACHES)}
+        x, given = self.read(x, self._cache_renamed(of_model))
+        return x, {name: value for name, value in kwargs.items() if name not in of_model} | given
+
+    def _most_new_tokens(self, kwargs: dict[str, Any], n_prompt: int) -> int | None:
+        """How many tokens may be generated, None where nothing says so."""
+        configs = (kwargs.get("generation_config"), getattr(self.hf_model, "generation_config", None))
+        for said in (kwargs, *(vars(config) for config in configs if config is not None)):
+            if (n_new := said.get("max_new_tokens")) is not None:
+                return n_new
+            if (n_all := said.get("max_length")) is not None:
+                return max(n_all - n_prompt, 1)
+        return None
+
+    def _ends(self, kwargs: dict[str, Any]) -> Int[Tensor, " n"]:
+        """Token ids at which generation of a text ends."""
+        configs = (kwargs.get("generation_config"), getattr(self.hf_model, "generation_config", None))
+        found = kwargs.get("eos_token_id", next((c.eos_token_id for c in configs if c is not None), None))
+        return torch.as_tensor([] if found is None else found, device=self.device).reshape(-1).long()
 
     def run_with_cache(
         self,
-        x: Text,
+        x: Text | None = None,
         names: Names = None,
         *,
         names_filter: Names = None,
@@ -291,7 +334,7 @@ class HookedRecurrentModel(HookedModel):
 
     def run_with_hooks(
         self,
-        x: Text,
+        x: Text | None = None,
         hooks: Hooks = (),
         *,
         fwd_hooks: Hooks = (),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from writesae.models.wrappers import bare, device_of, weight
+from writesae.models.arguments import arguments_of, check_arguments
+from writesae.models.wrappers import device_of, weight
 
-Text: TypeAlias = str | Sequence[str] | Sequence[int] | Int[Tensor, "..."]
+Text: TypeAlias = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Int[Tensor, "..."] | Any
+"""A text, several, token ids (also a numpy array or lists), or the mapping that a tokenizer returns."""
 
 
 class TokenModel(nn.Module):
@@ -36,18 +38,36 @@ class TokenModel(nn.Module):
 
     def to_tokens(self, text: Text) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
         """Token ids and attention mask (None where nothing is padded); several texts are padded on the left."""
+        if isinstance(text, Mapping):
+            x, given = self.read(text, {})
+            if extra := given.keys() - {"attention_mask"}:
+                raise ValueError(f"{sorted(extra)[0]} cannot be used here: give input_ids and attention_mask alone")
+            ids, _ = self.to_tokens(x)
+            return ids, given.get("attention_mask")
+        if isinstance(text, np.ndarray):
+            text = torch.from_numpy(text)
         if isinstance(text, Tensor):
             ids = text if text.ndim == 2 else text[None]
-            if text.ndim not in (1, 2) or text.dtype.is_floating_point or text.numel() == 0:
+            if text.ndim not in (1, 2) or text.dtype.is_floating_point or text.dtype == torch.bool or not text.numel():
                 raise ValueError(
                     f"token ids must be integers [pos] or [batch, pos]; got {text.dtype} {list(text.shape)}"
                 )
             return self._check_ids(ids.to(self.device)), None
-        if not isinstance(text, str) and len(text) and all(isinstance(x, int) for x in text):
-            return self.to_tokens(torch.tensor(text))
-        texts = [text] if isinstance(text, str) else list(text)  # type: ignore[arg-type]
+        if isinstance(text, Sequence) and not isinstance(text, str | bytes) and len(text):
+            if all(isinstance(x, int) and not isinstance(x, bool) for x in text):
+                return self.to_tokens(torch.tensor(text))
+            if all(isinstance(x, Sequence) and not isinstance(x, str) and len(x) for x in text):
+                return self.to_tokens(_rows(list(text)))  # type: ignore[arg-type]
+        texts = (
+            [text]
+            if isinstance(text, str)
+            else list(text)
+            if isinstance(text, Sequence) and not isinstance(text, bytes)
+            else []
+        )
         if not texts or not all(isinstance(x, str) and x for x in texts):
-            raise ValueError(f"give a non-empty text, a list of such, or token ids; got {text!r}")
+            got = " ".join(repr(text).split())
+            raise ValueError(f"give a non-empty text, a list of such, or token ids; got {got[:100]}")
         rows = [torch.tensor(self._tokenizer()(x, verbose=False)["input_ids"]) for x in texts]
         n_pos = max(len(row) for row in rows)
         ids = torch.full((len(rows), n_pos), self._pad_id())
@@ -55,6 +75,39 @@ class TokenModel(nn.Module):
         for i, row in enumerate(rows):
             ids[i, n_pos - len(row) :], mask[i, n_pos - len(row) :] = row, 1
         return ids.to(self.device), None if bool(mask.all()) else mask.to(self.device)
+
+    def read(self, x: Text | None, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """What a user gave, taken apart: text or token ids (None with ``inputs_embeds``), and arguments for the model.
+
+        Args:
+            x: as for ``model(x)``: a text, several, token ids, or the mapping that a tokenizer returns, whose entries
+                besides ``input_ids`` are arguments for the model.
+            arguments: those given by name.
+
+        Raises:
+            TypeError: an argument that the model does not have, or one given twice.
+            ValueError: neither text, nor token ids, nor embeddings; or more than one of them.
+        """
+        arguments = dict(arguments)
+        if isinstance(x, Mapping):
+            if twice := x.keys() & arguments.keys():
+                raise TypeError(f"{sorted(twice)[0]} is given twice: in the mapping, and by name")
+            arguments = {**x, **arguments}
+            x = arguments.pop("input_ids", None)
+            if x is None and arguments.get("inputs_embeds") is None:
+                raise ValueError(f"a mapping needs input_ids or inputs_embeds; this one has {', '.join(arguments)}")
+        mask = arguments.get("attention_mask")
+        if isinstance(mask, np.ndarray | Sequence):
+            mask = (
+                _rows(mask) if isinstance(mask, Sequence) and isinstance(mask[0], Sequence) else torch.as_tensor(mask)
+            )
+            mask = mask if mask.ndim > 1 else mask[None]
+        if isinstance(mask, Tensor):
+            arguments["attention_mask"] = mask.to(self.device)
+        check_arguments(self.hf_model, arguments)
+        if (x is None) == (arguments.get("inputs_embeds") is None):
+            raise ValueError("give text or token ids, or inputs_embeds= [batch, pos, d_model] in place of them")
+        return x, arguments
 
     @overload
     def to_str_tokens(self, text: str | Sequence[int] | Int[Tensor, "..."]) -> list[str]: ...
@@ -137,11 +190,23 @@ class TokenModel(nn.Module):
     def logits_of_last(self, n: int) -> dict[str, Any]:
         """The argument that has the model make logits of the last ``n`` tokens alone (0: of all), if it knows one: with
         a large vocabulary they may cost as much as the layers."""
-        return {"logits_to_keep": n} if "logits_to_keep" in self._takes() else {}
+        return {"logits_to_keep": n} if "logits_to_keep" in arguments_of(self.hf_model) else {}
 
-    def _takes(self) -> Mapping[str, inspect.Parameter]:
-        """The arguments that the model knows; some that it does not, it would ignore."""
-        return inspect.signature(bare(self.hf_model).forward).parameters
+
+def is_text(x: object) -> bool:
+    """Whether it is a text or several, not token ids."""
+    return isinstance(x, str) or (isinstance(x, Sequence) and bool(len(x)) and isinstance(x[0], str))
+
+
+def _rows(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Lists of equal length as a tensor."""
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1:
+        raise ValueError(
+            f"rows of {lengths[0]} to {lengths[-1]} token ids: pad them on the left to one length and give an "
+            f"attention_mask, or give texts"
+        )
+    return torch.tensor(rows)
 
 
 def next_token_loss(

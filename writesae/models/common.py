@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
+from writesae.models.arguments import check_arguments
 from writesae.recurrence.kernels import chunked
 from writesae.recurrence.rules import Rule
 
@@ -170,8 +171,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        check_arguments(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -235,6 +237,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
+        check_arguments(self, kwargs)
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

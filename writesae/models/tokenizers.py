@@ -5,13 +5,11 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-from collections.abc import Sequence
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedTokenizer
 
 from writesae.models.load import find, hub_arguments, is_mamba2_of_authors, is_pth, read_config
 
@@ -53,17 +51,22 @@ def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> None:
         )
 
 
-class WorldTokenizer:
+class WorldTokenizer(PreTrainedTokenizer):
     """RWKV's "World" tokenizer: from left to right, the longest token that the text's bytes begin with.
 
+    It does what tokenizers of transformers do: several texts, padding, truncation, tensors, chat templates, pipelines.
+    Its tokens are bytes; where transformers wants text, each byte stands as one character (Latin-1).
+
     Args:
-        vocabulary: the authors' vocabulary file; None for the one in their package ``rwkv``.
+        vocab_file: the authors' vocabulary file; None for the one in their package ``rwkv``.
+        **kwargs: as for any tokenizer of transformers: ``chat_template``, ``padding_side`` (by default left), ...
     """
 
-    bos_token_id = eos_token_id = pad_token_id = 0  # the end of a document, which no text encodes to
+    vocab_files_names: ClassVar[dict[str, str]] = {"vocab_file": WORLD_VOCABULARY}
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
 
-    def __init__(self, vocabulary: str | Path | None = None):
-        if vocabulary is None:
+    def __init__(self, vocab_file: str | Path | None = None, **kwargs: Any):
+        if vocab_file is None:
             package = importlib.util.find_spec("rwkv")
             if package is None or not package.submodule_search_locations:
                 raise ModuleNotFoundError(
@@ -71,35 +74,57 @@ class WorldTokenizer:
                     'pip install "writesae[rwkv]", or pass tokenizer=...',
                     name="rwkv",
                 )
-            vocabulary = Path(package.submodule_search_locations[0], WORLD_VOCABULARY)
-        self.tokens = _read_vocabulary(str(vocabulary))
+            vocab_file = Path(package.submodule_search_locations[0], WORLD_VOCABULARY)
+        self.vocab_file = str(vocab_file)
+        self.tokens = _read_vocabulary(self.vocab_file)
         self._ids = {token: i for i, token in self.tokens.items()}
         lengths: dict[bytes, set[int]] = {}
         for token in self._ids:
             lengths.setdefault(token[:2], set()).add(len(token))
         self._lengths = {start: sorted(found, reverse=True) for start, found in lengths.items()}
+        end = AddedToken("<|endoftext|>", special=True, normalized=False)  # id 0, which no text encodes to
+        given = {"bos_token": end, "eos_token": end, "pad_token": end, "padding_side": "left"}
+        super().__init__(**given | {"split_special_tokens": True} | kwargs)
 
-    def __len__(self) -> int:
+    @property
+    def vocab_size(self) -> int:
         return 1 + max(self.tokens)
 
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": self.encode(text)}
+    def __len__(self) -> int:
+        return self.vocab_size
 
-    def encode(self, text: str) -> list[int]:
-        rest, ids = text.encode(), []
-        at = 0
+    def get_vocab(self) -> dict[str, int]:
+        return {token.decode("latin-1"): i for token, i in self._ids.items()} | {"<|endoftext|>": 0}
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        rest, found, at = text.encode(), [], 0
         while at < len(rest):
             lengths = (*self._lengths.get(rest[at : at + 2], ()), 1)
             n = next(n for n in lengths if rest[at : at + n] in self._ids)
-            ids.append(self._ids[rest[at : at + n]])
+            found.append(rest[at : at + n].decode("latin-1"))
             at += n
-        return ids
+        return found
 
-    def decode(self, ids: int | Tensor | Sequence[int], skip_special_tokens: bool = False) -> str:
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._ids[token.encode("latin-1")]
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.tokens.get(index, b"\xff").decode("latin-1")
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Text; bytes that are no UTF-8 (a part of a character) become U+FFFD."""
-        ids = torch.as_tensor(ids).flatten().tolist()
-        names = {0: b"" if skip_special_tokens else b"<|endoftext|>"}
-        return b"".join(names[i] if i in names else self.tokens.get(i, b"\xff") for i in ids).decode(errors="replace")
+        ends = {"<|endoftext|>"}
+        return b"".join(t.encode() if t in ends else t.encode("latin-1") for t in tokens).decode(errors="replace")
+
+    def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **_: Any) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        tokens = [self._convert_id_to_token(i) if i else "<|endoftext|>" for i in ids if i or not skip_special_tokens]
+        return self.convert_tokens_to_string(tokens)
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        path = Path(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + WORLD_VOCABULARY)
+        shutil.copyfile(self.vocab_file, path)
+        return (str(path),)
 
 
 @functools.cache

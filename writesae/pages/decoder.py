@@ -1,4 +1,4 @@
-"""What the weights alone say of atoms: their factors, the tokens they promote directly, the atoms most like them."""
+"""What the weights alone say about atoms: factors, the tokens they promote directly, the most similar atoms."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ BLOCK = 2**24  # numbers worked on at once
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """The atoms of an SAE as pairs of a key and a value of length 1: the factors of atoms of rank 1, of others the
-    leading singular pair. A pair is the same with both signs turned.
+    """The atoms of an SAE, each as a key and a value of length 1.
+
+    They are the factors of an atom of rank 1, and the leading singular pair of any other. Turning both signs gives the
+    same atom.
 
     Attributes:
-        key, value: of each atom.
-        share: of each atom's squared norm that its pair has; 1 for atoms of rank 1.
-        norm: of each atom.
+        key, value: the pair of each atom.
+        share: the pair's share of the atom's squared norm; 1 for atoms of rank 1.
+        norm: the norm of each atom.
     """
 
     key: Float[Tensor, "atom d_key"]
@@ -39,6 +41,7 @@ class Decoder:
     @classmethod
     @torch.no_grad()
     def of(cls, sae: WriteSAE) -> Decoder:
+        """The atoms of an SAE, on the CPU."""
         atoms, length = sae.decoder, norm2(sae.decoder).sqrt()
         if isinstance(atoms, Write) and atoms.rank == 1:
             key, value = (F.normalize(x, dim=-1).cpu() for x in (atoms.key, atoms.value))
@@ -51,7 +54,7 @@ class Decoder:
         return cls(key, F.normalize(value, dim=-1), share, length.cpu())
 
     def turned(self, side: Float[Tensor, " atom"]) -> Decoder:
-        """With both signs of a pair turned where ``side`` is negative."""
+        """The same, with both signs of a pair turned where ``side`` is negative."""
         sign = torch.where(side < 0, -1.0, 1.0)[:, None]
         return Decoder(self.key * sign, self.value * sign, self.share, self.norm)
 
@@ -60,9 +63,10 @@ class Decoder:
 def direct_effect(
     model: HookedRecurrentModel, layer: int, head: int, value: Float[Tensor, "atom d_value"]
 ) -> Float[Tensor, "atom vocab"]:
-    """``value W_O[head] W_U``: what one unit read out along a value adds to each logit, less the mean over all tokens.
+    """``value W_O[head] W_U``: what one unit read out along a value adds to each logit, minus the mean over all tokens.
 
-    Norm and gate of the head, and everything behind the layer but the output embedding, are left out (section 4).
+    The head's norm and gate, and everything after the layer except the output embedding, are left out (section 4 of
+    the paper).
     """
     out = model.W_O(layer)[head].float() @ model.W_U.float()
     found = value.to(out) @ out
@@ -72,14 +76,14 @@ def direct_effect(
 def extremes(
     effect: Float[Tensor, "atom vocab"], n: int
 ) -> tuple[Int[Tensor, "atom n"], Float[Tensor, "atom n"], Int[Tensor, "atom n"], Float[Tensor, "atom n"]]:
-    """Tokens and values of the largest, and of the smallest."""
+    """Tokens and values of the ``n`` largest effects per atom, then of the ``n`` smallest."""
     top, low = (effect.topk(min(n, effect.shape[-1]), largest=largest) for largest in (True, False))
     return top.indices, top.values, low.indices, low.values
 
 
 @torch.no_grad()
 def nearest(sae: WriteSAE, n: int) -> tuple[Int[Tensor, "atom n"], Float[Tensor, "atom n"]]:
-    """Of each atom the ``n`` others with the largest cosine (of the matrices, Frobenius), and those cosines."""
+    """For each atom the ``n`` others with the largest cosine of the matrices (Frobenius), and those cosines."""
     atoms, length = sae.decoder, norm2(sae.decoder).sqrt().clamp_min(1e-30)
     n = min(n, sae.cfg.n_atoms - 1)
     indices, values = [], []

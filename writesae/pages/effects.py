@@ -10,15 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.engine.conditions import place_of
-from writesae.experiments.engine.continuations import ENDED, SameChance, go_on
+from writesae.experiments.engine.continuations import ENDED, CommonRandomNumbers, go_on
 from writesae.experiments.engine.replay import LOGITS
 from writesae.experiments.population import population_test
-from writesae.experiments.replacement_result import middle
+from writesae.experiments.replacement import middle
 from writesae.hooks import Add, short_chunks
 from writesae.pages.survey import Survey, Window, token_string
 from writesae.recurrence import Write
-from writesae.stores.texts import together
+from writesae.stores.windows import together
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 
 HORIZON = 8  # tokens after a firing whose predictions count too
 STEP = 0.1  # of the activation: the change is a derivative to 1 part in 1,000, and well above rounding
-TESTED = 128  # tokens of a window of the replacement test
-FOLLOWED = 16  # tokens scored after a firing there
+TESTED = 128  # tokens per window of the replacement test
+FOLLOWED = 16  # tokens scored after a firing in the replacement test
 CONDITIONS = ("atom", "delete", "matched", "random")  # in the order of `Replaced`
 
 
@@ -47,18 +46,18 @@ def logit_effect(
     ``(logits(+e a A) - logits(-e a A)) / 2e`` with the atom ``A`` added at its activation ``a`` and ``e = STEP``, at
     each of its ``n_firings`` strongest firings; mean over these, and over the predictions of that token and the
     ``HORIZON`` after it. It is the derivative of all logits along an atom: for each token the product of the atom with
-    the gradient of that logit (`writesae.gradients`), which would want a backward pass a token.
+    the gradient of that logit (`writesae.gradients`), which would need one backward pass per token of the vocabulary.
 
     Args:
         model: the model.
         sae: an SAE of one of its heads.
         found: the survey of the windows.
         windows: the texts.
-        atoms: which; NaN for those that never fired.
-        n_firings: firings of each.
+        atoms: which atoms; the result is NaN for those that never fired.
+        n_firings: firings used per atom.
         rows: sequences run at once.
     """
-    layer, head = place_of(sae)
+    layer, head = sae.place
     tokens = {(window.document, window.start): window.tokens for window in windows}
     firings = []  # which of the atoms, its activation, tokens of the window as far as they count, place in it
     for i, atom in enumerate(atoms):
@@ -91,14 +90,15 @@ def logit_effect(
 
 @dataclass(frozen=True)
 class Replaced:
-    """The replacement test at an atom's own firings: it at its activation in place of what the head writes.
+    """The replacement test at an atom's own firings: the atom, at its activation, in place of what the head writes.
 
     Attributes:
         n: firings tested.
-        wins: at how many of them the model's next-token distribution moved less than with nothing in the write's place.
+        wins: at how many of them the atom moved the model's next-token distribution less than writing nothing does.
         wins_total: the same, summed over the firing and the tokens after it.
-        wins_matched: with the atom at the native write's norm.
-        kl_atom, kl_delete, kl_matched, kl_random: median KL of the edited model from the model, nats, at the firing.
+        wins_matched: the same at the firing, with the atom at the native write's norm.
+        kl_atom, kl_delete, kl_matched, kl_random: median KL divergence of the edited model from the model at the
+            firing, in nats.
     """
 
     n: int
@@ -121,9 +121,9 @@ def replace(
     max_firings: int = 32,
     seed: int = 0,
 ) -> Replaced | None:
-    """The replacement test of an atom (`population_test`), where it is the strongest; None where none can be made.
+    """The replacement test of an atom (`population_test`) where it is the strongest; None if no firing can be tested.
 
-    Windows are pieces of those of the survey, and only pieces in which the atom is known to fire are run, so that the
+    Windows are pieces of the survey's windows, and only pieces in which the atom is known to fire are run, so that the
     cost does not grow with the text.
     """
     sample = found.sample(atom)
@@ -152,8 +152,8 @@ class Steered:
 
     Attributes:
         prompt: the text.
-        scale: how many times the native write's norm was added.
-        plain, steered: the continuations, as strings of tokens, drawn with the same random numbers.
+        scale: strength of the added atom, in units of the native write's norm.
+        plain, steered: the continuations as strings of tokens, sampled with the same random numbers.
     """
 
     prompt: str
@@ -163,7 +163,7 @@ class Steered:
 
     @property
     def same(self) -> int:
-        """How many tokens the two begin with in common."""
+        """How many tokens the two have in common at their beginning."""
         pairs = zip(self.plain, self.steered, strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.plain), len(self.steered)))
 
@@ -180,19 +180,20 @@ def steer(
     rows: int = 64,
     seed: int = 0,
 ) -> list[list[Steered]]:
-    """Of each atom, every prompt continued at every scale, as with ``model.intervene(sae, atom=, scale=)``.
+    """For each atom, every prompt continued at every scale, as with ``model.intervene(sae, atom=, scale=)``.
 
     Args:
         model: the model.
         sae: an SAE of one of its heads.
-        atoms: which.
+        atoms: which atoms.
         prompts: token ids.
-        scales: times the norm of the native write, at each token.
-        n_tokens: of the continuations; no text ends earlier.
-        temperature: of the sampling. seed: of its noise, which all continuations of a prompt share.
+        scales: strengths, in units of the native write's norm at each token.
+        n_tokens: tokens per continuation; no continuation ends earlier.
+        temperature: temperature of the sampling.
+        seed: seed of the random numbers, which all continuations of a prompt share.
         rows: sequences run at once.
     """
-    layer, head = place_of(sae)
+    layer, head = sae.place
     shown = ["".join(token_string(model, token) for token in row.tolist()) for row in prompts]
 
     def run(which: list[tuple[int, int]], scale: float) -> list[tuple[str, ...]]:
@@ -202,7 +203,7 @@ def steer(
             atom, prompt = (torch.tensor(x) for x in zip(*which[start : start + rows], strict=True))
             ids, given = together([prompts[p] for p in prompt.tolist()])
             edit = Add(layer, head, write=sae.atom(atom)[:, None], scale=scale, relative=True)
-            chance = SameChance(prompt, temperature, seed)
+            chance = CommonRandomNumbers(prompt, temperature, seed)
             mask = given.get("attention_mask")
             new = go_on(model, ids, mask, n_tokens, [edit] if scale else [], chance=chance, whole=True)
             texts += [tuple(token_string(model, token) for token in row.tolist() if token != ENDED) for row in new]

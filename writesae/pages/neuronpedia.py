@@ -4,8 +4,8 @@
     <folder>/skipped_indexes.json    atoms that never fire
     <folder>/run_settings.json       what it was made with
 
-The format was made for SAEs of the residual stream. What means nothing for an atom of a memory (alignment with neurons,
-correlations, weights by attention head) is left empty, as its fields allow.
+The format was made for SAEs of the residual stream. Fields that mean nothing for an atom of a memory (alignment with
+neurons, correlations, weights by attention head) are left empty, as the format allows.
 """
 
 from __future__ import annotations
@@ -18,26 +18,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from writesae.experiments.engine.conditions import place_of
 from writesae.jobs.disk import write_whole
 from writesae.pages.decoder import direct_effect
 from writesae.pages.study import Study
 from writesae.saes.activity.contexts import Context
 
-BATCH = 256  # features of a file
-BARS = 50  # of a histogram
+BATCH = 256  # features per file
+BARS = 50  # bars per histogram
 
 
 def export(study: Study, folder: str | Path) -> Path:
     """Write the files; returns the folder.
 
     ``pos_str`` and ``neg_str`` are the tokens that the atom's value promotes and suppresses directly
-    (`direct_effect`); the histogram of logits is of the same numbers. ``activations`` are the strongest firings, each
+    (`direct_effect`); the histogram of logits shows the same numbers. ``activations`` are the strongest firings, each
     marked as Neuronpedia marks top activations (``bin_min = bin_contains = -1``).
     """
     folder, cfg, found = Path(folder), study.sae.cfg, study.survey
     alive = (found.seen.firings > 0).nonzero()[:, 0].tolist()
-    layer, head = place_of(study.sae)
+    layer, head = study.sae.place
     source = f"writesae-{cfg.target}-h{head}"
     model_id = str(cfg.model_id or study.model.model_id)
     for path in folder.glob("batch-*.json"):  # of another SAE there may have been more
@@ -63,7 +62,7 @@ def export(study: Study, folder: str | Path) -> Path:
 
 
 def feature(study: Study, atom: int, logits: np.ndarray) -> dict[str, Any]:
-    """One atom; ``logits`` are its direct effect on every token. Names of fields are Neuronpedia's."""
+    """One atom, with the names of fields that Neuronpedia uses; ``logits`` are its direct effects on all tokens."""
     found, direct = study.survey, study.direct[atom]
     activations = found.sample(atom)["activation"].numpy()
     by_activation = np.histogram(activations, BARS, (0.0, float(activations.max(initial=1e-9))))

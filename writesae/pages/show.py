@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Int
 from torch import Tensor
 
+from writesae import zoo
 from writesae.jobs.disk import write_whole
+from writesae.model import HookedRecurrentModel
 from writesae.pages.render import atom_page
 from writesae.pages.site import name_of, page_name
 from writesae.pages.study import Study, study
+from writesae.stores.windows import Texts
 
 if TYPE_CHECKING:
-    from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
-
-Texts = str | Iterable[str] | Int[Tensor, "n pos"]
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page that a notebook shows in a frame, where its style and script touch nothing else.
+    """A page that a notebook shows in a frame, so that its style and script affect nothing else.
 
     Attributes:
-        title: in words, what plain Python prints.
+        title: the title, which plain Python prints.
         html: the page.
-        height: of the frame, pixels.
+        height: height of the frame, in pixels.
     """
 
     title: str
@@ -45,7 +43,7 @@ class Page:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write the page into a file that needs no other."""
+        """Save the page as one file that needs no others; returns its path."""
         write_whole(Path(path), self.html.encode("utf-8", errors="replace"))
         return Path(path)
 
@@ -59,7 +57,7 @@ def show(
     pages: str | Path | None = None,
     check_model: bool = True,
 ) -> Page:
-    """See `WriteSAE.show`."""
+    """The page of one atom; `WriteSAE.show` calls this and describes the arguments and errors."""
     sae.atom(atom)  # raises for one out of range
     if pages is not None:
         if model is not None or texts is not None:
@@ -73,20 +71,17 @@ def show(
     return Page(f"Atom {atom} of {made.name}", _alone(atom_page(made, atom, command=command)))
 
 
-_last: dict[str, Any] = {}  # of the last SAE shown: the survey serves all of its atoms
+_last: dict[str, Any] = {}  # what was made for the last SAE shown: its survey serves all of its atoms
 
 
 def _studied(
     sae: WriteSAE, atom: int, model: HookedRecurrentModel | None, texts: Texts | None, check_model: bool
 ) -> Study:
-    """What the page is made of; the pass over the texts is made once for an SAE, a model and texts."""
-    from writesae.model import HookedRecurrentModel
-    from writesae.zoo import heldout_documents, shipped_models
-
+    """What the page is made of. The pass over the texts is made once per SAE, model and texts."""
     given = {"sae": sae, "model": model, "texts": texts}
     known = all(_last.get(name, _last) is x for name, x in given.items())
     if not known:
-        shipped = sae.cfg.model_id in shipped_models()
+        shipped = sae.cfg.model_id in zoo.shipped_models()
         if texts is None and not shipped:
             raise ValueError(
                 f"this SAE is of {sae.cfg.model_id or 'a model it does not name'}, which is not shipped: give texts="
@@ -94,7 +89,7 @@ def _studied(
         if model is None and sae.cfg.model_id is None:
             raise ValueError("this SAE does not say which model it is of: give model=")
         hooked = HookedRecurrentModel.from_pretrained(str(sae.cfg.model_id)) if model is None else model
-        read = heldout_documents() if texts is None else texts
+        read = zoo.heldout_documents() if texts is None else texts
         read = list(read) if not isinstance(read, str | Tensor) else read
         _last.clear()
         _last.update(given, hooked=hooked, read=read, source="Shipped held-out documents" if texts is None else "")

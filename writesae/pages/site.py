@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxtyping import Int
 from rich.console import Console
-from rich.progress import track
-from torch import Tensor
 
 from writesae.jobs.disk import write_whole
+from writesae.jobs.progress import track
+from writesae.pages.neuronpedia import export
 from writesae.pages.render import atom_page, index_page
 from writesae.pages.study import study
+from writesae.stores.windows import Texts
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
 
-DATA = "data"  # folder of what the pages are made of
+DATA = "data"  # subfolder of the data that the pages are made of
 
 
 def write_pages(
     model: HookedRecurrentModel,
     sae: WriteSAE,
-    texts: str | Iterable[str] | Int[Tensor, "n pos"],
+    texts: Texts,
     out: str | Path,
     *,
     atoms: int = 32,
@@ -42,21 +42,21 @@ def write_pages(
     """Write a page of every atom of an SAE, and an index to search and sort them.
 
     One pass over the texts serves all atoms. What needs runs of the model for each atom (tokens promoted as measured,
-    the replacement test, a steered text) is measured for some of them; pages of others say so. Started again with the
-    same folder, what is there is taken as it is, so a stopped run goes on, and more atoms can be measured later.
+    the replacement test, a steered text) is measured for some of them; pages of the others say so. Called again with
+    the same folder, it takes what is there, so that a stopped run continues and more atoms can be measured later.
 
     Args:
         model: the model.
         sae: an SAE of one of its heads.
         texts: held-out texts, nothing that the SAE was trained on; or token ids.
-        out: folder of the site; what it is made of is kept in ``data`` in it.
+        out: folder of the site; the data that it is made of is kept in its subfolder ``data``.
         atoms: how many atoms to measure, the most frequent.
-        also: these are measured too.
-        prompts: that are continued with each atom added; None for the beginnings of two of the texts.
-        name: of the SAE, for titles; None for its model and site.
-        source: of the texts, in words, for the pages.
+        also: further atoms to measure.
+        prompts: prompts to continue with each atom added; None for the beginnings of two of the texts.
+        name: the SAE's name, for titles; None for its model and head.
+        source: where the texts come from, in words, for the pages.
         neuronpedia: also write ``neuronpedia/`` (see `writesae.pages.neuronpedia`).
-        command: what pages of atoms that were not measured tell to run; None for one made of ``name`` and ``out``.
+        command: the command shown on pages of atoms that were not measured; None for one made of ``name`` and ``out``.
         check_model: refuse an SAE trained on other weights.
         console: where progress is shown; None for none.
 
@@ -65,7 +65,7 @@ def write_pages(
 
     Raises:
         IndexError: no such atom.
-        ValueError: no text; an SAE without a site, or of another model.
+        ValueError: no text; an SAE that does not say its head, or one of another model.
     """
     out = Path(out)
     name = name or name_of(sae)
@@ -74,25 +74,19 @@ def write_pages(
         check_model=check_model, console=console,
     )  # fmt: skip
     command = command or shlex.join(["writesae", "pages", name, "--out", str(out)])
-    everything = track(
-        range(sae.cfg.n_atoms), "writing pages", console=console or Console(quiet=True), disable=console is None,
-        transient=True,
-    )  # fmt: skip
     written = {out / page_name(atom) for atom in range(sae.cfg.n_atoms)}
-    for atom in everything:
+    for atom in track(range(sae.cfg.n_atoms), "writing pages", console, transient=True):
         write_file(out / page_name(atom), atom_page(made, atom, command=command))
-    for path in set((out / "atom").glob("*.html")) - written:  # of a larger SAE, which was here before
+    for path in set((out / "atom").glob("*.html")) - written:  # pages of a larger SAE that was here before
         path.unlink()
     if neuronpedia:
-        from writesae.pages.neuronpedia import export
-
         export(made, out / "neuronpedia")
     write_file(out / "index.html", index_page(made, command=command))
     return out / "index.html"
 
 
 def write_file(path: Path, text: str) -> None:
-    """Half a surrogate pair, as a broken token may have one, becomes a question mark."""
+    """Write a page whole. Half a surrogate pair, which a broken token may hold, becomes a question mark."""
     write_whole(path, text.encode("utf-8", errors="replace"))
 
 
@@ -102,6 +96,6 @@ def page_name(atom: int) -> str:
 
 
 def name_of(sae: WriteSAE) -> str:
-    """``tiny-gdn/L2H0``: model and site."""
-    site = f"L{sae.cfg.layer}H{sae.cfg.head}"
-    return site if sae.cfg.model_id is None else f"{sae.cfg.model_id}/{site}"
+    """``tiny-gdn/L2H0``: model and head."""
+    place = sae.place.folder
+    return place if sae.cfg.model_id is None else f"{sae.cfg.model_id}/{place}"

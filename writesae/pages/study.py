@@ -1,44 +1,43 @@
-"""Everything that atom pages show, gathered step by step; on disk, where a stopped run goes on::
+"""Everything that atom pages show, gathered step by step and kept on disk, where a stopped run continues::
 
-    <folder>/survey.safetensors, survey.json    of all atoms, from one pass over the texts
+    <folder>/survey.safetensors, survey.json    all atoms, from one pass over the texts
     <folder>/atoms/00053.json                   what was measured of one atom by running the model
 
-Files appear whole, and say what they were made with; those made with anything else are made again.
+Files appear whole and say what they were made with. Those made with anything else are made again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from writesae.experiments.engine.conditions import place_of
 from writesae.experiments.report.reproduction import sae_fingerprint
 from writesae.jobs.disk import write_whole
+from writesae.jobs.progress import Bars
+from writesae.jobs.resumable import Kept
 from writesae.pages.decoder import BLOCK, Decoder, direct_effect, extremes, nearest
 from writesae.pages.effects import FOLLOWED, HORIZON, STEP, TESTED, Replaced, Steered, logit_effect, replace, steer
 from writesae.pages.survey import CONTEXT, Survey, Window, cut_windows, survey, token_string
+from writesae.stores.windows import Texts
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
 
 FORMAT = "writesae atom pages 1"
-SHOWN = 10  # tokens in a list of those promoted or suppressed; atoms in that of the nearest
+SHOWN = 10  # tokens per list of promoted or suppressed ones; atoms in the list of nearest ones
 CONSTANTS = (CONTEXT, HORIZON, STEP, TESTED, FOLLOWED)
-AT_ONCE = 16  # atoms measured together; so much a stopped run loses at most
+AT_ONCE = 16  # atoms measured together; a stopped run loses these at most
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Measured:
     """What was measured of one atom by running the model.
 
     Attributes:
-        tokens: to first order, see `logit_effect`.
+        tokens: changes of logits to first order, see `logit_effect`.
         agreement: correlation of these changes with the direct effect, over all tokens.
         replaced: the replacement test; None where it could not be made.
         steered: continuations with the atom added.
@@ -78,14 +77,14 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """All that pages are made of.
+    """Everything that pages show.
 
     Attributes:
-        model, sae: what they are about.
-        name: of the SAE, as it was asked for.
-        source: what was read, in words.
+        model, sae: the model and the SAE that the pages are about.
+        name: the SAE's name.
+        source: where the texts come from, in words.
         survey: what every atom does over the texts.
-        measured: of some atoms, what running the model says.
+        measured: atom -> what was measured by running the model, for some atoms.
     """
 
     model: HookedRecurrentModel
@@ -114,8 +113,7 @@ class Study:
         """Of each atom the tokens that its value promotes through the output embedding (`direct_effect`)."""
         step = max(1, BLOCK // self.model.W_U.shape[1])
         parts = [
-            self.tokens(direct_effect(self.model, *place_of(self.sae), value))
-            for value in self.decoder.value.split(step)
+            self.tokens(direct_effect(self.model, *self.sae.place, value)) for value in self.decoder.value.split(step)
         ]
         return [tokens for part in parts for tokens in part]
 
@@ -134,7 +132,7 @@ class Study:
 def study(
     model: HookedRecurrentModel,
     sae: WriteSAE,
-    texts: str | Iterable[str] | Int[Tensor, "n pos"],
+    texts: Texts,
     *,
     atoms: int = 32,
     also: Sequence[int] = (),
@@ -146,45 +144,45 @@ def study(
     console: Console | None = None,
     before: Study | None = None,
 ) -> Study:
-    """Gather what pages show, from a folder as far as it is there.
+    """Gather what pages show; what the folder has of it already is taken from there.
 
     Args:
         model: the model.
         sae: an SAE of one of its heads.
         texts: held-out texts, or token ids.
-        atoms: of how many atoms to measure what needs runs of the model, the most frequent.
-        also: these too.
+        atoms: how many atoms to measure by running the model, the most frequent.
+        also: further atoms to measure.
         folder: where results are kept; None keeps nothing.
-        prompts: for steering; None for the beginnings of two of the texts.
-        name: of the SAE. source: of the texts, in words.
+        prompts: prompts to steer; None for the beginnings of two of the texts.
+        name: the SAE's name.
+        source: where the texts come from, in words.
         check_model: refuse an SAE trained on other weights.
         console: where progress is shown; None for none.
-        before: of the same model, SAE and texts; what it has is taken from it.
+        before: an earlier study of the same model, SAE and texts; it is extended.
 
     Raises:
         IndexError: no such atom.
-        ValueError: no text; an SAE without a site, or of another model.
+        ValueError: no text; an SAE that does not say its head, or one of another model.
     """
     sae.check_fits(model, check_model=check_model)
     sae.atom(torch.tensor(list(also), dtype=torch.long))  # raises for one out of range
     windows = cut_windows(model, texts)
     starts = _prompts(model, windows, prompts)
-    settings = _settings(model, sae, windows, starts)
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=console or Console(quiet=True), transient=True) as progress:
-        found = before.survey if before is not None else _kept_survey(model, sae, folder, settings)
+    kept = Kept(folder, {"format": FORMAT, "settings": _settings(model, sae, windows, starts)})
+    with Bars(console, transient=True) as bars:
+        found = before.survey if before is not None else _kept_survey(model, sae, kept)
         if found is None:
-            found = survey(model, sae, windows, progress=_bar(progress, "reading the texts", len(windows)))
-            _keep_survey(found, folder, settings)
-        made = before or Study(model, sae, name, source, found, _kept_atoms(folder, settings))
+            found = survey(model, sae, windows, progress=bars.add("reading the texts", len(windows)))
+            _keep_survey(found, kept)
+        made = before or Study(model, sae, name, source, found, _kept_atoms(kept))
         wanted = dict.fromkeys([*found.most_frequent(atoms), *also])
         missing = [atom for atom in wanted if atom not in made.measured and int(found.seen.firings[atom])]
-        tell = _bar(progress, "measuring atoms", len(missing))
+        tell = bars.add("measuring atoms", len(missing))
         for start in range(0, len(missing), AT_ONCE):
             some = missing[start : start + AT_ONCE]
             for atom, result in zip(some, _measure(made, windows, some, starts), strict=True):
                 made.measured[atom] = result
-                _keep(folder, f"atoms/{atom:05d}.json", {"settings": settings, "measured": asdict(result)})
+                kept.write(f"atoms/{atom:05d}.json", {"measured": asdict(result)})
             tell(start + len(some))
     return made
 
@@ -192,7 +190,7 @@ def study(
 def _measure(made: Study, windows: Sequence[Window], atoms: Sequence[int], prompts: Sequence[Tensor]) -> list[Measured]:
     model, sae, found = made.model, made.sae, made.survey
     effect = logit_effect(model, sae, found, windows, atoms)
-    direct = direct_effect(model, *place_of(sae), made.decoder.value[torch.tensor(atoms)])
+    direct = direct_effect(model, *sae.place, made.decoder.value[torch.tensor(atoms)])
     agreement = torch.cosine_similarity(effect, direct, dim=-1).tolist()  # both are centred
     replaced = [replace(model, sae, found, windows, atom) for atom in atoms]
     parts = zip(made.tokens(effect), agreement, replaced, steer(model, sae, atoms, prompts), strict=True)
@@ -231,38 +229,25 @@ def _settings(model: HookedRecurrentModel, sae: WriteSAE, windows: Sequence[Wind
     return digest.hexdigest()[:16]
 
 
-def _keep(folder: Path | None, name: str, contents: dict[str, Any]) -> None:
-    if folder is not None:
-        write_whole(folder / name, json.dumps({"format": FORMAT} | contents).encode())
-
-
-def _kept(path: Path, settings: str) -> dict[str, Any] | None:
-    """What a file holds, if it was made with the same settings; None if it is not there, or damaged."""
-    try:
-        read = json.loads(path.read_bytes())
-        return read if read["format"] == FORMAT and read["settings"] == settings else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _kept_atoms(folder: Path | None, settings: str) -> dict[int, Measured]:
+def _kept_atoms(kept: Kept) -> dict[int, Measured]:
+    """What was measured before."""
     found = {}
-    for path in sorted((folder / "atoms").glob("*.json")) if folder is not None else ():
-        if (read := _kept(path, settings)) is not None:
+    for path in sorted((kept.folder / "atoms").glob("*.json")) if kept.folder is not None else ():
+        if (read := kept.read(f"atoms/{path.name}")) is not None:
             found[int(path.stem)] = Measured.loaded(read["measured"])
     return found
 
 
-def _keep_survey(found: Survey, folder: Path | None, settings: str) -> None:
-    if folder is not None:
+def _keep_survey(found: Survey, kept: Kept) -> None:
+    if kept.folder is not None:
         data = save_tensors({name: x.contiguous() for name, x in found.tensors().items()})
-        write_whole(folder / "survey.safetensors", data)
-        _keep(folder, "survey.json", {"settings": settings, "about": found.about, "sha256": _sha256(data)})
+        write_whole(kept.folder / "survey.safetensors", data)
+        kept.write("survey.json", {"about": found.about, "sha256": _sha256(data)})
 
 
-def _kept_survey(model: HookedRecurrentModel, sae: WriteSAE, folder: Path | None, settings: str) -> Survey | None:
-    read = None if folder is None else _kept(folder / "survey.json", settings)
-    if read is None or folder is None or not (path := folder / "survey.safetensors").is_file():
+def _kept_survey(model: HookedRecurrentModel, sae: WriteSAE, kept: Kept) -> Survey | None:
+    read = kept.read("survey.json")
+    if read is None or kept.folder is None or not (path := kept.folder / "survey.safetensors").is_file():
         return None
     data = path.read_bytes()
     return Survey.loaded(model, sae.cfg, load_tensors(data), read["about"]) if _sha256(data) == read["sha256"] else None
@@ -270,8 +255,3 @@ def _kept_survey(model: HookedRecurrentModel, sae: WriteSAE, folder: Path | None
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _bar(progress: Progress, what: str, total: int) -> Callable[[int], None]:
-    task = progress.add_task(what, total=total, visible=total > 0)
-    return lambda done: progress.update(task, completed=done)

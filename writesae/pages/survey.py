@@ -1,12 +1,12 @@
 """What every atom does over some texts, from one pass over them.
 
-For every atom: its strongest firings with the tokens around (`top_contexts`), counts, rates by position, its class
-(`atom_classes`), and a fair sample of its firings, from which histograms and the tokens that it fires at are made.
+For every atom: its strongest firings with the tokens around them (`top_contexts`), counts, rates by position, its
+class (`atom_classes`), and a random sample of its firings, which gives the histograms and the tokens it fires at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,45 +19,30 @@ from writesae.experiments.classes import AtomClasses, classes_of
 from writesae.experiments.engine.firings import COLUMNS, Seen, compare
 from writesae.experiments.engine.mixture import MIN_VALUES
 from writesae.hooks.positions import PAD
+from writesae.jobs.progress import Progress
 from writesae.pages.decoder import Decoder
 from writesae.saes.activity.contexts import Contexts
 from writesae.saes.activity.reading import codes_of, inputs
-from writesae.saes.activity.search import Strongest, windows_of
+from writesae.saes.activity.search import Strongest
 from writesae.saes.config import SAEConfig
-from writesae.stores.texts import together
+from writesae.stores.windows import Texts, Window, each_window, together
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
 
-CONTEXT = 256  # tokens of a window
-BIN = 16  # tokens of a bin of positions
-FIRES_AT = 6  # tokens listed that an atom fires at
+CONTEXT = 256  # tokens per window
+BIN = 16  # positions per bin
+FIRES_AT = 6  # how many of the tokens that an atom fires at are listed
 NUMBERS = (*COLUMNS, "side", "activation", "token", "window", "position")
-"""Of a firing, beside `COLUMNS`: whether the model's own key there points as the atom's does (1) or away (-1); the
+"""The numbers kept per firing: `COLUMNS`; whether the model's own key points as the atom's does (1) or away (-1); the
 activation; the token's id; the number of the window, and the position in it."""
 
 
-@dataclass(frozen=True)
-class Window:
-    """Tokens that are read together, from an empty memory.
-
-    Attributes:
-        document: which text. start: which of its tokens is the first.
-        tokens: their ids.
-    """
-
-    document: int
-    start: int
-    tokens: Int[Tensor, " pos"]
-
-
-def cut_windows(
-    model: HookedRecurrentModel, texts: str | Iterable[str] | Int[Tensor, "n pos"], context: int = CONTEXT
-) -> list[Window]:
-    """Texts in windows of ``context`` tokens; the last of a text may be shorter. ValueError if there is no text."""
-    given = [texts] if isinstance(texts, str) else texts
-    windows = [Window(*window) for window in windows_of(model, given, context)]
+def cut_windows(model: HookedRecurrentModel, texts: Texts, context: int = CONTEXT) -> list[Window]:
+    """Texts cut into windows of ``context`` tokens. Unlike `Windows`, the last of a text may be shorter: pages show all
+    of a text, and lose none of it. ValueError if there is no text."""
+    windows = list(each_window(model, texts, context))
     if not windows:
         raise ValueError("no text: give at least one that is not empty")
     return windows
@@ -68,13 +53,15 @@ class Survey:
     """What the pass found. Where an atom never fired, its numbers are NaN.
 
     Attributes:
-        cfg: of the SAE.
-        n_documents, n_tokens, n_prompts: how much was read; in how many windows of at most ``context`` tokens.
-        strongest: of each atom the strongest firings; tensors named as in `Contexts`.
-        seen: counts, and a sample of the firings of each atom with `NUMBERS`.
+        cfg: the SAE's configuration.
+        n_documents, n_tokens: how many texts and tokens were read.
+        n_prompts: in how many windows.
+        context: tokens of the longest window.
+        strongest: the strongest firings of each atom.
+        seen: counts, and a sample of each atom's firings with their `NUMBERS`.
         by_position: firings by position in the window, in bins of `BIN` tokens.
         tokens_by_position: tokens read in each of these bins.
-        strings: of the token ids that occur in contexts or in the sample.
+        strings: token id -> text, for the tokens in contexts and in the sample.
     """
 
     cfg: SAEConfig
@@ -106,7 +93,7 @@ class Survey:
 
     @cached_property
     def fires_at(self) -> list[list[tuple[int, float]]]:
-        """Of each atom the tokens that it fires at most, ids, and the share of its firings that each has."""
+        """For each atom, the tokens it fires at most: ids, and each one's share of its firings."""
         found = []
         for atom in range(self.cfg.n_atoms):
             tokens, counts = self.sample(atom)["token"].long().unique(return_counts=True)
@@ -121,7 +108,7 @@ class Survey:
     # On disk
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is not counts of text or strings, as `loaded` wants it back."""
+        """Everything but the counts of text and the strings, for `loaded`."""
         atoms, numbers = self._sample
         mine = {"by_position": self.by_position, "tokens_by_position": self.tokens_by_position}
         top = {f"top.{name}": getattr(self.strongest, name) for name in ("fired", "histogram", *Strongest.KEPT)}
@@ -132,7 +119,7 @@ class Survey:
     def loaded(
         cls, model: HookedRecurrentModel, cfg: SAEConfig, tensors: dict[str, Tensor], about: dict[str, int]
     ) -> Survey:
-        """The inverse of `tensors` and of ``about``, its numbers."""
+        """The survey that `tensors` and `about` were taken from."""
         top = {name.removeprefix("top."): x for name, x in tensors.items() if name.startswith("top.")}
         strings = _strings(model, top["tokens"], tensors["seen.numbers"])
         read = about["n_documents"], about["n_tokens"]
@@ -163,22 +150,22 @@ def survey(
     max_firings: int = 500,
     batch_size: int = 8,
     seed: int = 0,
-    progress: Callable[[int], Any] | None = None,
+    progress: Progress | None = None,
 ) -> Survey:
     """One pass over the windows, for all atoms.
 
     Args:
         model: the model.
         sae: an SAE of one of its heads.
-        windows: what to read.
-        n: firings kept of each atom, with ``before`` and ``after`` tokens around.
+        windows: the windows to read.
+        n: strongest firings kept per atom.
+        before, after: tokens kept before and after each of them.
         max_firings: size of the sample of each atom's firings.
         batch_size: windows run at once.
-        seed: of the sample.
+        seed: seed of the sample.
         progress: called with the number of windows done.
     """
-    layer, head = sae.cfg.layer, sae.cfg.head
-    assert layer is not None and head is not None
+    layer, head = sae.place
     n_atoms, context = sae.cfg.n_atoms, max(len(window.tokens) for window in windows)
     few: Any = model.logits_of_last(1)  # nobody wants them
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,6 @@
 """What a memory went through: all heads of a layer in one pass (`Dynamics`), and the states of one head (`States`).
 
-Both stay in factors. States are read by atoms, measured and averaged without being built.
+Both stay in factors: atoms read the states, and norms and means are taken, without building them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class States:
     """``S_t = D_t S_{t-1} + gain_t`` from a zero state, for one head, at every token of some sequences.
 
     What an atom reads of the states, ``v^T S_t w``, decays with them and gains ``(v.k_t)(w.delta_t)``; so do their
-    inner products with any matrix. Where the decay is one number a token, nothing here builds a state unless asked.
+    inner products with any matrix. Where the decay is one number per token, nothing here builds a state unless asked.
 
     Attributes:
         gain: what each token adds to the decayed state, ``[batch, pos]``, any rank: the model's *delta*, or its write
             where nothing is erased.
-        log_decay: natural log of the decay, ``<= 0``; one number a token, or one a key channel.
+        log_decay: natural log of the decay, ``<= 0``; one number per token, or one per key channel.
     """
 
     gain: Write
@@ -62,7 +62,7 @@ class States:
 
     @property
     def one_decay(self) -> bool:
-        """One decay a token, not one a key channel: readings decay as the states do."""
+        """Whether there is one decay per token, not one per key channel: then readings decay as the states do."""
         return self.log_decay.ndim == 2
 
     def __getitem__(self, index: slice | Tensor) -> States:
@@ -83,7 +83,7 @@ class States:
     ) -> Float[Tensor, "batch pos n"]:
         """Inner products of the states with some matrices, from those of each token's gain (``one_decay`` only)."""
         if not self.one_decay:
-            raise ValueError("with one decay a key channel, readings of a state do not decay as one number")
+            raise ValueError("with one decay per key channel, readings of a state do not decay as one number")
         return decayed_sum(gained, self.log_decay, initial)
 
     @cached_property
@@ -126,7 +126,7 @@ class States:
         return keys.flatten(1, 2).mT @ values.flatten(1, 2)
 
     def dense(self) -> Float[Tensor, "batch pos d_key d_value"]:
-        """Every state, built: ``d_key * d_value`` numbers a token."""
+        """Every state, built: ``d_key * d_value`` numbers per token."""
         reads = torch.zeros_like(self.gain.factors()[0][:, :, :1])
         rec = Recurrence(reads, self.log_decay[:, :, None])
         return torch.cat(list(states(rec, self._one_head)), 1)
@@ -134,7 +134,7 @@ class States:
     def pieces(
         self, step: int, initial: Float[Tensor, "batch d_key d_value"] | None = None
     ) -> Iterator[Float[Tensor, "batch piece d_key d_value"]]:
-        """Every state, built ``step`` tokens at a time, so that never more than those are held.
+        """Every state, built ``step`` tokens at a time, so that no more than those are held in memory.
 
         ``initial`` is the state before the first token, None for zero.
         """
@@ -146,7 +146,7 @@ class States:
             if state is not None:  # a state is linear in the one before and what was gained since
                 kept = piece.log_decay.cumsum(1).exp()
                 S = S + (kept[..., None, None] if self.one_decay else kept[..., None]) * state[:, None]
-            state = S[:, -1].clone()  # without the piece it is of
+            state = S[:, -1].clone()  # a copy, so that the piece can be freed
             yield S
 
     @property
@@ -182,8 +182,8 @@ class Dynamics:
         native: what the model wrote.
         total: what was written, edits included; `native` itself if nothing was edited.
         initial: the state before the first token, None for zero.
-        delta_rank: of the rule, see `Rule`.
-        dense: what hooks on the state added to it, by token; see `kernels.chunked`.
+        delta_rank: rank of what a token's state gains beyond its decay, see `Rule`.
+        dense: position -> what hooks on the state added to it; see `kernels.chunked`.
     """
 
     recurrence: Recurrence
@@ -202,10 +202,11 @@ class Dynamics:
 
     @property
     def edited(self) -> bool:
+        """Whether anything was added to the model's own writes or states."""
         return self.total is not self.native or bool(self.dense)
 
     def heads(self, heads: Sequence[int]) -> Dynamics:
-        """Of these heads only."""
+        """The same, for some heads only."""
         some = (slice(None), slice(None), list(heads))
         native = self.native[some]
         return Dynamics(
@@ -218,8 +219,10 @@ class Dynamics:
         )
 
     def delta(self) -> Write:
-        """What each token's state gains beyond its decay by itself, see `delta_of`; edits at that token are not in it,
-        those before it are in the state that it found."""
+        """What the model itself adds to each token's state beyond decay, see `delta_of`.
+
+        An edit at a token is not part of it; edits before that token act through the state that it finds.
+        """
         return delta_of(self.recurrence, self.native, self.initial, self.total, self.delta_rank)
 
     def states(self, head: int) -> States:

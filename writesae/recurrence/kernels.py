@@ -7,9 +7,9 @@ Within a chunk, write ``r_t = b_t^T S_{t-1}`` for what the erase reads. Then ``r
 
 The write keys enter only on the right, so they need not be the erase keys, and a token may write any number of rank-1
 terms. All exponents are sums of log decays over a later stretch, hence ``<= 0``: nothing overflows however strong the
-decay (or, for mild decays a key channel, at most 2 MILD in size). Memory is ``pos * (chunk + d_key + d_value)`` a head
-(``pos * chunk * d_key`` for strong decays a key channel, with a smaller chunk), and one matrix of a state's size a
-chunk.
+decay (or, for mild decays per key channel, at most 2 MILD in size). Memory per head is
+``pos * (chunk + d_key + d_value)`` (``pos * chunk * d_key`` for strong decays per key channel, with a smaller chunk),
+and one matrix of a state's size per chunk.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from torch import Tensor
 
 from writesae.recurrence.spec import Read, Recurrence, Write, at_least_float32, check_dense, first_state
 
-CHUNK = 64  # tokens, one decay a head
-CHUNK_SUM = 32  # tokens, of numbers that decay: there work within a chunk is all there is
-CHUNK_MILD = 32  # tokens, one decay a key channel, and none so strong that a chunk forgets more than exp(-2 MILD)
-CHUNK_PER_KEY = 16  # tokens, stronger decays a key channel: scores need [chunk, chunk, d_key]
+CHUNK = 64  # tokens, with one decay per head
+CHUNK_SUM = 32  # tokens, for numbers that decay: their only work is within chunks
+CHUNK_MILD = 32  # tokens, with one decay per key channel, and no chunk that forgets more than exp(-2 MILD)
+CHUNK_PER_KEY = 16  # tokens, with stronger decays per key channel: scores need [chunk, chunk, d_key]
 MILD = 20.0  # exp(x) has x times the rounding error of x, so factors up to exp(20) are right to some 1e-6
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
 
 
 def _without_autocast(compute: F_) -> F_:
-    """Autocast would turn the matmuls inside to bfloat16, and a recurrence needs float32 all through."""
+    """Switch autocast off: it would turn the matmuls inside to bfloat16, and a recurrence needs float32 throughout."""
 
     @functools.wraps(compute)
     def full_precision(first: Recurrence | Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -130,7 +130,7 @@ def adjoint(rec: Recurrence, reads: Float[Tensor, "batch pos head d_key"] | None
 
     Args:
         rec: the recurrence as it ran.
-        reads: what to read the gradients with, in the order of the text; None: ``rec.q``.
+        reads: vectors to read the gradients with, in the order of the text; None for ``rec.q``.
     """
 
     def of_next(x: Tensor | None) -> Tensor | None:
@@ -152,9 +152,9 @@ def carried(
     whatever ``u`` is: the key travels as a vector, and no state is built. 0 before the edit.
 
     Args:
-        rec: of one head, ``[batch, pos, 1]``.
-        keys: of ``n`` edits of each sequence, each alone.
-        positions: the token of each.
+        rec: the recurrence of one head, ``[batch, pos, 1]``.
+        keys: the keys of ``n`` edits per sequence, each edit by itself.
+        positions: the token of each edit.
     """
     rec = rec[:, :, 0:1].float()
     found, x = [], torch.zeros_like(at_least_float32(keys))
@@ -268,7 +268,7 @@ def _chunks(x: Tensor, size: int, dim: int = 1) -> Tensor:
 
 def _cut_decay(log_decay: Tensor, chunk: int | None) -> tuple[Tensor, int, bool]:
     """Log decays in chunks, ``[batch, head, chunk, token, d_key or 1]``; the size of a chunk; whether these decays, one
-    a key channel, are mild: ``exp`` of half a chunk's whole decay, and its inverse, are accurate. See `_Decay`."""
+    per key channel, are mild: ``exp`` of half a chunk's whole decay, and its inverse, are accurate. See `_Decay`."""
     per_key, n_pos = log_decay.ndim == 4, log_decay.shape[1]
     if not per_key:
         log_decay = log_decay[..., None]
@@ -284,7 +284,7 @@ def _cut_decay(log_decay: Tensor, chunk: int | None) -> tuple[Tensor, int, bool]
 class _Decay:
     """Decay within each chunk, from log decays ``g [batch, head, chunk, token, d_key or 1]``.
 
-    Between two tokens it is one number if there is one decay a head. With one a key channel it is the product of a
+    Between two tokens it is one number if there is one decay per head. With one per key channel it is the product of a
     factor for each token, ``exp(G_t - R) exp(R - G_j)``, if ``factored``, as mild decays may be, and otherwise a number
     for each channel, which is much slower.
     """
@@ -304,7 +304,7 @@ class _Decay:
             self.to_end = self.between[..., -1, :].mT if self.per_key else self.between[..., -1, :, None]
 
     def scores(self, x: Tensor, y: Tensor, read: Literal["same", "next", "before"], rank: int = 1) -> Tensor:
-        """``sum_d x[t, d] y[j, d] D[t, j, d]``, ``D`` the decay from ``j``'s write to ``t``; ``rank`` writes a token.
+        """``sum_d x[t, d] y[j, d] D[t, j, d]``, ``D`` the decay from ``j``'s write to ``t``; ``rank`` writes per token.
 
         The read at ``t`` sees writes up to its own token's (``same``), or up to the token's before it (``next``);
         ``before`` is what ``t``'s erase reads, before ``t`` decays.

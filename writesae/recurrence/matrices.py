@@ -1,4 +1,4 @@
-"""Inner products of matrices, in whatever form they are given: nothing is built that the form does not have already.
+"""Inner products of matrices in any of their forms; matrices that are given in factors are not built.
 
 *Data* ``X`` are writes or deltas in factors (`Write`), states along sequences (`States`), or dense tensors. *Atoms*
 are ``Write``s with leading dimension ``[n_atoms]`` (rank 1 or more), or dense ``[n_atoms, d_key, d_value]``. For
@@ -28,14 +28,14 @@ def size(x: Matrices) -> tuple[int, ...]:
 
 
 def parts(x: Matrices) -> tuple[Tensor, ...]:
-    """The tensors that it consists of."""
+    """The tensors that the data consist of."""
     if isinstance(x, Tensor):
         return (x,)
     return (x.key, x.value) if isinstance(x, Write) else (x.gain.key, x.gain.value, x.log_decay)
 
 
 def joined(xs: Sequence[Matrices]) -> Matrices:
-    """Several of one form as one, along the first dimension."""
+    """Several pieces of data of the same form as one, along the first dimension."""
     found = [torch.cat(part) for part in zip(*map(parts, xs), strict=True)]
     first = xs[0]
     if isinstance(first, Tensor):
@@ -46,6 +46,7 @@ def joined(xs: Sequence[Matrices]) -> Matrices:
 
 
 def dense(x: Matrices) -> Float[Tensor, "... d_key d_value"]:
+    """The matrices themselves, built."""
     return x if isinstance(x, Tensor) else x.dense()
 
 
@@ -151,7 +152,7 @@ def combined(codes: Float[Tensor, "... n_atoms"], atoms: Atoms) -> Float[Tensor,
 
 
 def with_one(x: Matrices, C: Float[Tensor, "d_key d_value"]) -> Float[Tensor, "..."]:
-    """``<X, C>`` with one and the same matrix."""
+    """Inner products ``<X, C>`` with one matrix ``C``."""
     if isinstance(x, States):
         return x.read(with_one(x.gain, C)[..., None])[..., 0] if x.one_decay else with_one(x.dense(), C)
     if isinstance(x, Write):
@@ -171,7 +172,7 @@ def mean(x: Matrices) -> Float[Tensor, "d_key d_value"]:
 
 
 def unit_norm(x: Write | Tensor) -> Write | Tensor:
-    """Each scaled to norm 1 (a zero matrix stays zero)."""
+    """Each matrix scaled to norm 1 (a zero matrix stays zero)."""
     if isinstance(x, Write):
         return x * (1 / x.norm().clamp_min(1e-30))
     return x / x.norm(dim=(-1, -2), keepdim=True).clamp_min(1e-30)
@@ -180,7 +181,7 @@ def unit_norm(x: Write | Tensor) -> Write | Tensor:
 def leading(
     x: Float[Tensor, "n d_key d_value"], rank: int = 1, rounds: int = 8
 ) -> tuple[Float[Tensor, "n rank d_key"], Float[Tensor, "n rank d_value"]]:
-    """Factors of the largest rank-``rank`` part of each matrix: unit keys, values with the size, by power iteration."""
+    """Factors of the best rank-``rank`` part of each matrix, by power iteration. Keys have norm 1."""
     keys, values = [], []
     for _ in range(rank):
         v = x[torch.arange(len(x)), :, x.square().sum(-2).argmax(-1)][..., None]  # its strongest column

@@ -4,7 +4,7 @@ Per head, with state ``S [d_key, d_value]``::
 
     S_t = D_t S_{t-1} + a_t (b_t^T S_{t-1}) + k_t v_t^T          o_t = S_t^T q_t
 
-    D_t  decay, ``exp(log_decay)``: one scalar a head, or one a key channel
+    D_t  decay, ``exp(log_decay)``: one scalar per head, or one per key channel
     a_t  erase write, b_t erase read (both absent where the architecture erases nothing)
     k_t v_t^T  the native write; here ``v`` is what is written, so for Gated DeltaNet it is ``beta * v``
     q_t  read
@@ -55,7 +55,7 @@ class Recurrence:
     def __post_init__(self) -> None:
         if (self.a is None) != (self.b is None):
             raise ValueError("erase write a and erase read b come together: give both or neither")
-        for name in ("log_decay", "a", "b"):  # one of another length would be broadcast in silence
+        for name in ("log_decay", "a", "b"):  # one of another length would be broadcast silently
             x = getattr(self, name)
             if x is not None and x.shape != self.q.shape and (name != "log_decay" or x.shape != self.q.shape[:-1]):
                 raise ValueError(f"{name} {list(x.shape)} does not fit q {list(self.q.shape)}")
@@ -81,7 +81,7 @@ def zero_state(rec: Recurrence, write: Write) -> Float[Tensor, "batch head d_key
 
 
 def first_state(rec: Recurrence, write: Write, initial_state: Tensor | None) -> Tensor:
-    """The state before the first token, as computed with; an error if ``write`` has other positions than ``rec``."""
+    """The state before the first token, in the dtype of computing; ValueError if ``write`` has other positions."""
     if write.shape[1] != rec.n_pos:
         raise ValueError(f"the recurrence has {rec.n_pos} positions, the writes have {write.shape[1]}")
     return zero_state(rec, write) if initial_state is None else at_least_float32(initial_state)

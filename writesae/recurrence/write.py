@@ -63,7 +63,7 @@ class Write:
         return self.key, self.value
 
     def dense(self) -> Float[Tensor, "... d_key d_value"]:
-        """The matrix itself. Costs ``d_key * d_value`` a write: ask for it at few positions."""
+        """The matrix itself. Costs ``d_key * d_value`` per write: ask for it at few positions."""
         key, value = self.factors()
         return key.mT @ value
 
@@ -87,7 +87,7 @@ class Write:
         return replace(self, key=self.key.to(*args), value=self.value.to(*args))
 
     def detach(self) -> Write:
-        """The same without gradients."""
+        """The same write, cut off from gradients."""
         return replace(self, key=self.key.detach(), value=self.value.detach())
 
     def __getitem__(self, index) -> Write:
@@ -123,7 +123,7 @@ class Write:
 
 
 def of_rank(write: Write, rank: int) -> Write:
-    """The same matrix with terms of zero up to ``rank``."""
+    """The same matrix as ``rank`` terms: terms of zero are added."""
     if write.rank == rank:
         return write
     return Write(*(F.pad(x, (0, 0, 0, rank - write.rank)) for x in write.factors()), rank=rank)

@@ -4,7 +4,11 @@ from writesae.saes.activity.contexts import Context, Contexts
 from writesae.saes.activity.reading import Codes
 from writesae.saes.activity.search import top_contexts
 from writesae.saes.config import VARIANTS, SAEConfig
-from writesae.saes.sae import SAELoss, WriteSAE
+from writesae.saes.formats import FORMATS, Format, register_format
+from writesae.saes.loss import SAELoss
+from writesae.saes.paper.reference import load_reference
+from writesae.saes.sae import WriteSAE
+from writesae.saes.sparsities import SPARSITIES, Choosing, Sparsity, Thresholds, register_sparsity
 from writesae.saes.substitute import Substitute
 from writesae.saes.training.collect import collect, train_site, train_store
 from writesae.saes.training.evaluate import evaluate
@@ -12,6 +16,7 @@ from writesae.saes.training.run import Settings
 from writesae.saes.training.train import train_sae
 
 __all__ = [
-    "VARIANTS", "Codes", "Context", "Contexts", "SAEConfig", "SAELoss", "Settings", "Substitute", "WriteSAE", "collect",
-    "evaluate", "top_contexts", "train_sae", "train_site", "train_store",
+    "FORMATS", "SPARSITIES", "VARIANTS", "Choosing", "Codes", "Context", "Contexts", "Format", "SAEConfig", "SAELoss",
+    "Settings", "Sparsity", "Substitute", "Thresholds", "WriteSAE", "collect", "evaluate", "load_reference",
+    "register_format", "register_sparsity", "top_contexts", "train_sae", "train_site", "train_store",
 ]  # fmt: skip

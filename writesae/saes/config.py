@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from writesae.hooks.sites import Head
 from writesae.recurrence.dynamics import Target
+from writesae.saes.sparsities import sparsity_named
+
+if TYPE_CHECKING:
+    from writesae.model import HookedRecurrentModel
 
 Encoder = Literal["tied", "bilinear", "dense"]
-Sparsity = Literal["topk", "batch_topk", "jumprelu", "gated"]
 Decoder = Literal["factored", "dense"]
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -33,14 +36,15 @@ class SAEConfig:
         d_key: rows of the matrices it reads, as in ``model.sites``.
         d_value: columns.
         n_atoms: number of atoms, matrices ``A_i``.
-        k: active atoms of a matrix, 1 to ``n_atoms``: at most (``"topk"``), on average (``"batch_topk"``), or what
+        k: active atoms per matrix, 1 to ``n_atoms``: at most (``"topk"``), on average (``"batch_topk"``), or what
             training aims at (``"jumprelu"``, ``"gated"``).
         target: what it reads. ``"write"``: the native write ``k (beta v)^T``. ``"delta"``: what the state really gains
             beyond its decay. ``"state"``: the state (the paper, section 2).
         encoder: ``"bilinear"``: ``<X, V^T W>`` with factors of its own. ``"tied"``: the decoder's atoms, so that an
-            activation is the exact inner product with its atom. ``"dense"``: a matrix an atom.
-        sparsity: see `writesae.saes.sparsity`.
-        decoder: ``"factored"``: atoms ``sum_r v_r w_r^T`` of ``rank`` terms. ``"dense"``: a free matrix an atom.
+            activation is the exact inner product with its atom. ``"dense"``: a free matrix per atom.
+        sparsity: ``"topk"``, ``"batch_topk"``, ``"jumprelu"`` or ``"gated"``, see `writesae.saes.sparsities`; or one of
+            yours, see `writesae.saes.register_sparsity`.
+        decoder: ``"factored"``: atoms ``sum_r v_r w_r^T`` of ``rank`` terms. ``"dense"``: a free matrix per atom.
         rank: terms of a factored atom, of a bilinear encoder too; ``min(d_key, d_value)`` makes full matrices of them.
         center: subtract the mean over the training data before encoding. Default: for states.
         decoder_bias: a learnt matrix is added to every reconstruction.
@@ -61,7 +65,7 @@ class SAEConfig:
     k: int
     target: Target = "write"
     encoder: Encoder = "tied"
-    sparsity: Sparsity = "topk"
+    sparsity: str = "topk"
     decoder: Decoder = "factored"
     rank: int = 1
     center: bool | None = None
@@ -95,7 +99,31 @@ class SAEConfig:
     def chooses(self) -> bool:
         """Whether atoms are chosen by rank among others (topk, batch_topk), not by thresholds of their own that are
         learnt (jumprelu, gated)."""
-        return self.sparsity in ("topk", "batch_topk")
+        return sparsity_named(self.sparsity).chooses
+
+    def check_fits(self, model: HookedRecurrentModel, *, check_model: bool = True) -> None:
+        """See `WriteSAE.check_fits`."""
+        layer, head = self.place
+        sites = {site.layer: site for site in model.sites}
+        if layer not in sites:
+            layers = ", ".join(map(str, sites)) or "none"
+            raise ValueError(f"this SAE is for layer {layer}, not recurrent here; recurrent layers: {layers}")
+        site = sites[layer]
+        if head >= site.n_heads:
+            raise ValueError(f"this SAE is for head {head}; layer {layer} has heads 0 to {site.n_heads - 1}")
+        if (self.d_key, self.d_value) != (site.d_key, site.d_value):
+            raise ValueError(
+                f"this SAE reads {self.d_key}x{self.d_value} matrices; layer {layer} writes {site.d_key}x{site.d_value}"
+            )
+        if not check_model or self.fingerprint is None:
+            return
+        found = model.fingerprint(layer)
+        if found is not None and found != self.fingerprint:
+            raise ValueError(
+                f"this SAE was trained on layer {layer} of {self.model_id or 'another model'} (fingerprint "
+                f"{self.fingerprint}); the weights of that layer here are others ({found}), active "
+                f"adapters included. check_model=False uses it all the same"
+            )
 
     @classmethod
     def variant(cls, name: str, **values: Any) -> SAEConfig:
@@ -125,7 +153,7 @@ class SAEConfig:
         return cls(**values)
 
 
-_CHOICES = {"target": Target, "encoder": Encoder, "sparsity": Sparsity, "decoder": Decoder}
+_CHOICES = {"target": Target, "encoder": Encoder, "decoder": Decoder}
 
 
 def _check(values: Mapping[str, Any]) -> None:
@@ -143,6 +171,7 @@ def _check(values: Mapping[str, Any]) -> None:
     for name, choices in _CHOICES.items():
         if values[name] not in get_args(choices):
             raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}; got {values[name]!r}")
+    sparsity_named(values["sparsity"])
     for name in ("center", "decoder_bias", "unit_atoms"):
         if type(values[name]) is not bool and not (name == "center" and values[name] is None):
             raise ValueError(f"{name} must be true or false; got {values[name]!r}")

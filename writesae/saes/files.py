@@ -19,14 +19,11 @@ from torch import Tensor
 
 from writesae.jobs.disk import write_whole
 from writesae.saes.config import SAEConfig
-from writesae.zoo import ZOO, shipped_model, shipped_saes
+from writesae.saes.sparsities import sparsity_named
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 CHECKSUM = "weights_sha256"  # in cfg.json: which weights belong to this configuration
-CHECKPOINTS = ("best.pt", "final.pt", "checkpoint.pt")  # what the paper's code leaves in a folder, best first
-REFERENCE = (CHECKPOINTS[0], "config.json")  # and what of it the hub has
-MANIFEST = "manifest.json"  # with checksums of them
 
 
 def save(
@@ -36,7 +33,7 @@ def save(
 
     ``for_saelens`` are values of `saelens_fields` other than what follows from ``cfg``.
     """
-    check_finite(tensors, "not saved")
+    check_finite(tensors, cfg, "not saved")
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     described = (
         saelens_fields(cfg) | dict(for_saelens or {}) | cfg.to_dict() | {CHECKSUM: hashlib.sha256(data).hexdigest()}
@@ -45,8 +42,10 @@ def save(
     write_whole(folder / CONFIG, (json.dumps(described, indent=2) + "\n").encode())
 
 
-def load(folder: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
+def load(folder: Path, or_instead: str = "") -> tuple[SAEConfig, dict[str, Tensor]]:
     """Read an SAE folder: its configuration and its tensors in the dtype they are stored in.
+
+    ``or_instead`` says what else a folder may hold, for the message.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -55,8 +54,8 @@ def load(folder: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name} is missing: an SAE folder holds {CONFIG} and {WEIGHTS} (or {CHECKPOINTS[0]} of the "
-                f"paper's code); point to the folder with both, or give the subfolder"
+                f"{folder / name} is missing: an SAE folder holds {CONFIG} and {WEIGHTS}{or_instead}; point to the "
+                f"folder with both, or give the subfolder"
             )
     cfg, checksum = _read_config(folder / CONFIG)
     path = folder / WEIGHTS
@@ -72,7 +71,7 @@ def load(folder: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
             f"{path} is not the file that {CONFIG} was written with ({CHECKSUM} differs): it was damaged or exchanged; "
             f"fetch or save the folder again"
         )
-    check_finite(tensors, f"{path} is not usable")
+    check_finite(tensors, cfg, f"{path} is not usable")
     return cfg, tensors
 
 
@@ -99,7 +98,9 @@ def saelens_fields(cfg: SAEConfig) -> dict[str, Any]:
     }
 
 
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+def check_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], whose: str, configuration: str = f"{CONFIG} beside it"
+) -> None:
     """Raise ValueError that names every tensor missing, unknown or of another shape than the configuration asks for."""
     wrong = [f"{name} is missing" for name in expected if name not in found]
     wrong += [f"{name} is unknown" for name in found if name not in expected]
@@ -109,44 +110,16 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], p
         if name in found and found[name].shape != expected[name].shape
     ]
     if wrong:
-        raise ValueError(f"{path} does not fit {CONFIG} beside it: {'; '.join(wrong)}; save the SAE again")
+        raise ValueError(f"{whose} does not fit {configuration}: {'; '.join(wrong)}; save the SAE again")
 
 
-def check_finite(tensors: Mapping[str, Tensor], trouble: str) -> None:
+def check_finite(tensors: Mapping[str, Tensor], cfg: SAEConfig, trouble: str) -> None:
+    """Raise ValueError unless all numbers are finite; what the sparsity has yet to calibrate may be NaN."""
+    unknown = sparsity_named(cfg.sparsity).calibrated
     for name, tensor in tensors.items():
         bad = int((~torch.isfinite(tensor)).sum())
-        if bad and not (name == "threshold" and bool(torch.isnan(tensor).all())):  # of batch_topk: not known yet
+        if bad and not (name in unknown and bool(torch.isnan(tensor).all())):
             raise ValueError(f"{trouble}: {bad} of {tensor.numel()} numbers in {name} are NaN or infinite")
-
-
-def locate(folder_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None) -> Path:
-    """The folder of an SAE: one that exists here, else a shipped one (``"tiny-gdn/L2H0"``), else ``"owner/name"`` on
-    the hub, downloaded into its cache. One without ``cfg.json`` may have a checkpoint of the paper's code."""
-    folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
-    model, _, site = name.partition("/")
-    if not folder.is_dir() and shipped_model(model):
-        folder = ZOO / model / "saes" / site
-        if not folder.is_dir():
-            have = ", ".join(f"{model}/{saes.name}" for saes in shipped_saes(model)) or "none"
-            raise FileNotFoundError(f"no SAE {name} is shipped; shipped with {model}: {have}")
-    elif not folder.is_dir():
-        within = f"{subfolder}/" if subfolder else ""
-        folder = fetch(name, [within + file for file in (CONFIG, WEIGHTS)], revision)
-        if not (folder / within / CONFIG).is_file():
-            folder = fetch(name, [*(within + file for file in REFERENCE), MANIFEST], revision)
-    return folder / subfolder if subfolder else folder
-
-
-def fetch(hub_id: str, wanted: list[str], revision: str | None = None) -> Path:
-    """What of a hub repository matches ``wanted``, in the hub's cache; FileNotFoundError if it does not come."""
-    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{hub_id} is neither a folder here nor a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
-    except (OSError, ValueError) as e:
-        raise FileNotFoundError(f"{hub_id} is no folder here, and the hub did not give it: {e}") from e
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,18 +7,24 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 from writesae.saes.config import VARIANTS, SAEConfig
-
-if TYPE_CHECKING:
-    from writesae.saes.saved import Saved
 
 CARD = "README.md"
 
 
+@runtime_checkable
+class Saveable(Protocol):
+    """What can be uploaded: an SAE that writes its own files."""
+
+    cfg: SAEConfig
+
+    def save_pretrained(self, folder: Path, /) -> Path: ...
+
+
 def push(
-    sae: Saved,
+    sae: Saveable,
     repo_id: str,
     *,
     subfolder: str | None,

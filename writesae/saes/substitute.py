@@ -18,7 +18,7 @@ class Substitute(Intervention):
     """The replacement test's edit (paper, sections 2 and 3.2): native write out, the SAE's top atom in.
 
     The atom enters at its activation, ``a_i A_i``, whatever its rank (a dense atom takes ``min(d_key, d_value)`` terms
-    a token). Where the SAE activates no atom, the native write stays.
+    per token). Where the SAE activates no atom, the native write stays.
 
     Attributes:
         sae: a `WriteSAE`; layer and head are its site's.

@@ -3,5 +3,6 @@
 from writesae.stores import texts
 from writesae.stores.extraction import extract, record
 from writesae.stores.store import ActivationStore
+from writesae.stores.windows import Windows
 
-__all__ = ["ActivationStore", "extract", "record", "texts"]
+__all__ = ["ActivationStore", "Windows", "extract", "record", "texts"]

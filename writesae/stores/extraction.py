@@ -1,8 +1,8 @@
-"""From a model and token sequences to an `ActivationStore`: one pass of the model, whatever number of heads.
+"""From a model and token sequences to an `ActivationStore`: one pass of the model for any number of heads.
 
-A shard follows from the model, the tokens and its number alone, and appears whole or not at all. So a run that was
-stopped, however, is continued by the same command, several processes share the work without talking to each other, and
-the files are the same in the end. (Same to the last bit on the same hardware and number of threads, as the model is.)
+A shard follows from the model, the tokens and its number alone, and appears whole or not at all. So the same command
+continues a run that was stopped, several processes share the work without communicating, and the files are the same in
+the end (to the last bit on the same hardware with the same number of threads, as the model's outputs are).
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from writesae.hooks.names import name_of
-from writesae.jobs.disk import write_whole
+from writesae.hooks.sites import Head
+from writesae.jobs.disk import remove_halves, write_whole
 from writesae.jobs.processes import Processes
+from writesae.jobs.progress import Bars
+from writesae.jobs.resumable import check_same
 from writesae.jobs.versions import versions
 from writesae.stores.shards import (
     HEADER,
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
 
 DTYPES = ("float16", "bfloat16", "float32")
-SHARD_BYTES = 64 * 2**20  # about how large a shard is, if nothing else is asked for
+SHARD_BYTES = 64 * 2**20  # about how large a shard is by default
 
 
 def extract(
@@ -59,26 +61,26 @@ def extract(
     progress: bool = True,
     source: str = "",
 ) -> ActivationStore:
-    """Make a store on disk, or go on where a run with the same arguments stopped.
+    """Make a store on disk, or continue where a run with the same arguments stopped.
 
-    Started by ``accelerate launch``, every process makes its share of the shards; all return the whole store.
+    Under ``accelerate launch`` every process makes its share of the shards; all return the whole store.
 
     Args:
-        model: hooked model, nothing attached.
+        model: hooked model, with nothing attached.
         tokens: sequences of equal length, without padding; each begins from a zero state.
-        sites: ``(layer, head)`` of each head to keep.
-        folder: a new or empty one, or that of the run to continue.
+        sites: ``(layer, head)`` of each head to store.
+        folder: a new or empty folder, or that of the run to continue.
         batch_size: sequences run at once.
-        shard_sequences: sequences of a shard; None for shards of about 64 MB, in whole batches.
-        dtype: float16, bfloat16 or float32.
+        shard_sequences: sequences per shard; None for shards of about 64 MB, in whole batches.
+        dtype: precision of the store: float16, bfloat16 or float32.
         progress: show a progress bar.
         source: where the tokens came from, for the header.
 
     Raises:
         IndexError: no such layer or head.
-        ValueError: the folder holds something else, or a store made otherwise (the message says in what); a value is
-            NaN or infinite, or too large for ``dtype``.
-        OSError: the disk is full, or too small for what is still to be made.
+        ValueError: the folder holds other files, or a store made with other arguments (the message says which); a
+            value is NaN or infinite, or too large for ``dtype``.
+        OSError: the disk is full, or has too little room for the rest of the store.
     """
     folder, team = Path(folder), Processes.launched()
     new = _describe(model, tokens, sites, batch_size, shard_sequences, dtype, source)
@@ -88,10 +90,11 @@ def extract(
     info = _same_as(folder, new)
     todo = [i for i in range(info.n_shards) if not shard_path(folder, i).exists()]
     mine = [i for i in todo if i % team.count == team.index]
-    with _bar(f"{len(sites)} heads", [_of_shard(info, tokens, i) for i in mine], progress and team.first) as advance:
+    with Bars(progress and team.first) as bars:
+        bar = bars.add(f"{len(sites)} heads", total=sum(len(_of_shard(info, tokens, i)) for i in mine))
         for i in mine:
             rows = _of_shard(info, tokens, i)
-            shard = _run(model, info, rows, i * info.shard_sequences, advance)
+            shard = _run(model, info, rows, i * info.shard_sequences, bar.advance)
             with _explained(folder, info):
                 write_shard(folder, i, info, shard)
     if team.first and not (folder / REPORT).exists():
@@ -110,17 +113,18 @@ def record(
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
 ) -> ActivationStore:
-    """The same in memory; arguments and errors are those of `extract`."""
+    """A store in memory; arguments and errors are those of `extract`."""
     info = _describe(model, tokens, sites, batch_size, len(tokens), dtype, "")
-    with _bar(f"{len(sites)} heads", [tokens], progress) as advance:
-        return ActivationStore(info, shards=[_run(model, info, tokens, 0, advance)])
+    with Bars(progress) as bars:
+        bar = bars.add(f"{len(sites)} heads", total=len(tokens))
+        return ActivationStore(info, shards=[_run(model, info, tokens, 0, bar.advance)])
 
 
 def store_error(model: HookedRecurrentModel, tokens: Int[Tensor, "n pos"], info: StoreInfo) -> dict[str, Any]:
     """How far states rebuilt from a store are from those rebuilt from float32, at some tokens of the first sequences.
 
     Returns:
-        Which sequences and positions, and for each site the largest and the median ``||S' - S|| / ||S||``.
+        How many sequences, which positions, and for each head the largest and the median ``||S' - S|| / ||S||``.
     """
     rows = tokens[: min(4, info.batch_size)]
     exact = replace(info, dtype="float32", n_sequences=len(rows), shard_sequences=len(rows))
@@ -131,32 +135,36 @@ def store_error(model: HookedRecurrentModel, tokens: Int[Tensor, "n pos"], info:
     positions = sorted({(i + 1) * info.context // 8 - 1 for i in range(8)} - {-1})
     errors = {}
     for site in info.sites:
-        where = (site.layer, site.head, slice(None), positions)
-        S = before.state(*where)
-        off = (after.state(*where) - S).norm(dim=(-2, -1)) / S.norm(dim=(-2, -1)).clamp_min(1e-30)
+        S, kept_S = (store.state(site.layer, site.head, slice(None), positions) for store in (before, after))
+        off = (kept_S - S).norm(dim=(-2, -1)) / S.norm(dim=(-2, -1)).clamp_min(1e-30)
         errors[str(site)] = {"max": _digits(off.max()), "median": _digits(off.median())}
     return {"dtype": info.dtype, "sequences": len(rows), "positions": positions, "state_error": errors}
 
 
-def parse_sites(model: HookedRecurrentModel, names: Iterable[str]) -> list[tuple[int, int]]:
-    """``LAYER.HEAD`` or ``LAYER.all``, several, as pairs; ValueError or IndexError names what is not one."""
+def parse_sites(model: HookedRecurrentModel, names: Iterable[str]) -> list[Head]:
+    """The heads that names stand for, each ``LAYER.HEAD`` or ``LAYER.all``.
+
+    Raises:
+        ValueError: a name of another form.
+        IndexError: a layer that is not recurrent, or a head that it does not have.
+    """
     sites = []
     for name in names:
         layer, _, head = name.partition(".")
         if not layer.isdecimal() or not (head.isdecimal() or head == "all"):
             raise ValueError(f"site {name!r}: write LAYER.HEAD or LAYER.all, e.g. 2.0; `writesae hooks` lists them")
         heads = range(model.site(int(layer)).n_heads) if head == "all" else [int(head)]
-        sites += [(int(layer), h) for h in heads]
+        sites += [Head(int(layer), h) for h in heads]
     return _checked(model, sites)
 
 
-def _checked(model: HookedRecurrentModel, sites: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Each site once; IndexError if there is no such head."""
-    sites = list(dict.fromkeys(sites))
-    for layer, head in sites:
+def _checked(model: HookedRecurrentModel, sites: Iterable[tuple[int, int]]) -> list[Head]:
+    """Each head once; IndexError if there is no such head."""
+    heads = [Head(*site) for site in dict.fromkeys(sites)]
+    for layer, head in heads:
         if not 0 <= head < model.site(layer).n_heads:
             raise IndexError(f"head {head} of layer {layer}: allowed are 0 to {model.site(layer).n_heads - 1}")
-    return sites
+    return heads
 
 
 # --- the pass ---------------------------------------------------------------------------------------------------------
@@ -173,7 +181,7 @@ def _run(
     shapes, dtype = info.shapes(), info.torch_dtype
     shard = {name: torch.empty(*tokens.shape, *shape, dtype=dtype) for name, shape in shapes.items()}
     shard["tokens"] = tokens.to("cpu", torch.int32)
-    heads = _by_layer((site.layer, site.head) for site in info.sites)
+    heads = _by_layer(site.place for site in info.sites)
     for start in range(0, len(tokens), info.batch_size):
         rows = slice(start, start + info.batch_size)
 
@@ -184,7 +192,7 @@ def _run(
             if not bool(kept.isfinite().all()):
                 raise _not_finite(given.cpu(), kept, layer, heads[layer], quantity, first + rows.start)
             for i, head in enumerate(heads[layer]):
-                shard[f"{layer}.{head}.{quantity}"][rows] = kept[:, :, i]
+                shard[f"{Head(layer, head)}.{quantity}"][rows] = kept[:, :, i]
 
         _pass(model, tokens[rows], heads, keep)
         advance(len(tokens[rows]))
@@ -193,7 +201,7 @@ def _run(
 
 @torch.no_grad()
 def _pass(model: HookedRecurrentModel, tokens: Tensor, layers: Iterable[int], keep: Callable[..., None]) -> None:
-    """Show the inputs of these layers' recurrences that writes and states depend on, ``[batch, pos, head, ...]``."""
+    """Give ``keep`` the inputs of these layers' recurrences that writes and states depend on."""
     wanted = [name_of(q, layer) for layer in layers for q in model.family(layer).rule.state_inputs]
     with model.hooks([(name, keep) for name in wanted]):
         # Without the head of the language model, whose logits nobody wants and which may cost as much as the layers.
@@ -204,7 +212,8 @@ def _not_finite(x: Tensor, kept: Tensor, layer: int, heads: list[int], quantity:
     row, pos, j, *_ = (~kept.isfinite()).nonzero()[0].tolist()
     given = x[row, pos, j].flatten()
     value = given[~kept[row, pos, j].flatten().isfinite()][0].item()
-    where = f"layer {layer} head {heads[j]}: {quantity} at sequence {first + row}, position {pos}, is {value:.6g}"
+    place = Head(layer, heads[j]).words
+    where = f"{place}: {quantity} at sequence {first + row}, position {pos}, is {value:.6g}"
     if torch.tensor(value).isfinite():
         return ValueError(
             f"{where}, too large for {str(kept.dtype).removeprefix('torch.')}, which ends at "
@@ -213,7 +222,7 @@ def _not_finite(x: Tensor, kept: Tensor, layer: int, heads: list[int], quantity:
     return ValueError(f"{where}: the model itself fails there; look at these tokens, or run it in float32")
 
 
-def _by_layer(sites: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+def _by_layer(sites: Iterable[Head]) -> dict[int, list[int]]:
     heads: dict[int, list[int]] = {}
     for layer, head in sites:
         heads.setdefault(layer, []).append(head)
@@ -232,7 +241,7 @@ def _describe(
     dtype: torch.dtype,
     source: str,
 ) -> StoreInfo:
-    """The header, after checking all that can be checked before the pass."""
+    """The header, after checking everything that can be checked before the pass."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"dtype {name}: allowed are {', '.join(DTYPES)}")
@@ -243,20 +252,20 @@ def _describe(
         raise ValueError(f"tokens must be [n, pos], at least one; got {list(tokens.shape)}")
     for part in tokens.split(1024):  # ids are checked before anything is written
         model.to_tokens(part)
-    sites = _checked(model, sites)
-    if not sites:
+    chosen = _checked(model, sites)
+    if not chosen:
         raise ValueError("no sites: name at least one (layer, head)")
     if model.hf_model.training or model.busy:
         raise ValueError(
             "the model is in training mode, or hooks or edits are attached: call model.eval(), detach them"
         )
-    heads = _by_layer(sites)
+    heads = _by_layer(chosen)
     shapes: dict[int, dict[str, list[int]]] = {layer: {} for layer in heads}
     _pass(
         model, tokens[:1, :2], heads, lambda x, point: shapes[point.layer].update({point.quantity: list(x.shape[3:])})
     )
     stored = []
-    for layer, head in sites:
+    for layer, head in chosen:
         site = model.site(layer)
         stored.append(StoredSite(layer, head, site.d_key, site.d_value, shapes[layer]))
     if shard_sequences is None:
@@ -282,7 +291,7 @@ def _describe(
 
 
 def _numbers(site: StoredSite) -> int:
-    """How many numbers of a site are kept a token."""
+    """How many numbers of a head are stored per token."""
     return sum(torch.Size(shape).numel() for shape in site.shapes.values())
 
 
@@ -290,11 +299,9 @@ def _numbers(site: StoredSite) -> int:
 
 
 def _prepare(folder: Path, new: StoreInfo) -> None:
-    """A header and room for the shards; what a killed run left half-written is removed."""
+    """Write the header and check that there is room for the shards; remove what a killed run left half-written."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (HEADER, REPORT, "shard-*.safetensors"):
-        for left_over in folder.glob(f".{name}.*.tmp"):
-            left_over.unlink()
+    remove_halves(folder, HEADER, REPORT, "shard-*.safetensors")
     if (folder / HEADER).exists():
         info = _same_as(folder, new)
     elif any(folder.iterdir()):
@@ -318,16 +325,16 @@ def _prepare(folder: Path, new: StoreInfo) -> None:
 
 
 def _same_as(folder: Path, new: StoreInfo) -> StoreInfo:
-    """The header that is there; ValueError says in what this run differs from it."""
+    """The header that is there; ValueError says in what this run differs from the one that began it."""
     old = read_info(folder)
-    known, asked = asdict(old), asdict(new)
-    differ = [name for name in known if name != "source" and known[name] != asked[name]]
-    if "sites" in differ:
-        known["sites"], asked["sites"] = (" ".join(map(str, info.sites)) for info in (old, new))
-    if differ:
-        pairs = "; ".join(f"{name} {known[name]!s:.60} there, {asked[name]!s:.60} now" for name in differ)
-        raise ValueError(f"{folder} was begun otherwise: {pairs}. Give what it was begun with, or choose a new folder")
+    check_same(folder, _work(old), _work(new))
     return old
+
+
+def _work(info: StoreInfo) -> dict[str, Any]:
+    """What every shard depends on, as a message can name it."""
+    work = asdict(info) | {"families": info.rules, "sites": " ".join(map(str, info.sites))}
+    return {name: value for name, value in work.items() if name != "source"}
 
 
 def _write(folder: Path, name: str, values: dict[str, Any], info: StoreInfo) -> None:
@@ -337,14 +344,14 @@ def _write(folder: Path, name: str, values: dict[str, Any], info: StoreInfo) -> 
 
 @contextmanager
 def _explained(folder: Path, info: StoreInfo) -> Iterator[None]:
-    """A disk that is full, or gone, in the middle of it."""
+    """Explain that the disk is full, or gone, in the middle of the work, and what to do."""
     try:
         yield
     except OSError as e:
         done = sum(shard_path(folder, i).exists() for i in range(info.n_shards))
         full = "the disk is full" if e.errno in (errno.ENOSPC, errno.EDQUOT) else str(e)
         found = OSError(
-            f"{folder}: {full}. {done} of {info.n_shards} shards are whole and stay; when this is mended, the same "
+            f"{folder}: {full}. {done} of {info.n_shards} shards are whole and stay; when this is fixed, the same "
             f"command continues"
         )
         found.errno = e.errno
@@ -353,15 +360,6 @@ def _explained(folder: Path, info: StoreInfo) -> Iterator[None]:
 
 def _of_shard(info: StoreInfo, tokens: Tensor, i: int) -> Tensor:
     return tokens[i * info.shard_sequences : (i + 1) * info.shard_sequences]
-
-
-@contextmanager
-def _bar(what: str, parts: Sequence[Tensor], show: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar over sequences."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TimeRemainingColumn(), disable=not show) as bar:
-        task = bar.add_task(what, total=sum(map(len, parts)))
-        yield lambda n: bar.advance(task, n)
 
 
 def _digits(x: Tensor) -> float:

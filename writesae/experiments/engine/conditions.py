@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +11,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from writesae.experiments.engine.divergence import divergence
-from writesae.experiments.engine.replay import Native, Place, Replayer, stacked
-from writesae.recurrence import Write
+from writesae.experiments.engine.replay import LOGITS, Native, Replayer, stacked
+from writesae.experiments.protocol import Run, several
+from writesae.hooks.sites import Head
+from writesae.recurrence import Read, Write
+from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import encode_matrices, target_of
-from writesae.stores.texts import cut
-
-if TYPE_CHECKING:
-    from writesae.model import HookedRecurrentModel
-    from writesae.saes import WriteSAE
-
-Texts: TypeAlias = str | Sequence[str] | Int[Tensor, "text pos"]
-"""A text, several, or token ids of several."""
+from writesae.stores.windows import Windows
 
 CONDITIONS = {
     "atom": "the SAE's top atom at its activation",
@@ -47,71 +43,31 @@ def check_conditions(conditions: Iterable[str], flat: object) -> tuple[str, ...]
     return tuple(name for name in CONDITIONS if name in asked)
 
 
-def place_of(sae: WriteSAE) -> Place:
-    """Layer and head; `check_fits` has seen that they are given."""
-    assert sae.cfg.layer is not None and sae.cfg.head is not None
-    return sae.cfg.layer, sae.cfg.head
-
-
-def check_sites(model: HookedRecurrentModel, saes: Iterable[WriteSAE], check_model: bool) -> None:
-    """Raise IndexError or ValueError unless each SAE fits a head of the model, another one each."""
-    seen: set[Place] = set()
-    for sae in saes:
-        sae.check_fits(model, check_model=check_model)
-        if place_of(sae) in seen:
-            layer, head = place_of(sae)
-            raise ValueError(f"two SAEs of layer {layer} head {head}: give one a head")
-        seen.add(place_of(sae))
-    if not seen:
-        raise ValueError("no SAE given: the replacement test needs one or more")
-
-
-def several(sae: WriteSAE | Sequence[WriteSAE] | None) -> list[WriteSAE]:
-    """None, one or several, as a list."""
-    return list(sae) if isinstance(sae, Sequence) else [] if sae is None else [sae]
-
-
-def flats_for(
-    saes: Iterable[WriteSAE], flat: WriteSAE | Sequence[WriteSAE] | None, model: HookedRecurrentModel
-) -> dict[Place, WriteSAE]:
-    """The flat SAE of each place; ValueError where there is none."""
+def flats_for(run: Run, flat: WriteSAE | Sequence[WriteSAE] | None) -> dict[Head, WriteSAE]:
+    """The flat SAE of each head of the run; ValueError where there is none."""
     given = several(flat)
     for sae in given:
-        sae.check_fits(model, check_model=False)
-    found = {place_of(sae): sae for sae in given}
-    for layer, head in (place_of(sae) for sae in saes):
-        if given and (layer, head) not in found:
-            have = ", ".join(f"layer {a} head {b}" for a, b in found)
-            raise ValueError(f"no flat SAE for layer {layer} head {head}: flat= has {have}")
+        sae.check_fits(run.model, check_model=False)
+    found = {sae.place: sae for sae in given}
+    for head in (sae.place for sae in run.saes):
+        if given and head not in found:
+            raise ValueError(f"no flat SAE for {head.words}: flat= has {', '.join(x.words for x in found)}")
     return found
 
 
-def windows_of(
-    model: HookedRecurrentModel, text: Texts, context: int, horizon: int
-) -> tuple[Int[Tensor, "window pos"], Int[Tensor, " window"]]:
-    """Texts cut into windows, and which text each is of.
-
-    Raises:
-        ValueError: no text is as long as a window, or a window leaves no token to test.
-    """
+def windows_of(run: Run, context: int, horizon: int) -> Windows:
+    """The text in windows; ValueError if none is long enough, or a window leaves no token to test."""
     if context // 4 > context - 1 - horizon:
         raise ValueError(
             f"context={context} leaves no token with {context // 4} tokens before it and {horizon} (horizon) after it: "
             f"choose a longer context or a shorter horizon"
         )
-    rows = [model.to_tokens(part)[0][0] for part in ([text] if isinstance(text, str) else text)]
-    if not any(len(row) >= context for row in rows):
-        longest = max((len(row) for row in rows), default=0)
-        raise ValueError(
-            f"no text has {context} tokens (the longest has {longest}): give longer ones, or a shorter context"
-        )
-    parts = [cut(row, context) for row in rows]
-    return torch.cat(parts), torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+    return run.windows(context)
 
 
 def top_atoms(native: Native, sae: WriteSAE) -> tuple[Float[Tensor, "window pos"], Int[Tensor, "window pos"]]:
     """Of every token the strongest activation and its atom, where the windows are (an SAE may lie elsewhere)."""
-    values, indices = encode_matrices(sae, *target_of(native.cache, *place_of(sae), sae.cfg.target))
+    values, indices = encode_matrices(sae, *target_of(native.cache, *sae.place, sae.cfg.target))
     return values[..., 0].to(native.ids.device), indices[..., 0].to(native.ids.device)
 
 
@@ -190,12 +146,82 @@ def put_in(
 
 def flat_svd(native: Native, flat: WriteSAE, window: Int[Tensor, " firing"], position: Int[Tensor, " firing"]) -> Write:
     """The top singular pair of what a flat SAE makes of its matrix at each firing, of norm 1 (paper, appendix F.4)."""
-    values, indices = encode_matrices(flat, *target_of(native.cache, *place_of(flat), flat.cfg.target))
+    values, indices = encode_matrices(flat, *target_of(native.cache, *flat.place, flat.cfg.target))
     window, position = window.to(values.device), position.to(values.device)
     values, indices = values[window, position], indices[window, position]
     codes = values.new_zeros(len(values), flat.cfg.n_atoms).scatter_add(-1, indices, values)
     left, _, right = torch.linalg.svd(flat.decode(codes), full_matrices=False)
     return Write(left[..., 0], right[..., 0, :]).to(native.ids.device)
+
+
+class Tester:
+    """Replaces the writes of some SAEs' heads, all at once, at firings in windows, and keeps what happened.
+
+    Args:
+        run: whose model, batch size and seed.
+        windows: of the text.
+        saes: SAEs of the heads.
+        conditions: what is put in.
+        flats: the flat SAE of each head, for ``flat_svd``.
+        horizon, read: see `Replayer`.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        windows: Windows,
+        saes: Sequence[WriteSAE],
+        conditions: Sequence[str],
+        flats: Mapping[Head, WriteSAE],
+        horizon: int,
+        read: Read,
+    ):
+        self.run, self.windows, self.saes, self.conditions, self.flats = run, windows, saes, conditions, flats
+        self.replayer = Replayer(run.model, [sae.place for sae in saes], horizon=horizon, read=read)
+        self.generators = Generators(run.seed)
+        self.step = max(1, min(run.batch_size, LOGITS // (windows.context * run.model.W_U.shape[1])))  # windows a pass
+        self.parts: list[dict[str, Any]] = []
+
+    def native(self, which: Int[Tensor, " window"], logits: bool = True) -> Native:
+        """The pass over some windows as the model is."""
+        return self.replayer.native(self.windows.tokens[which].to(self.run.model.device), logits)
+
+    def tops(self, native: Native) -> dict[Head, tuple[Tensor, Tensor]]:
+        """The strongest activation and its atom, at every token, of each head."""
+        return {sae.place: top_atoms(native, sae) for sae in self.saes}
+
+    def testable(self) -> Bool[Tensor, " pos"]:
+        """The positions with enough of a window before and after them."""
+        at = torch.arange(self.windows.context)
+        return (at >= self.windows.context // 4) & (at < self.windows.context - self.replayer.horizon)
+
+    def test(
+        self,
+        native: Native,
+        tops: Mapping[Head, tuple[Tensor, Tensor]],
+        which: Int[Tensor, " window"],
+        window: Int[Tensor, " firing"],
+        position: Int[Tensor, " firing"],
+    ) -> None:
+        """Replay firings, ``window`` counted within ``which``, and keep their columns."""
+        part = measure(
+            self.replayer, native, self.saes, window, position, tops, self.conditions, self.generators, self.flats
+        )
+        head = self.saes[0].place if len(self.saes) == 1 else Head(-1, -1)
+        part |= {name: torch.full_like(window, x) for name, x in head._asdict().items()}
+        self.parts.append(part | {"window": which[window], "document": self.windows.document[which[window]]})
+        self.run.tell(len(window))
+
+
+def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The columns of several parts as one."""
+
+    def join(values: list[Any]) -> Any:
+        if isinstance(values[0], dict):
+            return {key: torch.cat([value[key] for value in values]) for key in values[0]}
+        return torch.cat(values)
+
+    return {name: join([part[name] for part in parts]) for name in parts[0]}
 
 
 def measure(
@@ -204,20 +230,20 @@ def measure(
     saes: Sequence[WriteSAE],
     window: Int[Tensor, " firing"],
     position: Int[Tensor, " firing"],
-    tops: Mapping[Place, tuple[Tensor, Tensor]],
+    tops: Mapping[Head, tuple[Tensor, Tensor]],
     conditions: Sequence[str],
     generators: Generators,
-    flats: Mapping[Place, WriteSAE],
+    flats: Mapping[Head, WriteSAE],
 ) -> dict[str, Any]:
-    """Replay firings under all conditions: one row a firing, columns as in `ReplacementResult`.
+    """Replay firings under all conditions: one row per firing, columns as in `ReplacementResult`.
 
-    Several SAEs act at once; what is one number a head is then pooled over heads as parts of one large matrix.
+    Several SAEs act at once; what is one number per head is then pooled over heads as parts of one large matrix.
     """
     window, position = window.to(native.ids.device), position.to(native.ids.device)
-    writes: dict[Place, Write] = {}
+    writes: dict[Head, Write] = {}
     norm2, inner, length2, activation2 = [], [], [], []
     for sae in saes:
-        place = place_of(sae)
+        place = sae.place
         own = native.write(place, window, position)
         activation, atom = (x[window, position] for x in tops[place])
         flat = flat_svd(native, flats[place], window, position) if "flat_svd" in conditions else None

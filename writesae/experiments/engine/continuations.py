@@ -1,9 +1,8 @@
-"""Continuations of prompts with edits in the memory: greedy, or sampled with the same chance in all conditions."""
+"""Continuations of prompts with edits in the memory: greedy, or sampled with the same noise in all conditions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +11,13 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from writesae.hooks import Add, short_chunks
+from writesae.model import HookedRecurrentModel, Text
 from writesae.recurrence import Read
-
-if TYPE_CHECKING:
-    from writesae.model import HookedRecurrentModel
 
 ENDED = -1  # in place of a token after the end of a text
 
 
-class SameChance(LogitsProcessor):
+class CommonRandomNumbers(LogitsProcessor):
     """Makes a greedy choice a sample: ``argmax(logits / temperature + g)`` with Gumbel noise ``g``.
 
     The noise depends on seed, prompt and step alone. So rows of one prompt differ only by what was done to the model,
@@ -67,7 +64,7 @@ def go_on(
         edits: interventions, all at ``positions``, seen first by the ``read``.
         positions: of each row, counted over prompt and continuation; None for all.
         read: see `HookedRecurrentModel.intervene`.
-        chance: `SameChance` to sample; None: greedy.
+        chance: `CommonRandomNumbers` to sample; None: greedy.
         whole: no text ends before ``n_new`` tokens: the end-of-text token is never chosen.
     """
     with model.intervene(list(edits), positions=positions, read=read), short_chunks():
@@ -94,7 +91,7 @@ def text_of(model: HookedRecurrentModel, ids: Int[Tensor, " n"]) -> str:
 
 
 def prompts_of(
-    model: HookedRecurrentModel, prompts: str | Sequence[str] | Sequence[int] | Int[Tensor, "..."]
+    model: HookedRecurrentModel, prompts: Text
 ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None, Int[Tensor, " batch"], list[str]]:
     """Token ids, mask, lengths without padding, and the texts of prompts."""
     ids, mask = model.to_tokens(prompts)

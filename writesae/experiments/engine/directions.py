@@ -1,4 +1,4 @@
-"""Directions that should promote a token (paper, section 4), and what the experiments with them share.
+"""Directions that should promote a token (paper, section 4).
 
 A write ``k v^T`` that a read ``q`` meets adds ``(k.q) v^T W_O`` to the residual stream, norm and gate left out, and
 ``(k.q) v^T W_O W_U[T]`` to the logit of ``T``. So of all values of length 1 the formula takes ``v* ~ W_O W_U[T]``. It
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.experiments.engine.targets import token_ids
-from writesae.experiments.results.result import Number
-from writesae.experiments.results.statistics import Array, Values, bootstrap
 from writesae.gradients import gradient
+from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
 from writesae.saes.activity.reading import inputs
-
-if TYPE_CHECKING:
-    from writesae.model import HookedRecurrentModel
 
 Key: TypeAlias = Literal["native", "signed", "read"] | Float[Tensor, " d_key"]
 
@@ -167,25 +163,6 @@ def at_positions(
     write = cache.write(layer)
     native = Write(write.key[rows, columns], write.value[rows, columns], write.rank)
     return native, cache[query][rows, columns], logits[:, -1].float()
-
-
-# What the experiments of this section share
-
-
-def estimate(
-    name: str,
-    values: Values,
-    clusters: Tensor | Array | None = None,
-    statistic: Callable[[Array], float] | None = None,
-    unit: Any = "",
-) -> Number:
-    """A mean (or other statistic) with its bootstrap interval, and without one where there is a single cluster."""
-    groups = range(len(values)) if clusters is None else clusters.tolist()
-    more: dict[str, Any] = {} if statistic is None else {"statistic": statistic}
-    if len(set(groups)) > 1:
-        return Number.of(name, bootstrap(values, clusters, **more), unit)
-    x = torch.as_tensor(values).double()
-    return Number(name, float(x.mean() if statistic is None else statistic(x.numpy())), unit, n=len(x))
 
 
 def setting(choice: Direction | Key) -> str:

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.engine.replay import Native, Place
+from writesae.experiments.engine.replay import Native
+from writesae.hooks.sites import Head
 from writesae.recurrence import Write
 
 
@@ -22,7 +23,7 @@ def divergence(
     native: Native,
     window: Int[Tensor, " firing"],
     position: Int[Tensor, " firing"],
-    writes: Mapping[Place, Write],
+    writes: Mapping[Head, Write],
     horizon: int,
 ) -> Float[Tensor, "firing condition step"]:
     """``||S' - S|| / ||S||`` from the token on, of the heads edited taken together, with nothing else changed.

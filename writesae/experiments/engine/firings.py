@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.hooks.positions import PAD
+from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
 from writesae.recurrence.matrices import norm2
+from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import BLOCK, Codes, codes_of, inputs
-
-if TYPE_CHECKING:
-    from writesae.model import HookedRecurrentModel
-    from writesae.saes import WriteSAE
 
 COLUMNS = ("cosine", "key_cosine", "value_cosine", "elsewhere")
 """Cosine to the native write; |cosine| of the factors alone; cosine to the write at a random token of the batch."""
@@ -34,8 +32,7 @@ def firings(
 
     A firing is an atom active at a token, whether or not it is the strongest there.
     """
-    layer, head = sae.cfg.layer, sae.cfg.head
-    assert layer is not None and head is not None
+    layer, head = sae.place
     few: Any = model.logits_of_last(1)  # nobody wants them
     for start in range(0, len(windows), batch_size):
         ids = windows[start : start + batch_size].to(model.device)

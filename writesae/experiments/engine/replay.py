@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,15 +24,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from writesae.hooks import ActivationCache, Replace, find_mixers, short_chunks
+from writesae.hooks.sites import Head
+from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read, Write
 from writesae.recurrence.write import of_rank
 from writesae.saes.activity.reading import inputs
-
-if TYPE_CHECKING:
-    from writesae.model import HookedRecurrentModel
-
-Place: TypeAlias = tuple[int, int]
-"""Layer and head."""
 
 LOGITS = 2**27  # numbers: logits of one forward pass
 TOLERANCE = 1e-6  # nats: a future without an edit is at most so far from the native pass, in float32
@@ -56,7 +52,7 @@ class Native:
     cache: ActivationCache
     below: Any
 
-    def write(self, place: Place, window: Int[Tensor, " firing"], position: Int[Tensor, " firing"]) -> Write:
+    def write(self, place: Head, window: Int[Tensor, " firing"], position: Int[Tensor, " firing"]) -> Write:
         """The native writes of a head at some tokens, ``[firing]``."""
         layer, head = place
         return self.cache.write(layer)[window, position, torch.full_like(position, head)]
@@ -95,7 +91,7 @@ class Replayer:
     def __init__(
         self,
         model: HookedRecurrentModel,
-        places: Sequence[Place],
+        places: Sequence[Head],
         *,
         horizon: int = 16,
         read: Read = "same",
@@ -111,7 +107,7 @@ class Replayer:
             raise ValueError(f"stride={stride}: it must be at least 3")
         for layer, head in places:
             model.site(layer).check_head(head)
-        self.model, self.places = model, list(places)
+        self.model, self.places = model, [Head(*place) for place in places]
         self.horizon, self.stride, self.rows = horizon, stride, rows
         self.read: Read = read
         self.first = int(read == "next")
@@ -142,7 +138,7 @@ class Replayer:
         native: Native,
         window: Int[Tensor, " firing"],
         position: Int[Tensor, " firing"],
-        writes: Mapping[Place, Write],
+        writes: Mapping[Head, Write],
     ) -> Futures:
         """Put other writes in the place of the native ones, each firing and condition for itself.
 
@@ -217,7 +213,7 @@ class Replayer:
         position: Tensor,
         start: int,
         cache: Any,
-        writes: Mapping[Place, Write] | None,
+        writes: Mapping[Head, Write] | None,
     ) -> list[Float[Tensor, "condition step vocab"]]:
         """Of each firing the logits at the tokens scored; without ``writes``, of one condition: no edit."""
         n = 1 if writes is None else next(iter(writes.values())).shape[1]
@@ -331,7 +327,7 @@ def _map(fn: Any, x: Any) -> Any:
 
 
 def _by_token(x: Any, shape: Sequence[int]) -> bool:
-    """Whether everything in a layer's output is one thing a token, so that rows and pieces can be taken."""
+    """Whether everything in a layer's output is one thing per token, so that rows and pieces can be taken."""
     if isinstance(x, tuple | list):
         return type(x) in (tuple, list) and all(_by_token(part, shape) for part in x)
     return x is None or (isinstance(x, Tensor) and x.ndim >= 2 and x.shape[:2] == tuple(shape))

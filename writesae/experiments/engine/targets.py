@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from writesae.model import HookedRecurrentModel
+from writesae.model import HookedRecurrentModel
 
 Targets: TypeAlias = str | int | Sequence[str] | Sequence[int] | Int[Tensor, " n"]
 

@@ -1,7 +1,7 @@
 """Outcomes of experiments on disk, so that reports are made of files alone::
 
     <folder>/outcome.json     what was done and found: `Outcome`; with checksums of the others
-    <folder>/records.csv.gz   one row an observation
+    <folder>/records.csv.gz   one row per observation
     <folder>/figure.png
 
 Files appear whole, and ``outcome.json`` last: a folder without it holds nothing yet. A failed experiment has only that.
@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from writesae.experiments.report.paper import Site
 from writesae.experiments.results.result import Number, Result
+from writesae.hooks.sites import Head
 from writesae.jobs.disk import write_whole
 from writesae.jobs.versions import versions
 
@@ -43,7 +43,7 @@ class Outcome:
         settings: what the experiment was run with.
         numbers: what it found; none if it failed.
         model_id: of the model, as it was asked for.
-        sites: ``(layer, head)`` of each head it is about.
+        sites: the heads it is about.
         rule: the model's update rule.
         seconds: how long it took.
         error: why it failed, None if it did not.
@@ -59,7 +59,7 @@ class Outcome:
     settings: dict[str, Any]
     numbers: tuple[Number, ...]
     model_id: str | None = None
-    sites: tuple[Site, ...] = ()
+    sites: tuple[Head, ...] = ()
     rule: str | None = None
     seconds: float | None = None
     error: str | None = None
@@ -77,7 +77,7 @@ class Outcome:
         return self.folder / FIGURE if FIGURE in self.files else None
 
     def records(self) -> pd.DataFrame:
-        """One row an observation; ValueError if the experiment failed."""
+        """One row per observation; ValueError if the experiment failed."""
         import pandas as pd
 
         if RECORDS not in self.files:
@@ -95,7 +95,7 @@ def save_outcome(
     settings: Mapping[str, Any],
     *,
     model_id: str | None = None,
-    sites: Sequence[Site] = (),
+    sites: Sequence[tuple[int, int]] = (),
     rule: str | None = None,
     seconds: float | None = None,
 ) -> Outcome:
@@ -126,7 +126,7 @@ def save_outcome(
         found = dict(title=result.title, about=result.about, numbers=tuple(result.numbers()))
     outcome = Outcome(
         folder, experiment, settings=_plain(dict(settings)), model_id=model_id, rule=rule, seconds=seconds,
-        sites=tuple((int(layer), int(head)) for layer, head in sites), versions=_versions(),
+        sites=tuple(Head(int(layer), int(head)) for layer, head in sites), versions=_versions(),
         columns=columns, files={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}, **found,
     )  # fmt: skip
     (folder / OUTCOME).unlink(missing_ok=True)
@@ -159,7 +159,7 @@ def load_outcome(folder: str | Path) -> Outcome:
         if unknown:
             raise ValueError(f"fields missing or unknown: {', '.join(sorted(unknown))}")
         numbers = tuple(_number(number) for number in read.pop("numbers"))
-        sites = tuple((int(layer), int(head)) for layer, head in read.pop("sites"))
+        sites = tuple(Head(int(layer), int(head)) for layer, head in read.pop("sites"))
         outcome = Outcome(folder, numbers=numbers, sites=sites, **read)
     except (ValueError, KeyError, TypeError, AttributeError) as e:  # JSON errors are ValueErrors
         raise ValueError(f"{path} is damaged, or no outcome of an experiment ({e}); run the experiment again") from e

@@ -17,110 +17,9 @@ FIGURES = "figures"
 ELSEWHERE = "†"
 LEGEND = f"{ELSEWHERE} another model, or another site, than the one here: not comparable one to one."
 
-HTML = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; --line: color-mix(in srgb, CanvasText 22%, Canvas); }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } .number { font-variant-numeric: tabular-nums; }
-.small, summary { font-size: .85rem; opacity: .75; }
-.error { border-left: 4px solid #c33; padding-left: .8rem; white-space: pre-wrap; }
-img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% if intro %}<p>{{ intro }}</p>
-{% endif %}
-<p class="small">{{ summary }}</p>
-<div class="wide"><table>
-<tr><th>experiment</th><th>model</th><th>first number</th><th>paper</th><th>s</th></tr>
-{% for part in parts %}
-<tr><td><a href="#part-{{ loop.index }}">{{ part.title }}</a></td><td>{{ part.model }}</td>
-<td class="number">{{ part.first }}</td><td>{{ part.first_paper }}</td><td class="number">{{ part.seconds }}</td></tr>
-{% endfor %}
-</table></div>
-<p class="small">{{ legend }}</p>
-{% for part in parts %}
-<h2 id="part-{{ loop.index }}">{{ part.title }}</h2>
-<p class="small">{{ part.what }}</p>
-{% if part.error %}<p class="error"><strong>Failed.</strong> {{ part.error }}</p>
-{% else %}<p>{{ part.about }}</p>
-<div class="wide"><table>
-<tr><th></th><th>here</th><th>n</th><th>paper</th><th></th></tr>
-{% for row in part.rows %}
-<tr><td>{{ row.name }}</td><td class="number">{{ row.value }}</td><td class="number">{{ row.n }}</td>
-<td class="number">{{ row.paper }}</td><td class="small">{{ row.source }}</td></tr>
-{% endfor %}
-</table></div>
-{% if part.image %}<p><img alt="{{ part.title }}" src="data:image/png;base64,{{ part.image }}"></p>
-{% endif %}
-{% endif %}
-<details><summary>Settings and versions</summary><table>
-{% for name, value in part.settings %}
-<tr><td>{{ name }}</td><td>{{ value }}</td></tr>
-{% endfor %}
-</table></details>
-{% endfor %}
-</body>
-</html>
-"""
-
-MARKDOWN = """\
-# {{ title }}
-
-{% if intro %}
-{{ intro }}
-
-{% endif %}
-{{ summary }}
-
-| experiment | model | first number | paper | s |
-|---|---|---|---|---|
-{% for part in parts %}
-| {{ part.title }} | {{ part.model }} | {{ part.first }} | {{ part.first_paper }} | {{ part.seconds }} |
-{% endfor %}
-
-{{ legend }}
-{% for part in parts %}
-
-## {{ part.title }}
-
-{{ part.what }}
-
-{% if part.error %}
-**Failed.** {{ part.error }}
-{% else %}
-{{ part.about }}
-
-| | here | n | paper | |
-|---|---|---|---|---|
-{% for row in part.rows %}
-| {{ row.name }} | {{ row.value }} | {{ row.n }} | {{ row.paper }} | {{ row.source }} |
-{% endfor %}
-{% if part.image %}
-
-![{{ part.title }}]({{ part.figure }})
-{% endif %}
-{% endif %}
-
-| setting | |
-|---|---|
-{% for name, value in part.settings %}
-| {{ name }} | {{ value }} |
-{% endfor %}
-{% endfor %}
-"""
+TEMPLATES = Path(__file__).parent / "templates"
+HTML = (TEMPLATES / "report.html").read_text("utf-8")
+MARKDOWN = (TEMPLATES / "report.md").read_text("utf-8")
 
 
 def write_report(
@@ -165,7 +64,7 @@ def write_report(
 
 def _part(outcome: Outcome, number: int) -> dict[str, Any]:
     """What the templates show of one outcome: text, nothing escaped."""
-    sites = " ".join(f"L{layer}H{head}" for layer, head in outcome.sites[:8])
+    sites = " ".join(head.folder for head in outcome.sites[:8])
     more = f" and {len(outcome.sites) - 8} more" if len(outcome.sites) > 8 else ""
     model = " ".join(filter(None, [outcome.model_id, sites + more]))
     seconds = "" if outcome.seconds is None else f"{outcome.seconds:.0f}"
@@ -183,7 +82,7 @@ def _part(outcome: Outcome, number: int) -> dict[str, Any]:
 
 
 def _row(outcome: Outcome, number: Number) -> dict[str, str]:
-    paper = paper_value(outcome.experiment, number.name, outcome.model_id, outcome.sites, outcome.rule)
+    paper = paper_value(outcome.experiment, number.id, outcome.model_id, outcome.sites, outcome.rule)
     n = "" if number.n is None else f"{number.n:,}"
     return dict(name=number.name, value=str(number), n=n, paper=_paper(paper), source=_source(paper))
 

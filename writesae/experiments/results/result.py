@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
+import torch
+from jaxtyping import Bool
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
-from writesae.experiments.results.statistics import Interval, Rate
+from writesae.experiments.results.statistics import Array, Interval, Rate, Values, bootstrap, wilson
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+else:  # imported when the first table or plot is made
+    Figure = Any
 
 Unit = Literal["%", "nats", "bits", ""]
+
+
+def id_of(name: str) -> str:
+    """The id that a number has unless it is given one: its name in lower case, parts at commas as a path.
+
+    >>> id_of("atom beats deletion, mean of sites")
+    'atom-beats-deletion/mean-of-sites'
+    """
+    return "/".join(re.sub(r"[\s-]+", "-", part.strip().lower()) for part in re.split(r",\s", name))
 
 
 @dataclass(frozen=True)
@@ -25,10 +41,12 @@ class Number:
     """One reported number.
 
     Attributes:
-        name: what it is; the report finds the paper's number by it.
+        name: what it is, for readers.
         value: in ``unit``; a share is a fraction, shown in percent.
         low, high: its 95% interval, None where it has none.
         n: from how many observations, None where that says nothing.
+        id: what it is, for programs: the paper's number is found by it. Made from the name (`id_of`) unless given, so
+            give one where a name is changed.
     """
 
     name: str
@@ -37,6 +55,10 @@ class Number:
     low: float | None = None
     high: float | None = None
     n: int | None = None
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", self.id or id_of(self.name))
 
     @classmethod
     def of(cls, name: str, found: Rate | Interval | float, unit: Unit = "") -> Number:
@@ -46,6 +68,28 @@ class Number:
         if isinstance(found, Interval):
             return cls(name, found.value, unit, found.low, found.high, found.n)
         return cls(name, float(found), unit)
+
+    @classmethod
+    def share(cls, name: str, hits: Bool[Tensor, " n"]) -> Number:
+        """How often something is so, with its Wilson interval."""
+        return cls.of(name, share(hits))
+
+    @classmethod
+    def estimate(
+        cls,
+        name: str,
+        values: Values,
+        clusters: Tensor | Array | None = None,
+        statistic: Callable[[Array], float] = np.mean,  # type: ignore[assignment]
+        unit: Unit = "",
+        n_resamples: int = 2000,
+    ) -> Number:
+        """A mean, or another statistic, with its bootstrap interval; without one where there is a single cluster."""
+        groups = range(len(values)) if clusters is None else clusters.tolist()
+        if len(set(groups)) > 1:
+            return cls.of(name, bootstrap(values, clusters, statistic, n_resamples=n_resamples), unit)
+        x = torch.as_tensor(values).double().numpy()
+        return cls(name, float(statistic(x)), unit, n=len(x))
 
     def __str__(self) -> str:
         text = self._show(self.value)
@@ -65,6 +109,8 @@ class Number:
 class Result(ABC):
     """The outcome of an experiment. Subclasses are frozen dataclasses of its records and settings."""
 
+    ROWS: ClassVar[tuple[str, ...]] = ()
+
     @property
     @abstractmethod
     def title(self) -> str:
@@ -79,9 +125,17 @@ class Result(ABC):
     def numbers(self) -> Sequence[Number]:
         """What it found, most important first."""
 
-    @abstractmethod
+    def columns(self) -> dict[str, Any]:
+        """The columns of `records`: the attributes that `ROWS` names, those that are dicts one column an entry."""
+        found: dict[str, Any] = {}
+        for name in self.ROWS:
+            value = getattr(self, name)
+            found |= value if isinstance(value, Mapping) else {name: value}
+        return {name: x.numpy() if isinstance(x, Tensor) else x for name, x in found.items()}
+
     def records(self) -> pd.DataFrame:
-        """One row an observation, columns of plain numbers and strings."""
+        """One row per observation, columns of plain numbers and strings."""
+        return frame(self.columns())
 
     @abstractmethod
     def plot(self) -> Figure:
@@ -96,6 +150,19 @@ class Result(ABC):
         for number in self.numbers():
             table.add_row(Text(number.name), Text(str(number)), "" if number.n is None else f"{number.n:,}")
         return table
+
+
+def frame(*parts: Mapping[str, Any]) -> pd.DataFrame:
+    """A table of columns; of several, one below the other."""
+    import pandas as pd
+
+    tables = [pd.DataFrame(dict(part)) for part in parts]
+    return tables[0] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
+
+
+def share(hits: Bool[Tensor, " n"]) -> Rate:
+    """How often something is so."""
+    return wilson(int(hits.sum()), len(hits))
 
 
 def figure(n_columns: int = 1, width: float = 4.6, height: float = 3.4) -> tuple[Figure, list]:
@@ -117,3 +184,24 @@ def _png(made: Figure) -> bytes:
     with BytesIO() as file:
         made.savefig(file, format="png")
         return file.getvalue()
+
+
+def intervals(
+    axis: Any, at: Any, found: Sequence[Rate | Interval | Number], *, width: float | None = None, **style: Any
+) -> None:
+    """Draw values with their intervals at ``at``: points joined by lines, or bars of a ``width``."""
+    values = [x.rate if isinstance(x, Rate) else x.value for x in found]
+    pairs = [(value, x.low, x.high) for value, x in zip(values, found, strict=True)]
+    error = [[0.0 if low is None else v - low for v, low, _ in pairs]]
+    error += [[0.0 if high is None else high - v for v, _, high in pairs]]
+    if width is not None:
+        axis.bar(at, values, width, yerr=error, error_kw={"lw": 0.8}, **style)
+    else:
+        axis.errorbar(at, values, yerr=error, **{"fmt": "o-", "ms": 4} | style)
+
+
+def predicted_and_measured(axis: Any, predicted: Any, measured: Any, **style: Any) -> None:
+    """Draw what was measured over what was predicted, with the line on which they agree."""
+    axis.scatter(predicted, measured, **{"s": 5, "alpha": 0.5} | style)
+    ends = [float(measured.min()), float(measured.max())]
+    axis.plot(ends, ends, color="0.3", lw=0.8, ls="--")

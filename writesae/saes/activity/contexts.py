@@ -38,7 +38,7 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class Contexts:
-    """What `top_contexts` found, one row an atom: ``contexts[53]`` is a list of `Context`, strongest first.
+    """What `top_contexts` found, one row per atom: ``contexts[53]`` is a list of `Context`, strongest first.
 
     Attributes:
         cfg: of the SAE.

@@ -1,7 +1,7 @@
 """Reading with an SAE: which atoms are active at every token, from a text or from what a head writes.
 
 States are read as streams, ``v^T S_t w`` decaying as they do and carried from block to block; where there is one decay
-a key channel, readings do not decay as one number, and states are built a block of positions at a time. Neither holds
+per key channel, readings do not decay as one number, and states are built a block of positions at a time. Neither holds
 all pre-activations, or all states, of a long text.
 """
 
@@ -22,8 +22,8 @@ from writesae.recurrence import Write
 from writesae.recurrence.dynamics import States
 from writesae.recurrence.kernels import CHUNK
 from writesae.recurrence.matrices import Matrices, size
+from writesae.saes.autoencoder import Autoencoder
 from writesae.saes.config import SAEConfig, Target
-from writesae.saes.sae import WriteSAE
 
 if TYPE_CHECKING:
     from writesae.hooks import ActivationCache
@@ -78,14 +78,14 @@ class Codes:
         active, n = int((self.values > 0).sum()), self.n_tokens
         return (
             f"Codes({len(self.tokens)} sequences, {n:,} tokens: {active / max(n, 1):.1f} of {self.n_atoms:,} atoms "
-            f"active a token, {int((self.fired > 0).sum()):,} of them somewhere)"
+            f"active per token, {int((self.fired > 0).sum()):,} of them somewhere)"
         )
 
 
 @torch.no_grad()
 def encode(
     model: HookedRecurrentModel,
-    sae: WriteSAE,
+    sae: Autoencoder,
     x: Text,
     *,
     check_model: bool = True,
@@ -127,7 +127,7 @@ def encode(
 
 @torch.no_grad()
 def encode_matrices(
-    sae: WriteSAE, x: Matrices, initial: Float[Tensor, "batch d_key d_value"] | None = None
+    sae: Autoencoder, x: Matrices, initial: Float[Tensor, "batch d_key d_value"] | None = None, *, block: int = BLOCK
 ) -> tuple[Float[Tensor, "batch pos m"], Int[Tensor, "batch pos m"]]:
     """Activations, largest first, and their atoms, of matrices along sequences, ``[batch, pos]``; as ``sae.topk``.
 
@@ -137,13 +137,14 @@ def encode_matrices(
         sae: the SAE.
         x: writes, deltas, dense matrices, or `States`.
         initial: for `States`: the state before the first token, None for zero.
+        block: how many numbers to work on at once: pre-activations, or entries of states.
     """
     x = x.to(sae.b_enc.device)
     initial = None if initial is None else initial.to(sae.b_enc.device)
     # Filled in place: small results kept between large blocks would leave the memory in holes that no block fits into.
-    values = sae.b_enc.new_zeros(*size(x)[:2], sae.cfg.k if sae.cfg.sparsity == "topk" else 1)
+    values = sae.b_enc.new_zeros(*size(x)[:2], sae.sparsity.width(sae.cfg) or 1)
     indices, start = torch.zeros_like(values, dtype=torch.long), 0
-    for pre in _pre(sae, x, initial):
+    for pre in _pre(sae, x, initial, block):
         found, m = sae.sparsify(pre), values.shape[-1]
         if (more := found[0].shape[-1] - m) > 0:
             values, indices = (F.pad(part, (0, more)) for part in (values, indices))
@@ -153,23 +154,25 @@ def encode_matrices(
     return values, indices
 
 
-def _pre(sae: WriteSAE, x: Matrices, initial: Tensor | None) -> Iterator[Float[Tensor, "batch block n_atoms"]]:
+def _pre(
+    sae: Autoencoder, x: Matrices, initial: Tensor | None, block: int
+) -> Iterator[Float[Tensor, "batch block n_atoms"]]:
     """Pre-activations, a block of positions after the other."""
     batch, n_pos, d_key, d_value = size(x)
     rank = x.gain.rank if isinstance(x, States) else x.rank if isinstance(x, Write) else 1
-    step = BLOCK // (batch * max(sae.cfg.n_atoms * sae.cfg.rank * rank, d_key * d_value))
+    step = block // (batch * max(sae.cfg.n_atoms * sae.cfg.rank * rank, d_key * d_value))
     step = step // CHUNK * CHUNK or max(step, 1)  # whole chunks of the decayed sum
     if isinstance(x, States) and not x.one_decay:
         yield from map(sae.pre, x.pieces(step, initial))
         return
-    codes = sae.pre(initial) if isinstance(x, States) and initial is not None else None
+    before = sae.pre(initial) if isinstance(x, States) and initial is not None else None
     for start in range(0, n_pos, step):
         here = (slice(None), slice(start, start + step))
         if not isinstance(x, States):
             yield sae.pre(x[here])
         else:
-            pre = sae.encode_states(x.gain[here], x.log_decay[here], codes)
-            codes = pre[:, -1].clone()
+            pre = sae.pre_of_states(x.gain[here], x.log_decay[here], before)
+            before = pre[:, -1].clone()
             yield pre
 
 
@@ -202,23 +205,19 @@ def target_of(
     return dynamics.states(0), None if dynamics.initial is None else dynamics.initial[:, 0]
 
 
-def _pass(model: HookedRecurrentModel, sae: WriteSAE, x: Text, ids: Tensor, **kwargs: Any) -> Codes:
+def _pass(model: HookedRecurrentModel, sae: Autoencoder, x: Text, ids: Tensor, **kwargs: Any) -> Codes:
     """One run of the model, read."""
-    layer = sae.cfg.layer
-    assert layer is not None
     # Nobody wants the logits.
-    _, cache = model.run_with_cache(x, names=inputs(model, layer), **{**model.logits_of_last(1), **kwargs})
+    _, cache = model.run_with_cache(x, names=inputs(model, sae.place.layer), **{**model.logits_of_last(1), **kwargs})
     return codes_of(sae, cache, ids)
 
 
-def codes_of(sae: WriteSAE, cache: ActivationCache, ids: Int[Tensor, "batch pos"]) -> Codes:
+def codes_of(sae: Autoencoder, cache: ActivationCache, ids: Int[Tensor, "batch pos"]) -> Codes:
     """What an SAE reads of a pass that is there: its cache has `inputs`, ``ids`` are its tokens."""
-    layer, head = sae.cfg.layer, sae.cfg.head
-    assert layer is not None and head is not None
-    found = encode_matrices(sae, *target_of(cache, layer, head, sae.cfg.target))
+    found = encode_matrices(sae, *target_of(cache, *sae.place, sae.cfg.target))
     values, indices = (part.to(ids.device) for part in found)
     values = values.masked_fill((cache.positions == PAD)[..., None], 0)
-    if sae.cfg.sparsity != "topk":  # padding may have had more than any token
+    if sae.sparsity.width(sae.cfg) is None:  # padding may have had more than any token
         m = max(1, int((values > 0).sum(-1).max()))
         values, indices = values[..., :m], indices[..., :m]
     return Codes(values, indices, ids, cache.positions, sae.cfg)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
-from rich.progress import track
 from torch import Tensor
 
 from writesae.hooks.positions import PAD
+from writesae.jobs.progress import track
 from writesae.saes.activity.contexts import EDGES, Contexts
 from writesae.saes.activity.reading import BLOCK, Codes, encode
+from writesae.saes.autoencoder import Autoencoder
 from writesae.saes.config import SAEConfig
-from writesae.saes.sae import WriteSAE
-from writesae.stores.texts import together
+from writesae.stores.windows import each_window, together
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def top_contexts(
     model: HookedRecurrentModel,
-    sae: WriteSAE,
+    sae: Autoencoder,
     texts: str | Iterable[str] | Int[Tensor, "n pos"],
     *,
     n: int = 10,
@@ -46,7 +46,7 @@ def top_contexts(
         model: the model.
         sae: an SAE of one of its heads.
         texts: a text, several (read one after the other, so a generator will do), or token ids.
-        n: firings kept an atom.
+        n: firings kept per atom.
         atoms: which atoms; None for all.
         before, after: tokens shown around each firing, as far as its window goes.
         batch_size: windows run at once.
@@ -72,7 +72,8 @@ def top_contexts(
     strongest = Strongest(chosen, sae.cfg.n_atoms, n, before, after)
     n_documents = n_tokens = 0
     texts = [texts] if isinstance(texts, str) else texts
-    windows = windows_of(model, texts, context, progress)
+    total = len(texts) if isinstance(texts, Sequence | Tensor) else None
+    windows = each_window(model, track(texts, "top contexts", progress, total=total), context)
     while batch := list(islice(windows, batch_size)):
         documents, starts, rows = zip(*batch, strict=True)
         ids, given = together(rows)
@@ -82,18 +83,6 @@ def top_contexts(
     if not n_tokens:
         raise ValueError("no text: top_contexts needs at least one that is not empty")
     return strongest.contexts(model, sae.cfg, n_documents, n_tokens)
-
-
-def windows_of(
-    model: HookedRecurrentModel, texts: Iterable[Any], context: int, progress: bool = False
-) -> Iterator[tuple[int, int, Int[Tensor, " pos"]]]:
-    """Number of the text, first token, and the tokens of each window."""
-    total = len(texts) if isinstance(texts, Sequence | Tensor) else None
-    for number, text in enumerate(track(texts, "top contexts", total=total, disable=not progress)):
-        if len(text):
-            row = model.to_tokens(text)[0][0]
-            for start in range(0, len(row), context):
-                yield number, start, row[start : start + context]
 
 
 class Strongest:

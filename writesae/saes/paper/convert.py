@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from writesae.saes import files
-from writesae.saes.paper.reference import load_reference
+from writesae.saes.formats import fetch
+from writesae.saes.paper.manifest import MANIFEST
+from writesae.saes.paper.reference import CHECKPOINTS, ON_HUB, load_reference
 from writesae.saes.sae import WriteSAE
 
 __all__ = ["Conversion", "conversions", "convert", "load_reference"]
@@ -93,7 +94,7 @@ def conversions(
         folder = Path(out)
         if path != top:
             folder /= path.parent.relative_to(top)
-            folder = folder if path.name in files.CHECKPOINTS else folder / path.stem
+            folder = folder if path.name in CHECKPOINTS else folder / path.stem
         result: WriteSAE | Exception
         try:
             if folder in taken:
@@ -118,10 +119,10 @@ def _find(source: str, revision: str | None) -> tuple[Path, Path]:
     folder = folder.strip("/")
     if path.suffix == ".pt" or not name:
         raise FileNotFoundError(f"{source} is neither a file nor a folder here, nor a hub id of the form owner/name")
-    wanted = [f"{folder}/{rest}".lstrip("/") for rest in files.REFERENCE + tuple(f"*/{x}" for x in files.REFERENCE)]
-    root = files.fetch(f"{owner}/{name}", [*wanted, files.MANIFEST], revision)
+    wanted = [f"{folder}/{rest}".lstrip("/") for rest in ON_HUB + tuple(f"*/{x}" for x in ON_HUB)]
+    root = fetch(f"{owner}/{name}", [*wanted, MANIFEST], revision)
     if not (root / folder).is_dir():
-        raise FileNotFoundError(f"{owner}/{name} has no {files.REFERENCE[0]} in {folder or 'it'}")
+        raise FileNotFoundError(f"{owner}/{name} has no {ON_HUB[0]} in {folder or 'it'}")
     return root / folder, root
 
 
@@ -131,12 +132,12 @@ def _checkpoints(top: Path) -> tuple[dict[Path, tuple[str, ...]], list[Path]]:
         return {top: ()}, []
     found, empty = {}, []
     for path in sorted(top.rglob("*.pt")):
-        run = [name for name in files.CHECKPOINTS if (path.parent / name).is_file()]
+        run = [name for name in CHECKPOINTS if (path.parent / name).is_file()]
         if path.name not in run:
             found[path] = ()
         elif path.name == run[0]:
             found[path] = tuple(run[1:])
-    for path in sorted(top.rglob(files.REFERENCE[1])):
+    for path in sorted(top.rglob(ON_HUB[1])):
         if not any(path.parent.glob("*.pt")) and '"sae_type"' in path.read_text(encoding="utf-8", errors="replace"):
             empty.append(path)
     return found, empty

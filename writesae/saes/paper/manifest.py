@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
-from writesae.saes.files import MANIFEST, read_json
+from writesae.saes.files import read_json
 
+MANIFEST = "manifest.json"
 _ALLOWED = f'{MANIFEST} maps tags or paths to a SHA-256, or to an object with "sha256"'
 
 

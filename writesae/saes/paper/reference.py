@@ -19,10 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from writesae.saes import files
+from writesae.saes.autoencoder import Autoencoder
 from writesae.saes.config import SAEConfig
-from writesae.saes.paper.manifest import verify
+from writesae.saes.files import check_finite, read_json
+from writesae.saes.formats import Format, register_format
+from writesae.saes.paper.manifest import MANIFEST, verify
 from writesae.saes.sae import WriteSAE
+
+CHECKPOINTS = ("best.pt", "final.pt", "checkpoint.pt")  # what its training leaves in a folder, best first
+ON_HUB = (CHECKPOINTS[0], "config.json")  # and what of it the hub has
 
 _LINEAR = {"encoder.weight": "A_enc", "encoder.bias": "b_enc"}
 _DENSE = {"decoder.weight": "A_dec", "decoder.bias": "b_dec"}
@@ -75,6 +80,19 @@ def load_reference(
         FileNotFoundError: no checkpoint there.
         ValueError: damaged, wants to run code, of an unknown type, or tensors do not fit; the message names them.
     """
+    cfg, weights = read_reference(path, model_id=model_id, layer=layer, head=head, root=root)
+    return WriteSAE.from_tensors(cfg, weights, str(path))
+
+
+def read_reference(
+    path: str | Path,
+    *,
+    model_id: str | None = None,
+    layer: int | None = None,
+    head: int | None = None,
+    root: str | Path | None = None,
+) -> tuple[SAEConfig, dict[str, Tensor]]:
+    """`load_reference` up to the SAE: its configuration and its tensors under our names."""
     path = _file(Path(path))
     root = path.parent if root is None else Path(root)
     with path.open("rb") as f:
@@ -88,28 +106,37 @@ def load_reference(
         cfg = _config(sae_type, config, tensors, path, assumed)
         place = _place(path, config, layer, head)
         with torch.device("meta"):  # sizes only: dense atoms take gigabytes
-            sae = WriteSAE(cfg)
-        weights = _weights(sae_type, cfg, tensors, sae.state_dict())
+            ours = Autoencoder(cfg)
+        weights = _weights(sae_type, cfg, tensors, ours.state_dict())
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
-    files.check_finite(weights, f"{path} is not usable")
-    if cfg.sparsity == "batch_topk":
-        weights["threshold"] = torch.tensor(float("nan"))
-    sae.load_state_dict(weights, assign=True)
+    check_finite(weights, cfg, f"{path} is not usable")
+    weights |= {name: torch.tensor(float("nan")) for name in ours.sparsity.calibrated}  # which its code does not store
     where = path.relative_to(root if path.parent != root else root.parent).as_posix()
     record = config | record | {"sae_type": sae_type, "file": where, "sha256": digest, "verified": verified}
     record = {name: _plain(value) for name, value in record.items()} | {"assumed": assumed}
-    sae.cfg = dataclasses.replace(cfg, model_id=model_id, training={"reference": record}, **place)
-    return sae
+    return dataclasses.replace(cfg, model_id=model_id, training={"reference": record}, **place), weights
+
+
+@register_format
+class OfThePaper(Format):
+    """A folder that a training of the paper's code left, as a format of `WriteSAE.from_pretrained`."""
+
+    holds = f"{CHECKPOINTS[0]} of the paper's code"
+    wanted = ON_HUB
+    wanted_of_root = (MANIFEST,)
+
+    def load(self, folder: Path, root: Path) -> tuple[SAEConfig, dict[str, Tensor]]:
+        return read_reference(folder, root=root)
 
 
 def _file(path: Path) -> Path:
     if path.is_file():
         return path
-    for name in files.CHECKPOINTS:
+    for name in CHECKPOINTS:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"{path} is neither a checkpoint nor a folder with {' or '.join(files.CHECKPOINTS)}")
+    raise FileNotFoundError(f"{path} is neither a checkpoint nor a folder with {' or '.join(CHECKPOINTS)}")
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
@@ -138,7 +165,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]
     inside, beside = rest.get("config") or {}, path.with_name("config.json")
     if not isinstance(inside, Mapping):
         raise ValueError(f"{path}: config must be a dict; got {type(inside).__name__}")
-    outside = files.read_json(beside) if beside.is_file() else {}
+    outside = read_json(beside) if beside.is_file() else {}
     dropped = ("model_state_dict", "optimizer_state_dict", "config")
     kept = {name: t for name, t in tensors.items() if name != "steps_since_active"}
     # A run that is repeated writes config.json before it has a better best.pt: what lies inside belongs to the weights.

@@ -11,15 +11,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from writesae.hooks.sites import Head
 from writesae.recurrence.matrices import Matrices
-from writesae.saes.config import SAEConfig, Sparsity, Target
+from writesae.saes.config import SAEConfig, Target
 from writesae.saes.sae import WriteSAE
 from writesae.saes.training.data import FromStore
 from writesae.saes.training.run import Log, Run, Settings
 from writesae.saes.training.train import train_runs
 from writesae.stores.extraction import record
 from writesae.stores.store import ActivationStore
-from writesae.stores.texts import sequences
+from writesae.stores.windows import Windows
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
@@ -52,14 +53,14 @@ def collect(
         tokens: sequences of equal length, without padding.
         layer, head: which head; head is a value head.
         target: ``"write"``, ``"delta"`` or ``"state"``, see `SAEConfig`.
-        stride: of states under one decay a key channel, keep every so-manieth position of each sequence, from
+        stride: of states under one decay per key channel, keep every ``stride``-th position of each sequence, from
             ``stride - 1`` on: each takes ``d_key * d_value`` numbers.
         batch_size: sequences run at once.
         progress: show a progress bar.
 
     Returns:
         Samples in the order of the text: a `Write` with leading dimension ``[N]``. For states, `States` ``[n, pos]``,
-        none of them built; under one decay a key channel ``[N, d_key, d_value]``.
+        none of them built; under one decay per key channel ``[N, d_key, d_value]``.
 
     Raises:
         IndexError: no such recurrent layer, or head.
@@ -95,10 +96,10 @@ def train_site(
     Raises:
         ValueError: the text is shorter than two sequences.
     """
-    tokens = text if isinstance(text, Tensor) else sequences(model, text, context)
-    if len(tokens) < 2:
-        raise ValueError(f"the text makes {len(tokens)} sequences of {context} tokens: too few; give more text")
-    store = record(model, tokens, [(layer, head)], progress=progress)
+    windows = (
+        Windows.of_rows(list(text), text.shape[1]) if isinstance(text, Tensor) else Windows.cut(model, text, context)
+    )
+    store = record(model, windows.enough(2).tokens, [(layer, head)], progress=progress)
     return train_store(store, progress=progress, **options)[layer, head]
 
 
@@ -108,7 +109,7 @@ def train_store(
     *,
     target: Target = "write",
     variant: str | None = None,
-    sparsity: Sparsity = "topk",
+    sparsity: str = "topk",
     n_atoms: int = 1024,
     k: int | None = None,
     choices: Mapping[str, Any] | None = None,
@@ -154,7 +155,7 @@ def train_store(
     recipe = dict(RECIPES[target])
     settings = Settings(**{name: recipe[name] for name in recipe if name not in ("variant", "k")} | training)
     values = dict(n_atoms=n_atoms, k=recipe["k"] if k is None else k, target=target, sparsity=sparsity)
-    places = {f"L{layer}H{head}": (layer, head) for layer, head in (store.sites if sites is None else sites)}
+    places = {Head(*place).folder: Head(*place) for place in (store.sites if sites is None else sites)}
     runs: dict[str, Run] = {}
     for name, (layer, head) in places.items():
         cfg = site_config(store, layer, head, variant or recipe["variant"], **values | dict(choices or {}))

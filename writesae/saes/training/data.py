@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from writesae.recurrence import Write
 from writesae.recurrence.dynamics import States
-from writesae.recurrence.matrices import Matrices, dense, joined, leading, parts, size
+from writesae.recurrence.matrices import Matrices, joined, parts, size
 from writesae.saes.config import SAEConfig, Target
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class FromStore(Data):
         layer, head: one of its sites.
         target: ``"write"``, ``"delta"`` or ``"state"``.
         held_out: share of the sequences that is only measured on: evenly spread, so every part of the text has some.
-        stride: of states that have to be built (one decay a key channel), keep every so-manieth position.
+        stride: of states that have to be built (one decay per key channel), keep every ``stride``-th position.
         buffer_tokens: tokens in memory at once. A larger store is read in pieces, in an order drawn from ``seed``.
         held_out_tokens: at most so many tokens are measured on.
         seed: of the order.
@@ -181,21 +180,3 @@ def check_data(cfg: SAEConfig, data: Matrices) -> None:
     for part in parts(data):
         if not part.isfinite().all():
             raise ValueError("some of these matrices have numbers that are NaN or infinite; leave them out")
-
-
-def rank_parts(x: Write | Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The largest rank-``rank`` part of each matrix ``[n]``, as factors ``[n, rank, d]`` of norm 1 together."""
-    if isinstance(x, Write) and x.rank == rank == 1:
-        keys, values = (F.normalize(f, dim=-1) for f in x.factors())
-        return keys, values
-    keys, values = leading(dense(x), rank)
-    if rank > 1:  # a term that has nothing to start from still needs a direction to grow in
-        random = torch.Generator().manual_seed(0)
-        keys, values = (
-            f
-            + 0.01
-            * f.norm(dim=(-1, -2), keepdim=True)
-            * F.normalize(torch.randn(f.shape, generator=random), dim=-1).to(f)
-            for f in (keys, values)
-        )
-    return keys, values / values.norm(dim=(-1, -2), keepdim=True).clamp_min(1e-30)

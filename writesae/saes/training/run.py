@@ -24,7 +24,7 @@ from writesae.saes.config import SAEConfig
 from writesae.saes.sae import WriteSAE
 from writesae.saes.training.data import Data, check_data, n_samples, per_unit, pieces, spread
 from writesae.saes.training.evaluate import evaluate
-from writesae.saes.training.start import start, start_atoms
+from writesae.saes.training.initialise import initialise, initialise_atoms
 
 Log = Callable[[dict[str, Any]], Any]
 
@@ -37,17 +37,17 @@ class Settings:
         steps: optimiser steps.
         batch_size: samples drawn at random in each; of `States`, whole sequences of about so many tokens.
         lr: peak learning rate of Adam, reached after ``warmup`` steps; then a cosine down to a tenth.
-        warmup: see there.
+        warmup: steps over which the learning rate rises.
         unit_norm: train on matrices scaled to norm 1, so that a small write counts as much as a large one. The SAE
             reads unscaled ones all the same: without bias and mean it is linear in scale. Not for target "state".
         train_bias: also train ``b_enc``; activations are then no longer linear in the scale of a matrix. Default: for
             jumprelu and gated, which need it.
         aux_weight, aux_k: auxiliary loss, see `WriteSAE.loss`.
         dead_after: an atom that was not active for so many steps is dead.
-        resample_every: every so many steps, until three quarters of the training, dead atoms start anew from samples
-            drawn in proportion to their error. 0: never.
+        resample_every: every so many steps, until three quarters of the training, dead atoms are initialised again,
+            from samples drawn in proportion to their error. 0: never.
         bandwidth: of thresholds, see `WriteSAE.loss`.
-        seed: of the atoms' start, the batches and the resampling.
+        seed: of the atoms' initialisation, the batches and the resampling.
     """
 
     steps: int = 1500
@@ -101,7 +101,7 @@ class Run:
         self.processes = Processes.launched()
         self._given: Matrices | None = None
         self.device = data.device
-        with torch.random.fork_rng(devices=[]):  # the random start is overwritten: leave the caller's generator alone
+        with torch.random.fork_rng(devices=[]):  # the random atoms are overwritten: leave the caller's generator alone
             self.sae = WriteSAE(cfg).to(self.device)
         if settings.train_bias is None:
             self.settings = settings = dataclasses.replace(settings, train_bias=not cfg.chooses)
@@ -115,7 +115,7 @@ class Run:
             if self.sae.mean is not None:
                 self.sae.mean.copy_(mean(self.samples()))
             random = self._random(0)
-            start(self.sae, self._some(max(cfg.n_atoms, min(8 * cfg.n_atoms, 16384)), random), random)
+            initialise(self.sae, self._some(max(cfg.n_atoms, min(8 * cfg.n_atoms, 16384)), random), random)
         self._trim_log()
 
     @property
@@ -123,7 +123,7 @@ class Run:
         return self.step < self.settings.steps
 
     def advance(self) -> float:
-        """One step, with its log and its checkpoint; the batch's nmse."""
+        """One step, with its log and its checkpoint; the batch's normalised MSE."""
         record = self.one_step()
         if not math.isfinite(record["nmse"]):
             raise FloatingPointError(
@@ -159,7 +159,7 @@ class Run:
             )
         batch = torch.randint(size(data)[0], (n_units,), generator=self._random(1))
         x = data[self.processes.share(batch).to(self.device)]
-        weight = 0.0 if sae.cfg.chooses else self.weight[0]
+        weight = 0.0 if sae.sparsity.chooses else self.weight[0]
         out = sae.loss(
             x, dead=self.dead(), aux_weight=s.aux_weight, aux_k=s.aux_k, sparsity_weight=weight,
             bandwidth=s.bandwidth, processes=self.processes,
@@ -170,7 +170,7 @@ class Run:
             if p.grad is not None:
                 p.grad = self.processes.total(p.grad)
         if sae.cfg.unit_atoms:
-            self._keep_tangent()
+            sae.dictionary.keep_tangent()
         rate = s.rate(self.step)
         for group in self.adam.param_groups:
             group["lr"] = rate
@@ -182,7 +182,7 @@ class Run:
         self.silent[fired > 0] = 0
         self.step += 1
         l0 = int(fired.sum()) / (n_units * per_unit(data))
-        if not sae.cfg.chooses:
+        if not sae.sparsity.chooses:
             self._lead(l0 / sae.cfg.k)
         every = s.resample_every
         if every and self.step % every == 0 and self.step <= 0.75 * s.steps:
@@ -196,10 +196,7 @@ class Run:
         self.weight[1] = 0.9 * self.weight[1] + 0.1 * l0
         excess = (self.weight[1] - 1).clamp(-1, 1)
         self.weight[0] *= (0.02 * excess).exp()
-        if self.sae.cfg.sparsity == "jumprelu":
-            self.sae.log_threshold.add_(0.03 * excess)
-        else:
-            self.sae.b_enc.sub_(0.03 * excess * self.sae.b_enc.abs().mean())
+        self.sae.sparsity.lead(self.sae, excess)
 
     def dead(self) -> Tensor:
         return self.silent >= self.settings.dead_after
@@ -208,7 +205,7 @@ class Run:
         """The trained SAE, with the record of its training."""
         sae, train = self.sae.requires_grad_(True), self.data.at(self.step, self.settings.batch_size)
         few = train[: max(1, 16384 // per_unit(train))]
-        if sae.cfg.sparsity == "batch_topk":
+        if sae.sparsity.calibrated:
             sae.calibrate(self.samples()[: max(1, 2**25 // sae.cfg.n_atoms // per_unit(train))])
         record = asdict(self.settings) | {
             "samples": n_samples(train), "resampled": self.n_resampled, "train": evaluate(sae, few),
@@ -221,20 +218,8 @@ class Run:
     # Atoms
 
     @torch.no_grad()
-    def _keep_tangent(self) -> None:
-        """Take out of the gradients what would only change an atom's norm."""
-        sae = self.sae
-        if sae.cfg.decoder == "dense":
-            pairs = [(sae.A_dec, (-2, -1))]
-        else:
-            pairs = [(sae.V_dec, -1), (sae.W_dec, -1 if sae.cfg.rank == 1 else (-2, -1))]
-        for p, dims in pairs:
-            assert p.grad is not None
-            p.grad -= (p.grad * p).sum(dims, keepdim=True) / p.square().sum(dims, keepdim=True).clamp_min(1e-30) * p
-
-    @torch.no_grad()
     def _resample(self) -> None:
-        """Start dead atoms anew from samples that are reconstructed badly."""
+        """Initialise dead atoms again, from samples that are reconstructed badly."""
         alive = ~self.dead()
         dead = (~alive).nonzero()[:, 0]
         if not len(dead):
@@ -245,7 +230,7 @@ class Run:
         chosen = torch.multinomial(error2.clamp_min(1e-12), min(len(dead), len(error2)), generator=random)
         dead = dead[: len(chosen)]
         strength = float(norm2(self.sae.encoder)[alive].sqrt().mean()) if bool(alive.any()) else 1.0
-        start_atoms(self.sae, dead, pool, chosen, strength)
+        initialise_atoms(self.sae, dead, pool, chosen, strength)
         self.silent[dead] = 0
         for p, state in self.adam.state.items():
             if p.shape[0] == self.sae.cfg.n_atoms:

@@ -1,8 +1,8 @@
-"""Training SAEs: atoms start from data, stay on the unit sphere, and are revived when dead.
+"""Training SAEs: atoms are initialised from data, stay on the unit sphere, and are revived when dead.
 
 The paper's recipe (appendix D): Adam, warm-up then cosine, reconstruction error plus the auxiliary dead-atom loss,
-resampling of atoms that stay silent. Here the data may stay in factors, and atoms start as rank-1 parts of random
-samples rather than at random.
+resampling of atoms that stay silent. Here the data may stay in factors, and atoms are initialised as rank-1 parts of
+random samples rather than at random.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from writesae.jobs.progress import Bars
 from writesae.recurrence.matrices import Matrices
 from writesae.saes.config import SAEConfig
 from writesae.saes.sae import WriteSAE
@@ -73,18 +73,14 @@ def train_sae(
 
 def train_runs(runs: Mapping[str, Run], progress: bool = True) -> dict[str, WriteSAE]:
     """Several trainings side by side, a step of each in turn; see `train_sae`."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, disable=not progress)
-    with bar, _interrupts_wait() as interrupted, torch.enable_grad():  # a notebook may have switched gradients off
-        tasks = {
-            name: bar.add_task(f"training {name}", total=run.settings.steps, completed=run.step)
-            for name, run in runs.items()
-        }
+    # A notebook may have switched gradients off.
+    with Bars(progress) as bars, _interrupts_wait() as interrupted, torch.enable_grad():
+        lines = {name: bars.add(f"training {name}", run.settings.steps, run.step) for name, run in runs.items()}
         while any(run.left for run in runs.values()):
             for name, run in runs.items():
                 if run.left:
-                    nmse = run.advance()
-                    bar.update(tasks[name], completed=run.step, description=f"training {name}, nmse {nmse:.3f}")
+                    error = run.advance()
+                    lines[name](run.step, f"training {name}, normalised MSE {error:.3f}")
             if interrupted():
                 for run in runs.values():
                     run.save()

@@ -1,0 +1,36 @@
+"""``writesae contexts``"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from writesae.cli._shared import HeldOutText, ModelOfSAE, SAEName, plainly, quiet, read_texts, sae_and_model
+
+ORDER = 5
+
+
+def contexts(
+    sae: SAEName,
+    model: ModelOfSAE = None,
+    text: HeldOutText = None,
+    atom: Annotated[
+        list[int] | None, typer.Option(help="Repeat for several; without it, the five that fire most.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="Places shown per atom.", min=1)] = 10,
+    context: Annotated[int, typer.Option(help="Tokens read at once, from an empty memory.", min=1)] = 512,
+    batch: Annotated[int, typer.Option(help="Sequences run at once.", min=1)] = 8,
+) -> None:
+    """Show where in a text atoms fire most strongly."""
+    quiet()
+    with plainly():
+        from rich.console import Console
+
+        from writesae.saes import top_contexts
+
+        found, hooked = sae_and_model(sae, model)
+        top = top_contexts(hooked, found, read_texts(text), n=n, atoms=atom, context=context, batch_size=batch)
+    console = Console()
+    for i in atom or top.most_frequent(5):
+        console.print(top.table(i) if top[i] else top.about(i), highlight=False)

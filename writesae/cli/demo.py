@@ -1,0 +1,25 @@
+"""``writesae demo``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from writesae.cli._shared import plainly, quiet
+
+ORDER = 1
+
+
+def demo(
+    model: Annotated[str, typer.Option(help="A shipped model: tiny-gdn, tiny-mamba2 or tiny-rwkv7.")] = "tiny-gdn",
+    firings: Annotated[int, typer.Option(help="Firings tested by the replacement test, per SAE.", min=1)] = 300,
+    picture: Annotated[Path, typer.Option(help="Where to save the picture.")] = Path("writesae-demo.png"),
+) -> None:
+    """See what a model writes to memory, an atom that replaces a write, and an atom that steers a generation."""
+    from writesae.demo import run
+
+    quiet()
+    with plainly():
+        run(model, firings, picture)

@@ -1,0 +1,57 @@
+"""``writesae pages``"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from writesae.cli._shared import Device, HeldOutText, ModelOfSAE, SAEName, plainly, quiet, read_texts, sae_and_model
+
+ORDER = 6
+
+
+def pages(
+    sae: SAEName,
+    model: ModelOfSAE = None,
+    text: HeldOutText = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the site; the same folder again continues.")] = None,
+    atoms: Annotated[int, typer.Option(help="Measure this many atoms, the most frequent.", min=0)] = 32,
+    atom: Annotated[list[int] | None, typer.Option(help="Measure this atom too; repeat for several.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt to continue with each atom added; repeat for several.")
+    ] = None,
+    neuronpedia: Annotated[bool, typer.Option("--neuronpedia", help="Also write Neuronpedia's format.")] = False,
+    device: Device = "cpu",
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="Take an SAE that does not say which weights it was trained on.")
+    ] = False,
+) -> None:
+    """Write a site with a page for every atom, and an index to search and sort them. It opens from disk.
+
+    One pass over the text serves all atoms. What needs further runs of the model (measured effects on tokens, the
+    replacement test, a steered text) is done for the most frequent atoms; the same command with others adds them.
+    """
+    import shlex
+
+    from rich.console import Console
+
+    quiet()
+    with plainly():
+        from writesae.pages import write_pages
+
+        found, hooked = sae_and_model(sae, model)
+        name = sae.removesuffix("/")
+        folder = out or Path("runs") / f"pages-{Path(name).parent.name}-{Path(name).name}".replace("--", "-")
+        again = ["writesae", "pages", sae, *(["--model", model] if model else [])]
+        again += [*(["--text", str(text)] if text else []), "--out", str(folder)]
+        index = write_pages(
+            hooked.to(device), found.to(device), read_texts(text), folder, atoms=atoms, also=atom or (), prompts=prompt,
+            name=name, source=str(text or "Shipped held-out documents"), neuronpedia=neuronpedia,
+            command=shlex.join(again), check_model=not unchecked, console=Console(stderr=True),
+        )  # fmt: skip
+    console = Console()
+    console.print(f"Open {index} in a browser.", markup=False, highlight=False)
+    if neuronpedia:
+        console.print(f"For Neuronpedia: {folder / 'neuronpedia'}", markup=False, highlight=False)

@@ -1,0 +1,66 @@
+"""Arguments of a forward pass: one that a model would ignore is an error, and so is one that packs several texts."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from writesae.models.wrappers import bare
+
+# What transformers takes for every model, beside the arguments of the model's own forward, and does something with.
+OF_EVERY_MODEL = (
+    "output_hidden_states", "output_attentions", "output_router_logits", "num_items_in_batch", "return_dict",
+)  # fmt: skip
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def arguments_of(model: nn.Module) -> list[str]:
+    """The names of the arguments that a model knows; some that it does not, it would ignore."""
+    parameters = inspect.signature(bare(model).forward).parameters.values()
+    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+
+
+def check_arguments(model: nn.Module, given: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
+    """Raise unless a model takes these arguments, and they say nothing of several texts in one row.
+
+    Args:
+        model: the model.
+        given: the arguments.
+        names: what it takes; None for `arguments_of`.
+
+    Raises:
+        TypeError: an argument that it would ignore; the message has the nearest that it knows.
+        ValueError: texts are packed into one row: a recurrent memory would run from one into the next.
+    """
+    known = dict.fromkeys([*(arguments_of(model) if names is None else names), *OF_EVERY_MODEL])
+    for name, value in given.items():
+        if name in PACKING and value is not None:
+            raise ValueError(f"{name} packs several texts into one row, which nothing here keeps apart: {_UNPACKED}")
+        if name not in known and name not in PACKING:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            say = f"nearest: {near[0]}" if near else f"it has {', '.join(known)}"
+            raise TypeError(f"{type(bare(model)).__name__} has no argument {name!r}; {say}")
+    check_not_packed(given.get("position_ids"), given.get("attention_mask"))
+
+
+_UNPACKED = "give each text a row of its own, padded on the left, and an attention_mask"
+
+
+def check_not_packed(position_ids: Any, mask: Any = None) -> None:
+    """Raise ValueError if positions begin again within a row: several texts are packed into it."""
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return
+    again = position_ids[:, 1:] <= position_ids[:, :-1]
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= position_ids.shape[1]:
+        real = mask[:, -position_ids.shape[1] :].bool()
+        again = again & real[:, 1:] & real[:, :-1]
+    if bool(again.any()):
+        row, at = again.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids begin again in row {row} at token {at + 1}: several texts are packed into it, which nothing "
+            f"here keeps apart: {_UNPACKED}"
+        )
