@@ -1,4 +1,4 @@
-"""The support table of docs/support.md is this one: made from the adapters and the list of architectures that the tests run over."""
+"""The support table of docs/support.md, made from the adapters and the list of architectures that tests run over."""
 
 from pathlib import Path
 
