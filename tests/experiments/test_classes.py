@@ -20,7 +20,7 @@ from writesae.experiments.engine.mixture import fit_mixture
 from writesae.experiments.report.paper import TABLE
 from writesae.experiments.stability import seed_stability
 from writesae.recurrence.matrices import dense
-from writesae.stores.texts import spread
+from writesae.stores import Windows
 from writesae.zoo import heldout_documents
 
 RNG = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def test_firings_and_cosines_are_those_of_dense_codes_and_writes(architecture, k
     sae = make(layer=2 if architecture == "gdn" else 3, **KINDS[kind])
     text = heldout_documents()[0]
     result = atom_classes(model, sae, text, context=64, max_tokens=256, batch_size=3, threshold=0.05)
-    windows = spread(ws.texts.sequences(model, text, 64), 256)
+    windows = Windows.cut(model, text, 64).spread(256).tokens
     codes, cosines = by_hand(model, sae, windows)
     assert result.n_tokens == windows.numel() == 256
     assert torch.equal(result.firings, (codes > 0).sum((0, 1)))
@@ -135,7 +135,7 @@ def planted(model, n_null: int = 20, shuffle: bool = False) -> tuple[ws.WriteSAE
     never fire. ``shuffle`` exchanges what they write, for the broken twin.
     """
     text = heldout_documents()[3]
-    ids = ws.texts.sequences(model, text, 128)[:1]
+    ids = Windows.cut(model, text, 128)[:1].tokens
     with torch.no_grad():
         write = model.run_with_cache(ids)[1].write(2)[0, :, 0]
     n = len(ids[0]) + n_null

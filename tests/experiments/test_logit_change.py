@@ -9,7 +9,7 @@ import writesae as ws
 from writesae.experiments.logit_changes import PREDICTIONS, LogitChange, gated, logit_change
 from writesae.recurrence import Recurrence
 from writesae.recurrence.kernels import carried
-from writesae.stores.texts import sequences
+from writesae.stores import Windows
 from writesae.zoo import heldout_documents, shipped_saes
 
 
@@ -39,7 +39,7 @@ def test_three_factors_are_equation_1(found):
     other."""
     model, sae, result = found
     layer, head = result.layer, result.head
-    windows = sequences(model, heldout_documents(), 32)
+    windows = Windows.cut(model, heldout_documents(), 32).tokens
     ids = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))[:16]]
     _, cache = model.run_with_cache(ids)
     rec = model.family(layer).rule.recurrence(lambda quantity: cache[quantity, layer])

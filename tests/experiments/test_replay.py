@@ -15,7 +15,7 @@ from writesae.experiments.engine.divergence import divergence
 from writesae.experiments.engine.replay import WAYS, Replayer, kl_from, stacked
 from writesae.hooks import short_chunks
 from writesae.hooks.sites import Head
-from writesae.stores.texts import sequences
+from writesae.stores import Windows
 from writesae.zoo import heldout_documents
 
 CONTEXT, HORIZON = 48, 6
@@ -43,7 +43,7 @@ def models():
 def some_windows(model, n, context=CONTEXT):
     if model.tokenizer is None:
         return torch.randint(N_VOCAB, (n, context), generator=torch.Generator().manual_seed(5))
-    return sequences(model, heldout_documents()[:3], context)[:n]
+    return Windows.cut(model, heldout_documents()[:3], context)[:n].tokens
 
 
 def some_firings(n_windows, n, context=CONTEXT, horizon=HORIZON, first=8):

@@ -88,6 +88,24 @@ def test_what_was_saved_is_read(saved):
     assert json.loads((saved.folder / "outcome.json").read_text(), parse_constant=pytest.fail)["seconds"] == 12.3
 
 
+def test_an_outcome_from_before_there_were_ids_still_finds_the_papers_numbers(saved, tmp_path):
+    path = saved.folder / "outcome.json"
+    described = json.loads(path.read_text())
+    for number in described["numbers"]:
+        assert number.pop("id")
+    path.write_text(json.dumps(described))
+    assert load_outcome(saved.folder).numbers[0].id == "atom-beats-deletion"
+    write_report(tmp_path, [saved.folder])
+    assert "section 3.2" in (tmp_path / "report.md").read_text()
+
+
+def test_a_number_is_found_by_its_id_whatever_it_is_called(tmp_path):
+    number = Number("how often atoms win", 0.9, "%", id="atom-beats-deletion")
+    save_outcome(Made(found=(number,)), tmp_path / "renamed", "replacement_test", SETTINGS, **PLACE)
+    write_report(tmp_path, [tmp_path / "renamed"])
+    assert "92.4%" in (tmp_path / "report.md").read_text()
+
+
 def test_the_same_outcome_makes_the_same_files(saved, tmp_path):
     again = save_outcome(Made(), tmp_path / "again", "replacement_test", SETTINGS, **PLACE)
     assert again.files == saved.files and saved.files.keys() == {"records.csv.gz", "figure.png"}

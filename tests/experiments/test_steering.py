@@ -24,6 +24,7 @@ from writesae.experiments.erasing import Effect, erase
 from writesae.experiments.installing import included, install
 from writesae.experiments.signs import sign_test
 from writesae.experiments.token_classes import choose_atoms
+from writesae.stores import Windows
 from writesae.zoo import heldout_documents
 
 SITES = [("tiny-gdn", 2, 0), ("tiny-mamba2", 4, 3), ("tiny-rwkv7", 1, 2)]
@@ -165,7 +166,7 @@ def test_positions_that_do_not_exist(gdn):
 def test_sign_test_equals_a_plain_replay(load, text, name, layer, head, broken):
     model = load(name)
     found = sign_test(model, layer, head, text, n=6, per_window=2, context=24, horizon=2, scale=1.5)
-    windows = ws.texts.sequences(model, text, 24)
+    windows = Windows.cut(model, text, 24).tokens
     for i in range(6):
         ids, t, target = windows[int(found.window[i])][None], int(found.position[i]), int(found.target[i])
         native, cache = model.run_with_cache(ids)
@@ -216,7 +217,7 @@ def test_sign_test_statistics_of_known_trials(gdn, text):
 
 def test_targets_of_the_sign_test(gdn, text):
     top = sign_test(gdn, 2, 0, text, n=8, context=24, targets="top", top=3)
-    windows = ws.texts.sequences(gdn, text, 24)
+    windows = Windows.cut(gdn, text, 24).tokens
     logits = gdn(windows[top.window])[torch.arange(8), top.position]
     assert (ranks(logits, top.target) <= 3).all()
     given = sign_test(gdn, 2, 0, text, n=8, context=24, targets=[" war", " sea"])
@@ -274,7 +275,7 @@ def test_subtracting_an_atom_that_is_the_write_deletes_it(gdn, activation):
     assert (delete.change != 0).any() and torch.equal(delete.position, subtract.position)
     same = torch.allclose(delete.change, subtract.change, atol=1e-4)
     assert same is (activation == 1)
-    windows = ws.texts.sequences(gdn, PATTERN * 40, 32)
+    windows = Windows.cut(gdn, PATTERN * 40, 32).tokens
     assert made[0].fires == int((windows[:, 8:] == token).sum()) > 16, "it fires where it was planted, and only there"
     for name in ("minus 0", "no firing: plus 0"):
         assert (made[0].effects[name].change.abs() < 1e-5).all()
@@ -285,7 +286,7 @@ def test_subtracting_an_atom_that_is_the_write_deletes_it(gdn, activation):
 @pytest.mark.parametrize("broken", [False, True], ids=["right", "off by one"])
 def test_erasing_equals_a_replay_firing_by_firing(gdn, sae, text, frequent, broken):
     found = erase(gdn, sae, frequent, text, n=12, context=48, doses=())
-    windows = ws.texts.sequences(gdn, text, 48)
+    windows = Windows.cut(gdn, text, 48).tokens
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
     e, errors = found.erased, []
     for i in range(len(e.change)):
@@ -307,7 +308,7 @@ def test_erasing_equals_a_replay_firing_by_firing(gdn, sae, text, frequent, brok
 @pytest.fixture(scope="module")
 def frequent(gdn, sae, text):
     """The atom that fires most in that text."""
-    windows = ws.texts.sequences(gdn, text, 48)
+    windows = Windows.cut(gdn, text, 48).tokens
     return int(gdn.encode(sae, windows[:, 12:]).fired.argmax())
 
 
@@ -544,7 +545,7 @@ def amplified(gdn, commas):
 @pytest.mark.parametrize("broken", [False, True], ids=["right", "the other place"])
 def test_atoms_of_a_class_have_the_largest_contrast(gdn, sae, text, where, broken):
     found = choose_atoms(gdn, sae, text[:1], lambda token: "," in token, n=4, context=128, where=where)
-    ids = ws.texts.sequences(gdn, text[:1], 128)
+    ids = Windows.cut(gdn, text[:1], 128).tokens
     codes = gdn.encode(sae, ids).dense()
     comma = torch.tensor([["," in gdn.tokenizer.decode([i]) for i in row] for row in ids.tolist()])
     if (where == "before") is not broken:

@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """The table of docs/support.md: made from the adapters and the list of architectures that the tests run over."""
+=======
+"""The support table of docs/support.md, made from the adapters and the list of architectures that tests run over."""
+>>>>>>> hooks
 
 from pathlib import Path
 

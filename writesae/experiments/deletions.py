@@ -37,7 +37,7 @@ class AttributionTest(Result):
         lag: tokens from the write to the prediction.
         measured: change of the logit difference, the model run with the write taken out.
         predicted: by each of `PREDICTIONS`.
-        context: tokens a prompt.
+        context: tokens per prompt.
     """
 
     layer: Int[Tensor, " n"]
@@ -61,8 +61,9 @@ class AttributionTest(Result):
             f"The logit of the most likely next token minus that of the second, after prompts of {self.context} "
             f"tokens; one write (any layer, any head; its distance from the prediction drawn evenly on a log scale) is "
             f"deleted, and the change is compared with what one backward pass predicts: minus the write's contribution "
-            f"(the scale of the head's norm held fixed, so that contributions add up), minus its price (the gradient "
-            f"as it is), and the deletion's effect with the head's norm taken exactly. Nothing is fitted. Intervals: "
+            f"(the scale of the head's norm held fixed, so that contributions add up), minus its first-order effect "
+            f"(the gradient as it is), and the deletion's effect with the head's norm taken exactly. Nothing is "
+            f"fitted. Intervals: "
             f"bootstrap over prompts."
         )
 

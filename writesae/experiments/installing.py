@@ -313,7 +313,7 @@ def install(
 
 
 def _with_random_value(write: Write, generator: torch.Generator) -> Write:
-    """The same keys with a random value a row, for `Add` with ``relative=True``."""
+    """The same keys with a random value per row, for `Add` with ``relative=True``."""
     one = torch.randn(len(write.value), 1, *write.value.shape[2:], generator=generator)
     return Write(write.key, one.to(write.value).expand_as(write.value), write.rank)
 

@@ -26,12 +26,11 @@ from torch import Tensor
 
 from writesae.experiments.results.result import Result
 from writesae.hooks.sites import Head
+from writesae.jobs.progress import Progress
 from writesae.model import HookedRecurrentModel
 from writesae.saes import WriteSAE
 from writesae.stores.windows import Texts, Windows
 
-Progress: TypeAlias = Callable[[int], Any]
-"""Told how many units are done."""
 F = TypeVar("F", bound=Callable[..., Result])
 
 

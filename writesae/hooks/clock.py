@@ -42,6 +42,7 @@ class Clock:
         self._positions: Tensor | None = None
         self._past: int | None = 0  # tokens before the pass; None if that cannot be known
         self._before: Fed | None = None
+        self._padding: tuple[Tensor | None] | None = None  # None: not asked for yet in this pass
 
     @classmethod
     def of(cls, text_model: nn.Module) -> Clock:
@@ -53,7 +54,7 @@ class Clock:
 
     def begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
         self._call = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        self._positions = None
+        self._positions = self._padding = None
         cache = _cache_in(self._call)
         self._before = attached_to(cache, Fed)
         self._past = _length(cache)
@@ -85,6 +86,11 @@ class Clock:
 
     def padding(self) -> Bool[Tensor, "batch pos"] | None:
         """Which tokens of the running pass are padding; None if none is, or if that cannot be known."""
+        if self._padding is None:
+            self._padding = (self._find_padding(),)
+        return self._padding[0]
+
+    def _find_padding(self) -> Tensor | None:
         if self._positions is None and self._call.get("attention_mask") is None:
             return None  # tokens without a mask are real
         positions = self.try_positions()

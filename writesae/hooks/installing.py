@@ -127,9 +127,7 @@ def _inside(layer: nn.Module) -> nn.Module:
     return layer._modules.get("_original_component") or layer
 
 
-def _attach(
-    text_model: nn.Module, layers: Sequence[nn.Module], mixers: Sequence[tuple[nn.Module, Family]]
-) -> Attachment:
+def _attach(text_model: Any, layers: Sequence[nn.Module], mixers: Sequence[tuple[nn.Module, Family]]) -> Attachment:
     torch.compiler.reset()  # graphs made until now know nothing of what follows
     ours = Attachment(Clock.of(text_model), [], [])
     text_model.register_forward_pre_hook(ours.begin, with_kwargs=True)
@@ -138,7 +136,12 @@ def _attach(
     ours.points = [watch(layer, index, recurrent.get(index)) for index, layer in enumerate(layers)]
     for mixer, family in mixers:
         index = family.layer(mixer)
-        tap = _tap(mixer, layers[index], family, ours.clock)
+        tap = _tap(mixer, family, ours.clock)
+        # TransformerLens' bridge calls the parts of a mixer, and not the mixer: there, the layer says when it runs.
+        bridged = layers[index] is not text_model.layers[index]
+        for module in (layers[index], mixer) if bridged else (mixer,):
+            module.register_forward_pre_hook(tap.enter)
+            module.register_forward_hook(tap.leave, always_call=True)
         ours.taps.append(tap)
         before, *after = ours.points[index].items()
         ours.points[index] = dict([before, *tap.points.items(), *after])
@@ -146,16 +149,12 @@ def _attach(
     return ours
 
 
-def _tap(mixer: nn.Module, layer: nn.Module, family: Family, clock: Clock) -> Tap:
+def _tap(mixer: nn.Module, family: Family, clock: Clock) -> Tap:
     site = family.site(mixer)
     points = {quantity: HookPoint(site.layer, quantity) for quantity in family.quantities(mixer)}
     for quantity, point in points.items():
         mixer.add_module(f"hook_{quantity}", point)
     tap = Tap(site, family, points, clock)
-    # The layer, too: TransformerLens' bridge calls the parts of a mixer, and not the mixer.
-    for module in (layer, mixer):
-        module.register_forward_pre_hook(tap.enter)
-        module.register_forward_hook(tap.leave, always_call=True)
     norm = family.gate_norm(mixer)
     if norm is not None:
         norm.register_forward_pre_hook(tap.gate)

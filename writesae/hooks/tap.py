@@ -79,7 +79,7 @@ class Tap:
         call = self.family.call(self.family, arguments)
         for quantity in self.family.raw + self.family.rule.inputs:
             if self.points[quantity].listening:
-                new = self.show(quantity, call.get(quantity))
+                new = self.show(quantity, *call.to_show(quantity))
                 if new is not None:
                     call.set(quantity, new)
         initial = call.initial_state
@@ -101,10 +101,16 @@ class Tap:
         new = self.show("o", o) if self.points["o"].listening else None
         return call.result(o if new is None else new, state)
 
-    def show(self, quantity: str, given: Float[Tensor, "batch pos head ..."]) -> Tensor | None:
-        """Fire a hook point: what its hooks made of the quantity, None if nothing. Padding stays as it was."""
+    def show(
+        self, quantity: str, given: Float[Tensor, "batch pos head ..."], ours: bool = False
+    ) -> Float[Tensor, "batch pos head ..."] | None:
+        """Fire a hook point: what its hooks made of the quantity, None if nothing. Padding stays as it was.
+
+        ``ours``: the tensor was made for this call of `show`, so no copy of it need be made.
+        """
         padding = self._padding(given.device)
-        new, changed = self.points[quantity].fire(to_show(given) if padding is None else given.clone())
+        shown = given.clone() if padding is not None else given if ours else to_show(given)
+        new, changed = self.points[quantity].fire(shown)
         if not changed:
             return None
         if padding is not None:

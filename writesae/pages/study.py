@@ -21,7 +21,6 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from writesae.experiments.report.reproduction import sae_fingerprint
 from writesae.jobs.disk import write_whole
 from writesae.jobs.progress import Bars
 from writesae.jobs.resumable import Kept
@@ -221,7 +220,7 @@ def _beginning(model: HookedRecurrentModel, tokens: Tensor, most: int = 16) -> T
 
 def _settings(model: HookedRecurrentModel, sae: WriteSAE, windows: Sequence[Window], prompts: Sequence[Tensor]) -> str:
     """A hash of everything that results depend on."""
-    digest = hashlib.sha256(f"{FORMAT} {CONSTANTS} {sae_fingerprint(sae)}".encode())
+    digest = hashlib.sha256(f"{FORMAT} {CONSTANTS} {sae.fingerprint()}".encode())
     for site in model.sites:
         digest.update(model.fingerprint(site.layer).encode())
     for row in (*(window.tokens for window in windows), *prompts):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +13,6 @@ from jaxtyping import Int
 from torch import Tensor
 
 from writesae.stores.windows import Windows, at_most
-from writesae.stores.windows import together as together  # for rooms that still take it from here
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
@@ -150,34 +149,3 @@ def _texts(name: str, split: str, column: str, config: str | None) -> Iterator[s
             raise ValueError(f"column {column!r} of data set {name} holds {type(row[column]).__name__}, not text")
         if row[column]:
             yield row[column]
-
-
-# --- until all rooms cut texts with `Windows` -------------------------------------------------------------------------
-
-
-def sequences(model: HookedRecurrentModel, text: str | Sequence[str], context: int) -> Int[Tensor, "n pos"]:
-    """``Windows.cut(model, text, context).tokens``."""
-    return Windows.cut(model, text, context).tokens
-
-
-def spread(tokens: Int[Tensor, "n pos"], max_tokens: int | None) -> Int[Tensor, "m pos"]:
-    """``Windows.spread``, of tokens."""
-    return Windows.of_rows(list(tokens), tokens.shape[1]).spread(max_tokens).tokens
-
-
-def prompts(
-    model: HookedRecurrentModel, text: str | Sequence[str], context: int, n: int, generator: torch.Generator
-) -> Int[Tensor, "n pos"]:
-    """``Windows.cut(...).enough(n).draw(n, generator).tokens``."""
-    found = Windows.cut(model, text, context)
-    if len(found) < n:
-        raise ValueError(
-            f"the text has {len(found)} prompts of {context} tokens; {n} were asked for: give a longer text, or lower "
-            f"n_prompts or context"
-        )
-    return found.draw(n, generator).tokens
-
-
-def cut(row: Int[Tensor, " pos"], context: int) -> Int[Tensor, "n context"]:
-    """``Windows.of_rows([row], context).tokens``."""
-    return Windows.of_rows([row], context).tokens

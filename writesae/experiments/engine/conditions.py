@@ -179,7 +179,8 @@ class Tester:
         self.run, self.windows, self.saes, self.conditions, self.flats = run, windows, saes, conditions, flats
         self.replayer = Replayer(run.model, [sae.place for sae in saes], horizon=horizon, read=read)
         self.generators = Generators(run.seed)
-        self.step = max(1, min(run.batch_size, LOGITS // (windows.context * run.model.W_U.shape[1])))  # windows a pass
+        # Windows per pass, so that the logits fit into memory.
+        self.step = max(1, min(run.batch_size, LOGITS // (windows.context * run.model.W_U.shape[1])))
         self.parts: list[dict[str, Any]] = []
 
     def native(self, which: Int[Tensor, " window"], logits: bool = True) -> Native:

@@ -103,7 +103,7 @@ def choose_writes(
         places: where, and for which targets.
         direction: ``"formula"``: v* of the row's target. ``"gradient"``: the write of norm 1 that raises its
             log-probability after the last token most, to first order, by one backward pass. ``"random"``: a random
-            value, one a row. Or a function of places that returns a `Write` ``[batch, n]``, which is scaled to norm 1.
+            value, one per row. Or a function of places that returns a `Write` ``[batch, n]``, scaled to norm 1.
         key: of formula and random: ``"native"``, the native write's; ``"signed"``, the same, turned round where the
             token's own read would meet it with a minus; ``"read"``, the one which that read meets fully; or a vector.
         generator: for random values.

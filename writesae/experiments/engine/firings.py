@@ -99,7 +99,7 @@ class Seen:
             self.draw()
 
     def draw(self) -> tuple[Int[Tensor, " firing"], Float[Tensor, "firing number"]]:
-        """Keep those of the lowest priorities, drawn once a firing: a fair sample, whatever the batches."""
+        """Keep those of the lowest priorities, drawn once per firing: a fair sample, whatever the batches."""
         atom, priority, columns = (torch.cat(part) for part in zip(*self.kept, strict=True))
         order = priority.argsort()
         order = order[atom[order].argsort(stable=True)]

@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians over one number an atom, and what BIC says of how many there are."""
+"""Mixtures of Gaussians over one number per atom, and what BIC says of how many there are."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def fit_mixture(values: Float[Array, " n"], n_components: int, *, seed: int = 0)
     tolerance, BIC of one shipped SAE was off by 65, and another had 3.5 times the registers. So it goes on to the end.
 
     Args:
-        values: one number an atom.
+        values: one number per atom.
         n_components: Gaussians, each with a standard deviation of 0.001 or more.
         seed: of the starts.
 

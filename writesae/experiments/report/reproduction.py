@@ -13,19 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 
-from writesae.experiments.protocol import EXPERIMENTS, Asked, Progress, Sizes, Task, one_each, tasks_of
+from writesae.experiments.protocol import EXPERIMENTS, Asked, Sizes, Task, one_each, tasks_of
 from writesae.experiments.report.outcome import Outcome, load_outcome, save_outcome
 from writesae.experiments.report.report import write_report
 from writesae.experiments.results.result import Result
+from writesae.jobs.progress import Bars, Progress
 from writesae.model import HookedRecurrentModel
 from writesae.saes import WriteSAE
 
 __all__ = ["EXPERIMENTS", "Sizes", "reproduce"]
-
-COLUMNS = (SpinnerColumn, lambda: TextColumn("{task.description}"), BarColumn, MofNCompleteColumn, TimeElapsedColumn)
 
 
 def reproduce(
@@ -75,21 +72,20 @@ def reproduce(
     if not tasks:
         raise ValueError(f"nothing to run of {', '.join(only or ())}: seed_stability needs SAEs of other seeds")
     out, shared = Path(out), _shared(model, texts, seed)
-    prints = {id(sae): sae_fingerprint(sae) for sae in (*saes, *flat, *other_seeds)}
+    prints = {id(sae): sae.fingerprint() for sae in (*saes, *flat, *other_seeds)}
     outcomes: list[Outcome] = []
-    with Bars(*(make() for make in COLUMNS), console=console or Console(quiet=True), transient=True) as bars:
-        whole = bars.add_task("experiments", total=len(tasks))
+    with Bars(console, transient=True) as bars:
+        whole = bars.add("experiments", len(tasks))
         for task in tasks:
             settings = _as_saved(task, shared, prints)
             outcome = _done(out / task.key, settings)
             there = outcome is not None
             if outcome is None:
-                bar = bars.add_task(task.key, total=None)
-                tell = lambda done, bar=bar: bars.update(bar, completed=done)  # noqa: E731
-                outcome = _run(out / task.key, task, settings, model, tell)
-                bars.remove_task(bar)
+                bar = bars.add(task.key)
+                outcome = _run(out / task.key, task, settings, model, bar)
+                bar.remove()
             outcomes.append(outcome)
-            bars.advance(whole)
+            whole.advance()
             if there and task is not tasks[-1]:
                 continue  # it is in the report that is there, or will be in the next
             write_report(out, outcomes, title=title or f"writesae: {model.model_id}", intro=_intro(model, saes))
@@ -136,13 +132,6 @@ def _shared(model: HookedRecurrentModel, texts: str | Sequence[str], seed: int) 
         digest.update(text.encode() + b"\0")
     weights = hashlib.sha256("".join(model.fingerprint(site.layer) for site in model.sites).encode()).hexdigest()
     return {"weights": weights[:16], "text": digest.hexdigest()[:16], "seed": seed}
-
-
-def sae_fingerprint(sae: WriteSAE) -> str:  # to be `sae.fingerprint()`
-    digest = hashlib.sha256(f"{sae.cfg.layer}.{sae.cfg.head}.{sae.cfg.target}.{sae.cfg.sparsity}".encode())
-    for name, x in sorted(sae.state_dict().items()):
-        digest.update(name.encode() + x.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _intro(model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> str:

@@ -126,7 +126,7 @@ class Result(ABC):
         """What it found, most important first."""
 
     def columns(self) -> dict[str, Any]:
-        """The columns of `records`: the attributes that `ROWS` names, those that are dicts one column an entry."""
+        """The columns of `records`: the attributes that `ROWS` names, those that are dicts one column per entry."""
         found: dict[str, Any] = {}
         for name in self.ROWS:
             value = getattr(self, name)

@@ -45,6 +45,16 @@ class KernelCall(ABC):
             self._known[key] = self.canonical(quantity, heads)
         return self._known[key]
 
+    def to_show(self, quantity: str) -> tuple[Float[Tensor, "batch pos head ..."], bool]:
+        """A quantity, all heads, and whether it is a tensor that nobody else holds: neither the model, which may use
+        its own for something else, nor this call."""
+        value = self.get(quantity)
+        held = (x for x in (*self.arguments.values(), *self.changed.values()) if isinstance(x, Tensor))
+        ours = not any(_same_memory(x, value) for x in held)
+        if ours and not value.requires_grad:
+            self._known.pop((quantity, None))
+        return value, ours
+
     def set(self, quantity: str, value: Tensor) -> None:
         """Replace a quantity (all heads) by a canonical value."""
         self.changed[quantity] = value
@@ -59,7 +69,7 @@ class KernelCall(ABC):
 
     @abstractmethod
     def canonical(self, quantity: str, heads: Sequence[int] | None) -> Float[Tensor, "batch pos head ..."]:
-        """A quantity as the arguments have it; see `get`."""
+        """A quantity as the arguments have it, see `get`: a new tensor, or a view of an argument."""
 
     @property
     @abstractmethod
@@ -75,6 +85,10 @@ class KernelCall(ABC):
     def result(self, o: Tensor, state: Tensor | None) -> Any:
         """What the mixer expects back, for these reads and this final state."""
         return o, state
+
+
+def _same_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def of_heads(
