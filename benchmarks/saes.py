@@ -3,7 +3,7 @@
     python -m writesae.zoo.train_lm train runs/gdn128 --arch gdn128 --steps 500 --length 512 --batch 8   # 12 minutes
     python benchmarks/saes.py race runs/gdn128/model REFERENCE         # a training step, and loss against wall time
     python benchmarks/saes.py encode runs/gdn128/model REFERENCE       # codes of every state
-    python benchmarks/saes.py extraction runs/gdn128/model tiny-gdn    # bytes a token, time against a forward pass
+    python benchmarks/saes.py extraction runs/gdn128/model tiny-gdn    # bytes per token, time against a forward pass
     python benchmarks/saes.py kill                                     # kill -9 at random moments
 
 The states are those of a trained model with 128 x 128 heads on real text; SAEs have 2,048 atoms, 32 active, as the

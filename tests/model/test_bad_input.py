@@ -314,7 +314,7 @@ def test_writes_that_do_not_fit_the_positions(
 ) -> None:
     with (
         pytest.raises(
-            ValueError, match=r"a write with leading dimensions \[.*\] at positions=.*\[n\] \(one a position"
+            ValueError, match=r"a write with leading dimensions \[.*\] at positions=.*\[n\] \(one per position"
         ),
         model.intervene(Add(1, write=write(*lead)), positions=positions),
     ):

@@ -197,11 +197,11 @@ def test_copies_that_peft_makes_of_modules(plain: Any, expected: dict[str, Any])
         ws.HookedRecurrentModel(saving(load(), "linear_attn"))
     wrapped = ws.HookedRecurrentModel(load(), plain.tokenizer)
     saving(wrapped.hf_model, "linear_attn")  # copies run from here on, in which nothing is attached
-    with pytest.raises(RuntimeError, match="never came by"), wrapped.intervene(ws.Delete(2, 0)):
+    with pytest.raises(RuntimeError, match="was never reached"), wrapped.intervene(ws.Delete(2, 0)):
         wrapped(TEXT)
     wrapped = ws.HookedRecurrentModel(load(), plain.tokenizer)
     saving(wrapped.hf_model, "norm")
-    with pytest.raises(RuntimeError, match=r"blocks\.2\.mixer\.hook_z never came by"):
+    with pytest.raises(RuntimeError, match=r"blocks\.2\.mixer\.hook_z was never reached"):
         wrapped.run_with_hooks(TEXT, [("blocks.2.mixer.hook_z", halved)])
 
 
@@ -331,7 +331,7 @@ def test_graphs_that_never_look_would_be_a_silent_no_op(
         patch.setattr(graphs, "begin", lambda text_model, attached: None)
         with_hook()
         assert not called
-        with pytest.raises(RuntimeError, match="never came by"), torch.no_grad():
+        with pytest.raises(RuntimeError, match="was never reached"), torch.no_grad():
             model.run_with_hooks(ids, [(point.name, halved)])
     with_hook()
     assert called == [[1, ids.shape[1], 4, 32]]

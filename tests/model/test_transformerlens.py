@@ -307,9 +307,11 @@ def test_a_point_that_another_tool_goes_around_is_an_error() -> None:
     model = HookedRecurrentModel.from_pretrained("tiny-gdn")
     bridge = bridge_of("tiny-gdn", model.hf_model)
     ids, name = model.to_tokens(TEXT)[0], "blocks.1.hook_mixer_out"
-    with pytest.raises(RuntimeError, match=rf"{name} never came by, .* Wrap the model with writesae after that tool"):
+    with pytest.raises(
+        RuntimeError, match=rf"{name} was never reached, .* Wrap the model with writesae after that tool"
+    ):
         model.run_with_cache(ids, name)
-    with pytest.raises(RuntimeError, match=rf"{name} never came by"), model.hooks([(name, lambda x, hook: 2 * x)]):
+    with pytest.raises(RuntimeError, match=rf"{name} was never reached"), model.hooks([(name, lambda x, hook: 2 * x)]):
         bridge(ids, use_cache=False)
     with model.hooks([(name, lambda x, hook: 2 * x)]):
         pass  # nothing ran

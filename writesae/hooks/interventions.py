@@ -115,7 +115,7 @@ class Add(Intervention):
 
     Attributes:
         write: what to add. Leading dimensions broadcast to ``[batch, positions asked]``: none for the same everywhere,
-            ``[n]`` one a position, ``[batch, 1]`` one a sequence.
+            ``[n]`` one per position, ``[batch, 1]`` one per sequence.
         scale: factor.
         relative: if True, the write is first scaled to the native write's Frobenius norm at each token and head, so
             that ``scale=3`` adds three times as much as the model writes there (paper, section 4).
@@ -136,8 +136,8 @@ class Add(Intervention):
         if len(lead) > 2 or (lead and lead[-1] != 1 and lead[-1] != positions.distinct):
             raise ValueError(
                 f"a write with leading dimensions {list(lead)} at positions={positions.asked!r}: give none (the same "
-                f"write everywhere), [n] (one a position: a list of n different ones), [batch, 1] (one a sequence) or "
-                f"[batch, n]"
+                f"write everywhere), [n] (one per position: a list of n different ones), [batch, 1] (one per sequence) "
+                f"or [batch, n]"
             )
 
     def edit(self, now: Moment) -> Write:

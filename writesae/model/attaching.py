@@ -124,7 +124,7 @@ class HookedModel(TokenModel):
 
         Raises:
             KeyError: no such hook point.
-            RuntimeError: the model ran, and a hook point never came by.
+            RuntimeError: the model ran, and a hook point was never reached.
         """
         with ExitStack() as stack:
             passes, silent = stack.enter_context(self._passes()), Counter[str]()
@@ -136,7 +136,7 @@ class HookedModel(TokenModel):
                         continue
                     if state_positions is None:
                         raise ValueError(
-                            f"{point.name} holds a d_key x d_value matrix a token, so it fires only where asked: "
+                            f"{point.name} holds a d_key x d_value matrix per token, so it fires only where asked: "
                             f"pass state_positions=[...]"
                         )
                     if point.layer not in requests:
@@ -204,7 +204,7 @@ class HookedModel(TokenModel):
         Raises:
             IndexError: layer, head, atom or position out of range.
             ValueError: an SAE for another shape, site or model.
-            RuntimeError: the model ran, and what is edited never came by.
+            RuntimeError: the model ran, and what is edited was never reached.
         """
         what = getattr(what, "write_sae", what)  # of what `writesae.saelens` made for SAELens
         if read not in ("same", "next"):
@@ -299,7 +299,7 @@ def check_fired(silent: Iterable[str], n_passes: int) -> None:
     """What was attached and never asked, though the model ran, is a mistake, not a no-op."""
     for name in silent if n_passes else ():
         raise RuntimeError(
-            f"the model ran in this block, and {name} never came by, so nothing happened there: another tool computes "
+            f"the model ran in this block, and {name} was never reached, so nothing happened there: another tool computes "
             f"that part of the model in its own way. Wrap the model with writesae after that tool has changed it"
         )
 

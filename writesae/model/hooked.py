@@ -307,7 +307,7 @@ class HookedRecurrentModel(HookedModel):
         states = [point for point in wanted if point.quantity == "state"]
         if bool(states) != (state_positions is not None):
             raise ValueError(
-                "hook_state holds a d_key x d_value matrix a token, so it is kept only where asked: pass both a "
+                "hook_state holds a d_key x d_value matrix per token, so it is kept only where asked: pass both a "
                 "hook_state in names= and state_positions=[...], or use cache.state(layer, positions) afterwards"
             )
         cache = ActivationCache(self.taps, self._points, self._aliases, device)

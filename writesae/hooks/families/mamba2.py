@@ -2,7 +2,7 @@
 
     S_t = exp(dt A) S_{t-1} + B (dt x)^T          o_t = S_t^T C,   then  y_t = o_t + D x_t
 
-so that, in the letters of `writesae.recurrence`: decay ``exp(dt A)`` with one number a head, no erase, write
+so that, in the letters of `writesae.recurrence`: decay ``exp(dt A)`` with one number per head, no erase, write
 ``B (dt x)^T``, read ``C``. Several heads share a group's ``B`` and ``C``. The model keeps the state as ``S^T``,
 ``[batch, head, head_dim, state]``.
 
