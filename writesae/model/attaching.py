@@ -299,8 +299,8 @@ def check_fired(silent: Iterable[str], n_passes: int) -> None:
     """What was attached and never asked, though the model ran, is a mistake, not a no-op."""
     for name in silent if n_passes else ():
         raise RuntimeError(
-            f"the model ran in this block, and {name} was never reached, so nothing happened there: another tool computes "
-            f"that part of the model in its own way. Wrap the model with writesae after that tool has changed it"
+            f"the model ran in this block, and {name} was never reached, so nothing happened there: another tool "
+            f"computes that part of the model in its own way. Wrap the model with writesae after that tool has changed it"
         )
 
 
