@@ -300,7 +300,7 @@ def check_fired(silent: Iterable[str], n_passes: int) -> None:
     for name in silent if n_passes else ():
         raise RuntimeError(
             f"the model ran in this block, and {name} was never reached, so nothing happened there: another tool "
-            f"computes that part of the model in its own way. Wrap the model with writesae after that tool has changed it"
+            f"computes that part of the model in its own way. Wrap the model with writesae after that tool changed it"
         )
 
 
