@@ -10,7 +10,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import writesae as ws
-import writesae.experiments.report.reproduction as making
 from writesae.cli import app
 from writesae.experiments.report.paper import TABLE
 from writesae.experiments.report.reproduction import EXPERIMENTS, Sizes, reproduce
@@ -56,23 +55,35 @@ def test_every_experiment_ends_in_the_report(given, tmp_path):
         assert found or any(fnmatchcase(wanted, pattern) for pattern in ELSEWHERE), (experiment, wanted, ours)
 
 
+def counted(experiment, ran, stops):
+    """An experiment whose runs are noted in ``ran``; one that makes it as long as the number in ``stops`` is interrupted,
+    once."""
+
+    def plan(asked):
+        for task in experiment.plan(asked):
+
+            def run(task=task, **settings):
+                ran.append(dataclasses.replace(task, experiment=experiment.name).key)
+                if len(ran) in stops:
+                    stops.clear()
+                    raise KeyboardInterrupt
+                return task.run(**settings)
+
+            yield dataclasses.replace(task, run=run)
+
+    return dataclasses.replace(experiment, plan=plan)
+
+
 def test_a_stopped_run_goes_on_and_takes_what_is_there(given, tmp_path, monkeypatch):
     model, saes, texts = given
     only = ["replacement_test", "sign_test"]
-    run, ran = making._run, []
-
-    def stop_at_third(folder, task, *rest):
-        ran.append(task.key)
-        if len(ran) == 3:
-            raise KeyboardInterrupt
-        return run(folder, task, *rest)
-
-    monkeypatch.setattr(making, "_run", stop_at_third)
+    ran, stops = [], {3}
+    for name in only:
+        monkeypatch.setitem(EXPERIMENTS, name, counted(EXPERIMENTS[name], ran, stops))
     with pytest.raises(KeyboardInterrupt):
         reproduce(model, saes, texts, tmp_path, only=only, sizes=TINY)
     assert (tmp_path / "report.html").exists(), "what is done is in the report already"
     first = ran.copy()
-    monkeypatch.setattr(making, "_run", lambda folder, task, *rest: (ran.append(task.key), run(folder, task, *rest))[1])
     outcomes = reproduce(model, saes, texts, tmp_path, only=only, sizes=TINY)
     assert ran[3:] == first[2:] + [o.key for o in outcomes[3:]]
     whole = reproduce(model, saes, texts, tmp_path / "at_once", only=only, sizes=TINY)
