@@ -19,7 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from writesae.experiments.classes import atom_classes
-from writesae.experiments.engine.conditions import Tester, check_conditions, flats_for, joined, windows_of
+from writesae.experiments.engine.conditions import Tester, check_conditions, joined, windows_of
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.experiments.replacement import ReplacementResult
 from writesae.experiments.results.result import Figure, Number, Result, figure
@@ -216,8 +216,7 @@ def population_test(
         IndexError: no such atom.
     """
     run = Run(model, text, [sae], batch_size, seed, check_model, progress)
-    chosen = check_conditions((*conditions, *(["flat_svd"] if flat is not None else [])), flat)
-    flats = flats_for(run, flat)
+    chosen, flats = check_conditions(run, conditions, flat)
     if not 1 <= min_firings <= max_firings:
         raise ValueError(
             f"min_firings={min_firings}, max_firings={max_firings}: 1 <= min_firings <= max_firings is needed"
@@ -235,10 +234,10 @@ def population_test(
     tester = Tester(run, windows, [sae], chosen, flats, horizon, read)
     tops = []
     for which in torch.arange(len(windows)).split(tester.step):
-        value, atom = tester.tops(tester.native(which, logits=False))[sae.place]
+        value, atom = tester.native(which, logits=False)[1][sae.place]
         tops.append(atom.masked_fill(value <= 0, -1).cpu())
     top = torch.cat(tops)
-    can = top.masked_fill(~tester.testable(), -1)
+    can = top.masked_fill(~tester.testable, -1)
     if wanted is not None:
         can[~torch.isin(can, wanted)] = -1
     window, position = _draw(can, min_firings, max_firings, n_atoms, run.generator)
@@ -251,8 +250,7 @@ def population_test(
         )
     for some in window.unique().split(tester.step):  # only windows with something to test, in order
         here = (window >= some[0]) & (window <= some[-1])
-        native = tester.native(some)
-        tester.test(native, tester.tops(native), some, torch.searchsorted(some, window[here]), position[here])
+        tester.test(*tester.native(some), some, torch.searchsorted(some, window[here]), position[here])
     firings = ReplacementResult(
         **joined(tester.parts), places=(sae.place,), read=read, context=context, way=tester.replayer.way
     )

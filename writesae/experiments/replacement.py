@@ -25,7 +25,6 @@ from writesae.experiments.engine.conditions import (
     Tester,
     check_conditions,
     draw,
-    flats_for,
     joined,
     windows_of,
 )
@@ -334,8 +333,7 @@ def replacement_test(
     saes = several(sae)
     run = Run(model, text, saes, batch_size, seed, check_model, progress)
     places = one_each(saes)
-    chosen = check_conditions((*conditions, *(["flat_svd"] if flat is not None else [])), flat)
-    flats = flats_for(run, flat)
+    chosen, flats = check_conditions(run, conditions, flat)
     for name, value in (("n_firings", n_firings), ("per_window", per_window), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}={value}: it must be at least 1")
@@ -353,9 +351,8 @@ def replacement_test(
         while done < n_firings and start < len(windows):
             some = order[start : start + min(tester.step, -(-(n_firings - done) // per_window))]
             start += len(some)
-            native = tester.native(some)
-            tops = tester.tops(native)
-            fires = torch.stack([value > 0 for value, _ in tops.values()]).all(0).cpu() & tester.testable()
+            native, tops = tester.native(some)
+            fires = torch.stack([value > 0 for value, _ in tops.values()]).all(0).cpu() & tester.testable
             if atom is not None:
                 fires &= tops[group[0].place][1].cpu() == atom
             window, position = (x[: n_firings - done] for x in draw(fires, per_window, generator))
