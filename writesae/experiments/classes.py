@@ -217,7 +217,7 @@ def _median(name: str, values: Array) -> Number:
     values = values[~np.isnan(values)] if values.dtype.kind == "f" else values
     if not len(values):
         return Number(name, float("nan"), n=0)
-    return Number.estimate(name, values, None, np.median, n_resamples=1000)  # type: ignore[arg-type]
+    return Number.median(name, values, n_resamples=1000)
 
 
 @experiment("registers and bundles (section 3.1)", order=3, settings=lambda sizes: {"max_tokens": sizes.classes})

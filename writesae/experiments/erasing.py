@@ -47,16 +47,11 @@ class Effect:
     def change(self) -> Float[Tensor, " n"]:
         return self.edited - self.native
 
-    def median(self, name: str) -> Number:
-        """The median change, with its bootstrap interval over windows."""
-        return Number.estimate(name, self.change, self.window, np.median, "nats")  # type: ignore[arg-type]
-
     def numbers(self, where: str) -> list[Number]:
         """Median change with its bootstrap interval over windows, and Wilcoxon's p."""
-        return [
-            self.median(f"median change of log p{where}"),
-            Number(f"p (Wilcoxon){where}", paired(self.edited, self.native).p_wilcoxon),
-        ]
+        p = paired(self.edited, self.native).p_wilcoxon
+        median = Number.median(f"median change of log p{where}", self.change, self.window, "nats")
+        return [median, Number(f"p (Wilcoxon){where}", p)]
 
 
 @dataclass(frozen=True)
@@ -148,7 +143,8 @@ class EraseResult(Result):
         spread.axhline(0, color="gray", lw=0.6)
         spread.set(ylabel=f"change of log p of {self.token_text!r}, nats")
         for sign, name, label in ((-1, "minus", "at firings"), (1, "no firing: plus", "where it does not fire")):
-            medians = [self.effects[f"{name} {m:g}"].median("") for m in self.doses]
+            effects = [self.effects[f"{name} {m:g}"] for m in self.doses]
+            medians = [Number.median("", e.change, e.window, "nats") for e in effects]
             intervals(dose, [sign * m for m in self.doses], medians, label=label)
         dose.axhline(0, color="gray", lw=0.6)
         dose.set(xlabel="times the atom at its activation, added", ylabel="median change, nats")

@@ -19,10 +19,10 @@ from scipy import stats
 from torch import Tensor
 
 from writesae.experiments.classes import atom_classes
-from writesae.experiments.engine.conditions import Tester, check_conditions, joined, windows_of
+from writesae.experiments.engine.conditions import Tester, check_conditions, windows_of
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.experiments.replacement import ReplacementResult
-from writesae.experiments.results.result import Figure, Number, Result, figure
+from writesae.experiments.results.result import Figure, Number, Result, figure, joined
 from writesae.experiments.results.statistics import Array, bootstrap, cliffs_delta
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read

@@ -25,11 +25,10 @@ from writesae.experiments.engine.conditions import (
     Tester,
     check_conditions,
     draw,
-    joined,
     windows_of,
 )
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment, one_each, several
-from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, share
+from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, joined, share
 from writesae.experiments.results.statistics import Rate, cliffs_delta, paired
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel
@@ -171,7 +170,7 @@ class ReplacementResult(Result):
         found = self._numbers("at", "")
         if self.n_steps > 1:
             found += self._numbers("through", ", in total")
-        return [*found, _median("median cosine of atom and write", self.cosine)]
+        return [*found, Number.median("median cosine of atom and write", self.cosine.double())]
 
     def _numbers(self, when: When, suffix: str) -> list[Number]:
         scores = {name: self.score(name, when) for name in self.conditions}
@@ -186,7 +185,8 @@ class ReplacementResult(Result):
             if len(clusters.unique()) > 1:  # else no interval can be had
                 name = f"cluster bootstrap by {by}{suffix}"
                 found.append(Number.estimate(name, (atom < delete).double(), clusters, unit="%"))
-        found += [_median(f"median KL, {LOOK[name][0]}{suffix}", x, "nats") for name, x in scores.items()]
+        for name, x in scores.items():
+            found.append(Number.median(f"median KL, {LOOK[name][0]}{suffix}", x.double(), unit="nats"))
         found.append(Number(f"Cliff's delta{suffix}", cliffs_delta(delete, atom)))
         if self.n > 1:
             found.append(Number(f"paired Wilcoxon p{suffix}", paired(delete, atom).p_wilcoxon))
@@ -264,10 +264,6 @@ class ReplacementResult(Result):
 def middle(values: Float[Tensor, " n"]) -> float:
     """The median (torch's is the lower one of two)."""
     return float(np.median(values.numpy()))
-
-
-def _median(name: str, values: Float[Tensor, " n"], unit: Literal["nats", ""] = "") -> Number:
-    return Number.estimate(name, values.double(), None, np.median, unit)  # type: ignore[arg-type]
 
 
 def _plan(asked: Asked) -> Iterator[Task]:

@@ -23,7 +23,7 @@ from writesae.experiments.engine.directions import (
 )
 from writesae.experiments.engine.targets import Targets, ordinary_tokens, token_ids
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
-from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, share
+from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, joined, share
 from writesae.experiments.results.statistics import r_squared
 from writesae.hooks import Add, short_chunks
 from writesae.model import HookedRecurrentModel
@@ -96,9 +96,7 @@ class SignTest(Result):
                 Number("R squared", r_squared(y, x), n=n),
                 Number("R squared, one factor fitted", r_squared(y, slope * x), n=n),
             ]
-        change = Number.estimate("median change of log p", self.log_p[:, 0], self.window, np.median, "nats")  # type: ignore[arg-type]
-        found.append(change)
-        return found
+        return [*found, Number.median("median change of log p", self.log_p[:, 0], self.window, "nats")]
 
     def columns(self) -> dict[str, Any]:
         columns = {name: getattr(self, name).numpy() for name in ("window", "position", "target")}
@@ -187,7 +185,7 @@ def sign_test(
     n_windows = -(-n // per_window)
     cut = run.windows(context, n_windows, "n or context, or raise per_window")
     order, windows = torch.randperm(len(cut), generator=generator)[:n_windows], cut.tokens
-    parts: dict[str, list[Tensor]] = {}
+    parts: list[dict[str, Tensor]] = []
     times = torch.arange(horizon + 1)
     for batch in run.batches(order, per_window):
         ids = windows[batch]
@@ -214,21 +212,14 @@ def sign_test(
         where = on[:, None].expand(-1, horizon + 1)
         measured = edited[0].gather(-1, where[..., None])[..., 0] - native[0][rows[:, None], times, where]
         spread = edited[0].logsumexp(-1) - native[0].logsumexp(-1)[rows]
-        found = {
-            "window": batch[rows],
-            "position": at[rows, 0],
-            "target": target,
-            "predicted": (extra @ promotion(model, layer, head, target)[:, :, None].to(extra))[..., 0],
-            "measured": measured,
-            "log_p": measured - spread,
-        }
-        for name, x in found.items():
-            parts.setdefault(name, []).append(x.cpu())
+        predicted = (extra @ promotion(model, layer, head, target)[:, :, None].to(extra))[..., 0]
+        found = dict(window=batch[rows], position=at[rows, 0], target=target)
+        parts.append(found | dict(predicted=predicted, measured=measured, log_p=measured - spread))
     chosen = {"random": "random tokens", "top": f"among the {top} most likely"}
     drawn = chosen.get(targets) if isinstance(targets, str) else None
     return SignTest(
         layer, head, float(scale), read, setting(direction), setting(key), drawn or f"among {len(pool)} given",
-        **{name: torch.cat(x)[:n] for name, x in parts.items()},
+        **{name: x[:n] for name, x in joined(parts).items()},
     )  # fmt: skip
 
 

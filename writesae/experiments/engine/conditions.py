@@ -218,7 +218,7 @@ class Tester:
         futures = self.replayer.futures(native, window, position, writes)
         moved = divergence(native, window, position, writes, self.replayer.horizon)
         head = self.saes[0].place if len(self.saes) == 1 else Head(-1, -1)
-        rows = {
+        kept |= {
             "position": position,
             "atom": atom if len(self.saes) == 1 else torch.full_like(atom, -1),
             "activation": activation2.sqrt().float(),
@@ -226,19 +226,7 @@ class Tester:
             "cosine": (inner / (native2 * first2).sqrt().clamp_min(1e-30)).float(),
             **{name: torch.full_like(window, x) for name, x in head._asdict().items()},
         }
-        kept |= {name: x.cpu() for name, x in rows.items()}
-        for name, found in (("kl", futures.kl.float()), ("flips", futures.flips), ("divergence", moved.float())):
-            kept[name] = {condition: found[:, i].cpu() for i, condition in enumerate(self.conditions)}
+        for name, found in (("kl", futures.kl.float()), ("flips", futures.flips), ("divergence", moved)):
+            kept[name] = dict(zip(self.conditions, found.unbind(1), strict=True))
         self.parts.append(kept)
         self.run.tell(len(window))
-
-
-def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The columns of several parts as one; a column may be a table of columns itself."""
-    first = parts[0]
-    return {
-        name: joined([part[name] for part in parts])
-        if isinstance(first[name], Mapping)
-        else torch.cat([part[name] for part in parts])
-        for name in first
-    }

@@ -91,6 +91,13 @@ class Number:
         x = torch.as_tensor(values).double().numpy()
         return cls(name, float(statistic(x)), unit, n=len(x))
 
+    @classmethod
+    def median(
+        cls, name: str, values: Values, clusters: Tensor | Array | None = None, unit: Unit = "", **options: Any
+    ) -> Number:
+        """The median as `estimate`."""
+        return cls.estimate(name, values, clusters, np.median, unit, **options)  # type: ignore[arg-type]
+
     def __str__(self) -> str:
         text = self._show(self.value)
         if self.low is not None and self.high is not None:
@@ -158,6 +165,15 @@ def frame(*parts: Mapping[str, Any]) -> pd.DataFrame:
 
     tables = [pd.DataFrame(dict(part)) for part in parts]
     return tables[0] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The columns of several parts as one, on the CPU; a column may be several columns by name itself."""
+    found = {name: [part[name] for part in parts] for name in parts[0]}
+    return {
+        name: joined(of_each) if isinstance(of_each[0], Mapping) else torch.cat([x.cpu() for x in of_each])
+        for name, of_each in found.items()
+    }
 
 
 def share(hits: Bool[Tensor, " n"]) -> Rate:
