@@ -19,14 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from writesae.experiments.engine.conditions import (
-    CONDITIONS,
-    DEFAULT,
-    Tester,
-    check_conditions,
-    draw,
-    windows_of,
-)
+from writesae.experiments.engine.conditions import CONDITIONS, DEFAULT, Tester, check_conditions, draw, windows_of
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment, one_each, several
 from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, joined, share
 from writesae.experiments.results.statistics import Rate, cliffs_delta, paired
@@ -93,13 +86,13 @@ class ReplacementResult(Result):
         return tuple(self.kl)
 
     @property
-    def horizon(self) -> int:
-        return self.n_steps - (self.read == "same")
-
-    @property
     def n_steps(self) -> int:
         """How many tokens are scored."""
         return next(iter(self.kl.values())).shape[1]
+
+    @property
+    def horizon(self) -> int:
+        return self.n_steps - (self.read == "same")
 
     def score(self, condition: str, when: When = "at") -> Float[Tensor, " firing"]:
         """How far a condition moves the model, nats: ``"at"`` the first token that sees the edit (the firing, unless
@@ -148,7 +141,7 @@ class ReplacementResult(Result):
         seen = (
             "the token's own read sees the edit" if self.read == "same" else "reads see the edit from the next token on"
         )
-        several = (
+        together = (
             " The writes of all these heads were replaced at once, at tokens where every SAE is active. What is put in "
             "belongs to the native pass, also in upper layers, and divergence leaves out what edits below do to them."
         )
@@ -161,7 +154,7 @@ class ReplacementResult(Result):
             f"The score is KL(edited || native) of the model's final distribution, {seen}; 'in total' sums it over all "
             f"tokens scored. A win is a strictly lower KL at the same firing. Intervals are Wilson's, or percentile "
             f"bootstraps that draw whole windows, texts or atoms."
-            + several * self.together
+            + together * self.together
             + slow * (self.way not in (None, (True, True)))
             + " Paper: section 3.2, appendices F and I."
         )

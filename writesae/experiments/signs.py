@@ -177,9 +177,9 @@ def sign_test(
             f"n={n}, per_window={per_window}, top={top}, context={context}, horizon={horizon}, read={read!r}: counts "
             f"are at least 1, and a window holds the token written at and the {horizon + (read == 'next')} after it"
         )
-    pool = ordinary_tokens(model).nonzero()[:, 0]
-    if not (isinstance(targets, str) and targets in ("random", "top")):
-        pool = token_ids(model, targets)
+    drawn = {"random": "random tokens", "top": f"among the {top} most likely"}
+    chosen = drawn.get(targets) if isinstance(targets, str) else None
+    pool = token_ids(model, targets) if chosen is None else ordinary_tokens(model).nonzero()[:, 0]
     run = Run(model, text, batch_size=batch_size, seed=seed, progress=progress, total=n)
     generator = run.generator
     n_windows = -(-n // per_window)
@@ -192,7 +192,7 @@ def sign_test(
         at = torch.full((len(ids), 1), position, device=ids.device)
         write, query, logits = at_positions(model, layer, ids[:, : position + 1], None, at)
         rows = torch.arange(len(ids)).repeat_interleave(per_window)
-        if isinstance(targets, str) and targets == "top":
+        if chosen == drawn["top"]:
             usable = logits.cpu().masked_fill(~ordinary_tokens(model), -torch.inf).topk(top).indices
             choice = torch.rand(len(ids), top, generator=generator).argsort(1)
             choice = choice.repeat(1, -(-per_window // top))[:, :per_window]
@@ -200,10 +200,8 @@ def sign_test(
         else:
             target = pool[torch.randint(len(pool), (len(rows),), generator=generator)]
         on = target.to(ids.device)
-        here = Places(
-            model, layer, head, ids[rows, : position + 1], None, at[rows], on, write[rows, :, head],
-            query[rows, :, head],
-        )  # fmt: skip
+        native_write, reads = write[rows, :, head], query[rows, :, head]
+        here = Places(model, layer, head, ids[rows, : position + 1], None, at[rows], on, native_write, reads)
         edit = Add(layer, head, write=choose_writes(here, direction, key, generator), scale=scale, relative=True)
         native = _scored(model, layer, head, ids, horizon)
         with model.intervene(edit, positions=at[rows], read=read):
@@ -215,10 +213,8 @@ def sign_test(
         predicted = (extra @ promotion(model, layer, head, target)[:, :, None].to(extra))[..., 0]
         found = dict(window=batch[rows], position=at[rows, 0], target=target)
         parts.append(found | dict(predicted=predicted, measured=measured, log_p=measured - spread))
-    chosen = {"random": "random tokens", "top": f"among the {top} most likely"}
-    drawn = chosen.get(targets) if isinstance(targets, str) else None
     return SignTest(
-        layer, head, float(scale), read, setting(direction), setting(key), drawn or f"among {len(pool)} given",
+        layer, head, float(scale), read, setting(direction), setting(key), chosen or f"among {len(pool)} given",
         **{name: x[:n] for name, x in joined(parts).items()},
     )  # fmt: skip
 

@@ -137,7 +137,7 @@ def choose_atoms(
     contrast = on_class - on_others
     if atoms is None:
         chosen = contrast.topk(min(n, len(contrast))).indices
-        if int((contrast[chosen] > 0).sum()) < n:
+        if int((contrast > 0).sum()) < n:
             raise ValueError(
                 f"only {int((contrast > 0).sum())} atoms are more active on the class {name!r} than elsewhere; n={n} "
                 f"were asked for: lower n or give more text"
