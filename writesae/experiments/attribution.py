@@ -138,14 +138,13 @@ def attribute(
     """Attribute a logit to every write of a text, from one backward pass.
 
     Args:
-        model: the model.
+        model, check_model: see `Run`.
         text: one text, or the token ids of one.
         token: whose logit (a text of one token, or an id); None: the most likely one there.
         minus: a token whose logit is subtracted.
         position: the token after which it is predicted; -1 is the last.
         saes: SAEs of some heads: their active atoms' contributions too.
         deletions: also estimate what deleting each write would change; costs ``pos^2 * d_value`` per head.
-        check_model: refuse SAEs trained on other weights.
 
     Raises:
         ValueError: several texts, or a token that is several; IndexError: a position that is not there.

@@ -113,15 +113,9 @@ def put_in(
     generators: Generators,
     flat: Write | None = None,
 ) -> Write:
-    """What a condition writes at each firing, ``[firing]``.
+    """What one of `CONDITIONS` writes at each firing, ``[firing]``.
 
-    Args:
-        condition: one of `CONDITIONS`.
-        sae: whose atoms.
-        native: the native writes.
-        atom, activation: the top atoms and their activations.
-        generators: for what is random.
-        flat: for ``flat_svd``, `flat_svd`'s matrices.
+    ``native`` is what the model writes there, ``atom`` and ``activation`` the top atoms, ``flat`` made by `flat_svd`.
     """
     n, norm, device = len(atom), native.norm(), native.key.device
     write = sae.atom(atom).to(device)

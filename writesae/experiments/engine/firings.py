@@ -37,13 +37,9 @@ def firings(
 def compare(
     sae: WriteSAE, codes: Codes, at: tuple[Tensor, ...], write: Write, generator: torch.Generator
 ) -> Float[Tensor, "firing 4"]:
-    """The `COLUMNS` of some firings.
+    """The `COLUMNS` of the firings ``at`` some rows, positions and columns of the codes of a pass.
 
-    Args:
-        sae: whose atoms.
-        codes: of a pass. at: row, position and column of each firing in them.
-        write: what the head writes in the pass, ``[batch, pos]``.
-        generator: of the random tokens.
+    ``write`` is what the head writes in it, ``[batch, pos]``; the generator draws the random tokens.
     """
     device, write, lengths = sae.b_enc.device, write.to(sae.b_enc), norm2(sae.decoder).sqrt()
     dense = sae.cfg.decoder == "dense"

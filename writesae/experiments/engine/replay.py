@@ -141,10 +141,7 @@ class Replayer:
     ) -> Futures:
         """Put other writes in the place of the native ones, each firing and condition for itself.
 
-        Args:
-            native: the windows.
-            window, position: the tokens, ``horizon`` tokens of the window after each.
-            writes: for each place what is written instead, ``[firing, condition]``.
+        Writes are ``[firing, condition]``. A token has ``horizon`` tokens of its window after it, else ValueError.
         """
         context = native.ids.shape[1]
         if len(position) and (int(position.min()) < 0 or int(position.max()) + self.horizon >= context):
