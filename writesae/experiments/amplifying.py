@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from writesae.experiments.engine.continuations import CommonRandomNumbers, go_on, prompts_of, text_of
+from writesae.experiments.engine.replay import stacked
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.experiments.results.result import Figure, Number, Result, figure, intervals
 from writesae.experiments.results.statistics import Array, paired
@@ -24,7 +25,6 @@ from writesae.hooks import Add
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel
 from writesae.model.tokens import Text as Prompts
-from writesae.recurrence import Write
 from writesae.saes import WriteSAE
 
 __all__ = ["AmplifyResult", "ChosenAtoms", "amplify", "choose_atoms"]
@@ -196,14 +196,11 @@ def amplify(
     n = len(ids)
     names = ["baseline", *(f"{k}{dose:g}x" for dose in doses for k in ("", "random "))]
     factors = [0.0, *(float(dose) for dose in doses for _ in range(2))]
-    writes = []  # of each SAE, [2, prompt]: of the chosen atoms, and of each prompt's random ones
+    writes = []  # of each SAE, [prompt, 2]: of the chosen atoms, and of each prompt's random ones
     for x in sets:
-        drawn = torch.stack(
-            [x.pool[torch.randperm(len(x.pool), generator=run.generator)[: len(x.atoms)]] for _ in shown]
-        )
-        own, other = x.write(x.atoms.expand(n, -1)), x.write(drawn)
-        key, value = torch.stack([own.key, other.key]), torch.stack([own.value, other.value])
-        writes.append(Write(key, value, own.rank))
+        order = [torch.randperm(len(x.pool), generator=run.generator) for _ in shown]
+        drawn = x.pool[torch.stack(order)[:, : len(x.atoms)]]
+        writes.append(stacked([x.write(x.atoms.expand(n, -1)), x.write(drawn)]))
 
     texts: list[str] = []
     for batch in run.batches(torch.arange(n * len(names))):
@@ -211,7 +208,7 @@ def amplify(
         at, random = row.to(ids.device), ((condition > 0) & (condition % 2 == 0)).long()
         factor = torch.tensor(factors)[condition]
         edits = [
-            Add(*x.site, write=(w[random, row] * factor.to(w.key))[:, None]) for x, w in zip(sets, writes, strict=True)
+            Add(*x.site, write=(w[row, random] * factor.to(w.key))[:, None]) for x, w in zip(sets, writes, strict=True)
         ]
         positions = lengths[at, None] + torch.arange(n_tokens - 1, device=ids.device)  # the last is never fed
         own_mask = None if mask is None else mask[at]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -77,25 +78,20 @@ class Attribution(Result):
     def numbers(self) -> Sequence[Number]:
         made = [Number("the number asked about", self.value)]
         made += [Number(f"layer {layer}, all writes", float(x.sum())) for layer, x in self.contributions.items()]
-        made += [
-            Number(f"layer {layer} head {head}, {self.tokens[position]!r} at {position}", found)
-            for layer, head, position, found in self.top(8)
-        ]
+        for layer, head, position, found in self.top(8):
+            made.append(Number(f"layer {layer} head {head}, {self.tokens[position]!r} at {position}", found))
         return made
 
     def columns(self) -> dict[str, Any]:
         parts = []
         for layer, found in self.contributions.items():
-            n_pos, n_heads = found.shape
-            part: dict[str, Any] = {
-                "layer": layer,
-                "head": torch.arange(n_heads).repeat(n_pos).numpy(),
-                "position": torch.arange(n_pos).repeat_interleave(n_heads).numpy(),
-                "token": [token for token in self.tokens for _ in range(n_heads)],
-                "contribution": found.flatten().numpy(),
-            }
-            deleted = {} if self.deletions is None else {"deletion": self.deletions[layer].flatten().numpy()}
-            parts.append(part | deleted)
+            position, head = np.indices(found.shape).reshape(2, -1)
+            token = [self.tokens[i] for i in position]
+            part = {"layer": layer, "head": head, "position": position, "token": token}
+            part["contribution"] = found.flatten().numpy()
+            if self.deletions is not None:
+                part["deletion"] = self.deletions[layer].flatten().numpy()
+            parts.append(part)
         return dict(frame(*parts))
 
     def atom_records(self) -> pd.DataFrame:
@@ -142,14 +138,13 @@ def attribute(
     """Attribute a logit to every write of a text, from one backward pass.
 
     Args:
-        model: the model.
+        model, check_model: see `Run`.
         text: one text, or the token ids of one.
         token: whose logit (a text of one token, or an id); None: the most likely one there.
         minus: a token whose logit is subtracted.
         position: the token after which it is predicted; -1 is the last.
         saes: SAEs of some heads: their active atoms' contributions too.
         deletions: also estimate what deleting each write would change; costs ``pos^2 * d_value`` per head.
-        check_model: refuse SAEs trained on other weights.
 
     Raises:
         ValueError: several texts, or a token that is several; IndexError: a position that is not there.
@@ -163,12 +158,10 @@ def attribute(
     if not -n_pos <= position < n_pos:
         raise IndexError(f"position {position} is out of range: the text has {n_pos} tokens (0 to {n_pos - 1})")
     position %= n_pos
-    wanted = None if token is None else model.to_single_token(token)
-    other = None if minus is None else model.to_single_token(minus)
     ids = ids[:, : position + 1]  # what comes later plays no part
-    if wanted is None:
-        with torch.no_grad():
-            wanted = int(model(ids)[0, -1].argmax())
+    other = None if minus is None else model.to_single_token(minus)
+    with torch.no_grad():
+        wanted = int(model(ids)[0, -1].argmax()) if token is None else model.to_single_token(token)
     found = gradient(model, ids, Logit(wanted, minus=other))
     fixed = {layer: g.at_fixed_scale for layer, g in found.layers.items()}
     strings = [str(i) for i in ids[0].tolist()] if model.tokenizer is None else model.to_str_tokens(ids)

@@ -42,9 +42,7 @@ class AtomClasses(Result):
     Attributes:
         cfg: of the SAE.
         n_tokens, context: tokens read, in windows of ``context``, each from an empty memory.
-        min_firings: an atom that fired less often is a null atom.
-        max_firings: medians are over at most so many firings of an atom, drawn at random from all of them.
-        threshold: registers are atoms of at least this cosine; None for those of the mixture's higher component.
+        min_firings, max_firings, threshold: as of `atom_classes`.
         firings: at how many tokens each atom was active.
         mean_activation, max_activation: over all of its firings.
         cosine: to the native write, median.
@@ -148,10 +146,8 @@ class AtomClasses(Result):
         found += [_median("median cosine at random tokens", self.elsewhere.numpy()[alive])]
         one, other = (self._of(name, self.firings) for name in two)
         if min(len(one), len(other)):
-            found += [
-                Number("Cliff's delta of firings, registers against bundles", cliffs_delta(one, other)),
-                Number("p of the same (Mann-Whitney)", float(stats.mannwhitneyu(one, other).pvalue)),
-            ]
+            found.append(Number("Cliff's delta of firings, registers against bundles", cliffs_delta(one, other)))
+            found.append(Number("p of the same (Mann-Whitney)", float(stats.mannwhitneyu(one, other).pvalue)))
         cosine, often = self.cosine.numpy()[alive], self.firings.numpy()[alive]
         if min(len(set(cosine)), len(set(often))) > 1:
             rho: Any = stats.spearmanr(cosine, often)
@@ -217,7 +213,7 @@ def _median(name: str, values: Array) -> Number:
     values = values[~np.isnan(values)] if values.dtype.kind == "f" else values
     if not len(values):
         return Number(name, float("nan"), n=0)
-    return Number.estimate(name, values, None, np.median, n_resamples=1000)  # type: ignore[arg-type]
+    return Number.median(name, values, n_resamples=1000)
 
 
 @experiment("registers and bundles (section 3.1)", order=3, settings=lambda sizes: {"max_tokens": sizes.classes})
@@ -258,9 +254,9 @@ def atom_classes(
     run = Run(model, texts, [sae], batch_size, seed, check_model, progress)
     windows = run.windows(context).spread(max_tokens).tokens
     seen = Seen(sae.cfg.n_atoms, max_firings)
-    found = firings(model, sae, windows, batch_size, run.generator)
-    for _, part in zip(run.batches(windows, context), found, strict=True):
-        seen.add(*part, torch.rand(len(part[0]), generator=run.generator))
+    for ids in run.batches(windows, context):
+        found = firings(model, sae, ids.to(model.device), run.generator)
+        seen.add(*found, torch.rand(len(found[0]), generator=run.generator))
     return classes_of(sae.cfg, seen, windows.numel(), context, min_firings, threshold, seed)
 
 

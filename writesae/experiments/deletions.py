@@ -63,8 +63,7 @@ class AttributionTest(Result):
             f"deleted, and the change is compared with what one backward pass predicts: minus the write's contribution "
             f"(the scale of the head's norm held fixed, so that contributions add up), minus its first-order effect "
             f"(the gradient as it is), and the deletion's effect with the head's norm taken exactly. Nothing is "
-            f"fitted. Intervals: "
-            f"bootstrap over prompts."
+            f"fitted. Intervals: bootstrap over prompts."
         )
 
     def correlation(self, prediction: str, chosen: Tensor | None = None) -> float:
@@ -74,20 +73,17 @@ class AttributionTest(Result):
     def numbers(self) -> Sequence[Number]:
         made = []
         large = self.measured.abs() >= self.measured.abs().quantile(0.75)
+        n_large = int(large.sum())
         for name, predicted in self.predicted.items():
             pairs = np.stack([self.measured.numpy(), predicted.numpy()], 1)
             r = bootstrap(pairs, self.prompt, lambda x: float(np.corrcoef(x.T)[0, 1]), n_resamples=500)
+            sign = (predicted[large] > 0) == (self.measured[large] > 0)
             made += [
                 Number.of(f"correlation with deletions, {name}", r),
                 Number(f"R², {name}", r_squared(self.measured, predicted), n=len(predicted)),
-                Number(
-                    f"correlation with the largest quarter, {name}", self.correlation(name, large), n=int(large.sum())
-                ),
+                Number(f"correlation with the largest quarter, {name}", self.correlation(name, large), n=n_large),
+                Number(f"right sign of the largest quarter, {name}", float(sign.float().mean()), "%", n=n_large),
             ]
-            sign = (predicted[large] > 0) == (self.measured[large] > 0)
-            made.append(
-                Number(f"right sign of the largest quarter, {name}", float(sign.float().mean()), "%", n=len(sign))
-            )
         return [*made, Number("median size of a change", float(self.measured.abs().median()))]
 
     def plot(self) -> Figure:

@@ -47,16 +47,11 @@ class Effect:
     def change(self) -> Float[Tensor, " n"]:
         return self.edited - self.native
 
-    def median(self, name: str) -> Number:
-        """The median change, with its bootstrap interval over windows."""
-        return Number.estimate(name, self.change, self.window, np.median, "nats")  # type: ignore[arg-type]
-
     def numbers(self, where: str) -> list[Number]:
         """Median change with its bootstrap interval over windows, and Wilcoxon's p."""
-        return [
-            self.median(f"median change of log p{where}"),
-            Number(f"p (Wilcoxon){where}", paired(self.edited, self.native).p_wilcoxon),
-        ]
+        p = paired(self.edited, self.native).p_wilcoxon
+        median = Number.median(f"median change of log p{where}", self.change, self.window, "nats")
+        return [median, Number(f"p (Wilcoxon){where}", p)]
 
 
 @dataclass(frozen=True)
@@ -148,7 +143,8 @@ class EraseResult(Result):
         spread.axhline(0, color="gray", lw=0.6)
         spread.set(ylabel=f"change of log p of {self.token_text!r}, nats")
         for sign, name, label in ((-1, "minus", "at firings"), (1, "no firing: plus", "where it does not fire")):
-            medians = [self.effects[f"{name} {m:g}"].median("") for m in self.doses]
+            effects = [self.effects[f"{name} {m:g}"] for m in self.doses]
+            medians = [Number.median("", e.change, e.window, "nats") for e in effects]
             intervals(dose, [sign * m for m in self.doses], medians, label=label)
         dose.axhline(0, color="gray", lw=0.6)
         dose.set(xlabel="times the atom at its activation, added", ylabel="median change, nats")
@@ -230,30 +226,29 @@ def erase(
     score = _Scores(run, windows, usable.start, read)
     typical = float(activation[tuple(fires.T)].median())
 
-    def add(times: float | int, of: Float[Tensor, " n"]) -> Add:  # so much of the atom, at one position a row
-        atoms = sae.atom(torch.full((len(of), 1), atom))
-        return Add(layer, head, write=atoms * (times * of)[:, None].to(atoms.key))
+    def add(times: float | int, own: bool) -> Edit:  # so much of the atom, at its activation there or the typical one
+        def made(at: Int[Tensor, "n 2"]) -> Add:
+            atoms = sae.atom(torch.full((len(at), 1), atom))
+            of = activation[tuple(at.T)] if own else torch.full((len(at),), typical)
+            return Add(layer, head, write=atoms * (times * of)[:, None].to(atoms.key))
 
-    def minus(times: float | int) -> Edit:
-        return lambda at: add(-times, activation[tuple(at.T)])
-
-    def plus(times: float | int) -> Edit:
-        return lambda at: add(times, torch.full((len(at),), typical))
+        return made
 
     def delete(_: Tensor) -> Delete:
         return Delete(layer, head)
 
-    native, erased = score(fires), score(fires, delete if mode == "delete" else minus(1))
+    native, erased = score(fires), score(fires, delete if mode == "delete" else add(-1, own=True))
     lost = native - erased
     token, token_same = int(lost[for_choice].sum(0).argmax()), int(lost.sum(0).argmax())
-    native_others = score(others)
+    before, elsewhere = native[~for_choice], score(others)
     effects = {
-        "erase": score.effect(tested, native[~for_choice], erased[~for_choice], token),
+        "erase": score.effect(tested, before, erased[~for_choice], token),
         "erase, same firings": score.effect(fires, native, erased, token_same),
-        **{f"minus {m:g}": score.effect(tested, native[~for_choice], score(tested, minus(m)), token) for m in doses},
-        "no firing: delete": score.effect(others, native_others, score(others, delete), token),
-        **{f"no firing: plus {m:g}": score.effect(others, native_others, score(others, plus(m)), token) for m in doses},
+        **{f"minus {m:g}": score.effect(tested, before, score(tested, add(-m, own=True)), token) for m in doses},
+        "no firing: delete": score.effect(others, elsewhere, score(others, delete), token),
     }
+    for m in doses:
+        effects[f"no firing: plus {m:g}"] = score.effect(others, elsewhere, score(others, add(m, own=False)), token)
     return EraseResult(
         layer, head, atom, mode, read, typical, token, show_token(model, token), token_same,
         int((activation > 0).sum()), activation.numel(), tuple(float(m) for m in doses), effects,
@@ -286,10 +281,9 @@ class _Scores:
 
     def __call__(self, at: Int[Tensor, "n 2"], edit: Edit | None = None) -> Float[Tensor, "n vocab"]:
         """Log probabilities at the first token whose read sees the edit."""
-        parts = self.run.batches(at)
-        return torch.cat([self._log_p(part, None if edit is None else edit(part)).cpu() for part in parts])
+        return torch.cat([self._log_p(part, edit).cpu() for part in self.run.batches(at)])
 
-    def _log_p(self, at: Int[Tensor, "n 2"], edit: Intervention | None) -> Float[Tensor, "n vocab"]:
+    def _log_p(self, at: Int[Tensor, "n 2"], edit: Edit | None) -> Float[Tensor, "n vocab"]:
         model, device, position = self.run.model, self.windows.device, at[:, 1] + self.first
         last = position + (self.read == "next")  # nothing after that token is run; shorter rows are padded on the left
         column = torch.arange(int(last.max()) + 1) - (last.max() - last)[:, None]
@@ -298,7 +292,7 @@ class _Scores:
         given = {"attention_mask": None if bool(real.all()) else real.long().to(device), **model.logits_of_last(1)}
         editing = nullcontext()
         if edit is not None:
-            editing = model.intervene(edit, positions=position[:, None], read=self.read, check_model=False)
+            editing = model.intervene(edit(at), positions=position[:, None], read=self.read, check_model=False)
         with short_chunks(), editing:
             logits = model(tokens, **given)
         return logits[:, -1].float().log_softmax(-1)

@@ -19,17 +19,10 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from writesae.experiments.engine.continuations import go_on, prompts_of, text_of
-from writesae.experiments.engine.directions import (
-    Direction,
-    Key,
-    Places,
-    at_positions,
-    choose_writes,
-    setting,
-)
+from writesae.experiments.engine.directions import Direction, Key, Places, at_positions, choose_writes, setting
 from writesae.experiments.engine.targets import Targets, choose_targets, ranks, show_token
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
-from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, share
+from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, joined, share
 from writesae.hooks import Add
 from writesae.model import HookedRecurrentModel
 from writesae.model.tokens import Text as Prompts
@@ -110,13 +103,13 @@ class InstallResult(Result):
             if bool((here := first & (self.stratum == i)).any()):
                 found += self._inclusion(here, f", {name}")
         lift, shift = (x[:, first] for x in (self.log_p_after - self.log_p, self.rank - self.rank_after))
-        prompt, median = self.prompt[first], np.median
+        prompt = self.prompt[first]
         found += [
             Number.share("rank improved", shift[0] > 0),
             Number("median rank shift", float(shift[0].double().median()), n=int(first.sum())),
-            Number.estimate("first-step lift", lift[0], prompt, median, "nats"),  # type: ignore[arg-type]
+            Number.median("first-step lift", lift[0], prompt, "nats"),
             Number.estimate("mean first-step lift", lift[0], prompt, unit="nats"),
-            Number.estimate("first-step lift, random value", lift[1], prompt, median, "nats"),  # type: ignore[arg-type]
+            Number.median("first-step lift, random value", lift[1], prompt, "nats"),
         ]
         for scale in self.scales if len(self.scales) > 1 else ():
             for name, hits in zip(("", ", random value"), self.included[:, self.of_scale(scale)], strict=True):
@@ -135,10 +128,8 @@ class InstallResult(Result):
         ]
 
     def columns(self) -> dict[str, Any]:
-        columns = super().columns() | {
-            "target_text": self.targets,
-            "stratum": [self.strata[i] for i in self.stratum.tolist()],
-        }
+        columns = super().columns()
+        columns |= {"target_text": self.targets, "stratum": [self.strata[i] for i in self.stratum.tolist()]}
         for i, condition in enumerate(CONDITIONS):
             for name in ("rank_after", "log_p_after", "included"):
                 columns[f"{name}_{condition}"] = getattr(self, name)[i].numpy()
@@ -262,9 +253,9 @@ def install(
     rank = ranks(logits.cpu()[prompt], target)
     native = go_on(model, ids, mask, max_new_tokens).cpu()
     run.done = len(ids)
-    parts: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[dict[str, Tensor]]] = {condition: [] for condition in CONDITIONS}
     for size in scales:
-        for batch in torch.arange(len(prompt)).split(batch_size):
+        for batch in run.batches(torch.arange(len(prompt)), len(CONDITIONS)):
             rows, wanted = prompt[batch].to(ids.device), target[batch].to(ids.device)
             own, made = None if mask is None else mask[rows], {}
             for h in heads:
@@ -278,37 +269,22 @@ def install(
                 with model.intervene(edits, positions=positions[rows], read=read):
                     after = model(ids[rows], attention_mask=own, **model.logits_of_last(1))[:, -1].float()
                 new = go_on(model, ids[rows], own, max_new_tokens, edits, positions[rows], read)
-                found = {
-                    "rank_after": ranks(after, wanted),
-                    "log_p_after": after.log_softmax(-1).gather(-1, wanted[:, None])[:, 0],
-                    "included": included(new, wanted),
-                    "new": new,
-                }
-                for name, x in found.items():
-                    parts.setdefault(f"{name} {condition}", []).append(x.cpu())
-                run.tell(len(batch))
-    n = len(scales)
-    both = {
-        name: torch.stack([torch.cat(parts[f"{name} {c}"]) for c in CONDITIONS])
-        for name in ("rank_after", "log_p_after", "included")
-    }
+                log_p_after = after.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
+                found = dict(rank_after=ranks(after, wanted), log_p_after=log_p_after)
+                parts[condition].append(found | dict(included=included(new, wanted), new=new))
+    edited, random = (joined(parts[condition]) for condition in CONDITIONS)
+    texts_after = tuple(text_of(model, row) for row in edited.pop("new"))
     stratum = torch.bucketize(rank, torch.tensor(strata), right=True) - 1
-    once = {
-        "prompt": prompt,
-        "target": target,
-        "stratum": torch.where(stratum < 0, len(strata), stratum),
-        "rank": rank,
-        "log_p": log_p[prompt, target],
-        "native": included(native[prompt], target),
-    }
+    stratum = torch.where(stratum < 0, len(strata), stratum)
+    once = dict(prompt=prompt, target=target, stratum=stratum, rank=rank, log_p=log_p[prompt, target])
+    once["native"] = included(native[prompt], target)
     return InstallResult(
         layer, tuple(heads), n_positions, setting(direction), setting(key), max_new_tokens, scales, tuple(names),
         tuple(texts), tuple(text_of(model, row) for row in native),
         scale=torch.tensor(scales, dtype=torch.float64).repeat_interleave(len(prompt)),
-        targets=tuple(show_token(model, t) for t in target.tolist()) * n,
-        texts=tuple(text_of(model, row) for new in parts["new edited"] for row in new),
-        **both,
-        **{name: x.repeat(n) for name, x in once.items()},
+        targets=tuple(show_token(model, t) for t in target.tolist()) * len(scales), texts=texts_after,
+        **{name: torch.stack([x, random[name]]) for name, x in edited.items()},
+        **{name: x.repeat(len(scales)) for name, x in once.items()},
     )  # fmt: skip
 
 

@@ -83,11 +83,10 @@ class LogitChange(Result):
             f"epsilon fitted on one half of the prompts and judged on the other half alone; 'a cell' is one atom at "
             f"one epsilon, and the number is the median over cells. Predictions: the paper's three factors (gates, key "
             f"factor with the query, value factor through the head's output projection with the output embedding); the "
-            f"same with "
-            f"the layer's erases; the gradient by one backward pass; and that with the head's norm taken exactly. "
-            f"'Proportional' is what a prefactor for every prompt, atom and token comes to, as the paper fits it: the "
-            f"change measured at the nearest other epsilon, scaled; none of the factors matters then. Signs are of "
-            f"changes above {NOISE:g}."
+            f"same with the layer's erases; the gradient by one backward pass; and that with the head's norm taken "
+            f"exactly. 'Proportional' is what a prefactor for every prompt, atom and token comes to, as the paper fits "
+            f"it: the change measured at the nearest other epsilon, scaled; none of the factors matters then. Signs "
+            f"are of changes above {NOISE:g}."
         )
 
     @property
@@ -228,10 +227,11 @@ def logit_change(
     native = logits[rows[:, None], at, token]
     predicted: dict[str, list[Tensor]] = {name: [] for name in PREDICTIONS}
     size = torch.ones(())
+    wanted = torch.tensor(list(epsilons), device=model.device)
     for i in range(len(lags)):
         found = gradient(model, ids, Logit(token[:, i], at=at[:, i]), [layer])[layer]
         size = found.write[rows, position, torch.full_like(position, head)].norm()  # [prompt]
-        scale = size[:, None, None] * torch.tensor(list(epsilons), device=size.device)  # [prompt, 1, epsilon]
+        scale = size[:, None, None] * wanted  # [prompt, 1, epsilon]
         direct = model.W_O(layer)[head].float() @ model.W_U[:, token[:, i]].float()  # [d_value, prompt]
         rec = found.recurrence[:, :, [head]]
         for name, reading in zip(CLOSED, (gated, carried), strict=True):
@@ -249,23 +249,15 @@ def logit_change(
     todo = torch.cartesian_prod(torch.arange(n_prompts), torch.arange(len(chosen)), torch.arange(len(epsilons)))
     for part in run.batches(todo.to(model.device)):
         p, a, e = part.T
-        write = (edits[a] * (torch.tensor(list(epsilons), device=p.device)[e] * size[p]))[:, None]
-        editing = model.intervene(Add(layer, head, write=write), positions=position[p, None], check_model=check_model)
-        with short_chunks(), editing:
+        write = (edits[a] * (wanted[e] * size[p]))[:, None]
+        edit = Add(layer, head, write=write)
+        with short_chunks(), model.intervene(edit, positions=position[p, None], check_model=check_model):
             edited = model(ids[p])
         found_there = edited[torch.arange(len(p), device=p.device)[:, None], at[p], token[p]]
         measured[p.cpu(), :, a.cpu(), e.cpu()] = (found_there - native[p]).float().cpu()
-    return LogitChange(
-        layer,
-        head,
-        chosen.cpu(),
-        tuple(map(float, epsilons)),
-        tuple(map(int, lags)),
-        measured,
-        {name: torch.stack(parts, 1).float().cpu() for name, parts in predicted.items()},
-        position.cpu(),
-        token.cpu(),
-    )
+    predictions = {name: torch.stack(parts, 1).float().cpu() for name, parts in predicted.items()}
+    sizes, after = tuple(map(float, epsilons)), tuple(map(int, lags))
+    return LogitChange(layer, head, chosen.cpu(), sizes, after, measured, predictions, position.cpu(), token.cpu())
 
 
 def gated(

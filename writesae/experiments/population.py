@@ -19,10 +19,10 @@ from scipy import stats
 from torch import Tensor
 
 from writesae.experiments.classes import atom_classes
-from writesae.experiments.engine.conditions import Tester, check_conditions, flats_for, joined, windows_of
+from writesae.experiments.engine.conditions import Tester, check_conditions, windows_of
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.experiments.replacement import ReplacementResult
-from writesae.experiments.results.result import Figure, Number, Result, figure
+from writesae.experiments.results.result import Figure, Number, Result, figure, joined
 from writesae.experiments.results.statistics import Array, bootstrap, cliffs_delta
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
@@ -64,20 +64,15 @@ class PopulationResult(Result):
 
         f = self.firings
         atom, delete = f.score("atom"), f.score("delete")
-        columns: dict[str, Tensor] = {
-            "wins": atom < delete,
-            "wins_in_total": f.score("atom", "through") < f.score("delete", "through"),
-            "flips_delete": f.flips["delete"],
-            "flips_atom": f.flips["atom"],
-        }
+        columns = {"wins": atom < delete, "wins_in_total": f.score("atom", "through") < f.score("delete", "through")}
+        columns |= {"flips_delete": f.flips["delete"], "flips_atom": f.flips["atom"]}
         if "matched" in f.kl:
             columns["wins_matched"] = f.score("matched") < delete
             columns["loses_matched"] = f.score("matched") > delete
-        table = pd.DataFrame({name: x.double().numpy() for name, x in columns.items()})
-        rows: Any = table.groupby(f.atom.numpy()).mean()
-        rows.insert(0, "firings", table.groupby(f.atom.numpy()).size())
+        table: Any = pd.DataFrame({name: x.double().numpy() for name, x in columns.items()}).groupby(f.atom.numpy())
         medians = pd.DataFrame({"cosine": f.cosine.numpy(), "kl_lost": (delete - atom).numpy()})
-        rows = rows.join(medians.groupby(f.atom.numpy()).median())
+        rows: Any = table.mean().join(medians.groupby(f.atom.numpy()).median())
+        rows.insert(0, "firings", table.size())
         if "matched" in f.kl:
             rows["inverts"] = (rows["wins"] > 0.5) & (rows.pop("loses_matched") > 0.5)
         if self.classes is not None:
@@ -102,16 +97,15 @@ class PopulationResult(Result):
     def numbers(self) -> list[Number]:
         atoms: Any = self.atoms
         found = [
-            _mean("atom beats deletion, mean over atoms", atoms["wins"], "%"),
-            _mean("atom beats deletion, mean over atoms, in total", atoms["wins_in_total"], "%"),
+            _over_atoms("atom beats deletion, mean over atoms", atoms["wins"], "%"),
+            _over_atoms("atom beats deletion, mean over atoms, in total", atoms["wins_in_total"], "%"),
             Number("atom beats deletion, median over atoms", float(atoms["wins"].median()), "%", n=len(atoms)),
             Number("atom beats deletion, lowest atom", float(atoms["wins"].min()), "%", n=len(atoms)),
             Number.of("atom beats deletion, all firings", self.firings.wins("atom", "delete")),
         ]
         if len(atoms) > 2 and atoms["wins"].nunique() > 1 and atoms["cosine"].nunique() > 1:
-            pearson: Any = stats.pearsonr(atoms["cosine"], atoms["wins"])
-            spearman: Any = stats.spearmanr(atoms["cosine"], atoms["wins"])
-            for name, r in (("Pearson r", pearson), ("Spearman rho", spearman)):
+            for name, of in (("Pearson r", stats.pearsonr), ("Spearman rho", stats.spearmanr)):
+                r: Any = of(atoms["cosine"], atoms["wins"])
                 found.append(Number(f"{name}, cosine and win rate", float(r.statistic), n=len(atoms)))
                 found.append(Number(f"p of {name}, cosine and win rate", float(r.pvalue)))
         for name, column, unit in (
@@ -119,19 +113,17 @@ class PopulationResult(Result):
             ("top-1 flips under the atom", "flips_atom", "%"),
             ("KL of deletion less that of the atom", "kl_lost", "nats"),
         ):
-            values = atoms[column]
-            made = bootstrap(values.to_numpy(), statistic=np.median) if len(atoms) > 1 else float(values.median())
-            found.append(Number.of(f"{name}, median over atoms", made, unit))  # type: ignore[arg-type]
+            found.append(_over_atoms(f"{name}, median over atoms", atoms[column], unit, np.median))
         if "inverts" in atoms:
-            found.append(_mean("matched-norm atom beats deletion, mean over atoms", atoms["wins_matched"], "%"))
-            found.append(_mean("atoms that invert at the native norm", atoms["inverts"].astype(float), "%"))
+            found.append(_over_atoms("matched-norm atom beats deletion, mean over atoms", atoms["wins_matched"], "%"))
+            found.append(_over_atoms("atoms that invert at the native norm", atoms["inverts"].astype(float), "%"))
         for low, high in pairwise([-np.inf, *BINS, np.inf]):
             some = atoms[(atoms["cosine"] >= low) & (atoms["cosine"] < high)]
             if len(some):
                 name = f"cosine < {high}" if low == -np.inf else f"cosine >= {low}" + f" and < {high}" * (high < np.inf)
-                found.append(_mean(f"atom beats deletion, {name}", some["wins"], "%"))
+                found.append(_over_atoms(f"atom beats deletion, {name}", some["wins"], "%"))
         groups = {} if self.classes is None else {str(name): rows for name, rows in atoms.groupby("class") if name}
-        found += [_mean(f"atom beats deletion, {name} atoms", rows["wins"], "%") for name, rows in groups.items()]
+        found += [_over_atoms(f"atom beats deletion, {name} atoms", rows["wins"], "%") for name, rows in groups.items()]
         if {"register", "bundle"} <= groups.keys():
             what = {"wins": "win rate", "flips_delete": "flips under deletion", "kl_lost": "KL lost"}
             for column, label in what.items():
@@ -158,9 +150,10 @@ class PopulationResult(Result):
         return made
 
 
-def _mean(name: str, values: Any, unit: Any) -> Number:
-    """A mean with its bootstrap interval over atoms, where there are two or more."""
-    return Number.of(name, bootstrap(values.to_numpy()) if len(values) > 1 else float(values.mean()), unit)
+def _over_atoms(name: str, values: Any, unit: Any, statistic: Any = np.mean) -> Number:
+    """A statistic with its bootstrap interval over atoms, where there are two or more."""
+    x = values.to_numpy()
+    return Number.of(name, bootstrap(x, statistic=statistic) if len(x) > 1 else float(statistic(x)), unit)
 
 
 def _plan(asked: Asked) -> Iterator[Task]:
@@ -216,8 +209,7 @@ def population_test(
         IndexError: no such atom.
     """
     run = Run(model, text, [sae], batch_size, seed, check_model, progress)
-    chosen = check_conditions((*conditions, *(["flat_svd"] if flat is not None else [])), flat)
-    flats = flats_for(run, flat)
+    chosen, flats = check_conditions(run, conditions, flat)
     if not 1 <= min_firings <= max_firings:
         raise ValueError(
             f"min_firings={min_firings}, max_firings={max_firings}: 1 <= min_firings <= max_firings is needed"
@@ -235,10 +227,10 @@ def population_test(
     tester = Tester(run, windows, [sae], chosen, flats, horizon, read)
     tops = []
     for which in torch.arange(len(windows)).split(tester.step):
-        value, atom = tester.tops(tester.native(which, logits=False))[sae.place]
+        value, atom = tester.native(which, logits=False)[1][sae.place]
         tops.append(atom.masked_fill(value <= 0, -1).cpu())
     top = torch.cat(tops)
-    can = top.masked_fill(~tester.testable(), -1)
+    can = top.masked_fill(~tester.testable, -1)
     if wanted is not None:
         can[~torch.isin(can, wanted)] = -1
     window, position = _draw(can, min_firings, max_firings, n_atoms, run.generator)
@@ -246,13 +238,12 @@ def population_test(
         most = int(can[can >= 0].bincount().max()) if bool((can >= 0).any()) else 0
         raise ValueError(
             f"no atom {'of the SAE' if atoms is None else 'asked for'} fires {min_firings} times in {len(windows)} "
-            f"windows of {context} tokens (the most "
-            f"frequent one {most} times): give a longer text, or lower min_firings"
+            f"windows of {context} tokens (the most frequent one {most} times): give a longer text, or lower "
+            f"min_firings"
         )
     for some in window.unique().split(tester.step):  # only windows with something to test, in order
         here = (window >= some[0]) & (window <= some[-1])
-        native = tester.native(some)
-        tester.test(native, tester.tops(native), some, torch.searchsorted(some, window[here]), position[here])
+        tester.test(*tester.native(some), some, torch.searchsorted(some, window[here]), position[here])
     firings = ReplacementResult(
         **joined(tester.parts), places=(sae.place,), read=read, context=context, way=tester.replayer.way
     )

@@ -285,15 +285,14 @@ def _plan_of(function: Callable[..., Result], settings: Callable[[Sizes], Mappin
 
     def plan(asked: Asked) -> Iterator[Task]:
         texts = {"text": asked.texts, "texts": asked.texts, "model": asked.model}
-        given = {**settings(asked.sizes), **{name: x for name, x in asked.common.items() if name in names}}
         for about in [[sae] for sae in asked.saes] if "sae" in names else [list(asked.saes) if "saes" in names else []]:
-            what = {**texts, "sae": about[0] if about else None, "saes": about}
-            here = {name: x for name, x in what.items() if name in names}
 
-            def run(here: dict[str, Any] = here, **more: Any) -> Result:
-                return function(**here, **{name: x for name, x in more.items() if name in names})
+            def run(about: list[WriteSAE] = about, **more: Any) -> Result:
+                have = {**texts, "saes": about, "sae": about[0] if about else None, **more}
+                return function(**{name: x for name, x in have.items() if name in names})
 
-            yield Task(run, about, given)
+            common = {name: x for name, x in asked.common.items() if name in names}
+            yield Task(run, about, {**settings(asked.sizes), **common})
 
     return plan
 

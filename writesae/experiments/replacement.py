@@ -19,18 +19,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from writesae.experiments.engine.conditions import (
-    CONDITIONS,
-    DEFAULT,
-    Tester,
-    check_conditions,
-    draw,
-    flats_for,
-    joined,
-    windows_of,
-)
+from writesae.experiments.engine.conditions import CONDITIONS, DEFAULT, Tester, check_conditions, draw, windows_of
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment, one_each, several
-from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, share
+from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, joined, share
 from writesae.experiments.results.statistics import Rate, cliffs_delta, paired
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel
@@ -95,13 +86,13 @@ class ReplacementResult(Result):
         return tuple(self.kl)
 
     @property
-    def horizon(self) -> int:
-        return self.n_steps - (self.read == "same")
-
-    @property
     def n_steps(self) -> int:
         """How many tokens are scored."""
         return next(iter(self.kl.values())).shape[1]
+
+    @property
+    def horizon(self) -> int:
+        return self.n_steps - (self.read == "same")
 
     def score(self, condition: str, when: When = "at") -> Float[Tensor, " firing"]:
         """How far a condition moves the model, nats: ``"at"`` the first token that sees the edit (the firing, unless
@@ -150,7 +141,7 @@ class ReplacementResult(Result):
         seen = (
             "the token's own read sees the edit" if self.read == "same" else "reads see the edit from the next token on"
         )
-        several = (
+        together = (
             " The writes of all these heads were replaced at once, at tokens where every SAE is active. What is put in "
             "belongs to the native pass, also in upper layers, and divergence leaves out what edits below do to them."
         )
@@ -163,7 +154,7 @@ class ReplacementResult(Result):
             f"The score is KL(edited || native) of the model's final distribution, {seen}; 'in total' sums it over all "
             f"tokens scored. A win is a strictly lower KL at the same firing. Intervals are Wilson's, or percentile "
             f"bootstraps that draw whole windows, texts or atoms."
-            + several * self.together
+            + together * self.together
             + slow * (self.way not in (None, (True, True)))
             + " Paper: section 3.2, appendices F and I."
         )
@@ -172,7 +163,7 @@ class ReplacementResult(Result):
         found = self._numbers("at", "")
         if self.n_steps > 1:
             found += self._numbers("through", ", in total")
-        return [*found, _median("median cosine of atom and write", self.cosine)]
+        return [*found, Number.median("median cosine of atom and write", self.cosine.double())]
 
     def _numbers(self, when: When, suffix: str) -> list[Number]:
         scores = {name: self.score(name, when) for name in self.conditions}
@@ -187,7 +178,8 @@ class ReplacementResult(Result):
             if len(clusters.unique()) > 1:  # else no interval can be had
                 name = f"cluster bootstrap by {by}{suffix}"
                 found.append(Number.estimate(name, (atom < delete).double(), clusters, unit="%"))
-        found += [_median(f"median KL, {LOOK[name][0]}{suffix}", x, "nats") for name, x in scores.items()]
+        for name, x in scores.items():
+            found.append(Number.median(f"median KL, {LOOK[name][0]}{suffix}", x.double(), unit="nats"))
         found.append(Number(f"Cliff's delta{suffix}", cliffs_delta(delete, atom)))
         if self.n > 1:
             found.append(Number(f"paired Wilcoxon p{suffix}", paired(delete, atom).p_wilcoxon))
@@ -267,10 +259,6 @@ def middle(values: Float[Tensor, " n"]) -> float:
     return float(np.median(values.numpy()))
 
 
-def _median(name: str, values: Float[Tensor, " n"], unit: Literal["nats", ""] = "") -> Number:
-    return Number.estimate(name, values.double(), None, np.median, unit)  # type: ignore[arg-type]
-
-
 def _plan(asked: Asked) -> Iterator[Task]:
     """All heads in one table, by both protocols; and at once, where some are of one layer."""
     saes = list(asked.saes)
@@ -334,8 +322,7 @@ def replacement_test(
     saes = several(sae)
     run = Run(model, text, saes, batch_size, seed, check_model, progress)
     places = one_each(saes)
-    chosen = check_conditions((*conditions, *(["flat_svd"] if flat is not None else [])), flat)
-    flats = flats_for(run, flat)
+    chosen, flats = check_conditions(run, conditions, flat)
     for name, value in (("n_firings", n_firings), ("per_window", per_window), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}={value}: it must be at least 1")
@@ -353,9 +340,8 @@ def replacement_test(
         while done < n_firings and start < len(windows):
             some = order[start : start + min(tester.step, -(-(n_firings - done) // per_window))]
             start += len(some)
-            native = tester.native(some)
-            tops = tester.tops(native)
-            fires = torch.stack([value > 0 for value, _ in tops.values()]).all(0).cpu() & tester.testable()
+            native, tops = tester.native(some)
+            fires = torch.stack([value > 0 for value, _ in tops.values()]).all(0).cpu() & tester.testable
             if atom is not None:
                 fires &= tops[group[0].place][1].cpu() == atom
             window, position = (x[: n_firings - done] for x in draw(fires, per_window, generator))

@@ -23,7 +23,7 @@ from writesae.experiments.engine.directions import (
 )
 from writesae.experiments.engine.targets import Targets, ordinary_tokens, token_ids
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
-from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, share
+from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, joined, share
 from writesae.experiments.results.statistics import r_squared
 from writesae.hooks import Add, short_chunks
 from writesae.model import HookedRecurrentModel
@@ -96,9 +96,7 @@ class SignTest(Result):
                 Number("R squared", r_squared(y, x), n=n),
                 Number("R squared, one factor fitted", r_squared(y, slope * x), n=n),
             ]
-        change = Number.estimate("median change of log p", self.log_p[:, 0], self.window, np.median, "nats")  # type: ignore[arg-type]
-        found.append(change)
-        return found
+        return [*found, Number.median("median change of log p", self.log_p[:, 0], self.window, "nats")]
 
     def columns(self) -> dict[str, Any]:
         columns = {name: getattr(self, name).numpy() for name in ("window", "position", "target")}
@@ -179,22 +177,22 @@ def sign_test(
             f"n={n}, per_window={per_window}, top={top}, context={context}, horizon={horizon}, read={read!r}: counts "
             f"are at least 1, and a window holds the token written at and the {horizon + (read == 'next')} after it"
         )
-    pool = ordinary_tokens(model).nonzero()[:, 0]
-    if not (isinstance(targets, str) and targets in ("random", "top")):
-        pool = token_ids(model, targets)
+    drawn = {"random": "random tokens", "top": f"among the {top} most likely"}
+    chosen = drawn.get(targets) if isinstance(targets, str) else None
+    pool = token_ids(model, targets) if chosen is None else ordinary_tokens(model).nonzero()[:, 0]
     run = Run(model, text, batch_size=batch_size, seed=seed, progress=progress, total=n)
     generator = run.generator
     n_windows = -(-n // per_window)
     cut = run.windows(context, n_windows, "n or context, or raise per_window")
     order, windows = torch.randperm(len(cut), generator=generator)[:n_windows], cut.tokens
-    parts: dict[str, list[Tensor]] = {}
+    parts: list[dict[str, Tensor]] = []
     times = torch.arange(horizon + 1)
     for batch in run.batches(order, per_window):
         ids = windows[batch]
         at = torch.full((len(ids), 1), position, device=ids.device)
         write, query, logits = at_positions(model, layer, ids[:, : position + 1], None, at)
         rows = torch.arange(len(ids)).repeat_interleave(per_window)
-        if isinstance(targets, str) and targets == "top":
+        if chosen == drawn["top"]:
             usable = logits.cpu().masked_fill(~ordinary_tokens(model), -torch.inf).topk(top).indices
             choice = torch.rand(len(ids), top, generator=generator).argsort(1)
             choice = choice.repeat(1, -(-per_window // top))[:, :per_window]
@@ -202,10 +200,8 @@ def sign_test(
         else:
             target = pool[torch.randint(len(pool), (len(rows),), generator=generator)]
         on = target.to(ids.device)
-        here = Places(
-            model, layer, head, ids[rows, : position + 1], None, at[rows], on, write[rows, :, head],
-            query[rows, :, head],
-        )  # fmt: skip
+        native_write, reads = write[rows, :, head], query[rows, :, head]
+        here = Places(model, layer, head, ids[rows, : position + 1], None, at[rows], on, native_write, reads)
         edit = Add(layer, head, write=choose_writes(here, direction, key, generator), scale=scale, relative=True)
         native = _scored(model, layer, head, ids, horizon)
         with model.intervene(edit, positions=at[rows], read=read):
@@ -214,21 +210,12 @@ def sign_test(
         where = on[:, None].expand(-1, horizon + 1)
         measured = edited[0].gather(-1, where[..., None])[..., 0] - native[0][rows[:, None], times, where]
         spread = edited[0].logsumexp(-1) - native[0].logsumexp(-1)[rows]
-        found = {
-            "window": batch[rows],
-            "position": at[rows, 0],
-            "target": target,
-            "predicted": (extra @ promotion(model, layer, head, target)[:, :, None].to(extra))[..., 0],
-            "measured": measured,
-            "log_p": measured - spread,
-        }
-        for name, x in found.items():
-            parts.setdefault(name, []).append(x.cpu())
-    chosen = {"random": "random tokens", "top": f"among the {top} most likely"}
-    drawn = chosen.get(targets) if isinstance(targets, str) else None
+        predicted = (extra @ promotion(model, layer, head, target)[:, :, None].to(extra))[..., 0]
+        found = dict(window=batch[rows], position=at[rows, 0], target=target)
+        parts.append(found | dict(predicted=predicted, measured=measured, log_p=measured - spread))
     return SignTest(
-        layer, head, float(scale), read, setting(direction), setting(key), drawn or f"among {len(pool)} given",
-        **{name: torch.cat(x)[:n] for name, x in parts.items()},
+        layer, head, float(scale), read, setting(direction), setting(key), chosen or f"among {len(pool)} given",
+        **{name: x[:n] for name, x in joined(parts).items()},
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from writesae.experiments.classes import CLASSES, COLORS, AtomClasses
 from writesae.experiments.protocol import Asked, Task, experiment
 from writesae.experiments.results.result import Figure, Number, Result, figure, frame
-from writesae.experiments.results.statistics import Array, wilson
+from writesae.experiments.results.statistics import Array
 from writesae.recurrence.matrices import Atoms, project, size, unit_norm
 from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import BLOCK
@@ -85,7 +86,7 @@ class SeedStability(Result):
         best = self._all("cosine")
         pairs = self.shares()
         found = [
-            Number.of("atoms with a partner", wilson(int((best > self.threshold).sum()), len(best))),
+            Number.share("atoms with a partner", torch.from_numpy(best > self.threshold)),
             Number("atoms with a partner, least pair", min(pairs.values()), "%", n=len(pairs)),
             Number("atoms with a partner, best pair", max(pairs.values()), "%", n=len(pairs)),
         ]
@@ -95,15 +96,11 @@ class SeedStability(Result):
         label = self._all("class")
         for name in CLASSES[:2]:
             counts = np.array([(of_one == name).sum() for of_one in self.classes], dtype=float)
-            mine = best[label == name]
-            if not len(mine):
-                continue
-            found += [
-                Number(
-                    f"variation of the number of {name}s", float(counts.std(ddof=1) / counts.mean()), "%", n=len(counts)
-                ),
-                Number.of(f"{name}s with a partner", wilson(int((mine > self.threshold).sum()), len(mine))),
-            ]
+            mine = torch.from_numpy(best[label == name])
+            if len(mine):
+                spread = float(counts.std(ddof=1) / counts.mean())
+                found.append(Number(f"variation of the number of {name}s", spread, "%", n=len(counts)))
+                found.append(Number.share(f"{name}s with a partner", mine > self.threshold))
         return found
 
     def _all(self, what: str) -> Array:
@@ -112,12 +109,10 @@ class SeedStability(Result):
 
     def columns(self) -> dict[str, Any]:
         parts = []
-        for match in self.matches:
-            atoms = match.atoms.numpy()
-            first: dict[str, Any] = {"sae": match.sae, "other": match.other, "atom": atoms}
-            if self.classes is not None:
-                first["class"] = self.classes[match.sae][atoms]
-            parts.append(first | {"partner": match.partner.numpy(), "cosine": match.cosine.numpy()})
+        for m in self.matches:
+            of_class = {} if self.classes is None else {"class": self.classes[m.sae][m.atoms.numpy()]}
+            first = {"sae": m.sae, "other": m.other, "atom": m.atoms.numpy(), **of_class}
+            parts.append(first | {"partner": m.partner.numpy(), "cosine": m.cosine.numpy()})
         return dict(frame(*parts))
 
     def plot(self) -> Figure:
@@ -179,7 +174,7 @@ def seed_stability(
                 raise ValueError(f"no atom of SAE {i} is alive: give atom_classes more text, or lower min_firings")
     atoms = [unit_norm(sae.decoder[own.to(sae.b_enc.device)]) for sae, own in zip(saes, alive, strict=True)]
     matches = []
-    for i, j in ((i, j) for i in range(len(saes)) for j in range(len(saes)) if i != j):
+    for i, j in permutations(range(len(saes)), 2):
         cosine, partner = _nearest(atoms[i], atoms[j])
         matches.append(Match(i, j, alive[i], alive[j][partner], cosine))
     labels = None if classes is None else tuple(c.classes for c in classes)

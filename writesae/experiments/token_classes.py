@@ -86,15 +86,12 @@ def choose_atoms(
     """The atoms with the largest mean activation on a class of tokens minus that on the others.
 
     Args:
-        model: the model.
-        sae: an SAE of one of its heads.
+        model, sae, batch_size, check_model: see `Run`.
         texts: where to look; cut into windows of ``context`` tokens.
         is_class: tells from a token's string whether it belongs to the class; or one of `CLASSES`.
         n: how many atoms.
         where: ``"at"`` tokens of the class, or ``"before"`` them, where the model has to predict one.
         atoms: these atoms, whatever their contrast, instead of the ``n`` best.
-        context, batch_size: of the passes.
-        check_model: refuse an SAE trained on other weights.
 
     Raises:
         ValueError: no text long enough; no token, or every token, is of the class; fewer than ``n`` atoms are more
@@ -137,7 +134,7 @@ def choose_atoms(
     contrast = on_class - on_others
     if atoms is None:
         chosen = contrast.topk(min(n, len(contrast))).indices
-        if int((contrast[chosen] > 0).sum()) < n:
+        if int((contrast > 0).sum()) < n:
             raise ValueError(
                 f"only {int((contrast > 0).sum())} atoms are more active on the class {name!r} than elsewhere; n={n} "
                 f"were asked for: lower n or give more text"

@@ -32,27 +32,27 @@ CONDITIONS = {
 DEFAULT = ("atom", "matched", "delete", "random")
 
 
-def check_conditions(conditions: Iterable[str], flat: object) -> tuple[str, ...]:
-    """The conditions, with those that every test needs; ValueError for one that there is not."""
-    asked = tuple(dict.fromkeys(("atom", "delete", *conditions)))
-    for name in asked:
+def check_conditions(
+    run: Run, conditions: Iterable[str], flat: WriteSAE | Sequence[WriteSAE] | None
+) -> tuple[tuple[str, ...], dict[Head, WriteSAE]]:
+    """The conditions with those that every test needs, and the flat SAE of each head of the run.
+
+    Raises:
+        ValueError: no such condition; or ``flat_svd`` without a flat SAE for each head.
+    """
+    flats = {sae.place: sae for sae in several(flat)}
+    asked = {"atom", "delete", *conditions} | ({"flat_svd"} if flat is not None else set())
+    for name in conditions:
         if name not in CONDITIONS:
             raise ValueError(f"no condition {name!r}: allowed are {', '.join(CONDITIONS)}")
-    if ("flat_svd" in asked) != (flat is not None):
+    if "flat_svd" in asked and flat is None:
         raise ValueError("the condition 'flat_svd' and flat=, an SAE of the same head, come together")
-    return tuple(name for name in CONDITIONS if name in asked)
-
-
-def flats_for(run: Run, flat: WriteSAE | Sequence[WriteSAE] | None) -> dict[Head, WriteSAE]:
-    """The flat SAE of each head of the run; ValueError where there is none."""
-    given = several(flat)
-    for sae in given:
+    for sae in flats.values():
         sae.check_fits(run.model, check_model=False)
-    found = {sae.place: sae for sae in given}
     for head in (sae.place for sae in run.saes):
-        if given and head not in found:
-            raise ValueError(f"no flat SAE for {head.words}: flat= has {', '.join(x.words for x in found)}")
-    return found
+        if flats and head not in flats:
+            raise ValueError(f"no flat SAE for {head.words}: flat= has {', '.join(x.words for x in flats)}")
+    return tuple(name for name in CONDITIONS if name in asked), flats
 
 
 def windows_of(run: Run, context: int, horizon: int) -> Windows:
@@ -113,15 +113,9 @@ def put_in(
     generators: Generators,
     flat: Write | None = None,
 ) -> Write:
-    """What a condition writes at each firing, ``[firing]``.
+    """What one of `CONDITIONS` writes at each firing, ``[firing]``.
 
-    Args:
-        condition: one of `CONDITIONS`.
-        sae: whose atoms.
-        native: the native writes.
-        atom, activation: the top atoms and their activations.
-        generators: for what is random.
-        flat: for ``flat_svd``, `flat_svd`'s matrices.
+    ``native`` is what the model writes there, ``atom`` and ``activation`` the top atoms, ``flat`` made by `flat_svd`.
     """
     n, norm, device = len(atom), native.norm(), native.key.device
     write = sae.atom(atom).to(device)
@@ -161,8 +155,7 @@ class Tester:
         run: whose model, batch size and seed.
         windows: of the text.
         saes: SAEs of the heads.
-        conditions: what is put in.
-        flats: the flat SAE of each head, for ``flat_svd``.
+        conditions, flats: see `check_conditions`.
         horizon, read: see `Replayer`.
     """
 
@@ -181,20 +174,15 @@ class Tester:
         self.generators = Generators(run.seed)
         # Windows per pass, so that the logits fit into memory.
         self.step = max(1, min(run.batch_size, LOGITS // (windows.context * run.model.W_U.shape[1])))
+        at = torch.arange(windows.context)
+        #: the positions with enough of a window before and after them
+        self.testable = (at >= windows.context // 4) & (at < windows.context - horizon)
         self.parts: list[dict[str, Any]] = []
 
-    def native(self, which: Int[Tensor, " window"], logits: bool = True) -> Native:
-        """The pass over some windows as the model is."""
-        return self.replayer.native(self.windows.tokens[which].to(self.run.model.device), logits)
-
-    def tops(self, native: Native) -> dict[Head, tuple[Tensor, Tensor]]:
-        """The strongest activation and its atom, at every token, of each head."""
-        return {sae.place: top_atoms(native, sae) for sae in self.saes}
-
-    def testable(self) -> Bool[Tensor, " pos"]:
-        """The positions with enough of a window before and after them."""
-        at = torch.arange(self.windows.context)
-        return (at >= self.windows.context // 4) & (at < self.windows.context - self.replayer.horizon)
+    def native(self, which: Int[Tensor, " window"], logits: bool = True) -> tuple[Native, dict[Head, tuple]]:
+        """The pass over some windows as the model is, and the `top_atoms` of each head."""
+        native = self.replayer.native(self.windows.tokens[which].to(self.run.model.device), logits)
+        return native, {sae.place: top_atoms(native, sae) for sae in self.saes}
 
     def test(
         self,
@@ -204,70 +192,35 @@ class Tester:
         window: Int[Tensor, " firing"],
         position: Int[Tensor, " firing"],
     ) -> None:
-        """Replay firings, ``window`` counted within ``which``, and keep their columns."""
-        part = measure(
-            self.replayer, native, self.saes, window, position, tops, self.conditions, self.generators, self.flats
-        )
+        """Replay firings, ``window`` counted within ``which``, and keep their columns, those of `ReplacementResult`.
+
+        Several SAEs act at once; what is one number per head is then pooled over heads as parts of one large matrix.
+        """
+        kept: dict[str, Any] = {"window": which[window], "document": self.windows.document[which[window]]}
+        window, position = window.to(native.ids.device), position.to(native.ids.device)
+        writes: dict[Head, Write] = {}
+        pooled = []  # of each head: squares of activation and of both norms, inner product
+        for sae in self.saes:
+            own = native.write(sae.place, window, position)
+            activation, atom = (x[window, position] for x in tops[sae.place])
+            flat = flat_svd(native, self.flats[sae.place], window, position) if "flat_svd" in self.conditions else None
+            put = [put_in(name, sae, own, atom, activation, self.generators, flat) for name in self.conditions]
+            writes[sae.place] = stacked(put).to(own.key.dtype)
+            first = sae.atom(atom).to(window.device) * activation
+            pooled.append([activation.square(), own.norm().square(), first.norm().square(), first.inner(own)])
+        activation2, native2, first2, inner = (torch.stack(parts).sum(0) for parts in zip(*pooled, strict=True))
+        futures = self.replayer.futures(native, window, position, writes)
+        moved = divergence(native, window, position, writes, self.replayer.horizon)
         head = self.saes[0].place if len(self.saes) == 1 else Head(-1, -1)
-        part |= {name: torch.full_like(window, x) for name, x in head._asdict().items()}
-        self.parts.append(part | {"window": which[window], "document": self.windows.document[which[window]]})
+        kept |= {
+            "position": position,
+            "atom": atom if len(self.saes) == 1 else torch.full_like(atom, -1),
+            "activation": activation2.sqrt().float(),
+            "native_norm": native2.sqrt().float(),
+            "cosine": (inner / (native2 * first2).sqrt().clamp_min(1e-30)).float(),
+            **{name: torch.full_like(window, x) for name, x in head._asdict().items()},
+        }
+        for name, found in (("kl", futures.kl.float()), ("flips", futures.flips), ("divergence", moved)):
+            kept[name] = dict(zip(self.conditions, found.unbind(1), strict=True))
+        self.parts.append(kept)
         self.run.tell(len(window))
-
-
-def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The columns of several parts as one."""
-
-    def join(values: list[Any]) -> Any:
-        if isinstance(values[0], dict):
-            return {key: torch.cat([value[key] for value in values]) for key in values[0]}
-        return torch.cat(values)
-
-    return {name: join([part[name] for part in parts]) for name in parts[0]}
-
-
-def measure(
-    replayer: Replayer,
-    native: Native,
-    saes: Sequence[WriteSAE],
-    window: Int[Tensor, " firing"],
-    position: Int[Tensor, " firing"],
-    tops: Mapping[Head, tuple[Tensor, Tensor]],
-    conditions: Sequence[str],
-    generators: Generators,
-    flats: Mapping[Head, WriteSAE],
-) -> dict[str, Any]:
-    """Replay firings under all conditions: one row per firing, columns as in `ReplacementResult`.
-
-    Several SAEs act at once; what is one number per head is then pooled over heads as parts of one large matrix.
-    """
-    window, position = window.to(native.ids.device), position.to(native.ids.device)
-    writes: dict[Head, Write] = {}
-    norm2, inner, length2, activation2 = [], [], [], []
-    for sae in saes:
-        place = sae.place
-        own = native.write(place, window, position)
-        activation, atom = (x[window, position] for x in tops[place])
-        flat = flat_svd(native, flats[place], window, position) if "flat_svd" in conditions else None
-        put = [put_in(name, sae, own, atom, activation, generators, flat) for name in conditions]
-        writes[place] = stacked(put).to(own.key.dtype)
-        first = sae.atom(atom).to(window.device) * activation
-        norm2.append(own.norm().square())
-        length2.append(first.norm().square())
-        inner.append(first.inner(own))
-        activation2.append(activation.square())
-    total = lambda parts: torch.stack(parts).sum(0)  # noqa: E731
-    futures = replayer.futures(native, window, position, writes)
-    moved = divergence(native, window, position, writes, replayer.horizon)
-    cosine = total(inner) / (total(norm2) * total(length2)).sqrt().clamp_min(1e-30)
-    by_condition = lambda x: {name: x[:, i].float().cpu() for i, name in enumerate(conditions)}  # noqa: E731
-    one = len(saes) == 1
-    return {
-        "position": position.cpu(),
-        "atom": (atom if one else torch.full_like(atom, -1)).cpu(),
-        "activation": total(activation2).sqrt().float().cpu(),
-        "native_norm": total(norm2).sqrt().float().cpu(),
-        "cosine": cosine.float().cpu(),
-        "kl": by_condition(futures.kl),
-        "flips": {name: x > 0 for name, x in by_condition(futures.flips).items()},
-        "divergence": by_condition(moved),
-    }

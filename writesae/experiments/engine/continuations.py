@@ -58,9 +58,7 @@ def go_on(
     """Continue prompts, `ENDED` where a text has ended.
 
     Args:
-        model: the model.
         ids, mask: prompts, padded on the left.
-        n_new: how many tokens.
         edits: interventions, all at ``positions``, seen first by the ``read``.
         positions: of each row, counted over prompt and continuation; None for all.
         read: see `HookedRecurrentModel.intervene`.

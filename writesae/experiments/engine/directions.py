@@ -92,18 +92,14 @@ def gradient_direction(places: Places) -> Write:
 
 
 def choose_writes(
-    places: Places,
-    direction: Direction = "formula",
-    key: Key = "native",
-    generator: torch.Generator | None = None,
+    places: Places, direction: Direction = "formula", key: Key = "native", generator: torch.Generator | None = None
 ) -> Write:
     """The write of norm 1 for every row and position, ``[batch, n]``.
 
     Args:
         places: where, and for which targets.
-        direction: ``"formula"``: v* of the row's target. ``"gradient"``: the write of norm 1 that raises its
-            log-probability after the last token most, to first order, by one backward pass. ``"random"``: a random
-            value, one per row. Or a function of places that returns a `Write` ``[batch, n]``, scaled to norm 1.
+        direction: ``"formula"``: v* of the row's target. ``"gradient"``: see `gradient_direction`. ``"random"``: a
+            random value, one per row. Or a function of places that returns a `Write` ``[batch, n]``, scaled to norm 1.
         key: of formula and random: ``"native"``, the native write's; ``"signed"``, the same, turned round where the
             token's own read would meet it with a minus; ``"read"``, the one which that read meets fully; or a vector.
         generator: for random values.

@@ -28,14 +28,8 @@ def divergence(
 ) -> Float[Tensor, "firing condition step"]:
     """``||S' - S|| / ||S||`` from the token on, of the heads edited taken together, with nothing else changed.
 
-    Exact for edits of one layer. Where several are edited, what lower edits do to the inputs of upper layers is left
-    out.
-
-    Args:
-        native: the windows.
-        window, position: the tokens.
-        writes: what is written instead of the native writes, ``[firing, condition]``.
-        horizon: tokens to follow.
+    ``writes``, ``[firing, condition]``, stand instead of the native ones; ``horizon`` tokens are followed. Exact for
+    edits of one layer. Where several are edited, what lower edits do to the inputs of upper layers is left out.
     """
     at = position[:, None] + torch.arange(horizon + 1, device=position.device)
     moved2 = state2 = torch.zeros((), dtype=torch.float64, device=position.device)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -22,37 +19,27 @@ COLUMNS = ("cosine", "key_cosine", "value_cosine", "elsewhere")
 
 
 def firings(
-    model: HookedRecurrentModel,
-    sae: WriteSAE,
-    windows: Int[Tensor, "n pos"],
-    batch_size: int,
-    generator: torch.Generator,
-) -> Iterator[tuple[Int[Tensor, " firing"], Float[Tensor, " firing"], Float[Tensor, "firing 4"]]]:
-    """Every firing, a batch of windows after the other: the atom, its activation, and the `COLUMNS`.
+    model: HookedRecurrentModel, sae: WriteSAE, ids: Int[Tensor, "window pos"], generator: torch.Generator
+) -> tuple[Int[Tensor, " firing"], Float[Tensor, " firing"], Float[Tensor, "firing 4"]]:
+    """Every firing in some windows: the atom, its activation, and the `COLUMNS`.
 
     A firing is an atom active at a token, whether or not it is the strongest there.
     """
     layer, head = sae.place
-    few: Any = model.logits_of_last(1)  # nobody wants them
-    for start in range(0, len(windows), batch_size):
-        ids = windows[start : start + batch_size].to(model.device)
-        _, cache = model.run_with_cache(ids, names=inputs(model, layer), **few)
-        codes, write = codes_of(sae, cache, ids), cache.write(layer)[:, :, head]
-        at = (codes.values > 0).nonzero(as_tuple=True)
-        columns = compare(sae, codes, at, write, generator)
-        yield codes.indices[at].cpu(), codes.values[at].float().cpu(), columns
+    few = model.logits_of_last(1)  # nobody wants them
+    _, cache = model.run_with_cache(ids, names=inputs(model, layer), **few)
+    codes = codes_of(sae, cache, ids)
+    at = (codes.values > 0).nonzero(as_tuple=True)
+    columns = compare(sae, codes, at, cache.write(layer)[:, :, head], generator)
+    return codes.indices[at].cpu(), codes.values[at].float().cpu(), columns
 
 
 def compare(
     sae: WriteSAE, codes: Codes, at: tuple[Tensor, ...], write: Write, generator: torch.Generator
 ) -> Float[Tensor, "firing 4"]:
-    """The `COLUMNS` of some firings.
+    """The `COLUMNS` of the firings ``at`` some rows, positions and columns of the codes of a pass.
 
-    Args:
-        sae: whose atoms.
-        codes: of a pass. at: row, position and column of each firing in them.
-        write: what the head writes in the pass, ``[batch, pos]``.
-        generator: of the random tokens.
+    ``write`` is what the head writes in it, ``[batch, pos]``; the generator draws the random tokens.
     """
     device, write, lengths = sae.b_enc.device, write.to(sae.b_enc), norm2(sae.decoder).sqrt()
     dense = sae.cfg.decoder == "dense"

@@ -62,13 +62,7 @@ def fit_mixture(values: Float[Array, " n"], n_components: int, *, seed: int = 0)
     Where components overlap, a fit creeps on for hundreds of steps: stopped at a hundredth of scikit-learn's usual
     tolerance, BIC of one shipped SAE was off by 65, and another had 3.5 times the registers. So it goes on to the end.
 
-    Args:
-        values: one number per atom.
-        n_components: Gaussians, each with a standard deviation of 0.001 or more.
-        seed: of the starts.
-
-    Raises:
-        ValueError: fewer than 10 values.
+    Each component has a standard deviation of 0.001 or more. ValueError for fewer than 10 values.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture

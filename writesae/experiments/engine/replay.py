@@ -123,9 +123,8 @@ class Replayer:
         handle = self.below[-1].register_forward_hook(lambda *args: seen.append(args[-1])) if self.below else None
         try:
             with short_chunks():
-                found, cache = self.model.run_with_cache(
-                    ids, names=names, **self.model.logits_of_last(0 if logits else 1)
-                )
+                few = self.model.logits_of_last(0 if logits else 1)
+                found, cache = self.model.run_with_cache(ids, names=names, **few)
         finally:
             if handle is not None:
                 handle.remove()
@@ -142,10 +141,7 @@ class Replayer:
     ) -> Futures:
         """Put other writes in the place of the native ones, each firing and condition for itself.
 
-        Args:
-            native: the windows.
-            window, position: the tokens, ``horizon`` tokens of the window after each.
-            writes: for each place what is written instead, ``[firing, condition]``.
+        Writes are ``[firing, condition]``. A token has ``horizon`` tokens of its window after it, else ValueError.
         """
         context = native.ids.shape[1]
         if len(position) and (int(position.min()) < 0 or int(position.max()) + self.horizon >= context):
@@ -164,13 +160,10 @@ class Replayer:
         shape = (len(position), n_conditions, self.horizon + 1 - self.first)
         kl = torch.zeros(shape, dtype=torch.float64, device=position.device)
         flips = torch.zeros(shape[:2], dtype=torch.bool, device=position.device)
-        for some, start, cache in self._groups(native, window, position, n_conditions):
-            here = {place: w[some] for place, w in writes.items()}
-            logits = self._future(native, window[some], position[some], start, cache, here)
-            for firing, edited in zip(some.tolist(), logits, strict=True):
-                reference = self._native_logits(native, window[firing], position[firing]) if self.exact else edited[-1:]
-                kl[firing] = kl_from(edited, reference)
-                flips[firing] = edited[:, 0].argmax(-1) != reference[..., 0, :].argmax(-1)
+        for firing, edited in self._each(native, window, position, writes):
+            reference = self._native_logits(native, window[firing], position[firing]) if self.exact else edited[-1:]
+            kl[firing] = kl_from(edited, reference)
+            flips[firing] = edited[:, 0].argmax(-1) != reference[..., 0, :].argmax(-1)
         if not self.exact:
             kl, flips = kl[:, :-1], flips[:, :-1]
         return Futures(kl, flips)
@@ -206,35 +199,28 @@ class Replayer:
         with short_chunks(), self._skipping(native, slice(None), start, end, not attention):
             self.model(ids, past_key_values=cache, **self.model.logits_of_last(1))
 
-    def _future(
-        self,
-        native: Native,
-        window: Tensor,
-        position: Tensor,
-        start: int,
-        cache: Any,
-        writes: Mapping[Head, Write] | None,
-    ) -> list[Float[Tensor, "condition step vocab"]]:
-        """Of each firing the logits at the tokens scored; without ``writes``, of one condition: no edit."""
-        n = 1 if writes is None else next(iter(writes.values())).shape[1]
-        rows, at = window.repeat_interleave(n), position.repeat_interleave(n)
-        end = min(max(int(at.max()) + self.horizon + 1, start + 2), native.ids.shape[1])
-        if cache is not None:
-            cache = copy.deepcopy(cache)
-            cache.reorder_cache(rows)
-        edits = [
-            Replace(layer, head, write=Write(w.key.flatten(0, 1)[:, None], w.value.flatten(0, 1)[:, None], w.rank))
-            for (layer, head), w in (writes or {}).items()
-        ]
-        editing = self.model.intervene(edits, positions=at[:, None], read=self.read) if edits else nullcontext()
-        begin, n_steps = int(at.min()) + self.first, self.horizon + 1 - self.first
-        with short_chunks(), self._skipping(native, rows, start, end), editing:
-            logits = self.model(
-                native.ids[rows, start:end], past_key_values=cache, **self.model.logits_of_last(end - begin)
-            )
-        # Slices, no copies. Counted from the end, as some models give all logits.
-        steps = [slice(a := int(t) + self.first - end + logits.shape[1], a + n_steps) for t in position]
-        return [logits[i * n : (i + 1) * n, here] for i, here in enumerate(steps)]
+    def _each(
+        self, native: Native, window: Tensor, position: Tensor, writes: Mapping[Head, Write]
+    ) -> Iterator[tuple[int, Float[Tensor, "condition step vocab"]]]:
+        """Each firing, and its logits at the tokens scored; without ``writes``, of one condition: no edit."""
+        n = next(iter(writes.values())).shape[1] if writes else 1
+        for some, start, cache in self._groups(native, window, position, n):
+            rows, at = window[some].repeat_interleave(n), position[some].repeat_interleave(n)
+            end = min(max(int(at.max()) + self.horizon + 1, start + 2), native.ids.shape[1])
+            if cache is not None:
+                cache = copy.deepcopy(cache)
+                cache.reorder_cache(rows)
+            edits = []
+            for place, w in writes.items():
+                key, value = (x[some].flatten(0, 1)[:, None] for x in (w.key, w.value))
+                edits.append(Replace(*place, write=Write(key, value, w.rank)))
+            editing = self.model.intervene(edits, positions=at[:, None], read=self.read) if edits else nullcontext()
+            few = self.model.logits_of_last(end - int(at.min()) - self.first)
+            with short_chunks(), self._skipping(native, rows, start, end), editing:
+                logits = self.model(native.ids[rows, start:end], past_key_values=cache, **few)
+            for i, firing in enumerate(some.tolist()):  # slices, no copies
+                begin = int(at[i * n]) + self.first - end + logits.shape[1]  # as some models give all logits
+                yield firing, logits[i * n : (i + 1) * n, begin : begin + self.horizon + 1 - self.first]
 
     @contextmanager
     def _skipping(
@@ -269,10 +255,7 @@ class Replayer:
                 try:
                     found = [
                         kl_from(logits, self._native_logits(native, window[i], position[i]))
-                        for some, start, cache in self._groups(native, window, position, 1)
-                        for i, logits in zip(
-                            some, self._future(native, window[some], position[some], start, cache, None), strict=True
-                        )
+                        for i, logits in self._each(native, window, position, {})
                     ]
                 except torch.OutOfMemoryError:
                     raise

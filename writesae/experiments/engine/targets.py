@@ -69,12 +69,9 @@ def choose_targets(
     """The prompt and the target of each trial, from the logits after each prompt.
 
     Args:
-        model: the model.
-        logits: after each prompt.
         targets: tokens for every prompt; None to draw from each stratum of ranks, special tokens left out.
         strata: the lowest rank of each; the last has no end.
         per_stratum: how many from each for every prompt.
-        generator: of the drawing.
 
     Raises:
         ValueError: the ranks do not rise, or a stratum has too few tokens; see also `token_ids`.

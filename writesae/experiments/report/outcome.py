@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
 import math
 import platform
@@ -20,7 +19,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from writesae.experiments.results.result import Number, Result
+from writesae.experiments.results.result import Number, Result, png_of
 from writesae.hooks.sites import Head
 from writesae.jobs.disk import write_whole
 from writesae.jobs.versions import versions
@@ -116,13 +115,11 @@ def save_outcome(
         error = f"{type(result).__name__}: {result}"
         found: dict[str, Any] = dict(title=experiment, about="", numbers=(), error=error)
     else:
-        image = io.BytesIO()
-        result.plot().savefig(image, format="png", dpi=120)
         records = result.records()
         dtypes: Any = records.dtypes.items()
         columns = {name: dtype.name if dtype.kind in "biuf" else "str" for name, dtype in dtypes}
         contents[RECORDS] = gzip.compress(records.to_csv(index=False, lineterminator="\n").encode(), mtime=0)
-        contents[FIGURE] = image.getvalue()
+        contents[FIGURE] = png_of(result.plot(), dpi=120)
         found = dict(title=result.title, about=result.about, numbers=tuple(result.numbers()))
     outcome = Outcome(
         folder, experiment, settings=_plain(dict(settings)), model_id=model_id, rule=rule, seconds=seconds,

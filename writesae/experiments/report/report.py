@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from writesae.experiments.report.outcome import Outcome, load_outcome
-from writesae.experiments.report.paper import PaperValue, paper_value
+from writesae.experiments.report.paper import paper_value
 from writesae.experiments.results.result import Number
 from writesae.jobs.disk import write_whole
 
@@ -23,11 +23,7 @@ MARKDOWN = (TEMPLATES / "report.md").read_text("utf-8")
 
 
 def write_report(
-    folder: str | Path,
-    outcomes: Sequence[Outcome | str | Path],
-    *,
-    title: str = "writesae report",
-    intro: str = "",
+    folder: str | Path, outcomes: Sequence[Outcome | str | Path], *, title: str = "writesae report", intro: str = ""
 ) -> Path:
     """Write ``report.md``, the figures beside it, and ``report.html``, in which they are contained.
 
@@ -83,16 +79,11 @@ def _part(outcome: Outcome, number: int) -> dict[str, Any]:
 
 def _row(outcome: Outcome, number: Number) -> dict[str, str]:
     paper = paper_value(outcome.experiment, number.id, outcome.model_id, outcome.sites, outcome.rule)
-    n = "" if number.n is None else f"{number.n:,}"
-    return dict(name=number.name, value=str(number), n=n, paper=_paper(paper), source=_source(paper))
-
-
-def _paper(paper: PaperValue | None) -> str:
-    return "" if paper is None else paper.text + ("" if paper.how == "same site" else f" {ELSEWHERE}")
-
-
-def _source(paper: PaperValue | None) -> str:
-    return "" if paper is None else f"{paper.model} {paper.where}, {paper.source}"
+    row = dict(name=number.name, value=str(number), n="" if number.n is None else f"{number.n:,}", paper="", source="")
+    if paper is not None:
+        row["paper"] = paper.text + ("" if paper.how == "same site" else f" {ELSEWHERE}")
+        row["source"] = f"{paper.model} {paper.where}, {paper.source}"
+    return row
 
 
 def _summary(outcomes: Sequence[Outcome]) -> str:

@@ -43,7 +43,7 @@ def reproduce(
     """Run the experiments, and write ``report.md`` and ``report.html``.
 
     Args:
-        model: the model.
+        model, seed, check_model: see `Run`.
         saes: SAEs of its heads, one per head.
         texts: held-out text: nothing that the SAEs were trained on.
         out: folder of the outcomes and the report; one with outcomes in it is continued.
@@ -51,8 +51,6 @@ def reproduce(
         sizes: how much of everything.
         flat: SAEs of states with dense decoders, of the same heads, for the flat-SVD control (App. F.4).
         other_seeds: SAEs of the same heads trained with other seeds.
-        seed: of everything drawn.
-        check_model: refuse SAEs trained on other weights.
         console: where progress is shown; None for none.
         title: of the report.
 

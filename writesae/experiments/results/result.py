@@ -63,10 +63,8 @@ class Number:
     @classmethod
     def of(cls, name: str, found: Rate | Interval | float, unit: Unit = "") -> Number:
         """From a rate (in percent), an estimate with its interval, or a plain number."""
-        if isinstance(found, Rate):
-            return cls(name, found.rate, "%", found.low, found.high, found.n)
-        if isinstance(found, Interval):
-            return cls(name, found.value, unit, found.low, found.high, found.n)
+        if isinstance(found, Rate | Interval):
+            return cls(name, found.value, "%" if isinstance(found, Rate) else unit, found.low, found.high, found.n)
         return cls(name, float(found), unit)
 
     @classmethod
@@ -90,6 +88,13 @@ class Number:
             return cls.of(name, bootstrap(values, clusters, statistic, n_resamples=n_resamples), unit)
         x = torch.as_tensor(values).double().numpy()
         return cls(name, float(statistic(x)), unit, n=len(x))
+
+    @classmethod
+    def median(
+        cls, name: str, values: Values, clusters: Tensor | Array | None = None, unit: Unit = "", **options: Any
+    ) -> Number:
+        """The median as `estimate`."""
+        return cls.estimate(name, values, clusters, np.median, unit, **options)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         text = self._show(self.value)
@@ -144,9 +149,9 @@ class Result(ABC):
     def table(self) -> Table:
         """The numbers, for a terminal or a notebook."""
         table = Table(title=self.title)
-        table.add_column("")
-        table.add_column("", justify="right")
-        table.add_column("n", justify="right")
+        table.add_column()
+        for name in ("", "n"):
+            table.add_column(name, justify="right")
         for number in self.numbers():
             table.add_row(Text(number.name), Text(str(number)), "" if number.n is None else f"{number.n:,}")
         return table
@@ -158,6 +163,15 @@ def frame(*parts: Mapping[str, Any]) -> pd.DataFrame:
 
     tables = [pd.DataFrame(dict(part)) for part in parts]
     return tables[0] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The columns of several parts as one, on the CPU; a column may be several columns by name itself."""
+    found = {name: [part[name] for part in parts] for name in parts[0]}
+    return {
+        name: joined(of_each) if isinstance(of_each[0], Mapping) else torch.cat([x.cpu() for x in of_each])
+        for name, of_each in found.items()
+    }
 
 
 def share(hits: Bool[Tensor, " n"]) -> Rate:
@@ -176,13 +190,14 @@ def figure(n_columns: int = 1, width: float = 4.6, height: float = 3.4) -> tuple
         made: Any = Figure(figsize=(width * n_columns, height), layout="constrained")
         FigureCanvasAgg(made)
         axes = made.subplots(1, n_columns, squeeze=False)[0]
-    made._repr_png_ = lambda: _png(made)  # notebooks show figures that pyplot made; with this, also this one
+    made._repr_png_ = lambda: png_of(made)  # notebooks show figures that pyplot made; with this, also this one
     return made, list(axes)
 
 
-def _png(made: Figure) -> bytes:
+def png_of(made: Figure, **options: Any) -> bytes:
+    """A figure as a picture."""
     with BytesIO() as file:
-        made.savefig(file, format="png")
+        made.savefig(file, format="png", **options)
         return file.getvalue()
 
 
@@ -190,10 +205,9 @@ def intervals(
     axis: Any, at: Any, found: Sequence[Rate | Interval | Number], *, width: float | None = None, **style: Any
 ) -> None:
     """Draw values with their intervals at ``at``: points joined by lines, or bars of a ``width``."""
-    values = [x.rate if isinstance(x, Rate) else x.value for x in found]
-    pairs = [(value, x.low, x.high) for value, x in zip(values, found, strict=True)]
-    error = [[0.0 if low is None else v - low for v, low, _ in pairs]]
-    error += [[0.0 if high is None else high - v for v, _, high in pairs]]
+    values = [x.value for x in found]
+    error = [[0.0 if x.low is None else x.value - x.low for x in found]]
+    error += [[0.0 if x.high is None else x.high - x.value for x in found]]
     if width is not None:
         axis.bar(at, values, width, yerr=error, error_kw={"lw": 0.8}, **style)
     else:

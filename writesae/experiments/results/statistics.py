@@ -29,6 +29,8 @@ class Rate:
     def rate(self) -> float:
         return self.count / self.n
 
+    value = rate
+
     def __str__(self) -> str:
         return f"{100 * self.rate:.1f}% [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
