@@ -56,7 +56,7 @@ def test_every_experiment_ends_in_the_report(given, tmp_path):
 
 
 def counted(experiment, ran, stops):
-    """An experiment whose runs are noted in ``ran``; one that makes it as long as a number in ``stops`` is interrupted."""
+    """An experiment whose runs are noted in ``ran``; the one that makes it as long as ``stops`` says is stopped."""
 
     def plan(asked):
         for task in experiment.plan(asked):
