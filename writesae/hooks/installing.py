@@ -137,9 +137,8 @@ def _attach(text_model: Any, layers: Sequence[nn.Module], mixers: Sequence[tuple
     for mixer, family in mixers:
         index = family.layer(mixer)
         tap = _tap(mixer, family, ours.clock)
-        # TransformerLens' bridge calls the parts of a mixer, and not the mixer: there, the layer says when it runs.
-        bridged = layers[index] is not text_model.layers[index]
-        for module in (layers[index], mixer) if bridged else (mixer,):
+        # The layer, too: TransformerLens' bridge calls the parts of a mixer, and not the mixer. It may come later.
+        for module in (layers[index], mixer):
             module.register_forward_pre_hook(tap.enter)
             module.register_forward_hook(tap.leave, always_call=True)
         ours.taps.append(tap)
