@@ -246,7 +246,8 @@ class HookedRecurrentModel(HookedModel):
 
     def _read_for_generation(self, x: Text | None, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """`read`, where only some arguments are the model's; transformers refuses those that it does not know."""
-        of_model = {name: kwargs[name] for name in kwargs if name in (*arguments_of(self.hf_model), *CACHES)}
+        takes = {*arguments_of(self.hf_model), *CACHES}
+        of_model = {name: value for name, value in kwargs.items() if name in takes}
         x, given = self.read(x, self._cache_renamed(of_model))
         return x, {name: value for name, value in kwargs.items() if name not in of_model} | given
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,19 +24,20 @@ def arguments_of(model: nn.Module) -> list[str]:
     return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
 
 
-def check_arguments(model: nn.Module, given: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
+def check_arguments(model: nn.Module, given: Mapping[str, Any]) -> None:
     """Raise unless a model takes these arguments, and they say nothing of several texts in one row.
 
     Args:
         model: the model.
         given: the arguments.
-        names: what it takes; None for `arguments_of`.
 
     Raises:
         TypeError: an argument that it would ignore; the message has the nearest that it knows.
         ValueError: texts are packed into one row: a recurrent memory would run from one into the next.
     """
-    known = dict.fromkeys([*(arguments_of(model) if names is None else names), *OF_EVERY_MODEL])
+    if not given:  # asked in every pass, of every token that is generated
+        return
+    known = dict.fromkeys([*arguments_of(model), *OF_EVERY_MODEL])
     for name, value in given.items():
         if name in PACKING and value is not None:
             raise ValueError(f"{name} packs several texts into one row, which nothing here keeps apart: {_UNPACKED}")

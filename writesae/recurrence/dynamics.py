@@ -200,11 +200,6 @@ class Dynamics:
         native = rule.write(values.__getitem__)
         return cls(rec, native, native, delta_rank=rule.delta_rank)
 
-    @property
-    def edited(self) -> bool:
-        """Whether anything was added to the model's own writes or states."""
-        return self.total is not self.native or bool(self.dense)
-
     def heads(self, heads: Sequence[int]) -> Dynamics:
         """The same, for some heads only."""
         some = (slice(None), slice(None), list(heads))
