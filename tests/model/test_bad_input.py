@@ -512,4 +512,4 @@ def test_what_runs_is_not_left_marked_as_running(model: HookedRecurrentModel, id
     with pytest.raises(ZeroDivisionError):
         model.run_with_hooks(ids, [(K, lambda value, hook: 1 / 0)])
     assert running.get() is None
-    assert model.taps[0].clock._call == {}
+    assert model.taps[0].clock.now.call == {}

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from writesae.hooks.scope import LOCK
+
 Positions: TypeAlias = int | Sequence[int] | slice | Int[Tensor, "..."] | None
 
 PAD = -1  # the position of a padding token
@@ -89,7 +91,8 @@ class PositionSet:
 
     def _note(self, which: Bool[Tensor, "batch n"]) -> None:
         which = which.cpu()
-        self.reached[len(which)] = self.reached.get(len(which), torch.zeros_like(which)) | which
+        with LOCK:  # several threads may run the edited model
+            self.reached[len(which)] = self.reached.get(len(which), torch.zeros_like(which)) | which
 
     def check_within(self, lengths: Int[Tensor, " batch"]) -> None:
         """Raise IndexError unless every sequence (``lengths`` real tokens each) has the positions asked for."""

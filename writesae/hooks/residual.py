@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from writesae.hooks.graphs import outside_graphs
 from writesae.hooks.points import HookPoint, to_show
+from writesae.hooks.scope import LOCK, owning
 
 MIXERS = ("linear_attn", "self_attn", "mixer", "mamba", "attn")  # what a layer calls its mixer
 MLPS = ("mlp", "feed_forward", "ffn")
@@ -109,19 +110,21 @@ def stop_at(layers: Sequence[nn.Module], index: int) -> Iterator[None]:
     if not -n <= index <= n:
         raise IndexError(f"stop_at_layer={index}: this model has layers 0 to {n - 1}; {n} stops after the last")
 
-    def before(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise Stopped(stream_in(args, kwargs))
+    with owning(everywhere=False) as call:
 
-    def after(_layer: nn.Module, _args: Any, output: Any) -> None:
-        raise Stopped(output[0] if isinstance(output, tuple) else output)
+        def before(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if call.here:
+                raise Stopped(stream_in(args, kwargs))
 
-    last = index == n
-    handle = (
-        layers[-1].register_forward_hook(after)
-        if last
-        else layers[index].register_forward_pre_hook(before, with_kwargs=True)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
+        def after(_layer: nn.Module, _args: Any, output: Any) -> None:
+            if call.here:
+                raise Stopped(output[0] if isinstance(output, tuple) else output)
+
+        with LOCK:
+            handle = (
+                layers[-1].register_forward_hook(after)
+                if index == n
+                else layers[index].register_forward_pre_hook(before, with_kwargs=True)
+            )
+        with handle:
+            yield

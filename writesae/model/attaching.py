@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ from writesae.hooks import (
 from writesae.hooks.positions import Positions
 from writesae.hooks.quantities import RESIDUAL
 from writesae.hooks.residual_edits import is_residual_sae
+from writesae.hooks.scope import Owner, in_main_thread_alone, owning
 from writesae.model.tokens import TokenModel
 from writesae.recurrence import Read
 
@@ -52,7 +54,6 @@ class HookedModel(TokenModel):
         self._points = {point.name: point for layer in installed.points for point in layer.values()}
         self._by_layer = {tap.site.layer: tap for tap in self.taps}
         self._aliases = {tap.site.layer: tap.family.aliases for tap in self.taps}
-        self._edited_stream: list[PositionSet] = []  # where edits of the residual stream are attached
         self._handles: list[torch.utils.hooks.RemovableHandle] = []  # of `add_hook`
 
     # --- what there is ------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ class HookedModel(TokenModel):
         bwd_hooks: Hooks = (),
         state_positions: Positions = None,
     ) -> Iterator[Any]:
-        """Attach functions to hook points while the block runs.
+        """Attach functions to hook points while the block runs; in which threads they act says `writesae.hooks.scope`.
 
         Args:
             hooks: pairs ``(name, fn)``; the name may be a function of names. ``fn(value, hook)`` returns what to go on
@@ -126,13 +127,23 @@ class HookedModel(TokenModel):
             KeyError: no such hook point.
             RuntimeError: the model ran, and a hook point was never reached.
         """
+        everywhere = in_main_thread_alone()
+        with self._attaching(hooks, fwd_hooks, bwd_hooks, state_positions, everywhere) as owner:
+            yield self
+        _warn_if_elsewhere(owner)
+
+    @contextmanager
+    def _attaching(
+        self, hooks: Hooks, fwd_hooks: Hooks, bwd_hooks: Hooks, state_positions: Positions, everywhere: bool
+    ) -> Iterator[Owner]:
+        """`hooks`, in every thread or in the running one alone."""
         with ExitStack() as stack:
-            passes, silent = stack.enter_context(self._passes()), Counter[str]()
+            owner, silent = stack.enter_context(self._block(everywhere)), Counter[str]()
             requests: dict[int, PositionSet] = {}
             for name, fn in (*hooks, *fwd_hooks):
                 for point in self._select(name):
                     if point.quantity != "state":
-                        stack.enter_context(point.add_hook(_noting(silent, point, fn)))
+                        stack.enter_context(point.add_hook(_noting(silent, point, fn), owner=owner))
                         continue
                     if state_positions is None:
                         raise ValueError(
@@ -141,26 +152,26 @@ class HookedModel(TokenModel):
                         )
                     if point.layer not in requests:
                         requests[point.layer] = PositionSet(state_positions)
-                        stack.enter_context(added(self._tap(point.layer).state_requests, requests[point.layer]))
-                    stack.enter_context(point.add_hook(_only_for(requests[point.layer], fn)))
+                        stack.enter_context(self._tap(point.layer).state_requests.added(requests[point.layer], owner))
+                    stack.enter_context(point.add_hook(_only_for(requests[point.layer], fn), owner=owner))
             for name, fn in bwd_hooks:
                 for point in self._without_states(name, "gradients come from ws.gradient"):
-                    stack.enter_context(point.add_hook(fn, "bwd"))
-            yield self
-            check_fired([name for name, n in silent.items() if n == 0], len(passes))
+                    stack.enter_context(point.add_hook(fn, "bwd", owner))
+            yield owner
+            check_fired([name for name, n in silent.items() if n == 0], owner.passes)
             _check_reached(requests.values())
 
     @contextmanager
-    def _passes(self) -> Iterator[list[None]]:
-        """A list that gets longer by one with every complete forward pass while the block runs."""
-        passes: list[None] = []
-        with self._installed.text_model.register_forward_hook(lambda *_: passes.append(None)):
-            yield passes
+    def _block(self, everywhere: bool) -> Iterator[Owner]:
+        """What a block attaches with this owner acts while it runs."""
+        with owning(everywhere) as owner, self._installed.ours.blocks.added(owner, owner):
+            yield owner
 
     def add_hook(
         self, name: str | Callable[[str], bool], fn: Callable[[Any, HookPoint], Any], dir: str = "fwd"
     ) -> None:
-        """Attach a function to a hook point until `reset_hooks`; prefer `hooks`, which leaves no trace."""
+        """Attach a function to a hook point until `reset_hooks`, in every thread; prefer `hooks`, which leaves no
+        trace."""
         for point in self._without_states(name, "attach to it with model.hooks(..., state_positions=[...])"):
             self._handles.append(point.add_hook(fn, dir))
 
@@ -210,11 +221,11 @@ class HookedModel(TokenModel):
         if read not in ("same", "next"):
             raise ValueError(f"read={read!r}: allowed are 'same' and 'next'")
         with ExitStack() as stack:
-            passes, places = stack.enter_context(self._passes()), []
+            owner, places = stack.enter_context(self._block(in_main_thread_alone())), []
             for edit in self._interventions(what, atom, scale):
                 where = PositionSet(positions)
                 if isinstance(edit, ResidualEdit):
-                    stack.enter_context(self._edit_stream(edit, where, read))
+                    stack.enter_context(self._edit_stream(edit, where, read, owner))
                     place = edit.hook_name
                 else:
                     fitted = what if isinstance(what, AttachableSAE) else edit.fitted
@@ -223,15 +234,16 @@ class HookedModel(TokenModel):
                     site = self.site(edit.layer)
                     edit.check(site, where)
                     attached = Attached(edit, edit.heads(site), where, read)
-                    stack.enter_context(added(self._tap(edit.layer).attached, attached))
+                    stack.enter_context(self._tap(edit.layer).attached.added(attached, owner))
                     place = f"the recurrence of layer {edit.layer}"
                 places.append((place, where))
             yield self
-            check_fired([place for place, where in places if not where.reached], len(passes))
+            check_fired([place for place, where in places if not where.reached], owner.passes)
             _check_reached(where for _, where in places)
+        _warn_if_elsewhere(owner)
 
     @contextmanager
-    def _edit_stream(self, edit: ResidualEdit, where: PositionSet, read: Read) -> Iterator[None]:
+    def _edit_stream(self, edit: ResidualEdit, where: PositionSet, read: Read, owner: Owner) -> Iterator[None]:
         """``edit`` acts on the residual stream at the tokens of ``where`` while the block runs."""
         if read != "same":
             raise ValueError(f"read={read!r} is about the memory; an edit of the residual stream is seen at once")
@@ -248,7 +260,7 @@ class HookedModel(TokenModel):
             new[there] = edit(x[there])
             return new
 
-        with added(self._edited_stream, where), point.add_hook(fn):
+        with self._installed.ours.stream.added(where, owner), point.add_hook(fn, owner=owner):
             yield
 
     def _interventions(
@@ -286,9 +298,13 @@ class HookedModel(TokenModel):
         return [self._points[name] for name in dict.fromkeys(found)]
 
     def _asked(self) -> list[PositionSet]:
-        """The positions of everything attached."""
-        of_taps = [p for tap in self.taps for p in [*(item.positions for item in tap.attached), *tap.state_requests]]
-        return of_taps + self._edited_stream
+        """The positions of everything that is in force in the running thread and task."""
+        of_taps = (
+            positions
+            for tap in self.taps
+            for positions in (*(a.positions for a in tap.attached.here()), *tap.state_requests.here())
+        )
+        return [*of_taps, *self._installed.ours.stream.here()]
 
     def _check_within(self, lengths: Int[Tensor, " batch"]) -> None:
         for positions in self._asked():
@@ -304,14 +320,15 @@ def check_fired(silent: Iterable[str], n_passes: int) -> None:
         )
 
 
-@contextmanager
-def added(items: list[Any], item: Any) -> Iterator[None]:
-    """``item`` is in ``items`` while the block runs, whatever else comes and goes."""
-    items.append(item)
-    try:
-        yield
-    finally:
-        del items[next(i for i, other in enumerate(items) if other is item)]
+def _warn_if_elsewhere(owner: Owner) -> None:
+    """Something was attached, and the model ran only where it does not act: most likely not what was meant."""
+    if owner.foreign and not owner.begun:
+        warnings.warn(
+            "the model ran while this block was open, but only in threads in which what the block attached does not "
+            "act: it was opened outside of the main thread, or in an asyncio task, as in a notebook. Start such "
+            "threads with contextvars.copy_context().run, or by asyncio.to_thread",
+            stacklevel=4,
+        )
 
 
 def _noting(seen: Counter[str], point: HookPoint, fn: Callable[[Any, HookPoint], Any]) -> Callable[..., Any]:

@@ -18,7 +18,8 @@ from writesae.hooks.clock import CACHES
 from writesae.hooks.positions import Positions
 from writesae.hooks.quantities import QUANTITIES
 from writesae.hooks.residual import Stopped, stop_at
-from writesae.model.attaching import HookedModel, Hooks, Names, added, check_fired
+from writesae.hooks.scope import owning
+from writesae.model.attaching import HookedModel, Hooks, Names, check_fired
 from writesae.model.tokens import Text, is_text, next_token_loss
 from writesae.models.arguments import arguments_of
 from writesae.models.load import load_model
@@ -318,12 +319,14 @@ class HookedRecurrentModel(HookedModel):
         keep = [point for name, point in self._points.items() if name in inputs | chosen]
         clock = self._installed.clock
         with ExitStack() as stack:
+            call = stack.enter_context(owning(everywhere=False))
             for point in keep:
-                stack.enter_context(point.add_hook(lambda value, hook: cache.store(hook.name, value, clock)))
+                keep_it = lambda value, hook: cache.store(hook.name, value, clock)  # noqa: E731
+                stack.enter_context(point.add_hook(keep_it, owner=call))
             for tap in self.taps:
                 recorder = lambda record, tap=tap: cache.record(tap, record)  # noqa: E731
                 if any(p in wanted for p in tap.points.values()):
-                    stack.enter_context(added(tap.recorders, recorder))
+                    stack.enter_context(tap.recorders.added(recorder, call))
             out = self(x, **kwargs)
         check_fired([point.name for point in keep if point.name not in cache], 1)
         for point in states:
@@ -347,7 +350,7 @@ class HookedRecurrentModel(HookedModel):
 
         ``bwd_hooks`` act in the backward pass of what is returned, also after this call.
         """
-        with self.hooks(hooks, fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks, state_positions=state_positions):
+        with self._attaching(hooks, fwd_hooks, bwd_hooks, state_positions, everywhere=False):
             return self(x, **kwargs)
 
     def encode(self, sae: AttachableSAE, x: Text, *, check_model: bool = True, **kwargs: Any) -> Any:
