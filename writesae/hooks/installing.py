@@ -60,10 +60,11 @@ class Attachment:
     @torch.compiler.disable(reason=graphs.REASON)
     def begin(self, text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each pass of the text model."""
-        graphs.begin(text_model, self.busy)
+        busy = self.busy
+        graphs.begin(text_model, busy)
         for owner in self.blocks.all():
             owner.note(complete=False)
-        self.clock.begin(args, kwargs, lambda: _calls_under_way(text_model) > 1)
+        self.clock.begin(args, kwargs, lambda: _calls_under_way(text_model) > 1, check=busy)
 
     @torch.compiler.disable(reason=graphs.REASON)
     def end(self, text_model: nn.Module, _args: Any, output: Any) -> None:

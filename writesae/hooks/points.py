@@ -102,6 +102,12 @@ class HookPoint(nn.Module):
                 raise ValueError(
                     f"a hook on {self.name} returned {_describe(got)}; expected {_describe(given)}, any rank"
                 )
+            dtypes = {got.key.dtype, got.value.dtype} - {given.key.dtype}
+            if dtypes:
+                raise ValueError(
+                    f"a hook on {self.name} returned a Write in {dtypes.pop()}; expected {given.key.dtype}: use "
+                    f".to(value.key.dtype)"
+                )
             return
         if not isinstance(got, Tensor):
             raise TypeError(f"a hook on {self.name} returned {_describe(got)}; return a tensor, or None to read only")

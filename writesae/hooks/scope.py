@@ -75,7 +75,9 @@ def private() -> set[Owner]:
 
 
 def in_main_thread_alone() -> bool:
-    """Whether the running code is the main thread's, and no task's."""
+    """Whether the running code is the main thread's, and no task's or call's that keeps what it attaches to itself."""
+    if any(not owner.everywhere for owner in _owners.get()):
+        return False
     if threading.current_thread() is not threading.main_thread():
         return False
     try:

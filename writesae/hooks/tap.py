@@ -126,19 +126,25 @@ class Tap:
 
         ``ours``: the tensor was made for this call of `show`, so no copy of it need be made.
         """
-        padding = self._padding(given.device)
+        padding, unknown = self._padding(given.device)
         shown = given.clone() if padding is not None else given if ours else to_show(given)
         new, changed = self.points[quantity].fire(shown)
         if not changed:
             return None
+        if unknown is not None:
+            raise unknown
         if padding is not None:
             new = torch.where(padding[(..., *(None,) * (given.ndim - 2))], given, new)
         return new
 
-    def _padding(self, device: torch.device | None) -> Bool[Tensor, "batch pos"] | None:
-        """Which tokens of the call are padding, None if none is. What a hook does to these stays out of the model."""
-        padding = self.clock.padding()
-        return None if padding is None else padding.to(device)
+    def _padding(self, device: torch.device | None) -> tuple[Bool[Tensor, "batch pos"] | None, ValueError | None]:
+        """Which tokens of the call are padding, None if none is: what a hook does to these stays out of the model. Or
+        the error, if that is not known, and a hook changes something."""
+        try:
+            padding = self.clock.padding()
+        except ValueError as error:
+            return None, error
+        return None if padding is None else padding.to(device), None
 
     def _write_hook(self, call: KernelCall) -> list[Edit]:
         """A changed ``hook_write`` comes instead of the native write: its key need not be the erase key any more."""
@@ -150,7 +156,9 @@ class Tap:
         if not changed:
             return []
         instead = torch.ones_like(shown.value[..., 0])
-        padding = self._padding(instead.device)
+        padding, unknown = self._padding(instead.device)
+        if unknown is not None:
+            raise unknown
         if padding is not None:
             instead = instead.masked_fill(padding[..., None], 0)
             new = new * instead

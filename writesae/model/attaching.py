@@ -34,8 +34,9 @@ from writesae.hooks.scope import Owner, in_main_thread_alone, owning
 from writesae.model.tokens import TokenModel
 from writesae.recurrence import Read
 
-Names: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
-Hooks: TypeAlias = Sequence[tuple[str | Callable[[str], bool], Callable[[Any, HookPoint], Any]]]
+Name: TypeAlias = str | tuple[str, int]
+Names: TypeAlias = Name | Sequence[Name] | Callable[[str], bool] | None
+Hooks: TypeAlias = Sequence[tuple[Name | Callable[[str], bool], Callable[[Any, HookPoint], Any]]]
 
 
 class HookedModel(TokenModel):
@@ -97,7 +98,7 @@ class HookedModel(TokenModel):
         return self._tap(layer).family
 
     def _tap(self, layer: int) -> Tap:
-        if layer not in self._by_layer:
+        if not isinstance(layer, int) or layer not in self._by_layer:
             raise IndexError(f"layer {layer!r} is not recurrent; recurrent layers are {sorted(self._by_layer)}")
         return self._by_layer[layer]
 
@@ -115,8 +116,9 @@ class HookedModel(TokenModel):
         """Attach functions to hook points while the block runs; in which threads they act says `writesae.hooks.scope`.
 
         Args:
-            hooks: pairs ``(name, fn)``; the name may be a function of names. ``fn(value, hook)`` returns what to go on
-                with, of the same shape and dtype, or None. ``hook.name`` and ``hook.layer`` say where it is.
+            hooks: pairs ``(name, fn)``; the name may be a pair ``("k", 1)``, or a function of names.
+                ``fn(value, hook)`` returns what to go on with, of the same shape and dtype, or None. ``hook.name`` and
+                ``hook.layer`` say where it is.
             fwd_hooks: more of them; TransformerLens' word.
             bwd_hooks: pairs whose function gets the gradient of the value, and may return another.
             state_positions: for ``hook_state``, which fires only at these positions: once a token, with value
@@ -168,7 +170,7 @@ class HookedModel(TokenModel):
             yield owner
 
     def add_hook(
-        self, name: str | Callable[[str], bool], fn: Callable[[Any, HookPoint], Any], dir: str = "fwd"
+        self, name: Name | Callable[[str], bool], fn: Callable[[Any, HookPoint], Any], dir: str = "fwd"
     ) -> None:
         """Attach a function to a hook point until `reset_hooks`, in every thread; prefer `hooks`, which leaves no
         trace."""
@@ -180,7 +182,7 @@ class HookedModel(TokenModel):
         while self._handles:
             self._handles.pop().remove()
 
-    def _without_states(self, name: str | Callable[[str], bool], instead: str) -> list[HookPoint]:
+    def _without_states(self, name: Name | Callable[[str], bool], instead: str) -> list[HookPoint]:
         points = self._select(name)
         states = [point.name for point in points if point.quantity == "state"]
         if states and not callable(name):
@@ -281,6 +283,8 @@ class HookedModel(TokenModel):
         for edit in edits:
             if not isinstance(edit, (Intervention, ResidualEdit)):
                 got = f"the class {edit.__name__}" if isinstance(edit, type) else type(edit).__name__
+                if isinstance(edit, AttachableSAE) or is_residual_sae(edit):
+                    got += " in a list, where its edits stand: Substitute(sae), Add(layer, head, write=sae.atom(53))"
                 raise TypeError(f"intervene takes an intervention (Add, Delete, ...) or an SAE; got {got}")
         return edits
 
@@ -293,8 +297,15 @@ class HookedModel(TokenModel):
             if not chosen:
                 raise KeyError("the names function chose no hook point; it is asked about each of model.hook_names")
             return chosen
-        wanted = [names] if isinstance(names, str) else list(names)
-        found = (resolve(name, self._points, self._aliases) for name in wanted)
+        one = isinstance(names, str) or _is_pair(names)
+        wanted = [names] if one else list(names) if isinstance(names, Iterable) else [names]
+        if not all(isinstance(name, str) or _is_pair(name) for name in wanted):
+            raise TypeError(
+                f"names={names!r}: give a name, a pair like ('k', 1), a list of such, a function of the name, or None "
+                f"for all"
+            )
+        full = [name if isinstance(name, str) else name_of(*name) for name in wanted]  # type: ignore[misc]
+        found = (resolve(name, self._points, self._aliases) for name in full)
         return [self._points[name] for name in dict.fromkeys(found)]
 
     def _asked(self) -> list[PositionSet]:
@@ -309,6 +320,11 @@ class HookedModel(TokenModel):
     def _check_within(self, lengths: Int[Tensor, " batch"]) -> None:
         for positions in self._asked():
             positions.check_within(lengths)
+
+
+def _is_pair(name: object) -> bool:
+    """Whether it is a quantity and a layer, as in ``cache["k", 1]``."""
+    return isinstance(name, tuple) and len(name) == 2 and isinstance(name[0], str) and isinstance(name[1], int)
 
 
 def check_fired(silent: Iterable[str], n_passes: int) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from writesae.hooks import ActivationCache, AttachableSAE, name_of
 from writesae.hooks.clock import CACHES
-from writesae.hooks.positions import Positions
+from writesae.hooks.positions import Positions, several_of_each
 from writesae.hooks.quantities import QUANTITIES
 from writesae.hooks.residual import Stopped, stop_at
 from writesae.hooks.scope import owning
@@ -169,8 +169,10 @@ class HookedRecurrentModel(HookedModel):
                 self._check_within(torch.full(size[:1], size[1]) if mask is None else mask.sum(-1))
         elif mask is not None and is_text(x) and mask.shape[1] == size[1]:
             raise ValueError(
-                "texts of unequal length can't continue a cache: pass token ids and the whole attention_mask"
+                "texts of unequal length can't continue a cache: the shorter ones would have padding in the middle. "
+                "Continue them one by one, or give whole texts without a cache"
             )
+        self._installed.clock.check({**tokens, "attention_mask": mask, **kwargs})
         if stop_at_layer is not None:
             if past is not None:
                 raise ValueError("stop_at_layer would leave past_key_values half filled: pass one of them")
@@ -225,11 +227,15 @@ class HookedRecurrentModel(HookedModel):
         size = next(iter(tokens.values())).shape[:2]
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("generation needs padding on the left: the attention mask ends with padding")
+        if mask is not None:
+            self._installed.clock.check({**tokens, "attention_mask": mask})
         mask = torch.ones(size, dtype=torch.long, device=self.device) if mask is None else mask
         most = self._most_new_tokens(kwargs, 0 if x is None else size[1])
         if most is not None:
             self._check_within(mask.sum(-1) + most - 1)  # the last token is never fed
-        out = self.hf_model.generate(**tokens, attention_mask=mask, **kwargs)  # type: ignore[operator]
+        beams = max(self._setting("num_beams", kwargs) or 1, self._setting("num_return_sequences", kwargs) or 1)
+        with several_of_each(beams):
+            out = self.hf_model.generate(**tokens, attention_mask=mask, **kwargs)  # type: ignore[operator]
         if most is not None:  # positions past an early end of the text are no mistake
             for positions in self._asked():
                 positions.vouch()
@@ -252,6 +258,12 @@ class HookedRecurrentModel(HookedModel):
         x, given = self.read(x, self._cache_renamed(of_model))
         return x, {name: value for name, value in kwargs.items() if name not in of_model} | given
 
+    def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """A setting of generation: as given, or the model's own."""
+        configs = (kwargs.get("generation_config"), getattr(self.hf_model, "generation_config", None))
+        said = (kwargs, *(vars(config) for config in configs if config is not None))
+        return next((one[name] for one in said if one.get(name) is not None), None)
+
     def _most_new_tokens(self, kwargs: dict[str, Any], n_prompt: int) -> int | None:
         """How many tokens may be generated, None where nothing says so."""
         configs = (kwargs.get("generation_config"), getattr(self.hf_model, "generation_config", None))
@@ -264,8 +276,7 @@ class HookedRecurrentModel(HookedModel):
 
     def _ends(self, kwargs: dict[str, Any]) -> Int[Tensor, " n"]:
         """Token ids at which generation of a text ends."""
-        configs = (kwargs.get("generation_config"), getattr(self.hf_model, "generation_config", None))
-        found = kwargs.get("eos_token_id", next((c.eos_token_id for c in configs if c is not None), None))
+        found = self._setting("eos_token_id", kwargs)
         return torch.as_tensor([] if found is None else found, device=self.device).reshape(-1).long()
 
     def run_with_cache(
@@ -283,7 +294,8 @@ class HookedRecurrentModel(HookedModel):
 
         Args:
             x: as for `forward`.
-            names: a name, a list of names, a function of the name, or None for every quantity except states.
+            names: a name or a pair ``("k", 1)``, a list of such, a function of the name, or None for every quantity
+                except states.
             names_filter: the same; TransformerLens' word for it.
             state_positions: positions at which ``hook_state`` is kept, where ``names`` asks for it. (States elsewhere
                 come from ``cache.state(layer, positions)`` later; nothing need be asked for in advance.)
