@@ -14,12 +14,11 @@ from torch import Tensor
 
 import writesae as ws
 from writesae.experiments.classes import AtomClasses, atom_classes
-from writesae.experiments.engine import firings as firings_module
-from writesae.experiments.engine.firings import Seen
 from writesae.experiments.engine.mixture import fit_mixture
 from writesae.experiments.report.paper import TABLE
 from writesae.experiments.stability import seed_stability
 from writesae.recurrence.matrices import dense
+from writesae.saes.activity.firings import Seen
 from writesae.stores import Windows
 from writesae.zoo import heldout_documents
 
@@ -415,4 +414,3 @@ def test_no_atom_ever_fires(gdn):
     result = atom_classes(gdn, sae, heldout_documents()[0], context=64, max_tokens=128, threshold=0.05)
     assert result.firings.sum() == 0 and numbers(result)["null atoms"].value == 48
     assert len(result.records()) == 48
-    assert firings_module.COLUMNS[0] == "cosine"

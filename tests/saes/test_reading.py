@@ -23,8 +23,9 @@ import writesae.zoo
 from architectures import D_KEY, N_VOCAB, Architecture, architecture_named, each_architecture, each_rule
 from writesae import HookedRecurrentModel, SAEConfig, States, Substitute, WriteSAE, top_contexts
 from writesae.cli import app
+from writesae.hooks.names import inputs
 from writesae.saes.activity.contexts import EDGES
-from writesae.saes.activity.reading import encode_matrices, inputs, target_of
+from writesae.saes.activity.reading import encode_matrices, target_of
 
 LAYER, HEAD = 3, 2
 N_POS = 150  # three blocks of positions
@@ -47,7 +48,7 @@ def seen(a: Architecture) -> tuple[Tensor, Any]:
     """Tokens and the cache of a pass."""
     ids = random_ids(2, N_POS)
     with torch.no_grad():
-        return ids, hooked(a).run_with_cache(ids, names=inputs(hooked(a), LAYER))[1]
+        return ids, hooked(a).run_with_cache(ids, names=inputs(hooked(a).family(LAYER).rule, LAYER))[1]
 
 
 @functools.cache

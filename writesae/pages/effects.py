@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.engine.continuations import ENDED, CommonRandomNumbers, go_on
-from writesae.experiments.engine.replay import LOGITS
 from writesae.experiments.population import population_test
 from writesae.experiments.replacement import middle
+from writesae.futures.continuations import ENDED, CommonRandomNumbers, go_on
+from writesae.futures.replay import LOGITS
 from writesae.hooks import Add, short_chunks
 from writesae.pages.survey import Survey, Window, token_string
 from writesae.recurrence import Write

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from writesae.hooks import ActivationCache, Replace, find_mixers, short_chunks
+from writesae.hooks.names import inputs
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read, Write
 from writesae.recurrence.write import of_rank
-from writesae.saes.activity.reading import inputs
 
 LOGITS = 2**27  # numbers: logits of one forward pass
 TOLERANCE = 1e-6  # nats: a future without an edit is at most so far from the native pass, in float32
@@ -119,7 +119,8 @@ class Replayer:
     def native(self, ids: Int[Tensor, "window pos"], logits: bool = True) -> Native:
         """Run the windows as they are; without ``logits``, for what is written alone."""
         seen: list[Any] = []
-        names = [name for layer in sorted({layer for layer, _ in self.places}) for name in inputs(self.model, layer)]
+        layers = sorted({layer for layer, _ in self.places})
+        names = [name for layer in layers for name in inputs(self.model.family(layer).rule, layer)]
         handle = self.below[-1].register_forward_hook(lambda *args: seen.append(args[-1])) if self.below else None
         try:
             with short_chunks():

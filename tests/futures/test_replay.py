@@ -11,8 +11,8 @@ from transformers import DynamicCache
 import brute_force as bf
 import writesae as ws
 from architectures import N_VOCAB, architecture_named, each_architecture, each_rule
-from writesae.experiments.engine.divergence import divergence
-from writesae.experiments.engine.replay import WAYS, Replayer, kl_from, stacked
+from writesae.futures.divergence import divergence
+from writesae.futures.replay import WAYS, Replayer, kl_from, stacked
 from writesae.hooks import short_chunks
 from writesae.hooks.sites import Head
 from writesae.stores import Windows

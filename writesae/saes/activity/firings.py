@@ -7,12 +7,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from writesae.hooks.names import inputs
 from writesae.hooks.positions import PAD
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
 from writesae.recurrence.matrices import norm2
-from writesae.saes import WriteSAE
-from writesae.saes.activity.reading import BLOCK, Codes, codes_of, inputs
+from writesae.saes.activity.reading import BLOCK, Codes, codes_of
+from writesae.saes.sae import WriteSAE
 
 COLUMNS = ("cosine", "key_cosine", "value_cosine", "elsewhere")
 """Cosine to the native write; |cosine| of the factors alone; cosine to the write at a random token of the batch."""
@@ -27,7 +28,7 @@ def firings(
     """
     layer, head = sae.place
     few = model.logits_of_last(1)  # nobody wants them
-    _, cache = model.run_with_cache(ids, names=inputs(model, layer), **few)
+    _, cache = model.run_with_cache(ids, names=inputs(model.family(layer).rule, layer), **few)
     codes = codes_of(sae, cache, ids)
     at = (codes.values > 0).nonzero(as_tuple=True)
     columns = compare(sae, codes, at, cache.write(layer)[:, :, head], generator)
