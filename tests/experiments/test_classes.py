@@ -397,7 +397,7 @@ def test_too_little_text_and_too_few_atoms(gdn):
         atom_classes(gdn, sae, "The state of the Union is strong.")
     with pytest.raises(ValueError, match="max_tokens=100 is less than one window of 256 tokens"):
         atom_classes(gdn, sae, heldout_documents(), max_tokens=100)
-    with pytest.raises(ValueError, match="min_firings=0: must be at least 1"):
+    with pytest.raises(ValueError, match="min_firings=0: it must be at least 1"):
         atom_classes(gdn, sae, heldout_documents(), min_firings=0)
     with pytest.raises(ValueError, match=r"0 of 48 atoms fire 1000 times or more in 64 tokens; a mixture needs 10"):
         atom_classes(gdn, sae, heldout_documents()[0], context=64, max_tokens=64, min_firings=1000)

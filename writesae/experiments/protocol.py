@@ -22,6 +22,7 @@ from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from writesae.experiments.results.result import Result
@@ -49,7 +50,7 @@ class Run:
         total: how many were asked for, where batches may do more.
 
     Raises:
-        IndexError, ValueError: an SAE does not fit the model.
+        IndexError, ValueError: an SAE does not fit the model, or ``batch_size`` is below 1.
     """
 
     model: HookedRecurrentModel
@@ -64,6 +65,7 @@ class Run:
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
+        positive(batch_size=self.batch_size)
         for sae in self.saes:
             sae.check_fits(self.model, check_model=self.check_model)
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -71,6 +73,11 @@ class Run:
     def windows(self, context: int, n: int = 1, lower: str = "context") -> Windows:
         """The text in windows of ``context`` tokens; ValueError if there are fewer than ``n``."""
         return Windows.cut(self.model, self.text, context).enough(n, lower=lower)
+
+    def prompts(self, n: int, context: int) -> Int[Tensor, "n context"]:
+        """``n`` windows drawn from the text, on the model's device; ValueError if there are fewer."""
+        windows = self.windows(context, n, "n_prompts or context")
+        return windows.draw(n, self.generator).tokens.to(self.model.device)
 
     def batches(self, rows: Tensor, units: int = 1) -> Iterator[Tensor]:
         """``batch_size`` rows at a time; progress is told of ``units`` per row when a batch is done."""
@@ -83,6 +90,13 @@ class Run:
         self.done += n
         if self.progress is not None:
             self.progress(self.done if self.total is None else min(self.done, self.total))
+
+
+def positive(**counts: int) -> None:
+    """ValueError if one of these arguments is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count}: it must be at least 1")
 
 
 def several(sae: WriteSAE | Sequence[WriteSAE] | None) -> list[WriteSAE]:

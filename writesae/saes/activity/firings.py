@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from writesae.hooks.names import inputs
@@ -67,6 +67,15 @@ def _factor_cosines(atoms: Write, native: Write) -> tuple[Tensor, Tensor]:
     return key, value
 
 
+def first_of_each(group: Int[Tensor, " n"], priority: Shaped[Tensor, " n"], most: int) -> Int[Tensor, " kept"]:
+    """Which rows are the first ``most`` of their group, those of the lowest priority; group by group, in that order."""
+    order = priority.argsort()
+    order = order[group[order].argsort(stable=True)]
+    counts = group.bincount()
+    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[group[order]]
+    return order[place < most]
+
+
 class Seen:
     """Counts over all firings, and of each atom ``most`` firings drawn at random, with numbers called ``names``."""
 
@@ -89,11 +98,7 @@ class Seen:
     def draw(self) -> tuple[Int[Tensor, " firing"], Float[Tensor, "firing number"]]:
         """Keep those of the lowest priorities, drawn once per firing: a fair sample, whatever the batches."""
         atom, priority, columns = (torch.cat(part) for part in zip(*self.kept, strict=True))
-        order = priority.argsort()
-        order = order[atom[order].argsort(stable=True)]
-        counts = atom.bincount(minlength=self.n_atoms)
-        place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[atom[order]]
-        order = order[place < self.most]
+        order = first_of_each(atom, priority, self.most)
         self.kept, self.drawn = [(atom[order], priority[order], columns[order])], len(order)
         return atom[order], columns[order]
 
