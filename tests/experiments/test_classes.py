@@ -19,6 +19,7 @@ from writesae.experiments.report.paper import TABLE
 from writesae.experiments.stability import seed_stability
 from writesae.recurrence.matrices import dense
 from writesae.saes.activity.firings import Seen
+from writesae.saes.activity.reading import BLOCK
 from writesae.stores import Windows
 from writesae.zoo import heldout_documents
 
@@ -38,8 +39,8 @@ def rwkv7():
 def make(layer: int = 2, head: int = 0, n_atoms: int = 48, seed: int = 0, **kind: Any) -> ws.WriteSAE:
     """An untrained SAE of a shipped model's head, a few atoms active at a token."""
     torch.manual_seed(seed)
-    values: dict[str, Any] = dict(encoder="bilinear", k=3) | kind
-    sae = ws.WriteSAE(ws.SAEConfig(d_key=32, d_value=32, n_atoms=n_atoms, layer=layer, head=head, **values))
+    values: dict[str, Any] = dict(encoder="bilinear", k=3, d_key=32, d_value=32) | kind
+    sae = ws.WriteSAE(ws.SAEConfig(n_atoms=n_atoms, layer=layer, head=head, **values))
     if sae.cfg.sparsity == "batch_topk":
         sae.threshold.fill_(0.02)
     if sae.cfg.sparsity == "jumprelu":
@@ -302,10 +303,9 @@ def test_records_and_plots():
     assert len(made(np.full(20, 0.5)).plot().axes) == 2, "all atoms alike"
 
 
-def test_a_fair_sample_of_firings_is_kept(monkeypatch):
+def test_a_fair_sample_of_firings_is_kept():
     """Counts are exact, and late firings are as likely to be kept as early ones."""
-    monkeypatch.setattr(Seen, "PRUNE", 50)
-    seen, generator = Seen(3, most=40), torch.Generator().manual_seed(0)
+    seen, generator = Seen(3, most=40, ahead=50), torch.Generator().manual_seed(0)
     for start in range(0, 4000, 20):
         when = torch.arange(start, start + 20)
         columns = when.float()[:, None].expand(-1, 4)
@@ -334,9 +334,9 @@ def twin_of(sae: ws.WriteSAE, order: Tensor, changed: Tensor) -> ws.WriteSAE:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_partners_are_found(form, monkeypatch):
-    monkeypatch.setattr("writesae.experiments.stability.BLOCK", 10_000)  # several blocks
-    sae = make(n_atoms=40, **FORMS[form])
+def test_partners_are_found(form):
+    sae = make(n_atoms=40, d_key=256, d_value=256, **FORMS[form])
+    assert 2 * BLOCK < 40 * 256 * 256, "atoms are compared in several blocks"
     order, changed = torch.randperm(40), torch.arange(40) % 4 == 0
     other = twin_of(sae, order, changed)
     result = seed_stability([sae, other], threshold=0.9)

@@ -77,12 +77,13 @@ def first_of_each(group: Int[Tensor, " n"], priority: Shaped[Tensor, " n"], most
 
 
 class Seen:
-    """Counts over all firings, and of each atom ``most`` firings drawn at random, with numbers called ``names``."""
+    """Counts over all firings, and of each atom ``most`` firings drawn at random, with numbers called ``names``.
 
-    PRUNE = 2**20  # firings, kept beyond those drawn so far
+    ``ahead`` firings are held beyond those drawn so far; then it is drawn again.
+    """
 
-    def __init__(self, n_atoms: int, most: int, names: tuple[str, ...] = COLUMNS) -> None:
-        self.n_atoms, self.most, self.names, self.drawn = n_atoms, most, names, 0
+    def __init__(self, n_atoms: int, most: int, names: tuple[str, ...] = COLUMNS, ahead: int = 2**20) -> None:
+        self.n_atoms, self.most, self.names, self.ahead, self.drawn = n_atoms, most, names, ahead, 0
         self.firings = torch.zeros(n_atoms, dtype=torch.long)
         self.total, self.largest = torch.zeros(n_atoms), torch.zeros(n_atoms)
         self.kept = [(torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0, len(names)))]
@@ -92,7 +93,7 @@ class Seen:
         self.total.index_add_(0, atom, activation)
         self.largest.scatter_reduce_(0, atom, activation, "amax")
         self.kept.append((atom, priority, columns))
-        if sum(len(part[0]) for part in self.kept) > self.drawn + self.PRUNE:
+        if sum(len(part[0]) for part in self.kept) > self.drawn + self.ahead:
             self.draw()
 
     def draw(self) -> tuple[Int[Tensor, " firing"], Float[Tensor, "firing number"]]:
