@@ -766,14 +766,15 @@ def state_not_carried(recurrence: Any, native: Write, record: Any, o: Tensor, st
 
 
 def padding_counted(clock: Clock) -> Tensor:
-    n_pos = clock._shape()[1]
-    positions = torch.arange(clock._past, clock._past + n_pos).expand(clock._shape())
-    return positions.masked_fill(clock._work_out() == PAD, PAD)
+    now = clock.now
+    shape, past = now.call["input_ids"].shape, now.past or 0
+    positions = torch.arange(past, past + shape[1]).expand(shape)
+    return positions.masked_fill(now.positions() == PAD, PAD)
 
 
 def position_after(clock: Clock) -> Tensor:
     """Off by one."""
-    return (clock._work_out() - 1).clamp_min(PAD)
+    return (clock.now.positions() - 1).clamp_min(PAD)
 
 
 def write_without_strength(get: Callable[[str], Tensor]) -> Write:

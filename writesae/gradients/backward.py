@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from writesae.gradients.norms import Norm
 from writesae.hooks.names import name_of
+from writesae.hooks.scope import Owner, owning
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32
 from writesae.recurrence.dynamics import Dynamics
 from writesae.recurrence.kernels import adjoint, carried, chunked, states_at
@@ -271,8 +272,8 @@ def gradient(
     >>> found[2].price(found.cache.write(2))        # what each write of layer 2 contributes, [batch, pos, head]
     """
     chosen = [site.layer for site in model.sites] if layers is None else [model.site(layer).layer for layer in layers]
-    with torch.enable_grad(), _frozen(model.hf_model), ExitStack() as stack:
-        probes = {layer: Probe(stack, model, layer) for layer in chosen}
+    with torch.enable_grad(), _frozen(model.hf_model), owning(everywhere=False) as call, ExitStack() as stack:
+        probes = {layer: Probe(stack, model, layer, call) for layer in chosen}
         names = [name_of(q, layer) for layer in chosen for q in model.family(layer).rule.inputs]
         logits, cache = model.run_with_cache(x, names=names, **kwargs)
         value = of(logits)
@@ -295,7 +296,8 @@ def gradient(
 class Probe:
     """Zeros added to what a layer reads and to what its norm returns, to get gradients with respect to them."""
 
-    def __init__(self, stack: ExitStack, model: HookedRecurrentModel, layer: int):
+    def __init__(self, stack: ExitStack, model: HookedRecurrentModel, layer: int, owner: Owner):
+        self.owner = owner
         self.tensors: list[Tensor] = []  # of the reads; of the norm
         self.norm = model.norm(layer)
         self.call: tuple[tuple[Tensor, ...], Tensor] | None = None
@@ -307,7 +309,9 @@ class Probe:
         self.tensors.append(torch.zeros_like(value).requires_grad_())
         return value + self.tensors[-1]
 
-    def _called(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _called(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not self.owner.here:  # another thread runs the model
+            return None
         self.call = (tuple(x.detach() for x in args), output.detach())
         return self._add(output)
 

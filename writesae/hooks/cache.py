@@ -155,7 +155,7 @@ class ActivationCache(Mapping[str, Any]):
         return self._shown(found[torch.arange(len(at), device=found.device)[:, None], at])
 
     def _tap(self, layer: int) -> Tap:
-        if layer not in self._taps:
+        if not isinstance(layer, int) or layer not in self._taps:
             raise IndexError(f"layer {layer} is not recurrent; recurrent layers are {sorted(self._taps)}")
         return self._taps[layer]
 
@@ -168,6 +168,8 @@ class ActivationCache(Mapping[str, Any]):
 
     def _columns(self, positions: Sequence[int]) -> Int[Tensor, "batch n"]:
         """Where in the pass each sequence's positions are."""
+        if not all(isinstance(p, int) for p in positions):
+            raise TypeError(f"positions={positions!r}: give a list of whole numbers")
         own = (self.positions if self.has_batch_dim else self.positions[None]).cpu()
         first, last = own.masked_fill(own == PAD, own.max() + 1).min(1).values, own.max(1).values
         asked = torch.tensor(list(positions)).long().expand(len(own), -1)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from writesae.hooks.attachment import attach, attached_to
 from writesae.hooks.positions import PAD
+from writesae.hooks.scope import Owner, owners, private
 
 CACHES = ("past_key_values", "cache_params")  # what models call their cache
+RECURRENT = "linear_attention"  # whose mask it is, among those that transformers' generation makes in advance
 
 
 @dataclass
@@ -28,21 +32,174 @@ class Fed:
 
     n_tokens: int
     mask: Tensor | None  # [batch, tokens], of the first of them; those after it are real
+    known: bool = True  # False: some mask was given that does not say which tokens are padding
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward pass of a text model: its arguments while it runs, and what follows from them.
+
+    Attributes:
+        call: the arguments; none any more when the pass is over.
+        outer: the pass of the same model, in a hook of which this one runs.
+        owners: those in force in the thread or task that began it.
+        past: tokens before it, in the cache; None if that cannot be known.
+        before: what its cache had been fed.
+    """
+
+    call: dict[str, Any]
+    outer: Pass | None = None
+    owners: frozenset[Owner] = frozenset()
+    past: int | None = 0
+    before: Fed | None = None
+    _mask: tuple[Tensor | None] | None = None  # None: not asked for yet
+    _positions: Tensor | None = None
+    _padding: tuple[Tensor | None] | None = None
+
+    def begin(self) -> None:
+        """Look at its cache."""
+        cache = _cache_in(self.call)
+        self.before = attached_to(cache, Fed)
+        self.past = _length(cache)
+
+    def feed(self) -> None:
+        """Note on its cache what that will have been fed."""
+        cache = _cache_in(self.call)
+        if cache is not None:
+            attach(cache, self._after())
+
+    def end(self, output: Any) -> None:
+        """It is over, or has failed."""
+        made = _cache_in(output)
+        if made is not None and _cache_in(self.call) is None:  # the model made the cache
+            attach(made, self._after())
+        self.call = {}  # positions stay: gradient checkpointing runs layers again after the pass
+
+    def positions(self) -> Int[Tensor, "batch pos"]:
+        """See `Clock.positions`."""
+        if self._positions is None:
+            mask, (batch, n_pos), past = self.mask(), self._shape(), self.past or 0
+            if mask is None:
+                self._positions = torch.arange(past, past + n_pos, device=self._tokens().device).expand(batch, n_pos)
+            else:
+                real = mask.bool()
+                self._positions = (real.long().cumsum(-1) - 1).masked_fill(~real, PAD)[:, -n_pos:]
+        return self._positions
+
+    def padding(self) -> Bool[Tensor, "batch pos"] | None:
+        """See `Clock.padding`."""
+        if self._padding is None:
+            self._padding = (self._find_padding(),)
+        return self._padding[0]
+
+    def _find_padding(self) -> Tensor | None:
+        if self._positions is None and self.mask() is None:
+            return None
+        padding = self.positions() == PAD
+        return padding if bool(padding.any()) else None
+
+    def check_padding(self) -> None:
+        """Raise ValueError if the memory of a text would run through padding: no model keeps that apart."""
+        try:
+            mask = self.mask()
+        except ValueError:  # whoever needs to know it is told
+            return
+        if mask is None or bool(mask.all()):
+            return
+        real = mask.bool()
+        begun, ends = real.cumsum(-1) > 0, real.flip(-1).cumsum(-1).flip(-1) == 0
+        between = ~real & begun & ~ends
+        if bool(between.any()):
+            row, at = between.nonzero()[0].tolist()
+            raise ValueError(
+                f"padding between the tokens of a text: token {at} of row {row} is padding, with tokens of the text "
+                f"before and after it. A recurrent memory would go through it as through a token. Pad on the left of "
+                f"whole texts only: continue texts of unequal length one by one, or give them anew from their "
+                f"beginning"
+            )
+        if self._shape()[1] == 1 and not bool(begun[:, -1].all()):
+            raise ValueError(
+                "padding fed by itself: models take a single token for a real one, whatever its mask says. Feed "
+                "padding on the left together with tokens of the text after it"
+            )
+
+    def _tokens(self) -> Tensor:
+        ids, embeds = self.call.get("input_ids"), self.call.get("inputs_embeds")
+        tokens = ids if ids is not None else embeds
+        if tokens is None:
+            raise ValueError("the text model was called with neither input_ids nor inputs_embeds")
+        return tokens
+
+    def _shape(self) -> torch.Size:
+        return self._tokens().shape[:2]
+
+    def _after(self) -> Fed | None:
+        """What the cache has been fed after this pass; None if that cannot be known."""
+        if self.past is None:
+            return None
+        total = self.past + self._shape()[1]
+        try:
+            return Fed(total, self.mask())
+        except ValueError:
+            return Fed(total, None, known=False)
+
+    def mask(self) -> Int[Tensor, "batch total"] | None:
+        """Which tokens are real, of those before the pass and in it; None if all are.
+
+        Raises:
+            ValueError: that cannot be known.
+        """
+        if self._mask is None:
+            self._mask = (self._find_mask(),)
+        return self._mask[0]
+
+    def _find_mask(self) -> Tensor | None:
+        batch, n_pos = self._shape()
+        if self.past is None:
+            raise ValueError(
+                "positions are not known: this cache was filled where writesae did not see it, and has no attention "
+                "layer that would know how many tokens are in it. Fill it with the wrapped model."
+            )
+        given, total = self.call.get("attention_mask"), self.past + n_pos
+        if isinstance(given, Tensor) and _covers(given, total) and len(given) == batch:
+            return given
+        fed = self.before or Fed(self.past, None)
+        of_new = given.get(RECURRENT) if isinstance(given, Mapping) else None
+        known = fed.known and (fed.mask is None or len(fed.mask) == batch)
+        if isinstance(given, Mapping):  # made by generation, of a mask that it does not pass on
+            known = known and RECURRENT in given and (self.before is not None or self.past == 0)
+        if not known or (given is not None and not isinstance(given, Mapping)):
+            got = f"a tensor {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(
+                f"positions need an attention mask [batch, {total}] over the whole sequence ({self.past} cached and "
+                f"{n_pos} new tokens); got {got}. Pass a 2-D mask of that length, or none if nothing is padded."
+            )
+        if fed.mask is None and of_new is None:
+            return None
+        ones = torch.ones(batch, total, dtype=torch.long, device=self._tokens().device)
+        if fed.mask is not None:
+            n_said = min(fed.mask.shape[1], self.past)
+            ones[:, :n_said] = fed.mask[:, :n_said]
+        if of_new is not None:
+            ones[:, self.past :] = of_new
+        return ones
+
+
+_passes: ContextVar[tuple[tuple[ref[Clock], Pass], ...]] = ContextVar("passes", default=())
+"""The running or last pass of each model that this thread or task has run."""
 
 
 class Clock:
-    """Knows which positions the tokens of the running forward pass have. One per model; `begin` tells it of each pass.
+    """Knows which positions the tokens of the running forward pass have. One per model.
 
+    A model may run in several threads and tasks at once, and in a hook of its own pass: each has a `Pass` of its own.
     Costs nothing until somebody asks: `positions` works it out and keeps it for the pass.
     """
 
     def __init__(self, parameters: Sequence[str]):
         self.parameters = parameters  # names, in order, of what the model's forward takes
-        self._call: dict[str, Any] = {}
-        self._positions: Tensor | None = None
-        self._past: int | None = 0  # tokens before the pass; None if that cannot be known
-        self._before: Fed | None = None
-        self._padding: tuple[Tensor | None] | None = None  # None: not asked for yet in this pass
+        self._last: Pass | None = None  # whichever thread or task began it
+        self._threads: set[int] = set()  # those that began any
 
     @classmethod
     def of(cls, text_model: nn.Module) -> Clock:
@@ -52,20 +209,81 @@ class Clock:
     def __reduce__(self) -> tuple[type[Clock], tuple[Sequence[str]]]:
         return Clock, (self.parameters,)  # copies and pickles of a model start anew
 
-    def begin(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._call = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-        self._positions = self._padding = None
-        cache = _cache_in(self._call)
-        self._before = attached_to(cache, Fed)
-        self._past = _length(cache)
-        if cache is not None:
-            attach(cache, self._after())
+    def begin(
+        self, args: tuple, kwargs: dict[str, Any], nested: Callable[[], bool] = lambda: False, check: bool = False
+    ) -> None:
+        """A pass begins.
 
-    def end(self, output: Any = None) -> None:
-        made = _cache_in(output)
-        if made is not None and _cache_in(self._call) is None:  # the model made the cache
-            attach(made, self._after())
-        self._call = {}  # positions stay: gradient checkpointing runs layers again after the pass
+        Args:
+            args, kwargs: what the text model was called with.
+            nested: asked, where that is possible, whether it runs within another pass of the same model.
+            check: raise ValueError if a memory would go through padding.
+        """
+        before = self._here()
+        outer = before if before is not None and before.call and nested() else None
+        begun = Pass({**dict(zip(self.parameters, args, strict=False)), **kwargs}, outer, owners())
+        self._enter(begun)
+        self._threads.add(threading.get_ident())
+        begun.begin()
+        if check:
+            begun.check_padding()
+        begun.feed()
+
+    def check(self, call: dict[str, Any]) -> None:
+        """Raise ValueError if a pass with these arguments would take a memory through padding, or if its mask is of
+        other tokens."""
+        would = Pass(call)
+        would.begin()
+        mask = call.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and would.past is not None:
+            would.mask()  # raises
+        would.check_padding()
+
+    def end(self, output: Any = None) -> bool:
+        """The pass is over, or has failed. Returns whether the one goes on in a hook of which it ran."""
+        over = self._here()
+        if over is None:
+            return False
+        over.end(output)
+        if over.outer is not None:
+            self._enter(over.outer)
+        return over.outer is not None
+
+    def _here(self) -> Pass | None:
+        """The running pass, or the last one, of this thread or task."""
+        return next((found for clock, found in _passes.get() if clock() is self), None)
+
+    def _enter(self, entered: Pass) -> None:
+        others = (item for item in _passes.get() if item[0]() not in (None, self))
+        _passes.set((*others, (ref(self), entered)))
+        self._last = entered
+
+    @property
+    def now(self) -> Pass:
+        """The running pass. After it, still that one: gradient checkpointing runs layers again in the backward pass,
+        on a GPU in a thread of torch's own.
+
+        Raises:
+            RuntimeError: layers run again in a thread that began no pass, and several have.
+        """
+        found = self._here() or self._last
+        if found is None:
+            return Pass({})
+        if found is self._last and len(self._threads) > 1 and self._here() is None:
+            raise RuntimeError(
+                "layers run in a thread that began no forward pass, and several threads have run this model, so it "
+                "cannot be known whose pass this is. Run the backward pass in the thread that ran the model"
+            )
+        return found
+
+    def check_thread(self) -> None:
+        """Raise RuntimeError if layers run again in a thread in which edits of their pass do not act."""
+        if self._here() is None and self._last is not None and any(owner in self._last.owners for owner in private()):
+            raise RuntimeError(
+                "layers run again in another thread than the one that began the pass, where its hooks and edits do not "
+                "act, since they were attached outside of the main thread or in a task. Run the backward pass in the "
+                "thread that ran the model, or attach in the main thread"
+            )
 
     def positions(self) -> Int[Tensor, "batch pos"]:
         """The position of each token of the running pass; `PAD` for padding.
@@ -73,9 +291,7 @@ class Clock:
         Raises:
             ValueError: the attention mask does not say which tokens are padding.
         """
-        if self._positions is None:
-            self._positions = self._work_out()
-        return self._positions
+        return self.now.positions()
 
     def try_positions(self) -> Int[Tensor, "batch pos"] | None:
         """`positions`, or None where they cannot be known."""
@@ -85,57 +301,12 @@ class Clock:
             return None
 
     def padding(self) -> Bool[Tensor, "batch pos"] | None:
-        """Which tokens of the running pass are padding; None if none is, or if that cannot be known."""
-        if self._padding is None:
-            self._padding = (self._find_padding(),)
-        return self._padding[0]
+        """Which tokens of the running pass are padding; None if none is.
 
-    def _find_padding(self) -> Tensor | None:
-        if self._positions is None and self._call.get("attention_mask") is None:
-            return None  # tokens without a mask are real
-        positions = self.try_positions()
-        return positions == PAD if positions is not None and bool((positions == PAD).any()) else None
-
-    def _shape(self) -> torch.Size:
-        ids, embeds = self._call.get("input_ids"), self._call.get("inputs_embeds")
-        tokens = ids if ids is not None else embeds
-        if tokens is None:
-            raise ValueError("the text model was called with neither input_ids nor inputs_embeds")
-        return tokens.shape[:2]
-
-    def _after(self) -> Fed | None:
-        """What the cache has been fed after this pass; None if its mask does not say."""
-        mask = self._call.get("attention_mask")
-        if self._past is None:
-            return None
-        total = self._past + self._shape()[1]
-        if mask is None:
-            return Fed(total, None if self._before is None else self._before.mask)
-        return Fed(total, mask) if _covers(mask, total) else None
-
-    def _work_out(self) -> Tensor:
-        batch, n_pos = self._shape()
-        if self._past is None:
-            raise ValueError(
-                "positions are not known: this cache was filled where writesae did not see it, and has no attention "
-                "layer that would know how many tokens are in it. Fill it with the wrapped model."
-            )
-        mask, total = self._call.get("attention_mask"), self._past + n_pos
-        if mask is None and self._before is not None and self._before.mask is not None:
-            before = self._before.mask[:, : self._past]
-            mask = F.pad(before, (0, total - before.shape[1]), value=1)
-        if mask is None:
-            ids = self._call.get("input_ids")
-            device = (ids if ids is not None else self._call["inputs_embeds"]).device
-            return torch.arange(self._past, total, device=device).expand(batch, n_pos)
-        if not _covers(mask, total):
-            got = f"a tensor {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"positions need an attention mask [batch, {total}] over the whole sequence ({self._past} cached and "
-                f"{n_pos} new tokens); got {got}. Pass a 2-D mask of that length, or none if nothing is padded."
-            )
-        real = mask.bool()
-        return (real.long().cumsum(-1) - 1).masked_fill(~real, PAD)[:, -n_pos:]
+        Raises:
+            ValueError: the attention mask does not say it.
+        """
+        return self.now.padding()
 
 
 def _cache_in(found: Any) -> Any:

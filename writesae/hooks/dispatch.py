@@ -111,8 +111,8 @@ def _stand_in(function: Callable[..., Any], tapped: bool, fused: bool) -> Callab
 
     def dispatch(*args: Any, **kwargs: Any) -> Any:
         own = by_device(*args, **kwargs)
-        tap = running.get()
-        if tap is None or not tap.busy:
+        here = running.get()
+        if here is None or not here.tap.busy:
             return own(*args, **kwargs)
         if fused:
             return None
@@ -122,9 +122,9 @@ def _stand_in(function: Callable[..., Any], tapped: bool, fused: bool) -> Callab
             first = [arguments.pop(name) for name in given]
             return own(*first, **arguments)
 
-        running.set(None)  # a hook may run another model, which is not this mixer
-        result = tap.run(by_place, {**given, **kwargs})
-        running.set(tap)
+        running.set(None)  # a hook may run functions of another model, which are not this mixer's
+        result = here.tap.run(by_place, {**given, **kwargs}, here)
+        running.set(here)
         return result
 
     stand_in = outside_graphs(dispatch, untapped) if tapped or fused else untapped

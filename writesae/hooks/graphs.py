@@ -11,10 +11,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+
+from writesae.hooks.scope import LOCK
 
 REASON = "writesae looks here whether anything is attached to the model; compile without fullgraph=True"
 
@@ -25,12 +28,13 @@ class Running:
 
     Attributes:
         attached: how many of them are of a model with something attached.
-        passes: whether something is attached to each model that runs. A pass that Ctrl-C ended stays in it until its
-            model runs again or is gone (torch runs no hooks then); until that, graphs only stop more often than needed.
+        passes: for each model that runs, the threads in which it does, and whether something is attached there. A pass
+            that Ctrl-C ended stays in it until its model runs again or is gone (torch runs no hooks then). Until that,
+            and while another thread runs with something attached, graphs only stop more often than needed.
     """
 
     attached: int = 0
-    passes: WeakKeyDictionary[Any, bool] = field(default_factory=WeakKeyDictionary)
+    passes: WeakKeyDictionary[Any, dict[int, bool]] = field(default_factory=WeakKeyDictionary)
 
 
 RUNNING = Running()
@@ -52,11 +56,20 @@ def outside_graphs(fn: Callable[..., Any], otherwise: Callable[..., Any] = lambd
 
 def begin(text_model: Any, attached: bool) -> None:
     """A pass begins, of a model with or without something attached."""
-    RUNNING.passes[text_model] = attached
-    RUNNING.attached = sum(RUNNING.passes.values())
+    with LOCK:
+        RUNNING.passes.setdefault(text_model, {})[get_ident()] = attached
+        _count()
 
 
 def end(text_model: Any) -> None:
     """Its pass is over, or has failed, maybe before it began for us."""
-    RUNNING.passes.pop(text_model, None)
-    RUNNING.attached = sum(RUNNING.passes.values())
+    with LOCK:
+        threads = RUNNING.passes.get(text_model, {})
+        threads.pop(get_ident(), None)
+        if not threads:
+            RUNNING.passes.pop(text_model, None)
+        _count()
+
+
+def _count() -> None:
+    RUNNING.attached = sum(attached for threads in RUNNING.passes.values() for attached in threads.values())

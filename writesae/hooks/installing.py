@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from writesae.hooks.clock import Clock
 from writesae.hooks.dispatch import intercept
 from writesae.hooks.families import FAMILIES, Family
 from writesae.hooks.points import HookPoint
+from writesae.hooks.positions import PositionSet
 from writesae.hooks.residual import watch
+from writesae.hooks.scope import Owned, Owner
 from writesae.hooks.tap import Seen, Tap
 
 
@@ -37,11 +40,15 @@ class Attachment:
         clock: which positions the running pass has.
         taps: one at each recurrent mixer, in order of layers.
         points: of each layer, in firing order.
+        stream: the positions at which the residual stream is edited.
+        blocks: owners that want to know of forward passes.
     """
 
     clock: Clock
     taps: list[Tap]
     points: list[dict[str, HookPoint]]
+    stream: Owned[PositionSet] = field(default_factory=Owned)
+    blocks: Owned[Owner] = field(default_factory=Owned)
 
     @property
     def busy(self) -> bool:
@@ -53,14 +60,21 @@ class Attachment:
     @torch.compiler.disable(reason=graphs.REASON)
     def begin(self, text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each pass of the text model."""
-        graphs.begin(text_model, self.busy)
-        self.clock.begin(args, kwargs)
+        busy = self.busy
+        graphs.begin(text_model, busy)
+        for owner in self.blocks.all():
+            owner.note(complete=False)
+        self.clock.begin(args, kwargs, lambda: _calls_under_way(text_model) > 1, check=busy)
 
     @torch.compiler.disable(reason=graphs.REASON)
     def end(self, text_model: nn.Module, _args: Any, output: Any) -> None:
         """After each pass, also if it failed."""
         graphs.end(text_model)
-        self.clock.end(output)
+        if self.clock.end(output):
+            graphs.begin(text_model, self.busy)
+        if output is not None:
+            for owner in self.blocks.all():
+                owner.note(complete=True)
 
 
 @dataclass(eq=False)
@@ -90,6 +104,19 @@ class Installed:
     @property
     def clock(self) -> Clock:
         return self.ours.clock
+
+
+def _calls_under_way(module: nn.Module) -> int:
+    """How often the running code is inside a call of ``module``. (That torch ran its hooks before a call does not say
+    that the call is not over: after Ctrl-C it runs none.)"""
+    frame, n = inspect.currentframe(), 0
+    while frame is not None:
+        n += frame.f_code is _CALL and frame.f_locals["self"] is module
+        frame = frame.f_back
+    return n
+
+
+_CALL = nn.Module._call_impl.__code__
 
 
 def install(model: nn.Module) -> Installed:

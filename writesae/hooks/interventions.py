@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.hooks.positions import PositionSet
+from writesae.hooks.positions import PositionSet, row_of_each
 from writesae.hooks.sites import Site
 from writesae.recurrence import Recurrence, Write, at_least_float32
 from writesae.recurrence.dynamics import delta_of
@@ -161,11 +161,9 @@ def _place(write: Write, now: Moment) -> Write:
     """A write with leading dimensions ``[]``, ``[n]``, ``[batch, 1]`` or ``[batch, n]``, for all tokens, heads."""
     batch, n_pos, _ = now.write.shape
     table = write[(None,) * (2 - len(write.shape))]
-    if table.shape[0] not in (1, batch):
-        raise ValueError(f"a write with leading dimensions {list(write.shape)} for a batch of {batch}")
+    of_each = row_of_each(table.shape[0], batch, f"a write with leading dimensions {list(write.shape)}")
     if table.shape[1] == 1 or now.index is None:
         index = torch.zeros(batch, n_pos, dtype=torch.long, device=table.key.device)
     else:
         index = now.index
-    rows = torch.arange(batch, device=index.device)[:, None] if table.shape[0] > 1 else torch.zeros_like(index)
-    return table[rows, index][:, :, None].expand(*now.write.shape)
+    return table[of_each[:, None].to(index.device), index][:, :, None].expand(*now.write.shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -16,11 +17,15 @@ from torch import Tensor, nn
 
 from writesae.hooks.names import name_of
 from writesae.hooks.positions import PositionSet
+from writesae.hooks.scope import EVERYBODY, LOCK, Owner
 from writesae.recurrence import Write
 
 Value: TypeAlias = Tensor | Write
 V = TypeVar("V", Tensor, Write)
 HookFn: TypeAlias = Callable[[Any, "HookPoint"], Any]
+
+STATE_SHOWN: ContextVar[tuple[PositionSet | None, Tensor | None]] = ContextVar("state_shown", default=(None, None))
+"""Of the state that is being shown in this thread or task: who asked for it, and the position of each row."""
 
 
 class HookPoint(nn.Module):
@@ -30,12 +35,7 @@ class HookPoint(nn.Module):
         name: full name, e.g. ``blocks.9.mixer.hook_k``; see `writesae.hooks.names`.
         layer: index of the layer.
         quantity: short name, e.g. ``k``.
-        positions: of ``hook_state`` while it fires: the position of each row that is shown.
-        request: who asked for the state that is shown.
     """
-
-    positions: Int[Tensor, " rows"] | None = None
-    request: PositionSet | None = None
 
     def __init__(self, layer: int, quantity: str):
         super().__init__()
@@ -45,6 +45,16 @@ class HookPoint(nn.Module):
 
     def forward(self, value: Value) -> Value:
         return value
+
+    @property
+    def positions(self) -> Int[Tensor, " rows"] | None:
+        """While ``hook_state`` fires: the position of each row that is shown."""
+        return STATE_SHOWN.get()[1]
+
+    @property
+    def request(self) -> PositionSet | None:
+        """While ``hook_state`` fires: who asked for the state that is shown."""
+        return STATE_SHOWN.get()[0]
 
     @property
     def listening(self) -> bool:
@@ -92,6 +102,12 @@ class HookPoint(nn.Module):
                 raise ValueError(
                     f"a hook on {self.name} returned {_describe(got)}; expected {_describe(given)}, any rank"
                 )
+            dtypes = {got.key.dtype, got.value.dtype} - {given.key.dtype}
+            if dtypes:
+                raise ValueError(
+                    f"a hook on {self.name} returned a Write in {dtypes.pop()}; expected {given.key.dtype}: use "
+                    f".to(value.key.dtype)"
+                )
             return
         if not isinstance(got, Tensor):
             raise TypeError(f"a hook on {self.name} returned {_describe(got)}; return a tensor, or None to read only")
@@ -102,19 +118,23 @@ class HookPoint(nn.Module):
                 f"a hook on {self.name} returned {got.dtype}; expected {given.dtype}: use .to(value.dtype)"
             )
 
-    def add_hook(self, fn: HookFn, dir: str = "fwd") -> torch.utils.hooks.RemovableHandle:
+    def add_hook(self, fn: HookFn, dir: str = "fwd", owner: Owner = EVERYBODY) -> torch.utils.hooks.RemovableHandle:
         """Attach ``fn(value, hook)``; it returns a new value, or None to leave it.
 
-        ``dir="bwd"``: the function gets the gradient of the value in each backward pass, and may return another.
+        Args:
+            fn: the function.
+            dir: "bwd": it gets the gradient of the value in each backward pass, and may return another.
+            owner: in whose threads and tasks it acts.
         """
         if dir not in ("fwd", "bwd"):
             raise ValueError(f"dir={dir!r}: allowed are 'fwd' (the value) and 'bwd' (its gradient)")
         shown = fn if dir == "fwd" else functools.partial(_on_gradient, fn)
 
         def hook(point: Any, _args: Any, value: Value) -> Any:
-            return shown(value, point)
+            return shown(value, point) if owner.here else None
 
-        return self.register_forward_hook(hook)
+        with LOCK:  # torch counts its hooks without one
+            return self.register_forward_hook(hook)
 
     def extra_repr(self) -> str:
         return self.name

@@ -6,7 +6,9 @@ shift them; a sequence fed in pieces or decoded token by token keeps counting (`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -14,9 +16,36 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from writesae.hooks.scope import LOCK
+
 Positions: TypeAlias = int | Sequence[int] | slice | Int[Tensor, "..."] | None
 
 PAD = -1  # the position of a padding token
+
+
+_beams: ContextVar[int] = ContextVar("beams", default=1)
+
+
+@contextmanager
+def several_of_each(n: int) -> Iterator[None]:
+    """Each row of a batch becomes ``n`` rows beside each other, as in generation with beams, while the block runs."""
+    token = _beams.set(n)
+    try:
+        yield
+    finally:
+        _beams.reset(token)
+
+
+def row_of_each(n_rows: int, batch: int, what: str) -> Int[Tensor, " batch"]:
+    """Which of ``n_rows`` things, one for all or one for each sequence, belongs to each row of a batch.
+
+    Raises:
+        ValueError: that many do not fit the batch.
+    """
+    n = _beams.get()
+    if n_rows not in (1, batch) and n_rows * n != batch:
+        raise ValueError(f"{what} for a batch of {batch}")
+    return torch.arange(batch) // (batch // n_rows)
 
 
 @dataclass
@@ -83,13 +112,13 @@ class PositionSet:
 
     def _per_row(self, batch: int) -> Int[Tensor, "batch n"]:
         assert self.wanted is not None
-        if self.wanted.shape[0] not in (1, batch):
-            raise ValueError(f"positions [{self.wanted.shape[0]}, {self.wanted.shape[1]}] for a batch of {batch}")
-        return self.wanted.expand(batch, -1)
+        rows, n = self.wanted.shape
+        return self.wanted[row_of_each(rows, batch, f"positions [{rows}, {n}]")]
 
     def _note(self, which: Bool[Tensor, "batch n"]) -> None:
         which = which.cpu()
-        self.reached[len(which)] = self.reached.get(len(which), torch.zeros_like(which)) | which
+        with LOCK:  # several threads may run the edited model
+            self.reached[len(which)] = self.reached.get(len(which), torch.zeros_like(which)) | which
 
     def check_within(self, lengths: Int[Tensor, " batch"]) -> None:
         """Raise IndexError unless every sequence (``lengths`` real tokens each) has the positions asked for."""
@@ -114,11 +143,6 @@ class PositionSet:
         """Positions asked for that a sequence that ran has not reached (of a slice: its start, if none of it was)."""
         if self.asked is None or self.vouched:
             return []
-        start = torch.tensor([[self.span.start]])
-        return sorted(
-            {
-                p
-                for batch, reached in self.reached.items()
-                for p in (start.expand(batch, 1) if self.wanted is None else self._per_row(batch))[~reached].tolist()
-            }
-        )
+        asked = torch.tensor([[self.span.start]]) if self.wanted is None else self.wanted
+        each = {batch: asked.repeat_interleave(batch // len(asked), 0) for batch in self.reached}
+        return sorted({p for batch, reached in self.reached.items() for p in each[batch][~reached].tolist()})

@@ -12,14 +12,15 @@ has none (Mamba-2) has no ``hook_mlp_out``. Streams of several lanes (Qwen4-Exp,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from writesae.hooks.graphs import outside_graphs
 from writesae.hooks.points import HookPoint, to_show
+from writesae.hooks.scope import LOCK, Owned, owning
 
 MIXERS = ("linear_attn", "self_attn", "mixer", "mamba", "attn")  # what a layer calls its mixer
 MLPS = ("mlp", "feed_forward", "ffn")
@@ -109,19 +110,64 @@ def stop_at(layers: Sequence[nn.Module], index: int) -> Iterator[None]:
     if not -n <= index <= n:
         raise IndexError(f"stop_at_layer={index}: this model has layers 0 to {n - 1}; {n} stops after the last")
 
-    def before(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise Stopped(stream_in(args, kwargs))
+    with owning(everywhere=False) as call:
 
-    def after(_layer: nn.Module, _args: Any, output: Any) -> None:
-        raise Stopped(output[0] if isinstance(output, tuple) else output)
+        def before(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if call.here:
+                raise Stopped(stream_in(args, kwargs))
 
-    last = index == n
-    handle = (
-        layers[-1].register_forward_hook(after)
-        if last
-        else layers[index].register_forward_pre_hook(before, with_kwargs=True)
-    )
-    try:
+        def after(_layer: nn.Module, _args: Any, output: Any) -> None:
+            if call.here:
+                raise Stopped(output[0] if isinstance(output, tuple) else output)
+
+        with LOCK:
+            handle = (
+                layers[-1].register_forward_hook(after)
+                if index == n
+                else layers[index].register_forward_pre_hook(before, with_kwargs=True)
+            )
+        with handle:
+            yield
+
+
+@contextmanager
+def giving(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
+    """Layers give ``output`` without being run while the block runs, in the passes of its own thread or task."""
+    with owning(everywhere=False) as call, ExitStack() as stack:
+        for layer in layers:
+            with LOCK:
+                forward = layer.__dict__.get("forward")
+                stand_in = forward if isinstance(forward, _Forward) else _Forward(layer, forward)
+                layer.forward = stand_in  # type: ignore[method-assign]
+                stack.callback(stand_in.restore)
+                stack.enter_context(stand_in.outputs.added(output, call))
         yield
-    finally:
-        handle.remove()
+
+
+@dataclass(eq=False)
+class _Forward:
+    """In the place of a layer's ``forward``: gives what it is told to give, in the calls that it is told of.
+
+    Attributes:
+        layer: the layer.
+        before: what another tool had put in that place, if any.
+        outputs: what to give.
+    """
+
+    layer: nn.Module
+    before: Any
+    outputs: Owned[Any] = field(default_factory=Owned)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = self.outputs.here()
+        if given:
+            return given[-1]
+        return self.before(*args, **kwargs) if self.before else type(self.layer).forward(self.layer, *args, **kwargs)
+
+    def restore(self) -> None:
+        """Leave the layer as it was, once nobody has anything to give."""
+        with LOCK:
+            if not self.outputs.all() and self.layer.__dict__.get("forward") is self:
+                del self.layer.forward
+                if self.before is not None:
+                    self.layer.forward = self.before  # type: ignore[method-assign]

@@ -6,7 +6,7 @@ the linear response of the edits to its result (`writesae.hooks.response`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,15 +19,32 @@ from writesae.hooks.clock import Clock
 from writesae.hooks.families.base import Family, KernelCall
 from writesae.hooks.graphs import outside_graphs
 from writesae.hooks.interventions import Intervention, Moment
-from writesae.hooks.points import HookPoint, to_show
+from writesae.hooks.points import STATE_SHOWN, HookPoint, to_show
 from writesae.hooks.positions import PositionSet
 from writesae.hooks.response import Edit, Record, kept_of, respond, total_write
+from writesae.hooks.scope import Owned, private
 from writesae.hooks.sites import Site
 from writesae.recurrence import Read, Write, first_state
 from writesae.recurrence.kernels import chunked
 
-running: ContextVar[Tap | None] = ContextVar("running_tap", default=None)
-"""The tap of the mixer that is running, if any: whose call of the recurrence the next one is."""
+
+@dataclass(eq=False)
+class Running:
+    """A mixer, or the layer around it, that is running.
+
+    Attributes:
+        tap: of the mixer: the next call of a recurrence is its.
+        outer: what ran when it began, if it runs in a hook of that.
+        shape: of the output of its recurrence ``[batch, pos, head, d_value]``, once that has run.
+    """
+
+    tap: Tap
+    outer: Running | None
+    shape: tuple[int, ...] = ()
+
+
+running: ContextVar[Running | None] = ContextVar("running_mixer", default=None)
+"""The mixer that is running in this thread or task, if any."""
 
 
 @dataclass(eq=False)
@@ -49,22 +66,18 @@ class Tap:
         family: the adapter of its architecture.
         points: the mixer's hook points by quantity, in firing order.
         clock: of the model.
-        attached: interventions in force.
+        attached: interventions.
         state_requests: the positions at which somebody wants to see states.
         recorders: called with the `Record` of every call.
-        shape: of the running call's output, ``[batch, pos, head, d_value]``.
-        device: where that call runs; layers may lie on several.
     """
 
     site: Site
     family: Family
     points: dict[str, HookPoint]
     clock: Clock
-    attached: list[Attached] = field(default_factory=list)
-    state_requests: list[PositionSet] = field(default_factory=list)
-    recorders: list[Callable[[Record], None]] = field(default_factory=list)
-    shape: tuple[int, ...] = ()
-    device: torch.device | None = None
+    attached: Owned[Attached] = field(default_factory=Owned)
+    state_requests: Owned[PositionSet] = field(default_factory=Owned)
+    recorders: Owned[Callable[[Record], None]] = field(default_factory=Owned)
 
     @property
     def busy(self) -> bool:
@@ -73,30 +86,35 @@ class Tap:
             self.attached or self.state_requests or self.recorders or any(p.listening for p in self.points.values())
         )
 
-    def run(self, native: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    def run(self, native: Callable[..., Any], arguments: dict[str, Any], here: Running) -> Any:
         """The native call, with hooks and edits."""
-        self.device = device_of_call(arguments.values())
         call = self.family.call(self.family, arguments)
+        attached, requests, recorders = self.attached.here(), self.state_requests.here(), self.recorders.here()
         for quantity in self.family.raw + self.family.rule.inputs:
             if self.points[quantity].listening:
                 new = self.show(quantity, *call.to_show(quantity))
                 if new is not None:
                     call.set(quantity, new)
         initial = call.initial_state
-        if self.recorders and initial is not None:
+        if recorders and initial is not None:
             initial = initial.clone()  # the model's cache updates it in place
         hooked = self._write_hook(call)
-        record = Record(initial, hooked + self._edits(call), {}, hooked[0].write if hooked else None)
-        self._walk_states(call, record)
+        record = Record(initial, hooked, {}, hooked[0].write if hooked else None)
+        if attached or requests:
+            # Layers may lie on several devices, and the model's inputs on another.
+            positions = self.clock.positions().to(device_of_call(arguments.values()))
+            at_once = (self._edit(a, call, positions) for a in attached if not a.what.needs_state)
+            record.edits = hooked + [edit for edit in at_once if edit is not None]
+            self._walk_states([a for a in attached if a.what.needs_state], requests, call, positions, record)
         write = call.write() if record.edits or record.dense else None
         kept = kept_of(write, record.edits) if write else None
         if kept is not None:
             call.set("v", call.get("v") * kept[..., None])
         o, state = call.run(native)
-        self.shape = o.shape
+        here.shape = o.shape
         if write:
             o, state = respond(call.recurrence, write, record, o, state)
-        for recorder in self.recorders:
+        for recorder in recorders:
             recorder(record)
         new = self.show("o", o) if self.points["o"].listening else None
         return call.result(o if new is None else new, state)
@@ -108,19 +126,25 @@ class Tap:
 
         ``ours``: the tensor was made for this call of `show`, so no copy of it need be made.
         """
-        padding = self._padding(given.device)
+        padding, unknown = self._padding(given.device)
         shown = given.clone() if padding is not None else given if ours else to_show(given)
         new, changed = self.points[quantity].fire(shown)
         if not changed:
             return None
+        if unknown is not None:
+            raise unknown
         if padding is not None:
             new = torch.where(padding[(..., *(None,) * (given.ndim - 2))], given, new)
         return new
 
-    def _padding(self, device: torch.device | None) -> Bool[Tensor, "batch pos"] | None:
-        """Which tokens of the call are padding, None if none is. What a hook does to these stays out of the model."""
-        padding = self.clock.padding()
-        return None if padding is None else padding.to(device)
+    def _padding(self, device: torch.device | None) -> tuple[Bool[Tensor, "batch pos"] | None, ValueError | None]:
+        """Which tokens of the call are padding, None if none is: what a hook does to these stays out of the model. Or
+        the error, if that is not known, and a hook changes something."""
+        try:
+            padding = self.clock.padding()
+        except ValueError as error:
+            return None, error
+        return None if padding is None else padding.to(device), None
 
     def _write_hook(self, call: KernelCall) -> list[Edit]:
         """A changed ``hook_write`` comes instead of the native write: its key need not be the erase key any more."""
@@ -131,40 +155,43 @@ class Tap:
         new, changed = point.fire(Write(shown.key.clone(), to_show(shown.value)))  # the erase may share the key
         if not changed:
             return []
-        instead, padding = torch.ones_like(shown.value[..., 0]), self._padding(self.device)
+        instead = torch.ones_like(shown.value[..., 0])
+        padding, unknown = self._padding(instead.device)
+        if unknown is not None:
+            raise unknown
         if padding is not None:
             instead = instead.masked_fill(padding[..., None], 0)
             new = new * instead
         return [Edit(None, new, "same", 0, instead)]
 
-    def _edits(self, call: KernelCall) -> list[Edit]:
-        """Edits that follow from the writes alone: all tokens at once."""
-        edits = []
-        for attached in self.attached:
-            if attached.what.needs_state:
-                continue
-            mask, index = attached.positions.match(self.clock.positions().to(self.device))
-            start = _first_column(mask)
-            if start is None:
-                continue
-            heads = None if attached.heads == list(range(self.site.n_heads)) else attached.heads
-            rec, write = call.recurrence(heads)[:, start:], call.write(heads)[:, start:]
-            index = None if index is None else index[:, start:]
-            made = attached.what.edit(Moment(write, rec, index, delta_rank=self.family.rule.delta_rank))
-            there = mask[:, start:, None].to(write.value.dtype)
-            instead = there.expand(write.shape) if attached.what.replaces else None
-            made = None if made is None else made * there
-            edits.append(Edit(None if heads is None else tuple(heads), made, attached.read, start, instead))
-        return edits
+    def _edit(self, attached: Attached, call: KernelCall, positions: Int[Tensor, "batch pos"]) -> Edit | None:
+        """An edit that follows from the writes alone, all tokens at once; None if none of them is meant."""
+        mask, index = attached.positions.match(positions)
+        start = _first_column(mask)
+        if start is None:
+            return None
+        heads = None if attached.heads == list(range(self.site.n_heads)) else attached.heads
+        rec, write = call.recurrence(heads)[:, start:], call.write(heads)[:, start:]
+        index = None if index is None else index[:, start:]
+        made = attached.what.edit(Moment(write, rec, index, delta_rank=self.family.rule.delta_rank))
+        there = mask[:, start:, None].to(write.value.dtype)
+        instead = there.expand(write.shape) if attached.what.replaces else None
+        made = None if made is None else made * there
+        return Edit(None if heads is None else tuple(heads), made, attached.read, start, instead)
 
-    def _walk_states(self, call: KernelCall, record: Record) -> None:
+    def _walk_states(
+        self,
+        by_state: Sequence[Attached],
+        requests: Sequence[PositionSet],
+        call: KernelCall,
+        positions: Int[Tensor, "batch pos"],
+        record: Record,
+    ) -> None:
         """Edits that depend on the state, and ``hook_state``: from one such token to the next, states only there."""
-        by_state = [a for a in self.attached if a.what.needs_state]
-        if not by_state and not self.state_requests:
+        if not by_state and not requests:
             return
-        positions = self.clock.positions().to(self.device)
         matches = [(a, *a.positions.match(positions)) for a in by_state]
-        asked = [(request, request.match(positions)[0]) for request in self.state_requests]
+        asked = [(request, request.match(positions)[0]) for request in requests]
         masks = [mask for _, mask, _ in matches] + [mask for _, mask in asked]
         events: Bool[Tensor, " pos"] = torch.stack([mask.any(0) for mask in masks]).any(0)
 
@@ -212,10 +239,12 @@ class Tap:
         record: Record,
         t: int,
     ) -> Tensor:
-        point = self.points["state"]
-        point.request, point.positions = request, at
         shown = S[rows].unsqueeze(1)
-        new, changed = point.fire(shown.clone())
+        token = STATE_SHOWN.set((request, at))
+        try:
+            new, changed = self.points["state"].fire(shown.clone())
+        finally:
+            STATE_SHOWN.reset(token)
         if not changed:
             return S
         E = torch.zeros_like(S).index_copy(0, rows, (new - shown).squeeze(1))
@@ -227,21 +256,26 @@ class Tap:
     @outside_graphs
     def enter(self, _module: nn.Module, _args: Any) -> None:
         """Before the mixer, or the layer it is in: calls of the recurrence from here on are this mixer's."""
-        running.set(self)
+        if private():
+            self.clock.check_thread()
+        running.set(Running(self, running.get()))
 
     @outside_graphs
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         """After it, also if it failed."""
-        running.set(None)
+        here = running.get()
+        if here is not None and here.tap is self:
+            running.set(here.outer)
 
     @outside_graphs
     def gate(self, _norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Before the gated norm. It is called as ``norm(o, z)`` with tokens and heads flattened together: that is where
         ``z`` is."""
-        if not self.points["z"].listening:
+        here = running.get()
+        if not self.points["z"].listening or here is None:
             return None
         o, z, *rest = args
-        new = self.show("z", z.reshape(self.shape))
+        new = self.show("z", z.reshape(here.shape))
         return None if new is None else (o, new.reshape(z.shape), *rest)
 
 
@@ -258,7 +292,6 @@ class Seen:
         if not self.tap.points[self.quantity].listening:
             return None
         new = self.tap.show(self.quantity, output.reshape(*output.shape[:2], self.tap.site.n_heads, -1))
-        running.set(self.tap)  # a hook may have run another model, and the recurrence is still to come
         return None if new is None else new.reshape(output.shape)
 
 

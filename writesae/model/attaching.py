@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,11 +30,13 @@ from writesae.hooks import (
 from writesae.hooks.positions import Positions
 from writesae.hooks.quantities import RESIDUAL
 from writesae.hooks.residual_edits import is_residual_sae
+from writesae.hooks.scope import Owner, in_main_thread_alone, owning
 from writesae.model.tokens import TokenModel
 from writesae.recurrence import Read
 
-Names: TypeAlias = str | Sequence[str] | Callable[[str], bool] | None
-Hooks: TypeAlias = Sequence[tuple[str | Callable[[str], bool], Callable[[Any, HookPoint], Any]]]
+Name: TypeAlias = str | tuple[str, int]
+Names: TypeAlias = Name | Sequence[Name] | Callable[[str], bool] | None
+Hooks: TypeAlias = Sequence[tuple[Name | Callable[[str], bool], Callable[[Any, HookPoint], Any]]]
 
 
 class HookedModel(TokenModel):
@@ -52,7 +55,6 @@ class HookedModel(TokenModel):
         self._points = {point.name: point for layer in installed.points for point in layer.values()}
         self._by_layer = {tap.site.layer: tap for tap in self.taps}
         self._aliases = {tap.site.layer: tap.family.aliases for tap in self.taps}
-        self._edited_stream: list[PositionSet] = []  # where edits of the residual stream are attached
         self._handles: list[torch.utils.hooks.RemovableHandle] = []  # of `add_hook`
 
     # --- what there is ------------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ class HookedModel(TokenModel):
         return self._tap(layer).family
 
     def _tap(self, layer: int) -> Tap:
-        if layer not in self._by_layer:
+        if not isinstance(layer, int) or layer not in self._by_layer:
             raise IndexError(f"layer {layer!r} is not recurrent; recurrent layers are {sorted(self._by_layer)}")
         return self._by_layer[layer]
 
@@ -111,11 +113,12 @@ class HookedModel(TokenModel):
         bwd_hooks: Hooks = (),
         state_positions: Positions = None,
     ) -> Iterator[Any]:
-        """Attach functions to hook points while the block runs.
+        """Attach functions to hook points while the block runs; in which threads they act says `writesae.hooks.scope`.
 
         Args:
-            hooks: pairs ``(name, fn)``; the name may be a function of names. ``fn(value, hook)`` returns what to go on
-                with, of the same shape and dtype, or None. ``hook.name`` and ``hook.layer`` say where it is.
+            hooks: pairs ``(name, fn)``; the name may be a pair ``("k", 1)``, or a function of names.
+                ``fn(value, hook)`` returns what to go on with, of the same shape and dtype, or None. ``hook.name`` and
+                ``hook.layer`` say where it is.
             fwd_hooks: more of them; TransformerLens' word.
             bwd_hooks: pairs whose function gets the gradient of the value, and may return another.
             state_positions: for ``hook_state``, which fires only at these positions: once a token, with value
@@ -126,13 +129,23 @@ class HookedModel(TokenModel):
             KeyError: no such hook point.
             RuntimeError: the model ran, and a hook point was never reached.
         """
+        everywhere = in_main_thread_alone()
+        with self._attaching(hooks, fwd_hooks, bwd_hooks, state_positions, everywhere) as owner:
+            yield self
+        _warn_if_elsewhere(owner)
+
+    @contextmanager
+    def _attaching(
+        self, hooks: Hooks, fwd_hooks: Hooks, bwd_hooks: Hooks, state_positions: Positions, everywhere: bool
+    ) -> Iterator[Owner]:
+        """`hooks`, in every thread or in the running one alone."""
         with ExitStack() as stack:
-            passes, silent = stack.enter_context(self._passes()), Counter[str]()
+            owner, silent = stack.enter_context(self._block(everywhere)), Counter[str]()
             requests: dict[int, PositionSet] = {}
             for name, fn in (*hooks, *fwd_hooks):
                 for point in self._select(name):
                     if point.quantity != "state":
-                        stack.enter_context(point.add_hook(_noting(silent, point, fn)))
+                        stack.enter_context(point.add_hook(_noting(silent, point, fn), owner=owner))
                         continue
                     if state_positions is None:
                         raise ValueError(
@@ -141,26 +154,26 @@ class HookedModel(TokenModel):
                         )
                     if point.layer not in requests:
                         requests[point.layer] = PositionSet(state_positions)
-                        stack.enter_context(added(self._tap(point.layer).state_requests, requests[point.layer]))
-                    stack.enter_context(point.add_hook(_only_for(requests[point.layer], fn)))
+                        stack.enter_context(self._tap(point.layer).state_requests.added(requests[point.layer], owner))
+                    stack.enter_context(point.add_hook(_only_for(requests[point.layer], fn), owner=owner))
             for name, fn in bwd_hooks:
                 for point in self._without_states(name, "gradients come from ws.gradient"):
-                    stack.enter_context(point.add_hook(fn, "bwd"))
-            yield self
-            check_fired([name for name, n in silent.items() if n == 0], len(passes))
+                    stack.enter_context(point.add_hook(fn, "bwd", owner))
+            yield owner
+            check_fired([name for name, n in silent.items() if n == 0], owner.passes)
             _check_reached(requests.values())
 
     @contextmanager
-    def _passes(self) -> Iterator[list[None]]:
-        """A list that gets longer by one with every complete forward pass while the block runs."""
-        passes: list[None] = []
-        with self._installed.text_model.register_forward_hook(lambda *_: passes.append(None)):
-            yield passes
+    def _block(self, everywhere: bool) -> Iterator[Owner]:
+        """What a block attaches with this owner acts while it runs."""
+        with owning(everywhere) as owner, self._installed.ours.blocks.added(owner, owner):
+            yield owner
 
     def add_hook(
-        self, name: str | Callable[[str], bool], fn: Callable[[Any, HookPoint], Any], dir: str = "fwd"
+        self, name: Name | Callable[[str], bool], fn: Callable[[Any, HookPoint], Any], dir: str = "fwd"
     ) -> None:
-        """Attach a function to a hook point until `reset_hooks`; prefer `hooks`, which leaves no trace."""
+        """Attach a function to a hook point until `reset_hooks`, in every thread; prefer `hooks`, which leaves no
+        trace."""
         for point in self._without_states(name, "attach to it with model.hooks(..., state_positions=[...])"):
             self._handles.append(point.add_hook(fn, dir))
 
@@ -169,7 +182,7 @@ class HookedModel(TokenModel):
         while self._handles:
             self._handles.pop().remove()
 
-    def _without_states(self, name: str | Callable[[str], bool], instead: str) -> list[HookPoint]:
+    def _without_states(self, name: Name | Callable[[str], bool], instead: str) -> list[HookPoint]:
         points = self._select(name)
         states = [point.name for point in points if point.quantity == "state"]
         if states and not callable(name):
@@ -210,11 +223,11 @@ class HookedModel(TokenModel):
         if read not in ("same", "next"):
             raise ValueError(f"read={read!r}: allowed are 'same' and 'next'")
         with ExitStack() as stack:
-            passes, places = stack.enter_context(self._passes()), []
+            owner, places = stack.enter_context(self._block(in_main_thread_alone())), []
             for edit in self._interventions(what, atom, scale):
                 where = PositionSet(positions)
                 if isinstance(edit, ResidualEdit):
-                    stack.enter_context(self._edit_stream(edit, where, read))
+                    stack.enter_context(self._edit_stream(edit, where, read, owner))
                     place = edit.hook_name
                 else:
                     fitted = what if isinstance(what, AttachableSAE) else edit.fitted
@@ -223,15 +236,16 @@ class HookedModel(TokenModel):
                     site = self.site(edit.layer)
                     edit.check(site, where)
                     attached = Attached(edit, edit.heads(site), where, read)
-                    stack.enter_context(added(self._tap(edit.layer).attached, attached))
+                    stack.enter_context(self._tap(edit.layer).attached.added(attached, owner))
                     place = f"the recurrence of layer {edit.layer}"
                 places.append((place, where))
             yield self
-            check_fired([place for place, where in places if not where.reached], len(passes))
+            check_fired([place for place, where in places if not where.reached], owner.passes)
             _check_reached(where for _, where in places)
+        _warn_if_elsewhere(owner)
 
     @contextmanager
-    def _edit_stream(self, edit: ResidualEdit, where: PositionSet, read: Read) -> Iterator[None]:
+    def _edit_stream(self, edit: ResidualEdit, where: PositionSet, read: Read, owner: Owner) -> Iterator[None]:
         """``edit`` acts on the residual stream at the tokens of ``where`` while the block runs."""
         if read != "same":
             raise ValueError(f"read={read!r} is about the memory; an edit of the residual stream is seen at once")
@@ -248,7 +262,7 @@ class HookedModel(TokenModel):
             new[there] = edit(x[there])
             return new
 
-        with added(self._edited_stream, where), point.add_hook(fn):
+        with self._installed.ours.stream.added(where, owner), point.add_hook(fn, owner=owner):
             yield
 
     def _interventions(
@@ -269,6 +283,8 @@ class HookedModel(TokenModel):
         for edit in edits:
             if not isinstance(edit, (Intervention, ResidualEdit)):
                 got = f"the class {edit.__name__}" if isinstance(edit, type) else type(edit).__name__
+                if isinstance(edit, AttachableSAE) or is_residual_sae(edit):
+                    got += " in a list, where its edits stand: Substitute(sae), Add(layer, head, write=sae.atom(53))"
                 raise TypeError(f"intervene takes an intervention (Add, Delete, ...) or an SAE; got {got}")
         return edits
 
@@ -281,18 +297,34 @@ class HookedModel(TokenModel):
             if not chosen:
                 raise KeyError("the names function chose no hook point; it is asked about each of model.hook_names")
             return chosen
-        wanted = [names] if isinstance(names, str) else list(names)
-        found = (resolve(name, self._points, self._aliases) for name in wanted)
+        one = isinstance(names, str) or _is_pair(names)
+        wanted = [names] if one else list(names) if isinstance(names, Iterable) else [names]
+        if not all(isinstance(name, str) or _is_pair(name) for name in wanted):
+            raise TypeError(
+                f"names={names!r}: give a name, a pair like ('k', 1), a list of such, a function of the name, or None "
+                f"for all"
+            )
+        full = [name if isinstance(name, str) else name_of(*name) for name in wanted]  # type: ignore[misc]
+        found = (resolve(name, self._points, self._aliases) for name in full)
         return [self._points[name] for name in dict.fromkeys(found)]
 
     def _asked(self) -> list[PositionSet]:
-        """The positions of everything attached."""
-        of_taps = [p for tap in self.taps for p in [*(item.positions for item in tap.attached), *tap.state_requests]]
-        return of_taps + self._edited_stream
+        """The positions of everything that is in force in the running thread and task."""
+        of_taps = (
+            positions
+            for tap in self.taps
+            for positions in (*(a.positions for a in tap.attached.here()), *tap.state_requests.here())
+        )
+        return [*of_taps, *self._installed.ours.stream.here()]
 
     def _check_within(self, lengths: Int[Tensor, " batch"]) -> None:
         for positions in self._asked():
             positions.check_within(lengths)
+
+
+def _is_pair(name: object) -> bool:
+    """Whether it is a quantity and a layer, as in ``cache["k", 1]``."""
+    return isinstance(name, tuple) and len(name) == 2 and isinstance(name[0], str) and isinstance(name[1], int)
 
 
 def check_fired(silent: Iterable[str], n_passes: int) -> None:
@@ -304,14 +336,15 @@ def check_fired(silent: Iterable[str], n_passes: int) -> None:
         )
 
 
-@contextmanager
-def added(items: list[Any], item: Any) -> Iterator[None]:
-    """``item`` is in ``items`` while the block runs, whatever else comes and goes."""
-    items.append(item)
-    try:
-        yield
-    finally:
-        del items[next(i for i, other in enumerate(items) if other is item)]
+def _warn_if_elsewhere(owner: Owner) -> None:
+    """Something was attached, and the model ran only where it does not act: most likely not what was meant."""
+    if owner.foreign and not owner.begun:
+        warnings.warn(
+            "the model ran while this block was open, but only in threads in which what the block attached does not "
+            "act: it was opened outside of the main thread, or in an asyncio task, as in a notebook. Start such "
+            "threads with contextvars.copy_context().run, or by asyncio.to_thread",
+            stacklevel=4,
+        )
 
 
 def _noting(seen: Counter[str], point: HookPoint, fn: Callable[[Any, HookPoint], Any]) -> Callable[..., Any]:

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from writesae.hooks import ActivationCache, AttachableSAE, name_of
 from writesae.hooks.clock import CACHES
-from writesae.hooks.positions import Positions
+from writesae.hooks.positions import Positions, several_of_each
 from writesae.hooks.quantities import QUANTITIES
 from writesae.hooks.residual import Stopped, stop_at
-from writesae.model.attaching import HookedModel, Hooks, Names, added, check_fired
+from writesae.hooks.scope import owning
+from writesae.model.attaching import HookedModel, Hooks, Names, check_fired
 from writesae.model.tokens import Text, is_text, next_token_loss
 from writesae.models.arguments import arguments_of
 from writesae.models.load import load_model
@@ -168,8 +169,10 @@ class HookedRecurrentModel(HookedModel):
                 self._check_within(torch.full(size[:1], size[1]) if mask is None else mask.sum(-1))
         elif mask is not None and is_text(x) and mask.shape[1] == size[1]:
             raise ValueError(
-                "texts of unequal length can't continue a cache: pass token ids and the whole attention_mask"
+                "texts of unequal length can't continue a cache: the shorter ones would have padding in the middle. "
+                "Continue them one by one, or give whole texts without a cache"
             )
+        self._installed.clock.check({**tokens, "attention_mask": mask, **kwargs})
         if stop_at_layer is not None:
             if past is not None:
                 raise ValueError("stop_at_layer would leave past_key_values half filled: pass one of them")
@@ -224,11 +227,15 @@ class HookedRecurrentModel(HookedModel):
         size = next(iter(tokens.values())).shape[:2]
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("generation needs padding on the left: the attention mask ends with padding")
+        if mask is not None:
+            self._installed.clock.check({**tokens, "attention_mask": mask})
         mask = torch.ones(size, dtype=torch.long, device=self.device) if mask is None else mask
         most = self._most_new_tokens(kwargs, 0 if x is None else size[1])
         if most is not None:
             self._check_within(mask.sum(-1) + most - 1)  # the last token is never fed
-        out = self.hf_model.generate(**tokens, attention_mask=mask, **kwargs)  # type: ignore[operator]
+        beams = max(self._setting("num_beams", kwargs) or 1, self._setting("num_return_sequences", kwargs) or 1)
+        with several_of_each(beams):
+            out = self.hf_model.generate(**tokens, attention_mask=mask, **kwargs)  # type: ignore[operator]
         if most is not None:  # positions past an early end of the text are no mistake
             for positions in self._asked():
                 positions.vouch()
@@ -251,6 +258,12 @@ class HookedRecurrentModel(HookedModel):
         x, given = self.read(x, self._cache_renamed(of_model))
         return x, {name: value for name, value in kwargs.items() if name not in of_model} | given
 
+    def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """A setting of generation: as given, or the model's own."""
+        configs = (kwargs.get("generation_config"), getattr(self.hf_model, "generation_config", None))
+        said = (kwargs, *(vars(config) for config in configs if config is not None))
+        return next((one[name] for one in said if one.get(name) is not None), None)
+
     def _most_new_tokens(self, kwargs: dict[str, Any], n_prompt: int) -> int | None:
         """How many tokens may be generated, None where nothing says so."""
         configs = (kwargs.get("generation_config"), getattr(self.hf_model, "generation_config", None))
@@ -263,8 +276,7 @@ class HookedRecurrentModel(HookedModel):
 
     def _ends(self, kwargs: dict[str, Any]) -> Int[Tensor, " n"]:
         """Token ids at which generation of a text ends."""
-        configs = (kwargs.get("generation_config"), getattr(self.hf_model, "generation_config", None))
-        found = kwargs.get("eos_token_id", next((c.eos_token_id for c in configs if c is not None), None))
+        found = self._setting("eos_token_id", kwargs)
         return torch.as_tensor([] if found is None else found, device=self.device).reshape(-1).long()
 
     def run_with_cache(
@@ -282,7 +294,8 @@ class HookedRecurrentModel(HookedModel):
 
         Args:
             x: as for `forward`.
-            names: a name, a list of names, a function of the name, or None for every quantity except states.
+            names: a name or a pair ``("k", 1)``, a list of such, a function of the name, or None for every quantity
+                except states.
             names_filter: the same; TransformerLens' word for it.
             state_positions: positions at which ``hook_state`` is kept, where ``names`` asks for it. (States elsewhere
                 come from ``cache.state(layer, positions)`` later; nothing need be asked for in advance.)
@@ -318,12 +331,14 @@ class HookedRecurrentModel(HookedModel):
         keep = [point for name, point in self._points.items() if name in inputs | chosen]
         clock = self._installed.clock
         with ExitStack() as stack:
+            call = stack.enter_context(owning(everywhere=False))
             for point in keep:
-                stack.enter_context(point.add_hook(lambda value, hook: cache.store(hook.name, value, clock)))
+                keep_it = lambda value, hook: cache.store(hook.name, value, clock)  # noqa: E731
+                stack.enter_context(point.add_hook(keep_it, owner=call))
             for tap in self.taps:
                 recorder = lambda record, tap=tap: cache.record(tap, record)  # noqa: E731
                 if any(p in wanted for p in tap.points.values()):
-                    stack.enter_context(added(tap.recorders, recorder))
+                    stack.enter_context(tap.recorders.added(recorder, call))
             out = self(x, **kwargs)
         check_fired([point.name for point in keep if point.name not in cache], 1)
         for point in states:
@@ -347,7 +362,7 @@ class HookedRecurrentModel(HookedModel):
 
         ``bwd_hooks`` act in the backward pass of what is returned, also after this call.
         """
-        with self.hooks(hooks, fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks, state_positions=state_positions):
+        with self._attaching(hooks, fwd_hooks, bwd_hooks, state_positions, everywhere=False):
             return self(x, **kwargs)
 
     def encode(self, sae: AttachableSAE, x: Text, *, check_model: bool = True, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from writesae.hooks.names import inputs
+from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
 from writesae.jobs.disk import remove_halves, write_whole
 from writesae.jobs.processes import Processes
@@ -203,7 +204,7 @@ def _run(
 def _pass(model: HookedRecurrentModel, tokens: Tensor, layers: Iterable[int], keep: Callable[..., None]) -> None:
     """Give ``keep`` the inputs of these layers' recurrences that writes and states depend on."""
     wanted = [name for layer in layers for name in inputs(model.family(layer).rule, layer)]
-    with model.hooks([(name, keep) for name in wanted]):
+    with owning(everywhere=False), model.hooks([(name, keep) for name in wanted]):
         # Without the head of the language model, whose logits nobody wants and which may cost as much as the layers.
         model.hf_model.base_model(input_ids=model.to_tokens(tokens)[0], use_cache=False)
 
