@@ -27,11 +27,7 @@ def use_fla_kernels(wanted: bool) -> None:
 def fla_kernel(module: str, name: str, q: Tensor) -> Callable[..., Any] | None:
     """The kernel ``fla.ops.{module}.{name}`` if it should run for these reads, otherwise None."""
     half = q.dtype in (torch.bfloat16, torch.float16)
-    return _find(module, name) if _wanted and half and q.shape[1] > 1 and _on_gpu(q) else None
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
+    return _find(module, name) if _wanted and half and q.shape[1] > 1 and q.is_cuda else None
 
 
 @functools.cache
