@@ -257,7 +257,7 @@ def difference_of_sums(g: Tensor) -> Tensor:
 def test_strong_decay_twin(
     unstable: Callable[..., Tensor], patterns: list[str], per_key: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_between", unstable)
+    monkeypatch.setattr(kernels, "_between", unstable)  # right for every value but for rounding: no input breaks it
     check_strong_decay("no decay", per_key)  # the twin is right where decays are mild
     for pattern in patterns:
         with must_differ():
@@ -267,7 +267,7 @@ def test_strong_decay_twin(
 @UNCHECKED
 def test_factored_decay_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     """A factor a token is for mild decays: taken for any, it overflows."""
-    monkeypatch.setattr(kernels, "MILD", float("inf"))
+    monkeypatch.setattr(kernels, "MILD", float("inf"))  # a bound on rounding, which nobody should be able to set
     check_strong_decay("no decay", per_key=True)
     with must_differ():
         check_strong_decay("every token -50", per_key=True)
