@@ -1,4 +1,4 @@
-"""The replacement test against a naive replay, in one run: firings a second of both, the same firings and conditions.
+"""The replacement test against a naive replay, in one run: firings per second of both, the same firings and conditions.
 
     python benchmarks/replacement.py                                 # the shipped models
     python benchmarks/replacement.py --site tiny-gdn/L0H0 --horizon 1
