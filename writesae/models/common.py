@@ -137,7 +137,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
 
 
 class Block(GradientCheckpointingLayer):
-    """One layer: ``forward(x, mask, cache, first)`` returns ``(x, first)``; later layers get the first one's ``first``."""
+    """One layer. ``forward(x, mask, cache, first)`` returns ``(x, first)``: later layers get what the first one made."""
 
 
 class RecurrentModel(RecurrentPreTrainedModel):
