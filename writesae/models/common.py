@@ -137,7 +137,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
 
 
 class Block(GradientCheckpointingLayer):
-    """One layer. ``forward(x, mask, cache, first)`` returns ``(x, first)``: later layers get what the first one made."""
+    """One layer. ``forward(x, mask, cache, first)`` returns ``(x, first)``; the first layer makes ``first`` for all."""
 
 
 class RecurrentModel(RecurrentPreTrainedModel):
