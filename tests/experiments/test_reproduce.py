@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import writesae as ws
+from writesae import experiments
 from writesae.cli import app
 from writesae.experiments.report.paper import TABLE
 from writesae.experiments.report.reproduction import EXPERIMENTS, Sizes, reproduce
@@ -168,3 +170,40 @@ def test_console_shows_progress(given, tmp_path):
     console = Console(record=True, force_terminal=True, width=100)
     reproduce(model, saes, texts, tmp_path, only=["sign_test"], sizes=TINY, console=console)
     assert "experiments" in console.export_text()
+
+
+class Nothing(experiments.Result):
+    """The result of an experiment that finds nothing."""
+
+    title, about = "Nothing", ""
+
+    def numbers(self):
+        return []
+
+    def plot(self):
+        return experiments.figure()[0]
+
+
+@torch.no_grad()
+def test_what_an_experiment_attaches_acts_in_its_own_calls_alone(given):
+    """Another thread that runs the model meanwhile sees nothing of it; of a plain block in the main thread it would."""
+    model, _, texts = given
+    seen = {}
+
+    def deleting(model):
+        with model.intervene(ws.Delete(2)):
+            seen["own"] = model(texts[0][:100])
+            with ThreadPoolExecutor(1) as pool:
+                seen["other"] = pool.submit(torch.no_grad()(model), texts[0][:100]).result()
+        return Nothing()
+
+    plain = model(texts[0][:100])
+    try:
+        registered = experiments.experiment("a test")(deleting)
+        assert EXPERIMENTS["deleting"].function is registered and registered.__name__ == "deleting"
+        registered(model)
+        assert torch.equal(seen["other"], plain) and not torch.equal(seen["own"], plain)
+        deleting(model)
+        assert torch.equal(seen["other"], seen["own"])
+    finally:
+        EXPERIMENTS.pop("deleting", None)

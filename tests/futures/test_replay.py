@@ -1,6 +1,8 @@
 """Replayed futures against plain ones: one firing and one condition at a time, states edited as dense matrices."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -253,6 +255,27 @@ def test_in_bfloat16_futures_are_compared_within_one_pass():
     found = replayer.futures(native, window, position, {place: stacked([own, own * 0.0])})
     assert found.kl.shape == (3, 2, HORIZON + 1)
     assert float(found.kl[:, 0].max()) < 1e-6 < 1e-4 < float(found.kl[:, 1].max())
+
+
+@torch.no_grad()
+def test_replays_beside_other_threads(models):
+    """In the middle of every pass of a replay, another thread runs the model, and sees it as it is; nor is it seen."""
+    model, place = models("tiny-gdn"), Head(2, 0)
+    ids, (window, position) = some_windows(model, 3), some_firings(3, 5)
+    *_, alone = futures(model, place, ids, window, position, "same")
+    other, plain, found = some_windows(model, 4, 20), model(some_windows(model, 4, 20)), []
+    with ThreadPoolExecutor(1) as pool:
+        (elsewhere,) = pool.map(lambda _: threading.get_ident(), [0])
+
+        def meanwhile(*_):
+            if threading.get_ident() != elsewhere:
+                found.append(pool.submit(torch.no_grad()(model), other).result())
+
+        with model.hf_model.model.layers[2].register_forward_pre_hook(meanwhile):
+            replayer, *_, beside = futures(model, place, ids, window, position, "same")
+    assert len(found) > 3 and all(torch.equal(logits, plain) for logits in found)
+    assert replayer.way == (True, True), "the layers below were left out"
+    assert torch.equal(beside.kl, alone.kl)
 
 
 # Ways, traces, mistakes ----------------------------------------------------------------------------------------------

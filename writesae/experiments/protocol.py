@@ -26,6 +26,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from writesae.experiments.results.result import Result
+from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
 from writesae.jobs.progress import Progress
 from writesae.model import HookedRecurrentModel
@@ -254,7 +255,8 @@ def experiment(
     settings: Callable[[Sizes], Mapping[str, Any]] = lambda _: {},
     plan: Plan | None = None,
 ) -> Callable[[F], F]:
-    """Register a function as an experiment. It stays the function that it is.
+    """Register a function as an experiment. What it attaches to the model acts in its own calls alone, so that other
+    threads may run the model meanwhile (`writesae.hooks.scope`); otherwise it stays the function that it is.
 
     Args:
         help: what it asks, in a line.
@@ -266,6 +268,7 @@ def experiment(
     """
 
     def register(function: F) -> F:
+        function = owning(everywhere=False)(function)
         made = Experiment(function, help, order, plan or _plan_of(function, settings))
         EXPERIMENTS.pop(made.name, None)
         registered = sorted([*EXPERIMENTS.values(), made], key=lambda one: one.order)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from transformers import DynamicCache
 
 from writesae.hooks import ActivationCache, Replace, find_mixers, short_chunks
 from writesae.hooks.names import inputs
+from writesae.hooks.residual import giving
+from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read, Write
@@ -121,14 +123,15 @@ class Replayer:
         seen: list[Any] = []
         layers = sorted({layer for layer, _ in self.places})
         names = [name for layer in layers for name in inputs(self.model.family(layer).rule, layer)]
-        handle = self.below[-1].register_forward_hook(lambda *args: seen.append(args[-1])) if self.below else None
-        try:
-            with short_chunks():
-                few = self.model.logits_of_last(0 if logits else 1)
+        few = self.model.logits_of_last(0 if logits else 1)
+        with owning(everywhere=False) as call, short_chunks():
+
+            def keep(_layer: nn.Module, _args: Any, output: Any) -> None:
+                if call.here:  # and not in a pass of another thread
+                    seen.append(output)
+
+            with self.below[-1].register_forward_hook(keep) if self.below else nullcontext():
                 found, cache = self.model.run_with_cache(ids, names=names, **few)
-        finally:
-            if handle is not None:
-                handle.remove()
         below = seen[0] if len(seen) == 1 and _by_token(seen[0], ids.shape) else None
         return Native(ids, found, cache, below)
 
@@ -223,25 +226,13 @@ class Replayer:
                 begin = int(at[i * n]) + self.first - end + logits.shape[1]  # as some models give all logits
                 yield firing, logits[i * n : (i + 1) * n, begin : begin + self.horizon + 1 - self.first]
 
-    @contextmanager
     def _skipping(
         self, native: Native, rows: Tensor | slice, start: int, end: int, allowed: bool = True
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Layers below give what they gave natively while the block runs, at tokens ``start`` to ``end``."""
         if self.way is None or not self.way[1] or native.below is None or not allowed:
-            yield
-            return
-        output = _map(lambda x: x[rows, start:end], native.below)
-        before = [layer.__dict__.get("forward") for layer in self.below]
-        try:
-            for layer in self.below:
-                layer.forward = lambda *_args, **_kwargs: output  # type: ignore[method-assign]
-            yield
-        finally:
-            for layer, forward in zip(self.below, before, strict=True):
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward  # type: ignore[method-assign]
+            return nullcontext()
+        return giving(self.below, _map(lambda x: x[rows, start:end], native.below))
 
     def _find_way(self, native: Native) -> tuple[bool, bool]:
         """The first of `WAYS` in which futures without an edit, after two pieces or more, are as in the native pass."""
