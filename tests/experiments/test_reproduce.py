@@ -1,6 +1,7 @@
 """The whole report on a shipped model: run, stopped and continued, with failures that cost nothing else."""
 
 import dataclasses
+import inspect
 import json
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
@@ -207,3 +208,20 @@ def test_what_an_experiment_attaches_acts_in_its_own_calls_alone(given):
         assert torch.equal(seen["other"], seen["own"])
     finally:
         EXPERIMENTS.pop("deleting", None)
+
+
+def test_a_batch_of_nothing_is_refused_by_every_experiment(given):
+    model, (sae, *_), texts = given
+    chosen = ws.choose_atoms(model, sae, texts[:4], "boundary", n=1)
+    arguments = {
+        "replacement_test": (sae, texts), "population_test": (sae, texts), "atom_classes": (sae, texts),
+        "logit_change": (sae, texts), "erase": (sae, 0, texts), "sign_test": (*sae.place, texts),
+        "install": (*sae.place, "The captain"), "amplify": (chosen, "The captain"),
+    }  # fmt: skip
+    with_batches = {
+        name for name, one in EXPERIMENTS.items() if "batch_size" in inspect.signature(one.function).parameters
+    }
+    assert arguments.keys() == with_batches
+    for name, given_to in arguments.items():
+        with pytest.raises(ValueError, match="batch_size=0: it must be at least 1"):
+            EXPERIMENTS[name].function(model, *given_to, batch_size=0)

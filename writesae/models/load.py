@@ -161,7 +161,7 @@ def read_tensors_of(path: str) -> dict[str, Tensor]:
             f"safetensors ({str(error).splitlines()[0]})"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
-        raise ValueError(f"{path} holds something else than a model's weights, one tensor a name")
+        raise ValueError(f"{path} holds something else than a model's weights, one tensor per name")
     return tensors
 
 

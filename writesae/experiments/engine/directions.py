@@ -27,7 +27,7 @@ Key: TypeAlias = Literal["native", "signed", "read"] | Float[Tensor, " d_key"]
 
 @dataclass(frozen=True)
 class Places:
-    """Where writes are wanted, one row a sequence and target, and what is there: all that a direction may depend on.
+    """Where writes are wanted, one row per sequence and target, and what is there: all that a direction may depend on.
 
     Attributes:
         model, layer, head: where in the model.
