@@ -155,7 +155,7 @@ class ActivationCache(Mapping[str, Any]):
         return self._shown(found[torch.arange(len(at), device=found.device)[:, None], at])
 
     def _tap(self, layer: int) -> Tap:
-        if not isinstance(layer, int) or layer not in self._taps:
+        if not isinstance(layer, int) or isinstance(layer, bool) or layer not in self._taps:
             raise IndexError(f"layer {layer} is not recurrent; recurrent layers are {sorted(self._taps)}")
         return self._taps[layer]
 

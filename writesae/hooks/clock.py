@@ -235,8 +235,16 @@ class Clock:
         would = Pass(call)
         would.begin()
         mask = call.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2 and would.past is not None:
-            would.mask()  # raises
+        if isinstance(mask, Tensor) and would.past is not None:
+            (batch, n_pos), shape = would._shape(), mask.shape
+            if mask.ndim == 2:
+                would.mask()  # raises
+            elif mask.ndim != 4 or shape[0] not in (1, batch) or shape[2] != n_pos or shape[3] < would.past + n_pos:
+                raise ValueError(
+                    f"attention_mask {list(shape)} for {n_pos} tokens of {batch} texts, {would.past} cached before "
+                    f"them: give [batch, {would.past + n_pos}], 1 for real tokens and 0 for padding, or a mask of "
+                    f"attention alone, [batch, 1, {n_pos}, {would.past + n_pos}]"
+                )
         would.check_padding()
 
     def end(self, output: Any = None) -> bool:

@@ -131,7 +131,10 @@ class HookPoint(nn.Module):
         shown = fn if dir == "fwd" else functools.partial(_on_gradient, fn)
 
         def hook(point: Any, _args: Any, value: Value) -> Any:
-            return shown(value, point) if owner.here else None
+            new = shown(value, point) if owner.here else None
+            if new is not None and new is not value:
+                point._check(value, new)  # here, or the next function would be given it
+            return new
 
         with LOCK:  # torch counts its hooks without one
             return self.register_forward_hook(hook)

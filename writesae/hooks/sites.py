@@ -61,5 +61,5 @@ class Site:
 
     def check_head(self, head: object) -> None:
         """Raise IndexError unless it is one of this layer's heads."""
-        if not isinstance(head, int) or not 0 <= head < self.n_heads:
+        if not isinstance(head, int) or isinstance(head, bool) or not 0 <= head < self.n_heads:
             raise IndexError(f"head {head!r} at layer {self.layer}: allowed are 0 to {self.n_heads - 1}")

@@ -98,7 +98,7 @@ class HookedModel(TokenModel):
         return self._tap(layer).family
 
     def _tap(self, layer: int) -> Tap:
-        if not isinstance(layer, int) or layer not in self._by_layer:
+        if not isinstance(layer, int) or isinstance(layer, bool) or layer not in self._by_layer:
             raise IndexError(f"layer {layer!r} is not recurrent; recurrent layers are {sorted(self._by_layer)}")
         return self._by_layer[layer]
 
