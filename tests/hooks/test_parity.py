@@ -576,8 +576,9 @@ def test_twins(twin: Twin, monkeypatch: pytest.MonkeyPatch) -> None:
         for one in e.model.taps:
             rule = one.family.rule
             broken = twin.broken if twin.name == "write" else lambda get, rule=rule: twin.broken(rule.recurrence(get))
+            # A value that every tap is given, the adapter, with one function of its rule broken.
             monkeypatch.setattr(one, "family", replace(one.family, rule=replace(rule, **{twin.name: broken})))
-    else:
+    else:  # one step of the algebra or of an adapter: no input makes it drop a state, or count padding
         monkeypatch.setattr(twin.owner, twin.name, twin.broken)
     with pytest.raises(AssertionError, match="not close"):
         assert_close(twin.mode(e, case, ids), expected)

@@ -29,7 +29,7 @@ def use_fla_kernels(wanted: bool) -> None:
 def fla_kernel(module: str, name: str, q: Tensor) -> Callable[..., Any] | None:
     """The kernel ``fla.ops.{module}.{name}`` if it should run for these reads, otherwise None."""
     half = q.dtype in (torch.bfloat16, torch.float16)
-    return _find(module, name) if _wanted and half and q.shape[1] > 1 and _on_gpu(q) else None
+    return _find(module, name) if _wanted and half and q.shape[1] > 1 and (q.is_cuda or plays_gpu()) else None
 
 
 _as_if_on_gpu: ContextVar[bool] = ContextVar("as_if_on_gpu", default=False)
@@ -52,10 +52,6 @@ def as_if_on_gpu() -> Iterator[None]:
 def plays_gpu() -> bool:
     """Whether the running code is inside `as_if_on_gpu`."""
     return _as_if_on_gpu.get()
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda or plays_gpu()
 
 
 @functools.cache
