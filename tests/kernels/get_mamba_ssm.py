@@ -1,5 +1,5 @@
-"""Put the source of mamba-ssm into a folder, for `test_triton.py`. pip would build what it downloads, which takes a GPU's
-compiler.
+"""Put the source of mamba-ssm into a folder, for `test_triton.py`. pip would build what it downloads, which takes a
+compiler for GPUs.
 
 Usage: python tests/kernels/get_mamba_ssm.py FOLDER
 """
