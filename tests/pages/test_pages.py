@@ -391,8 +391,8 @@ def test_pages_say_what_was_measured(site):
     dead = int((fires == 0).nonzero()[0])
     pages_of = {i: Reader((site / "atom" / f"{i:05d}.html").read_text()).text for i in (measured[0], other, dead)}
     assert "Not measured" not in pages_of[measured[0]] and "Measured, through the model" in pages_of[measured[0]]
-    command = f"writesae pages tiny-gdn/L2H0 --out {site} --atom {other}"
-    assert pages_of[other].count(f"Not measured for this atom. To measure it: {command}") == 3
+    command = f"in the folder of this site: writesae pages tiny-gdn/L2H0 --out . --atom {other}"
+    assert pages_of[other].count(f"Not measured for this atom. To measure it, {command}") == 3
     assert "It never fires in" in pages_of[dead] and "never fires in this text" in pages_of[dead]
     for atom, text in pages_of.items():
         assert f"Atom {atom}" in text and f"{int(fires[atom]):,} of {made.survey.n_tokens:,} tokens" in text

@@ -44,8 +44,9 @@ def pages(
         found, hooked = sae_and_model(sae, model)
         name = sae.removesuffix("/")
         folder = out or Path("runs") / f"pages-{Path(name).parent.name}-{Path(name).name}".replace("--", "-")
-        again = ["writesae", "pages", sae, *(["--model", model] if model else [])]
-        again += [*(["--text", str(text)] if text else []), "--out", str(folder)]
+        # To be run in the site's folder, so that pages say the same wherever that is.
+        again = ["writesae", "pages", anywhere(sae), *(["--model", anywhere(model)] if model else [])]
+        again += [*(["--text", anywhere(str(text))] if text else []), "--out", "."]
         index = write_pages(
             hooked.to(device), found.to(device), read_texts(text), folder, atoms=atoms, also=atom or (), prompts=prompt,
             name=name, source=str(text or "Shipped held-out documents"), neuronpedia=neuronpedia,
@@ -55,3 +56,8 @@ def pages(
     console.print(f"Open {index} in a browser.", markup=False, highlight=False)
     if neuronpedia:
         console.print(f"For Neuronpedia: {folder / 'neuronpedia'}", markup=False, highlight=False)
+
+
+def anywhere(name: str) -> str:
+    """What names the same file or folder from every folder; names of other things stay."""
+    return str(Path(name).resolve()) if Path(name).exists() else name

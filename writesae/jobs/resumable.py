@@ -11,13 +11,12 @@ Either way a file appears whole or not at all (`writesae.jobs.disk`), so that wh
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from writesae.jobs.disk import write_whole
+from writesae.jobs.disk import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -37,17 +36,17 @@ class Kept:
         if self.folder is None:
             return None
         try:
-            found = json.loads((self.folder / name).read_bytes())
+            found = read_json(self.folder / name)
         except (OSError, ValueError):
             return None
-        if not isinstance(found, dict) or differences(found, self.identity):
+        if differences(found, self.identity):
             return None
         return {key: value for key, value in found.items() if key not in self.identity}
 
     def write(self, name: str, contents: Mapping[str, Any]) -> None:
         """Write a file, whole or not at all; keys of the contents are none of the identity's."""
         if self.folder is not None:
-            write_whole(self.folder / name, json.dumps({**self.identity, **contents}).encode())
+            write_json(self.folder / name, {**self.identity, **contents}, indent=None)
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,6 @@ No pickle can run code.
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import zipfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -35,6 +35,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
+from writesae.jobs.disk import read_json
 from writesae.models.common import RecurrentForCausalLM
 from writesae.models.delta_net import DeltaNetForCausalLM
 from writesae.models.formats import mamba2_of_authors, mamba2_tensors_of_authors, rwkv7_of_authors, rwkv7_of_early_fla
@@ -124,7 +125,7 @@ def find(source: str | Path, name: str, hub: dict[str, Any]) -> str | None:
 def read_config(source: str | Path, hub: dict[str, Any]) -> dict[str, Any]:
     """``config.json``; empty if there is none, and transformers then says what is missing or does without."""
     path = find(source, "config.json", hub)
-    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    return {} if path is None else read_json(Path(path))
 
 
 def _find_pth(source: str, hub: dict[str, Any]) -> str:
@@ -143,22 +144,45 @@ def read_tensors(source: str | Path, hub: dict[str, Any]) -> dict[str, Tensor]:
         if path := find(source, name, hub):
             files = [path]
             if name.endswith(".json"):
-                shards = sorted(set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()))
+                shards = _shards(Path(path))
                 files = [cached_file(source, shard, **hub) for shard in shards]
             return {key: tensor for file in files for key, tensor in read_tensors_of(str(file)).items()}
     raise FileNotFoundError(f"{source} has no weights: none of {', '.join(WEIGHTS)}")
 
 
+def _shards(index: Path) -> list[str]:
+    """The files that an index of weights names, all beside it."""
+    named = read_json(index).get("weight_map")
+    names = set(named.values()) if isinstance(named, dict) else set()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{index} has no weight_map from tensors to files; fetch or make it again")
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"{index} names the file {name!r}: allowed are files beside it")
+    return sorted(names)
+
+
 def read_tensors_of(path: str) -> dict[str, Tensor]:
     """The tensors of one file, safetensors or a pickle that holds nothing else."""
     if path.endswith(".safetensors"):
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from error
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is damaged, or wants to run code when it is loaded, which is refused; ask whoever made it for "
             f"safetensors ({str(error).splitlines()[0]})"
+        ) from error
+    except (MemoryError, FileNotFoundError):
+        raise
+    except Exception as error:  # a damaged file fails anywhere in zip, tar, pickle or torch; TorchScript is refused
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path} is damaged, or no file of weights ({reason}); fetch it again, or ask whoever made it for "
+            f"safetensors"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
         raise ValueError(f"{path} holds something else than a model's weights, one tensor per name")

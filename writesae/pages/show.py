@@ -13,7 +13,7 @@ from writesae import zoo
 from writesae.jobs.disk import write_whole
 from writesae.model import HookedRecurrentModel
 from writesae.pages.render import atom_page
-from writesae.pages.site import name_of, page_name
+from writesae.pages.site import name_of, page_name, read_page
 from writesae.pages.study import Study, study
 from writesae.stores.windows import Texts
 
@@ -62,10 +62,7 @@ def show(
     if pages is not None:
         if model is not None or texts is not None:
             raise ValueError("give pages=, a folder made before, or model= and texts= to make a page; not both")
-        path = Path(pages) / page_name(atom)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: pages= is a folder that `writesae pages` has written")
-        return Page(f"Atom {atom} of {name_of(sae)}", _alone(path.read_text(encoding="utf-8")))
+        return Page(f"Atom {atom} of {name_of(sae)}", _alone(read_page(Path(pages), page_name(atom))))
     made = _studied(sae, atom, model, texts, check_model)
     command = f"writesae pages {name_of(sae)}"
     return Page(f"Atom {atom} of {made.name}", _alone(atom_page(made, atom, command=command)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from writesae.jobs.disk import write_whole
+from writesae.jobs.disk import read_json, remove_halves, write_json, write_whole
 from writesae.jobs.progress import track
 from writesae.pages.neuronpedia import export
 from writesae.pages.render import atom_page, index_page
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from writesae.saes import WriteSAE
 
 DATA = "data"  # subfolder of the data that the pages are made of
+PAGES = "pages.json"  # in it: the sha256 of every page
+AGAIN = "the same `writesae pages` again writes it anew"
 
 
 def write_pages(
@@ -56,7 +59,8 @@ def write_pages(
         name: the SAE's name, for titles; None for its model and head.
         source: where the texts come from, in words, for the pages.
         neuronpedia: also write ``neuronpedia/`` (see `writesae.pages.neuronpedia`).
-        command: the command shown on pages of atoms that were not measured; None for one made of ``name`` and ``out``.
+        command: the command shown on pages of atoms that were not measured, to be run in ``out``; None for one made of
+            ``name``.
         check_model: refuse an SAE trained on other weights.
         console: where progress is shown; None for none.
 
@@ -73,21 +77,43 @@ def write_pages(
         model, sae, texts, atoms=atoms, also=also, folder=out / DATA, prompts=prompts, name=name, source=source,
         check_model=check_model, console=console,
     )  # fmt: skip
-    command = command or shlex.join(["writesae", "pages", name, "--out", str(out)])
+    command = command or shlex.join(["writesae", "pages", name, "--out", "."])
+    for folder in (out, out / "atom", out / "neuronpedia"):
+        remove_halves(folder, "*")
     written = {out / page_name(atom) for atom in range(sae.cfg.n_atoms)}
+    digests = {}
     for atom in track(range(sae.cfg.n_atoms), "writing pages", console, transient=True):
-        write_file(out / page_name(atom), atom_page(made, atom, command=command))
+        digests[page_name(atom)] = write_file(out / page_name(atom), atom_page(made, atom, command=command))
     for path in set((out / "atom").glob("*.html")) - written:  # pages of a larger SAE that was here before
         path.unlink()
     if neuronpedia:
         export(made, out / "neuronpedia")
-    write_file(out / "index.html", index_page(made, command=command))
+    digests["index.html"] = write_file(out / "index.html", index_page(made, command=command))
+    write_json(out / DATA / PAGES, digests)
     return out / "index.html"
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a page whole. Half a surrogate pair, which a broken token may hold, becomes a question mark."""
-    write_whole(path, text.encode("utf-8", errors="replace"))
+def read_page(out: Path, name: str) -> str:
+    """A page that was written before.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it was altered since.
+    """
+    path, written = out / name, out / DATA / PAGES
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: pages= is a folder that `writesae pages` has written")
+    data = path.read_bytes()
+    if written.is_file() and read_json(written, AGAIN).get(name) != hashlib.sha256(data).hexdigest():
+        raise ValueError(f"{path} was altered after it was written; {AGAIN}")
+    return data.decode("utf-8")
+
+
+def write_file(path: Path, text: str) -> str:
+    """Write a page whole; its sha256. Half a surrogate pair, which a broken token may hold, becomes a question mark."""
+    data = text.encode("utf-8", errors="replace")
+    write_whole(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def page_name(atom: int) -> str:

@@ -21,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from writesae.jobs.disk import write_whole
+from writesae.jobs.disk import remove_halves, write_whole
 from writesae.jobs.progress import Bars
 from writesae.jobs.resumable import Kept
 from writesae.pages.decoder import BLOCK, Decoder, direct_effect, extremes, nearest
@@ -168,6 +168,8 @@ def study(
     sae.atom(torch.tensor(list(also), dtype=torch.long))  # raises for one out of range
     windows = cut_windows(model, texts)
     starts = _prompts(model, windows, prompts)
+    for part in (folder, folder / "atoms") if folder is not None else ():
+        remove_halves(part, "survey.*", "*.json")
     kept = Kept(folder, {"format": FORMAT, "settings": _settings(model, sae, windows, starts)})
     with Bars(console, transient=True) as bars:
         found = before.survey if before is not None else _kept_survey(model, sae, kept)

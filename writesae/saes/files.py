@@ -7,7 +7,6 @@ The two files are SAELens' too (version 6): beside our fields ``cfg.json`` has i
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from writesae.jobs.disk import write_whole
+from writesae.jobs.disk import read_json, remove_halves, write_json, write_whole
 from writesae.saes.config import SAEConfig
 from writesae.saes.sparsities import sparsity_named
 
@@ -34,12 +33,13 @@ def save(
     ``for_saelens`` are values of `saelens_fields` other than what follows from ``cfg``.
     """
     check_finite(tensors, cfg, "not saved")
+    remove_halves(folder, WEIGHTS, CONFIG)
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     described = (
         saelens_fields(cfg) | dict(for_saelens or {}) | cfg.to_dict() | {CHECKSUM: hashlib.sha256(data).hexdigest()}
     )
     write_whole(folder / WEIGHTS, data)
-    write_whole(folder / CONFIG, (json.dumps(described, indent=2) + "\n").encode())
+    write_json(folder / CONFIG, described)
 
 
 def load(folder: Path, or_instead: str = "") -> tuple[SAEConfig, dict[str, Tensor]]:
@@ -62,7 +62,7 @@ def load(folder: Path, or_instead: str = "") -> tuple[SAEConfig, dict[str, Tenso
     data = path.read_bytes()
     try:
         tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError, KeyError) as e:
+    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError, RuntimeError) as e:
         raise ValueError(
             f"{path} is not a whole safetensors file ({e}): cut off, or of another kind; fetch or save it again"
         ) from e
@@ -122,19 +122,8 @@ def check_finite(tensors: Mapping[str, Tensor], cfg: SAEConfig, trouble: str) ->
             raise ValueError(f"{trouble}: {bad} of {tensor.numel()} numbers in {name} are NaN or infinite")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError if it is damaged or anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON ({e}): it was cut off or edited; fetch or save it again") from e
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a JSON {type(values).__name__}, not an object with names; fetch it again")
-    return values
-
-
 def _read_config(path: Path) -> tuple[SAEConfig, str]:
-    values = read_json(path)
+    values = read_json(path, "fetch or save it again")
     if not isinstance(values.get("type"), str):
         raise ValueError(f'{path} does not say its "type": it is not an SAE configuration of this library')
     if not isinstance(values.get(CHECKSUM), str):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,12 +23,13 @@ from torch import Tensor
 from writesae.hooks.names import inputs
 from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
-from writesae.jobs.disk import remove_halves, write_whole
+from writesae.jobs.disk import remove_halves, write_json
 from writesae.jobs.processes import Processes
 from writesae.jobs.progress import Bars
 from writesae.jobs.resumable import check_same
 from writesae.jobs.versions import versions
 from writesae.stores.shards import (
+    DTYPES,
     HEADER,
     REPORT,
     StoredSite,
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from writesae.hooks import HookPoint
     from writesae.model import HookedRecurrentModel
 
-DTYPES = ("float16", "bfloat16", "float32")
 SHARD_BYTES = 64 * 2**20  # about how large a shard is by default
 
 
@@ -340,7 +339,7 @@ def _work(info: StoreInfo) -> dict[str, Any]:
 
 def _write(folder: Path, name: str, values: dict[str, Any], info: StoreInfo) -> None:
     with _explained(folder, info):
-        write_whole(folder / name, (json.dumps(values, indent=2) + "\n").encode())
+        write_json(folder / name, values)
 
 
 @contextmanager

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -22,11 +24,13 @@ import torch
 from torch import Tensor
 
 from writesae.hooks.sites import Head
-from writesae.jobs.disk import write_whole
+from writesae.jobs.disk import read_json, write_whole
+from writesae.jobs.tensors import checksum
 
 HEADER = "store.json"
 REPORT = "report.json"
 FORMAT = 1
+DTYPES = ("float16", "bfloat16", "float32")
 RULE_OF = {  # stores of version 0.1 named a layer's family as messages do, where its rule is meant
     "Gated DeltaNet": "gated_delta",
     "Kimi Delta Attention": "kimi_delta",
@@ -113,15 +117,18 @@ class StoreInfo:
         return {f"{site}.{name}": shape for site in self.sites for name, shape in site.shapes.items()}
 
     @classmethod
-    def from_json(cls, data: bytes | str) -> StoreInfo:
+    def from_json(cls, values: dict[str, Any]) -> StoreInfo:
         """From the contents of ``store.json``; ValueError says what is wrong with them."""
-        values = json.loads(data)
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            found = values.get("format") if isinstance(values, dict) else None
-            raise ValueError(f"it has format {found!r}, this version reads {FORMAT}")
+        if values.get("format") != FORMAT:
+            raise ValueError(f"it has format {values.get('format')!r}, this version reads {FORMAT}")
         known = {f.name for f in fields(cls)}
         if wrong := sorted(known ^ values.keys()):
             raise ValueError(f"missing or unknown: {', '.join(wrong)}")
+        for name in ("context", "n_sequences", "shard_sequences", "batch_size"):
+            if not isinstance(values[name], int) or not 1 <= values[name] < 2**48:
+                raise ValueError(f"{name} is {values[name]!r}, and must be a whole number from 1 on")
+        if values["dtype"] not in DTYPES:
+            raise ValueError(f"dtype is {values['dtype']!r}; allowed are {', '.join(DTYPES)}")
         values["sites"] = tuple(StoredSite(**site) for site in values["sites"])
         for name in ("fingerprints", "families"):
             values[name] = {int(layer): value for layer, value in values[name].items()}
@@ -138,6 +145,12 @@ def shard_path(folder: Path, i: int) -> Path:
     return folder / f"shard-{i:05d}.safetensors"
 
 
+def shards_in(folder: Path) -> list[int]:
+    """Numbers of the shards that a folder holds."""
+    names = (re.fullmatch(r"shard-(\d{5,})\.safetensors", path.name) for path in folder.iterdir())
+    return [int(name[1]) for name in names if name]
+
+
 def read_info(folder: Path) -> StoreInfo:
     """The header; FileNotFoundError if there is none, ValueError if it cannot be used."""
     path = folder / HEADER
@@ -146,7 +159,7 @@ def read_info(folder: Path) -> StoreInfo:
             f"{folder} holds no activation store: {HEADER} is missing; `writesae extract` makes one"
         )
     try:
-        return StoreInfo.from_json(path.read_bytes())
+        return StoreInfo.from_json(read_json(path))
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise ValueError(f"{path} is not the header of an activation store ({e}): extract into a new folder") from e
 
@@ -183,17 +196,13 @@ def read_shard(folder: Path, i: int, info: StoreInfo, *, check: bool = True) -> 
             f"{path} belongs elsewhere: expected shard {i} of store {info.identity[:16]}, found shard "
             f"{seal.get('shard')} of store {str(seal.get('store'))[:16]}; {AGAIN}"
         )
+    rows = min(info.shard_sequences, info.n_sequences - i * info.shard_sequences)
+    expected = {"tokens": [rows, info.context]} | {k: [rows, info.context, *v] for k, v in info.shapes().items()}
+    if wrong := {name: list(x.shape) for name, x in tensors.items() if list(x.shape) != expected.get(name)}:
+        name, found = next(iter(wrong.items()))
+        raise ValueError(f"{path}: {name} is {found}, and {HEADER} says {expected.get(name)}; {AGAIN}")
     if check and (found := checksum(tensors)) != seal.get("sha256"):
         raise ValueError(
             f"{path} was altered after it was written: expected checksum {seal.get('sha256')}, found {found}; {AGAIN}"
         )
     return tensors
-
-
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, x in sorted(tensors.items()):
-        digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
-        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -8,7 +8,7 @@ rebuilds the rest without the model, with the code that `ActivationCache` uses. 
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.hooks.sites import Head
+from writesae.jobs.disk import read_json
 from writesae.jobs.progress import track
 from writesae.recurrence import Write
 from writesae.recurrence.dynamics import Dynamics, States
 from writesae.recurrence.rules import RULES, Rule
-from writesae.stores.shards import HEADER, REPORT, StoredSite, StoreInfo, read_info, read_shard, shard_path
+from writesae.stores.shards import HEADER, REPORT, StoredSite, StoreInfo, read_info, read_shard, shard_path, shards_in
 
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
@@ -65,12 +66,13 @@ class ActivationStore:
         """
         folder = Path(folder)
         info = read_info(folder)
-        paths = [shard_path(folder, i) for i in range(info.n_shards)]
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
+        n_missing = info.n_shards - sum(i < info.n_shards for i in shards_in(folder))
+        if n_missing:  # a damaged header may say any number of shards
+            missing = (shard_path(folder, i) for i in range(info.n_shards))
+            first = list(itertools.islice((path.name for path in missing if not path.is_file()), 3))
             raise FileNotFoundError(
-                f"{folder} lacks {len(missing)} of {info.n_shards} shards, {', '.join(missing[:3])}"
-                f"{', ...' if len(missing) > 3 else ''}: the same `writesae extract` again makes what is missing"
+                f"{folder} lacks {n_missing} of {info.n_shards} shards, {', '.join(first)}"
+                f"{', ...' if n_missing > 3 else ''}: the same `writesae extract` again makes what is missing"
             )
         return cls(info, folder)
 
@@ -125,7 +127,9 @@ class ActivationStore:
     def report(self) -> dict[str, Any]:
         """What `writesae.stores.extraction.store_error` measured when the store was made; empty if nothing was."""
         path = self.folder and self.folder / REPORT
-        return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+        if path is None or not path.is_file():
+            return {}
+        return read_json(path, "delete it, and the same `writesae extract` makes it again")
 
     # --- what is kept -------------------------------------------------------------------------------------------------
 
@@ -240,6 +244,8 @@ class ActivationStore:
     def _rows(self, name: str, numbers: Int[Tensor, " n"]) -> Tensor:
         """Some sequences of one tensor, in the dtype that it is stored in."""
         of_shard, within = numbers // self.info.shard_sequences, numbers % self.info.shard_sequences
+        for i in of_shard[:1].tolist():
+            self._shard(i)  # whose sizes are checked, before room is made for what the header says
         shape = self.info.shapes().get(name, [])
         dtype = torch.int32 if name == "tokens" else self.info.torch_dtype
         found = torch.empty(len(numbers), self.context, *shape, dtype=dtype)

@@ -116,8 +116,10 @@ def from_array(path: Path, context: int, max_tokens: int | None = None) -> Int[T
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: give a .npy file of token ids") from None
-    except (ValueError, EOFError) as e:
-        raise ValueError(f"{path} is not a .npy file of numbers ({e})") from e
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as e:  # its header is Python, and fails in many ways when it is damaged
+        raise ValueError(f"{path} is not a whole .npy file of numbers ({e}); make it again") from e
     if not isinstance(array, np.ndarray) or array.ndim not in (1, 2) or array.dtype.kind not in "iu":
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive of arrays"
         raise ValueError(f"{path} holds {got}; token ids are integers, [pos] or [n, pos]")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from writesae.experiments.results.result import Number, Result, png_of
 from writesae.hooks.sites import Head
-from writesae.jobs.disk import write_whole
+from writesae.jobs.disk import read_json, remove_halves, write_json, write_whole
 from writesae.jobs.versions import versions
 
 if TYPE_CHECKING:
@@ -127,13 +126,14 @@ def save_outcome(
         columns=columns, files={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}, **found,
     )  # fmt: skip
     (folder / OUTCOME).unlink(missing_ok=True)
+    remove_halves(folder, OUTCOME, RECORDS, FIGURE)
     for name in (RECORDS, FIGURE):
         if name in contents:
             write_whole(folder / name, contents[name])
         else:
             (folder / name).unlink(missing_ok=True)
     described = {"format": FORMAT} | {name: value for name, value in asdict(outcome).items() if name != "folder"}
-    write_whole(folder / OUTCOME, (json.dumps(_plain(described), indent=2, allow_nan=False) + "\n").encode())
+    write_json(folder / OUTCOME, _plain(described))
     return outcome
 
 
@@ -149,7 +149,7 @@ def load_outcome(folder: str | Path) -> Outcome:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} holds no outcome, or not yet; run the experiment again")
     try:
-        read = json.loads(path.read_bytes())
+        read = read_json(path)
         if read.pop("format") != FORMAT:
             raise ValueError("of another format")
         unknown = read.keys() ^ {f.name for f in fields(Outcome) if f.name != "folder"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePosixPath
 
-from writesae.saes.files import read_json
+from writesae.jobs.disk import read_json
 
 MANIFEST = "manifest.json"
 _ALLOWED = f'{MANIFEST} maps tags or paths to a SHA-256, or to an object with "sha256"'

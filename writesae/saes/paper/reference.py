@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from writesae.jobs.disk import read_json
 from writesae.saes.autoencoder import Autoencoder
 from writesae.saes.config import SAEConfig
-from writesae.saes.files import check_finite, read_json
+from writesae.saes.files import check_finite
 from writesae.saes.formats import Format, register_format
 from writesae.saes.paper.manifest import MANIFEST, verify
 from writesae.saes.sae import WriteSAE

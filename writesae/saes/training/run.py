@@ -16,8 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from writesae.jobs.disk import write_whole
+from writesae.jobs.disk import remove_halves, sealed, unsealed, write_whole
 from writesae.jobs.processes import Processes
+from writesae.jobs.tensors import checksum
 from writesae.recurrence.dynamics import States
 from writesae.recurrence.matrices import Matrices, mean, norm2, size, unit_norm
 from writesae.saes.config import SAEConfig
@@ -109,6 +110,9 @@ class Run:
         self.adam = torch.optim.Adam([p for p in self.sae.parameters() if p.requires_grad], fused=True)
         self.silent = torch.zeros(cfg.n_atoms, dtype=torch.int64, device=self.device)  # steps since last active
         self.weight = torch.tensor([0.1, 1.0], device=self.device)  # of the sparsity penalty; and L0 / k, of late
+        for file in (path, log):
+            if isinstance(file, str | Path) and self.processes.first:
+                remove_halves(Path(file).parent, Path(file).name)
         if path is not None and path.exists():
             self.restore(path)
         else:
@@ -265,17 +269,22 @@ class Run:
         for name, p in self.sae.named_parameters():
             tensors |= {f"adam.{name}.{key}": value for key, value in self.adam.state.get(p, {}).items()}
         about = self._identity() | {"step": self.step, "n_resampled": self.n_resampled, "seconds": self.seconds}
-        write_whole(self.path, safetensors.torch.save(tensors, {"training": json.dumps(about)}))
+        about |= {"tensors": checksum(tensors)}
+        write_whole(self.path, safetensors.torch.save(tensors, {"training": json.dumps(sealed(about))}))
 
     def restore(self, path: Path) -> None:
         try:
             with safetensors.safe_open(path, "pt") as f:
                 about = json.loads((f.metadata() or {}).get("training", "null"))
-                tensors = {name: f.get_tensor(name).to(self.device) for name in f.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, ValueError) as e:
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            about = None if about is None else unsealed(about)
+            if about is not None and about.pop("tensors", None) not in (None, checksum(tensors)):
+                raise ValueError("its tensors were altered")
+        except (safetensors.SafetensorError, ValueError, RecursionError, AttributeError, OSError) as e:
             raise ValueError(f"{path} is not a whole checkpoint ({e}); delete it to start anew") from e
         if about is None:
             raise ValueError(f"{path} is not a checkpoint of an SAE's training; give another file")
+        tensors = {name: x.to(self.device) for name, x in tensors.items()}
         different = [key for key, value in json.loads(json.dumps(self._identity())).items() if about[key] != value]
         if different:
             raise ValueError(
@@ -300,13 +309,23 @@ class Run:
             self.log(record)
         elif self.log is not None:
             with Path(self.log).open("a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
+                f.write(json.dumps(sealed(record)) + "\n")
 
     def _trim_log(self) -> None:
         """Drop the lines of steps after the checkpoint: they will be made again."""
         if self.log is None or callable(self.log) or not self.processes.first:
             return
         path = Path(self.log)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        write_whole(path, "".join(f"{line}\n" for line in kept).encode())
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        kept = []
+        for number, line in enumerate(lines, 1):
+            try:
+                if unsealed(json.loads(line))["step"] <= self.step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+                if number == len(lines) and not line.endswith(b"}"):
+                    break  # a run was killed as it wrote this
+                raise ValueError(
+                    f"{path}, line {number}, was altered after it was written: mend or delete that line, or the file"
+                ) from e
+        write_whole(path, b"".join(line + b"\n" for line in kept))
