@@ -41,8 +41,8 @@ class HookedRecurrentModel(HookedModel):
     """Wraps a transformers model with matrix-state layers; the model itself stays what it is (``model.hf_model``).
 
     Args:
-        hf_model: the model, or what nnsight, TransformerLens (`TransformerBridge`) or PEFT made of one. It computes
-            exactly as before as long as nothing is attached.
+        hf_model: the model, or what nnsight, TransformerLens (`TransformerBridge`), PEFT or this class made of one. It
+            computes exactly as before as long as nothing is attached.
         tokenizer: needed for text in and out; token ids work without.
         model_id: name that SAEs trained on it record; default is where it was loaded from.
 
@@ -55,7 +55,11 @@ class HookedRecurrentModel(HookedModel):
     """
 
     def __init__(self, hf_model: PreTrainedModel | Any, tokenizer: Any = None, *, model_id: str | None = None):
-        hf_model, own_tokenizer = unwrapped(hf_model)
+        if isinstance(hf_model, HookedRecurrentModel):
+            model_id = model_id or hf_model.model_id
+            hf_model, own_tokenizer = hf_model.hf_model, hf_model.tokenizer
+        else:
+            hf_model, own_tokenizer = unwrapped(hf_model)
         bare(hf_model)  # raises where PEFT puts virtual tokens before the text
         super().__init__(hf_model, own_tokenizer if tokenizer is None else tokenizer)
         self.model_id: str = model_id or str(getattr(hf_model, "name_or_path", "") or type(hf_model).__name__)
@@ -67,6 +71,7 @@ class HookedRecurrentModel(HookedModel):
         *,
         dtype: torch.dtype | str = torch.float32,
         tokenizer: Any = None,
+        device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> HookedRecurrentModel:
         """Load a shipped model (``"tiny-gdn"``), a hub id or a folder.
@@ -75,6 +80,7 @@ class HookedRecurrentModel(HookedModel):
             name: what to load.
             dtype: of the weights; ``"auto"`` for the checkpoint's own. Recurrences run in float32 whichever it is.
             tokenizer: a tokenizer, None for the model's own, or False for none (token ids only).
+            device: where to move it; None: where it is loaded (the CPU, or as ``device_map`` says).
             **kwargs: for ``from_pretrained`` (``device_map``, ``revision``, ``local_files_only``, ...).
 
         Formats are those of transformers, of flash-linear-attention (RWKV-7, DeltaNet, GLA), and of the authors of
@@ -82,6 +88,8 @@ class HookedRecurrentModel(HookedModel):
         """
         if "torch_dtype" in kwargs:
             raise TypeError("torch_dtype is called dtype here, as in transformers: from_pretrained(..., dtype=...)")
+        if device is not None and kwargs.get("device_map") is not None:
+            raise TypeError("device and device_map both say where the model goes: pass one of them")
         source = shipped_model(str(name)) or str(name)
         try:
             hf_model = load_model(source, dtype=dtype, **kwargs)
@@ -96,7 +104,8 @@ class HookedRecurrentModel(HookedModel):
             tokenizer = None
         else:
             check_tokenizer(tokenizer, hf_model)
-        return cls(hf_model.eval(), tokenizer, model_id=str(name))
+        model = cls(hf_model.eval(), tokenizer, model_id=str(name))
+        return model if device is None else model.to(device)
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
