@@ -45,6 +45,9 @@ class HookedRecurrentModel(HookedModel):
             computes exactly as before as long as nothing is attached.
         tokenizer: needed for text in and out; token ids work without.
         model_id: name that SAEs trained on it record; default is where it was loaded from.
+        prepend_bos: whether texts begin with a BOS token, in everything that reads texts: stores, training, contexts,
+            experiments; None: as the tokenizer has it. See `to_tokens`.
+        special_tokens: whether the tokenizer adds its special tokens to texts.
 
     Raises:
         ValueError: the model has no recurrent layer that is known, or no weights yet (nnsight's `dispatch`).
@@ -54,14 +57,25 @@ class HookedRecurrentModel(HookedModel):
     >>> cache["k", 1].shape        # [batch, pos, head, d_key]
     """
 
-    def __init__(self, hf_model: PreTrainedModel | Any, tokenizer: Any = None, *, model_id: str | None = None):
+    def __init__(
+        self,
+        hf_model: PreTrainedModel | Any,
+        tokenizer: Any = None,
+        *,
+        model_id: str | None = None,
+        prepend_bos: bool | None = None,
+        special_tokens: bool = True,
+    ):
         if isinstance(hf_model, HookedRecurrentModel):
             model_id = model_id or hf_model.model_id
+            prepend_bos = hf_model.prepend_bos if prepend_bos is None else prepend_bos
+            special_tokens = special_tokens and hf_model.special_tokens
             hf_model, own_tokenizer = hf_model.hf_model, hf_model.tokenizer
         else:
             hf_model, own_tokenizer = unwrapped(hf_model)
         bare(hf_model)  # raises where PEFT puts virtual tokens before the text
         super().__init__(hf_model, own_tokenizer if tokenizer is None else tokenizer)
+        self.prepend_bos, self.special_tokens = prepend_bos, special_tokens
         self.model_id: str = model_id or str(getattr(hf_model, "name_or_path", "") or type(hf_model).__name__)
 
     @classmethod
@@ -72,6 +86,8 @@ class HookedRecurrentModel(HookedModel):
         dtype: torch.dtype | str = torch.float32,
         tokenizer: Any = None,
         device: torch.device | str | None = None,
+        prepend_bos: bool | None = None,
+        special_tokens: bool = True,
         **kwargs: Any,
     ) -> HookedRecurrentModel:
         """Load a shipped model (``"tiny-gdn"``), a hub id or a folder.
@@ -80,6 +96,7 @@ class HookedRecurrentModel(HookedModel):
             name: what to load.
             dtype: of the weights; ``"auto"`` for the checkpoint's own. Recurrences run in float32 whichever it is.
             tokenizer: a tokenizer, None for the model's own, or False for none (token ids only).
+            prepend_bos, special_tokens: how texts become tokens, see `HookedRecurrentModel`.
             device: where to move it; None: where it is loaded (the CPU, or as ``device_map`` says).
             **kwargs: for ``from_pretrained`` (``device_map``, ``revision``, ``local_files_only``, ...).
 
@@ -104,7 +121,8 @@ class HookedRecurrentModel(HookedModel):
             tokenizer = None
         else:
             check_tokenizer(tokenizer, hf_model)
-        model = cls(hf_model.eval(), tokenizer, model_id=str(name))
+        reading = {"prepend_bos": prepend_bos, "special_tokens": special_tokens}
+        model = cls(hf_model.eval(), tokenizer, model_id=str(name), **reading)
         return model if device is None else model.to(device)
 
     # --- what there is ------------------------------------------------------------------------------------------------
@@ -354,6 +372,8 @@ class HookedRecurrentModel(HookedModel):
         state_positions: Sequence[int] | None = None,
         remove_batch_dim: bool = False,
         device: torch.device | str | None = None,
+        prepend_bos: bool | None = None,
+        special_tokens: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, ActivationCache]:
         """Logits ``[batch, pos, vocab]`` (or what else `forward` is asked for), and the quantities named.
