@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -57,7 +57,7 @@ def plainly() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def reading(prepend_bos: bool | None, special_tokens: bool | None, saes: Iterable[WriteSAE] = ()) -> dict[str, bool]:
+def reading(prepend_bos: bool | None, special_tokens: bool | None, saes: Iterable[WriteSAE] = ()) -> dict[str, Any]:
     """How texts become tokens, as arguments for a model: as it was said or, without, as the SAEs' training had it.
 
     Raises:

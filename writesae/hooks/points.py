@@ -173,7 +173,7 @@ def to_show(x: Tensor) -> Tensor:
     return x if x.requires_grad else x.clone()
 
 
-def _plain(value: V) -> V:
+def _plain(value: Any) -> Any:
     """A `Write` of no further kind."""
     return Write(value.key, value.value, value.rank) if isinstance(value, TupleWrite) else value
 

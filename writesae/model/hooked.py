@@ -372,8 +372,6 @@ class HookedRecurrentModel(HookedModel):
         state_positions: Sequence[int] | None = None,
         remove_batch_dim: bool = False,
         device: torch.device | str | None = None,
-        prepend_bos: bool | None = None,
-        special_tokens: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, ActivationCache]:
         """Logits ``[batch, pos, vocab]`` (or what else `forward` is asked for), and the quantities named.

@@ -83,7 +83,7 @@ class TokenModel(nn.Module):
             raise ValueError(f"give a non-empty text, a list of such, or token ids; got {got[:100]}")
         bos = self.prepend_bos if prepend_bos is None else prepend_bos
         special = self.special_tokens if special_tokens is None else special_tokens
-        rows = [torch.tensor(self._ids(x, bos, special), dtype=torch.long) for x in texts]
+        rows = [torch.tensor(self._ids(x, bos, special), dtype=torch.long) for x in texts]  # type: ignore[arg-type]
         n_pos = max(len(row) for row in rows)
         ids = torch.full((len(rows), n_pos), self._pad_id())
         mask = torch.zeros_like(ids)
