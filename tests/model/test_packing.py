@@ -9,6 +9,7 @@ import torch
 
 import writesae as ws
 from architectures import N_VOCAB, Architecture, each_architecture
+from writesae.models.arguments import arguments_of
 
 IDS = torch.randint(N_VOCAB, (1, 6), generator=torch.Generator().manual_seed(0))
 AGAIN = torch.tensor([[0, 1, 2, 0, 1, 2]])
@@ -19,7 +20,7 @@ AGAIN = torch.tensor([[0, 1, 2, 0, 1, 2]])
 def test_packed_texts_are_refused(architecture: Architecture) -> None:
     model = ws.HookedRecurrentModel(architecture.build())
     hf_model, layer = model.hf_model, model.sites[0].layer
-    takes = "position_ids" in type(hf_model.base_model).forward.__code__.co_varnames
+    takes = "position_ids" in arguments_of(hf_model)
     inner: Any = hf_model if architecture.vision else hf_model.base_model
     for attached in (model.intervene(ws.Delete(layer)), model.hooks([(("k", layer), lambda value, _: None)])):
         with attached:
