@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -153,7 +154,9 @@ def test_names_of_ours_do_what_the_page_says(library: str, here: Path) -> None:
     ours = [code for _, column in rows("names.md", library) for code in column if not code.startswith("blocks.")]
     assert len(ours) > 5
     for code in ours:
-        exec(code, names)
+        exec(f"made = {code}" if code.startswith(("model.hooks(", "model.intervene(")) else code, names)
+        with names.pop("made", nullcontext()):  # a block that is never opened says so
+            pass
 
 
 @pytest.mark.parametrize("name", ["tiny-gdn", "tiny-mamba2"])

@@ -195,3 +195,56 @@ def test_a_model_that_nnsight_wraps_already(nnsight: Any, name: str, kind: str) 
         with nn_model.trace(ids, use_cache=False):
             logits = nn_model.lm_head.output.save()
         assert torch.equal(logits, plain(ids))
+
+
+@torch.no_grad()
+@each_model
+def test_writes_of_several_invokes(traced: Any, nnsight: Any) -> None:
+    """Each invoke sees and changes the writes of its own prompts, as it does tensors."""
+    model, _, ids = traced
+    nn_model = nnsight.TransformersModel(model.hf_model, tokenizer=model.tokenizer)  # which knows how to join prompts
+    other, point = ids.flip(1), "blocks.1.mixer.hook_write"
+    hook = envoy(model, nn_model, point)
+    own = [model.run_with_cache(x)[1].write(1) for x in (ids, other)]
+    plain, changed = model(torch.cat([ids, other])), {}
+    for how, change in {
+        "scaled": lambda write: -2 * write,
+        "a Write of its own": lambda write: Write(write.key, -2 * write.value, rank=write.rank),
+    }.items():
+        with nn_model.trace() as tracer:
+            with tracer.invoke(ids):
+                first = hook.output.save()
+            with tracer.invoke(other):
+                second = hook.output.save()
+                hook.output = change(hook.output)
+            with tracer.invoke():
+                logits = nn_model.lm_head.output.save()
+        for found, expected in zip((first, second), own, strict=True):
+            assert isinstance(found, Write) and found.shape == expected.shape
+            torch.testing.assert_close(found.dense(), expected.dense(), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(first.value, own[1].value, rtol=1e-2)  # the twin: the prompts differ
+        changed[how] = logits
+        expected = model.run_with_hooks(other, [(point, lambda write, _: -2 * write)])
+        torch.testing.assert_close(logits[:1], plain[:1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[1:], expected, rtol=1e-4, atol=1e-4)
+        assert (logits[1:] - plain[1:]).abs().max() > 0.01
+
+
+@torch.no_grad()
+@each_model
+def test_a_write_changed_in_place_in_one_invoke(traced: Any, nnsight: Any) -> None:
+    model, _, ids = traced
+    nn_model = nnsight.TransformersModel(model.hf_model, tokenizer=model.tokenizer)  # which knows how to join prompts
+    other, point = ids.flip(1), "blocks.1.mixer.hook_write"
+    hook = envoy(model, nn_model, point)
+    with nn_model.trace() as tracer:
+        with tracer.invoke(ids):
+            hook.output.value[:] *= -2
+        with tracer.invoke(other):
+            pass
+        with tracer.invoke():
+            logits = nn_model.lm_head.output.save()
+    expected = model.run_with_hooks(ids, [(point, lambda write, _: -2 * write)])
+    torch.testing.assert_close(logits[:1], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[1:], model(other), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits[:1], model(ids), rtol=1e-2)

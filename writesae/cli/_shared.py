@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,20 @@ ModelOfSAE = Annotated[str | None, typer.Option(help="The SAE's model, if not th
 HeldOutText = Annotated[
     Path | None,
     typer.Option(help="A .txt file, or a folder of .txt files; without it, the shipped held-out documents."),
+]
+PrependBos = Annotated[
+    bool | None,
+    typer.Option(
+        "--prepend-bos/--no-prepend-bos",
+        help="Whether texts begin with a BOS token; without it, as the tokenizer, or the SAE's training, has it.",
+    ),
+]
+SpecialTokens = Annotated[
+    bool | None,
+    typer.Option(
+        "--special-tokens/--no-special-tokens",
+        help="Whether the tokenizer adds special tokens to texts; without it, yes, or as the SAE's training had it.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
 
@@ -43,8 +57,31 @@ def plainly() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def sae_and_model(sae: str, model: str | None) -> tuple[WriteSAE, HookedRecurrentModel]:
-    """An SAE, and the model that was named or, without, the one that the SAE names."""
+def reading(prepend_bos: bool | None, special_tokens: bool | None, saes: Iterable[WriteSAE] = ()) -> dict[str, Any]:
+    """How texts become tokens, as arguments for a model: as it was said or, without, as the SAEs' training had it.
+
+    Raises:
+        ValueError: the SAEs differ.
+    """
+    said = {"prepend_bos": prepend_bos, "special_tokens": special_tokens}
+    found = {name: value for name, value in said.items() if value is not None}
+    for name in said.keys() - found.keys():
+        trained = {sae.cfg.training.get(name) for sae in saes}
+        if len(trained) > 1:
+            option = name.replace("_", "-")
+            raise ValueError(f"these SAEs were not all trained with the same {name}: say --{option} or --no-{option}")
+        if (value := next(iter(trained), None)) is not None:
+            found[name] = value
+    return found
+
+
+def sae_and_model(
+    sae: str, model: str | None, prepend_bos: bool | None = None, special_tokens: bool | None = None
+) -> tuple[WriteSAE, HookedRecurrentModel]:
+    """An SAE, and the model that was named or, without, the one that the SAE names.
+
+    The model makes tokens of texts as it is told here or, without, as the SAE's training did.
+    """
     from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
 
@@ -52,7 +89,7 @@ def sae_and_model(sae: str, model: str | None) -> tuple[WriteSAE, HookedRecurren
     name = model or found.cfg.model_id
     if name is None:
         raise ValueError(f"{sae} does not say which model it is of: give --model")
-    return found, HookedRecurrentModel.from_pretrained(name)
+    return found, HookedRecurrentModel.from_pretrained(name, **reading(prepend_bos, special_tokens, [found]))
 
 
 def read_texts(path: Path | None) -> list[str]:

@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli._shared import HeldOutText, ModelOfSAE, SAEName, plainly, quiet, read_texts, sae_and_model
+from writesae.cli._shared import (
+    HeldOutText,
+    ModelOfSAE,
+    PrependBos,
+    SAEName,
+    SpecialTokens,
+    plainly,
+    quiet,
+    read_texts,
+    sae_and_model,
+)
 
 ORDER = 5
 
@@ -21,6 +31,8 @@ def contexts(
     n: Annotated[int, typer.Option("-n", help="Places shown per atom.", min=1)] = 10,
     context: Annotated[int, typer.Option(help="Tokens read at once, from an empty memory.", min=1)] = 512,
     batch: Annotated[int, typer.Option(help="Sequences run at once.", min=1)] = 8,
+    prepend_bos: PrependBos = None,
+    special_tokens: SpecialTokens = None,
 ) -> None:
     """Show where in a text atoms fire most strongly."""
     quiet()
@@ -29,7 +41,7 @@ def contexts(
 
         from writesae.saes import top_contexts
 
-        found, hooked = sae_and_model(sae, model)
+        found, hooked = sae_and_model(sae, model, prepend_bos, special_tokens)
         top = top_contexts(hooked, found, read_texts(text), n=n, atoms=atom, context=context, batch_size=batch)
     console = Console()
     for i in atom or top.most_frequent(5):

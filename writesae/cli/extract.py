@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from writesae.cli._shared import ModelName, plainly, quiet
+from writesae.cli._shared import ModelName, PrependBos, SpecialTokens, plainly, quiet, reading
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +39,8 @@ def extract(
         typer.Option(help="Use at most this many tokens: spread over text files, the first ones of a data set."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the store: float16, bfloat16 or float32.")] = "float16",
+    prepend_bos: PrependBos = None,
+    special_tokens: SpecialTokens = None,
 ) -> None:
     """Store what heads write, and their states, in factors on disk. The same command continues a stopped run.
 
@@ -48,6 +50,8 @@ def extract(
     with plainly():
         if sum(given is not None for given in (text, dataset, tokens)) != 1:
             raise ValueError("give one source: --text PATH, --dataset NAME or --tokens FILE")
+        if tokens is not None and reading(prepend_bos, special_tokens):
+            raise ValueError("--tokens has token ids already: --prepend-bos and --special-tokens are about texts")
         import torch
         from rich.console import Console
 
@@ -59,7 +63,7 @@ def extract(
         if dtype not in making.DTYPES:
             raise ValueError(f"--dtype {dtype}: allowed are {', '.join(making.DTYPES)}")
         team = Processes.launched()
-        hooked = HookedRecurrentModel.from_pretrained(model)
+        hooked = HookedRecurrentModel.from_pretrained(model, **reading(prepend_bos, special_tokens))
         sites = making.parse_sites(hooked, site)
         hooked.to("cuda" if torch.cuda.is_available() else "cpu")  # accelerate has chosen each process's own
         if text is not None:

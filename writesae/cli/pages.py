@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli._shared import Device, HeldOutText, ModelOfSAE, SAEName, plainly, quiet, read_texts, sae_and_model
+from writesae.cli._shared import (
+    Device,
+    HeldOutText,
+    ModelOfSAE,
+    PrependBos,
+    SAEName,
+    SpecialTokens,
+    plainly,
+    quiet,
+    read_texts,
+    sae_and_model,
+)
 
 ORDER = 6
 
@@ -24,6 +35,8 @@ def pages(
     ] = None,
     neuronpedia: Annotated[bool, typer.Option("--neuronpedia", help="Also write Neuronpedia's format.")] = False,
     device: Device = "cpu",
+    prepend_bos: PrependBos = None,
+    special_tokens: SpecialTokens = None,
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="Take an SAE that does not say which weights it was trained on.")
     ] = False,
@@ -41,7 +54,7 @@ def pages(
     with plainly():
         from writesae.pages import write_pages
 
-        found, hooked = sae_and_model(sae, model)
+        found, hooked = sae_and_model(sae, model, prepend_bos, special_tokens)
         name = sae.removesuffix("/")
         folder = out or Path("runs") / f"pages-{Path(name).parent.name}-{Path(name).name}".replace("--", "-")
         # To be run in the site's folder, so that pages say the same wherever that is.

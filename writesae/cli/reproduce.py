@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli._shared import Device, HeldOutText, plainly, quiet, read_texts
+from writesae.cli._shared import Device, HeldOutText, PrependBos, SpecialTokens, plainly, quiet, read_texts, reading
 
 ORDER = 7
 
@@ -27,6 +27,8 @@ def reproduce(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small samples: a look in a minute or two.")] = False,
     device: Device = "cpu",
+    prepend_bos: PrependBos = None,
+    special_tokens: SpecialTokens = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="Take SAEs that do not say which weights they were trained on.")
@@ -53,11 +55,13 @@ def reproduce(
         if not names:
             raise ValueError(f"no SAEs are shipped with {model}: give --sae, a folder or a hub id, once for each head")
         texts = read_texts(text)
-        hooked = HookedRecurrentModel.from_pretrained(model).to(device)
         load = lambda names: [WriteSAE.from_pretrained(name).to(device) for name in names or ()]  # noqa: E731
+        saes = load(names)
+        how = reading(prepend_bos, special_tokens, saes)
+        hooked = HookedRecurrentModel.from_pretrained(model, **how).to(device)
         folder = out or Path("runs") / f"reproduce-{Path(model).name}"
         outcomes = run(
-            hooked, load(names), texts, folder, only=only, sizes=Sizes.quick() if quick else None, flat=load(flat),
+            hooked, saes, texts, folder, only=only, sizes=Sizes.quick() if quick else None, flat=load(flat),
             other_seeds=load(other_seed), seed=seed, check_model=not unchecked, console=Console(stderr=True),
         )  # fmt: skip
     table = Table(title=f"{model}: first number of each experiment")

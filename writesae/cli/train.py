@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from writesae.cli._shared import Device, plainly, quiet
+from writesae.cli._shared import Device, PrependBos, SpecialTokens, plainly, quiet, reading
 
 ORDER = 4
 
@@ -47,6 +47,8 @@ def train(
     ] = 500_000,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    prepend_bos: PrependBos = None,
+    special_tokens: SpecialTokens = None,
     tracker: Annotated[
         str | None, typer.Option(help="Also log to wandb, trackio, tensorboard, ... (to be installed separately).")
     ] = None,
@@ -68,6 +70,8 @@ def train(
     with plainly():
         first = Processes.launched().first
         if ActivationStore.is_at(source):
+            if reading(prepend_bos, special_tokens):
+                raise ValueError(f"{source} is a store of tokens: --prepend-bos and --special-tokens are for a model")
             store = ActivationStore.open(source)
             sites = [store.place(name) for name in site] if site else None
         else:
@@ -75,7 +79,7 @@ def train(
 
             if text is None or not site:
                 raise ValueError(f"{source} is no store, so it is taken for a model: that needs --text and --site")
-            model = HookedRecurrentModel.from_pretrained(source)
+            model = HookedRecurrentModel.from_pretrained(source, **reading(prepend_bos, special_tokens))
             sites = parse_sites(model, site)
             store = record(model, from_files(model, text, context, max_tokens), sites, progress=first)
         given: dict[str, Any] = dict(steps=steps, seed=seed, batch_size=batch, lr=lr)

@@ -272,10 +272,22 @@ def gradient(
     >>> found[2].price(found.cache.write(2))        # what each write of layer 2 contributes, [batch, pos, head]
     """
     chosen = [site.layer for site in model.sites] if layers is None else [model.site(layer).layer for layer in layers]
-    with torch.enable_grad(), _frozen(model.hf_model), owning(everywhere=False) as call, ExitStack() as stack:
+    if any(p.is_inference() for p in model.hf_model.parameters()):
+        raise ValueError(
+            "the model was loaded under torch.inference_mode(), so nothing can be differentiated through its weights: "
+            "load it outside of that block"
+        )
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _frozen(model.hf_model),
+        owning(everywhere=False) as call,
+        ExitStack() as stack,
+    ):
         probes = {layer: Probe(stack, model, layer, call) for layer in chosen}
         names = [name_of(q, layer) for layer in chosen for q in model.family(layer).rule.inputs]
-        logits, cache = model.run_with_cache(x, names=names, **kwargs)
+        given = {name: _differentiable(value) for name, value in kwargs.items()}
+        logits, cache = model.run_with_cache(_differentiable(x), names=names, **given)
         value = of(logits)
         if value.shape != logits.shape[:1]:
             raise ValueError(f"give one number per sequence, [{len(logits)}]; got {list(value.shape)}")
@@ -291,6 +303,11 @@ def gradient(
         rec = model.family(layer).rule.recurrence(lambda quantity, layer=layer: cache[quantity, layer])
         made[layer] = LayerGradient(rec, cache.write(layer), *probe.gradients(of_tensor))
     return Gradient(value.detach(), logits.detach(), cache, made)
+
+
+def _differentiable(x: Any) -> Any:
+    """A tensor made under ``inference_mode`` as one that a backward pass may keep; everything else as it is."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
 class Probe:

@@ -20,6 +20,7 @@ from writesae.hooks.positions import PositionSet
 from writesae.hooks.residual import watch
 from writesae.hooks.scope import Owned, Owner
 from writesae.hooks.tap import Seen, Tap
+from writesae.models.arguments import check_no_packing
 
 
 def find_mixers(model: nn.Module) -> list[tuple[str, Any, Family]]:
@@ -61,6 +62,9 @@ class Attachment:
     def begin(self, text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each pass of the text model."""
         busy = self.busy
+        mask = kwargs.get("attention_mask")
+        if busy and (mask is None or getattr(mask, "ndim", 0) == 2):  # another does not say which tokens are padding
+            check_no_packing(kwargs)
         graphs.begin(text_model, busy)
         for owner in self.blocks.all():
             owner.note(complete=False)

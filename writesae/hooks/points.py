@@ -28,6 +28,15 @@ STATE_SHOWN: ContextVar[tuple[PositionSet | None, Tensor | None]] = ContextVar("
 """Of the state that is being shown in this thread or task: who asked for it, and the position of each row."""
 
 
+class TupleWrite(Write, tuple):
+    """A `Write` that is a named tuple too: tools that narrow what they show to some rows look into tuples."""
+
+    _fields = ("key", "value", "rank")
+
+    def __new__(cls, key: Tensor, value: Tensor, rank: int = 1) -> TupleWrite:
+        return tuple.__new__(cls, (key, value, rank))
+
+
 class HookPoint(nn.Module):
     """The identity on one quantity, with a name.
 
@@ -86,10 +95,11 @@ class HookPoint(nn.Module):
             goes_on = True
             value = value.view_as(value)  # the model may use the tensor elsewhere, too
         before = [_mark(t) for t in _tensors(value)]
-        after = self(value)
-        if after is not value:
+        shown = TupleWrite(value.key, value.value, value.rank) if isinstance(value, Write) and self.traced else value
+        after = self(shown)
+        if after is not shown:
             self._check(value, after)
-            return after, True
+            return _plain(after), True
         return value, goes_on or any(_marked(t, mark) for t, mark in zip(_tensors(value), before, strict=True))
 
     def _check(self, given: Value, got: object) -> None:
@@ -161,6 +171,11 @@ def to_show(x: Tensor) -> Tensor:
     """A copy: hooks may write in place, and models may use the tensor for something else (a skip). But gradients are
     wanted of the tensor that the model goes on with."""
     return x if x.requires_grad else x.clone()
+
+
+def _plain(value: Any) -> Any:
+    """A `Write` of no further kind."""
+    return Write(value.key, value.value, value.rank) if isinstance(value, TupleWrite) else value
 
 
 def _tensors(value: Value) -> tuple[Tensor, ...]:

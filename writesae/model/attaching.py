@@ -31,6 +31,7 @@ from writesae.hooks.positions import Positions
 from writesae.hooks.quantities import RESIDUAL
 from writesae.hooks.residual_edits import is_residual_sae
 from writesae.hooks.scope import Owner, in_main_thread_alone, owning
+from writesae.model.blocks import block
 from writesae.model.tokens import TokenModel
 from writesae.recurrence import Read
 
@@ -104,6 +105,7 @@ class HookedModel(TokenModel):
 
     # --- attaching ----------------------------------------------------------------------------------------------------
 
+    @block
     @contextmanager
     def hooks(
         self,
@@ -189,6 +191,7 @@ class HookedModel(TokenModel):
             raise ValueError(f"{states[0]} fires only at positions asked for: {instead}")
         return [point for point in points if point.quantity != "state"]
 
+    @block
     @contextmanager
     def intervene(
         self,
@@ -345,7 +348,7 @@ def _warn_if_elsewhere(owner: Owner) -> None:
             "the model ran while this block was open, but only in threads in which what the block attached does not "
             "act: it was opened outside of the main thread, or in an asyncio task, as in a notebook. Start such "
             "threads with contextvars.copy_context().run, or by asyncio.to_thread",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

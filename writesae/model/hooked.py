@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,6 +21,14 @@ from writesae.hooks.quantities import QUANTITIES
 from writesae.hooks.residual import Stopped, stop_at
 from writesae.hooks.scope import owning
 from writesae.model.attaching import HookedModel, Hooks, Names, check_fired
+from writesae.model.continuing import (
+    cache_argument,
+    check_continues,
+    feed_in_pieces,
+    going_on,
+    knows_its_length,
+    positions_behind,
+)
 from writesae.model.tokens import Text, is_text, next_token_loss
 from writesae.models.arguments import arguments_of
 from writesae.models.load import load_model
@@ -32,10 +41,13 @@ class HookedRecurrentModel(HookedModel):
     """Wraps a transformers model with matrix-state layers; the model itself stays what it is (``model.hf_model``).
 
     Args:
-        hf_model: the model, or one wrapped by nnsight, TransformerLens (`TransformerBridge`) or PEFT. It computes
-            exactly as before as long as nothing is attached.
+        hf_model: the model, or one wrapped by nnsight, TransformerLens (`TransformerBridge`), PEFT or this class. It
+            computes exactly as before as long as nothing is attached.
         tokenizer: needed for text; token ids work without one.
         model_id: the name that SAEs trained on it record; by default where it was loaded from.
+        prepend_bos: whether texts begin with a BOS token, in everything that reads texts: stores, training, contexts,
+            experiments; None: as the tokenizer has it. See `to_tokens`.
+        special_tokens: whether the tokenizer adds its special tokens to texts.
 
     Raises:
         ValueError: no layer is of a known recurrent architecture, or nnsight has not loaded the weights yet.
@@ -45,10 +57,25 @@ class HookedRecurrentModel(HookedModel):
     >>> cache["k", 1].shape        # [batch, pos, head, d_key]
     """
 
-    def __init__(self, hf_model: PreTrainedModel | Any, tokenizer: Any = None, *, model_id: str | None = None):
-        hf_model, own_tokenizer = unwrapped(hf_model)
+    def __init__(
+        self,
+        hf_model: PreTrainedModel | Any,
+        tokenizer: Any = None,
+        *,
+        model_id: str | None = None,
+        prepend_bos: bool | None = None,
+        special_tokens: bool = True,
+    ):
+        if isinstance(hf_model, HookedRecurrentModel):
+            model_id = model_id or hf_model.model_id
+            prepend_bos = hf_model.prepend_bos if prepend_bos is None else prepend_bos
+            special_tokens = special_tokens and hf_model.special_tokens
+            hf_model, own_tokenizer = hf_model.hf_model, hf_model.tokenizer
+        else:
+            hf_model, own_tokenizer = unwrapped(hf_model)
         bare(hf_model)  # raises where PEFT puts virtual tokens before the text
         super().__init__(hf_model, own_tokenizer if tokenizer is None else tokenizer)
+        self.prepend_bos, self.special_tokens = prepend_bos, special_tokens
         self.model_id: str = model_id or str(getattr(hf_model, "name_or_path", "") or type(hf_model).__name__)
 
     @classmethod
@@ -58,6 +85,9 @@ class HookedRecurrentModel(HookedModel):
         *,
         dtype: torch.dtype | str = torch.float32,
         tokenizer: Any = None,
+        device: torch.device | str | None = None,
+        prepend_bos: bool | None = None,
+        special_tokens: bool = True,
         **kwargs: Any,
     ) -> HookedRecurrentModel:
         """Load a shipped model (``"tiny-gdn"``), a hub id or a folder.
@@ -66,6 +96,8 @@ class HookedRecurrentModel(HookedModel):
             name: what to load.
             dtype: of the weights; ``"auto"`` for the checkpoint's own. Recurrences run in float32 with any of them.
             tokenizer: a tokenizer, None for the model's own, or False for none (token ids only).
+            prepend_bos, special_tokens: how texts become tokens, see `HookedRecurrentModel`.
+            device: where to move it; None: where it is loaded (the CPU, or as ``device_map`` says).
             **kwargs: for ``from_pretrained`` (``device_map``, ``revision``, ``local_files_only``, ...).
 
         Formats are those of transformers, of flash-linear-attention (RWKV-7, DeltaNet, GLA), and of the authors of
@@ -73,6 +105,8 @@ class HookedRecurrentModel(HookedModel):
         """
         if "torch_dtype" in kwargs:
             raise TypeError("torch_dtype is called dtype here, as in transformers: from_pretrained(..., dtype=...)")
+        if device is not None and kwargs.get("device_map") is not None:
+            raise TypeError("device and device_map both say where the model goes: pass one of them")
         source = shipped_model(str(name)) or str(name)
         try:
             hf_model = load_model(source, dtype=dtype, **kwargs)
@@ -87,7 +121,9 @@ class HookedRecurrentModel(HookedModel):
             tokenizer = None
         else:
             check_tokenizer(tokenizer, hf_model)
-        return cls(hf_model.eval(), tokenizer, model_id=str(name))
+        reading = {"prepend_bos": prepend_bos, "special_tokens": special_tokens}
+        model = cls(hf_model.eval(), tokenizer, model_id=str(name), **reading)
+        return model if device is None else model.to(device)
 
     # --- what there is ------------------------------------------------------------------------------------------------
 
@@ -173,6 +209,8 @@ class HookedRecurrentModel(HookedModel):
                 "Continue them one by one, or give whole texts without a cache"
             )
         self._installed.clock.check({**tokens, "attention_mask": mask, **kwargs})
+        if past is not None and mask is not None and mask.ndim == 2 and "position_ids" in arguments_of(self.hf_model):
+            kwargs.setdefault("position_ids", positions_behind(mask)[:, -size[1] :])  # as generation has them
         if stop_at_layer is not None:
             if past is not None:
                 raise ValueError("stop_at_layer would leave past_key_values half filled: pass one of them")
@@ -198,8 +236,7 @@ class HookedRecurrentModel(HookedModel):
         others = {name: value for name, value in kwargs.items() if name not in CACHES}
         if past is None:
             return others
-        takes = arguments_of(self.hf_model)
-        return {**others, next((name for name in CACHES if name in takes), CACHES[0]): past}
+        return {**others, cache_argument(self.hf_model): past}
 
     def _tokens(self, x: Text | None, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor | None]:
         """``input_ids`` or ``inputs_embeds``, and the mask: that of texts, or the one in ``kwargs``, which loses it."""
@@ -217,7 +254,9 @@ class HookedRecurrentModel(HookedModel):
 
         Args:
             x: a text, several, or token ids.
-            **kwargs: for ``transformers`` generation: ``max_new_tokens``, ``do_sample``, ``temperature``, ...
+            **kwargs: for ``transformers`` generation: ``max_new_tokens``, ``do_sample``, ``temperature``, ... With a
+                filled cache, ``past_key_values=``, ``x`` is the whole text all the same, and only what the cache has
+                not been fed is run.
 
         Returns:
             Prompt and continuation: a text for a text, a list for several, token ids for token ids.
@@ -227,14 +266,25 @@ class HookedRecurrentModel(HookedModel):
         size = next(iter(tokens.values())).shape[:2]
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("generation needs padding on the left: the attention mask ends with padding")
-        if mask is not None:
+        past = next((kwargs[name] for name in CACHES if name in kwargs), None)
+        beams = max(self._setting("num_beams", kwargs) or 1, self._setting("num_return_sequences", kwargs) or 1)
+        if past is not None:
+            check_continues(past, size[1], size[1] if mask is None else mask.shape[-1], beams)
+        if mask is not None and mask.shape[-1] == size[1]:
             self._installed.clock.check({**tokens, "attention_mask": mask})
+        elif mask is not None:
+            self._installed.clock.check({**tokens, "attention_mask": mask, CACHES[0]: past})
         mask = torch.ones(size, dtype=torch.long, device=self.device) if mask is None else mask
         most = self._most_new_tokens(kwargs, 0 if x is None else size[1])
         if most is not None:
             self._check_within(mask.sum(-1) + most - 1)  # the last token is never fed
-        beams = max(self._setting("num_beams", kwargs) or 1, self._setting("num_return_sequences", kwargs) or 1)
-        with several_of_each(beams):
+        self._check_guidance(kwargs)
+        with several_of_each(beams), ExitStack() as stack:
+            if (size_of_piece := self._pieces(kwargs, past, beams)) is not None:
+                past = feed_in_pieces(self.hf_model, tokens, mask, size_of_piece, **self.logits_of_last(1))
+                kwargs[cache_argument(self.hf_model)] = past
+            if past is not None:
+                stack.enter_context(going_on(self.hf_model, past, size[1]))
             out = self.hf_model.generate(**tokens, attention_mask=mask, **kwargs)  # type: ignore[operator]
         if most is not None:  # positions past an early end of the text are no mistake
             for positions in self._asked():
@@ -257,6 +307,40 @@ class HookedRecurrentModel(HookedModel):
         of_model = {name: value for name, value in kwargs.items() if name in takes}
         x, given = self.read(x, self._cache_renamed(of_model))
         return x, {name: value for name, value in kwargs.items() if name not in of_model} | given
+
+    def _check_guidance(self, kwargs: dict[str, Any]) -> None:
+        """Generation keeps the memory of the unconditional text under one name: a model that calls it otherwise would
+        read each of its tokens by itself."""
+        scale, name = self._setting("guidance_scale", kwargs), cache_argument(self.hf_model)
+        if scale in (None, 1) or name == CACHES[0] or self._setting("use_cache", kwargs) is False:
+            return
+        raise ValueError(
+            f"guidance_scale={scale}: generation would forget the unconditional text after each token, since "
+            f"{type(bare(self.hf_model)).__name__} calls its cache {name}: add use_cache=False"
+        )
+
+    def _pieces(self, kwargs: dict[str, Any], past: Any, beams: int) -> int | None:
+        """Tokens per piece of the prompt, taken out of ``kwargs``, where generation of transformers has no way to feed
+        the prompt in pieces; None where it has, or none are asked for."""
+        size = self._setting("prefill_chunk_size", kwargs)
+        if size is None:
+            return None
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"prefill_chunk_size={size!r}: give a whole number of tokens, 1 or more")
+        if knows_its_length(self.hf_model):
+            return None
+        for given, why in (
+            (past is not None, "with past_key_values, which are filled"),
+            (beams > 1, f"with {beams} beams or returned sequences"),
+            (self._setting("use_cache", kwargs) is False, "with use_cache=False"),
+        ):
+            if given:
+                raise ValueError(f"prefill_chunk_size={size} {why}, is not possible with this model: leave one out")
+        if kwargs.pop("prefill_chunk_size", None) is None:  # a config has it
+            config = copy.copy(kwargs.get("generation_config") or self.hf_model.generation_config)
+            config.prefill_chunk_size = None
+            kwargs["generation_config"] = config
+        return size
 
     def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
         """A setting of generation: as given, or the model's own."""

@@ -24,10 +24,14 @@ class TokenModel(nn.Module):
     Attributes:
         hf_model: the model.
         tokenizer: its tokenizer, None if there are only token ids.
+        prepend_bos: whether a text begins with a BOS token; None: as the tokenizer has it.
+        special_tokens: whether the tokenizer adds its special tokens to a text.
     """
 
     hf_model: Any
     tokenizer: Any
+    prepend_bos: bool | None = None
+    special_tokens: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -36,8 +40,17 @@ class TokenModel(nn.Module):
 
     # --- text to tokens and back --------------------------------------------------------------------------------------
 
-    def to_tokens(self, text: Text) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
-        """Token ids and attention mask (None if nothing is padded). Several texts are padded on the left."""
+    def to_tokens(
+        self, text: Text, *, prepend_bos: bool | None = None, special_tokens: bool | None = None
+    ) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
+        """Token ids and attention mask (None if nothing is padded). Several texts are padded on the left.
+
+        Args:
+            text: a text, several, or token ids, which stay as they are.
+            prepend_bos: True: a text begins with one BOS token, False: with none but its own; None: as the model says
+                (`TokenModel`). A text that begins with BOS itself, as chat templates make them, gets no second one.
+            special_tokens: whether the tokenizer adds its special tokens; None: as the model says.
+        """
         if isinstance(text, Mapping):
             x, given = self.read(text, {})
             if extra := given.keys() - {"attention_mask"}:
@@ -68,13 +81,38 @@ class TokenModel(nn.Module):
         if not texts or not all(isinstance(x, str) and x for x in texts):
             got = " ".join(repr(text).split())
             raise ValueError(f"give a non-empty text, a list of such, or token ids; got {got[:100]}")
-        rows = [torch.tensor(self._tokenizer()(x, verbose=False)["input_ids"]) for x in texts]
+        bos = self.prepend_bos if prepend_bos is None else prepend_bos
+        special = self.special_tokens if special_tokens is None else special_tokens
+        rows = [torch.tensor(self._ids(x, bos, special), dtype=torch.long) for x in texts]  # type: ignore[arg-type]
         n_pos = max(len(row) for row in rows)
         ids = torch.full((len(rows), n_pos), self._pad_id())
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, n_pos - len(row) :], mask[i, n_pos - len(row) :] = row, 1
         return ids.to(self.device), None if bool(mask.all()) else mask.to(self.device)
+
+    def _ids(self, text: str, prepend_bos: bool | None, special_tokens: bool) -> list[int]:
+        """The token ids of a text; beside those in the text itself one BOS at most, and none before one of its own."""
+        tokenizer, split = self._tokenizer(), lambda **more: self._tokenizer()(text, verbose=False, **more)["input_ids"]
+        ids: list[int] = split() if special_tokens else split(add_special_tokens=False)
+        bos = getattr(tokenizer, "bos_token_id", None)
+        if bos is None:
+            if prepend_bos:
+                raise ValueError(
+                    "prepend_bos=True: the tokenizer has no BOS token; set tokenizer.bos_token, or leave it out"
+                )
+            return ids
+        if special_tokens and ids[:1] == [bos] and (prepend_bos is False or ids[:2] == [bos, bos]):
+            own = _leading(split(add_special_tokens=False), bos)
+            if _leading(ids, bos) > own and (own or prepend_bos is False):  # the tokenizer has added one
+                ids = ids[1:]
+        return [bos, *ids] if prepend_bos and ids[:1] != [bos] else ids
+
+    @property
+    def reading(self) -> dict[str, bool]:
+        """How texts become tokens, as far as that is not the tokenizer's own way; stores and SAEs record it."""
+        said = {} if self.prepend_bos is None else {"prepend_bos": self.prepend_bos}
+        return said if self.special_tokens else {**said, "special_tokens": False}
 
     def read(self, x: Text | None, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Separate what a user gave into text or token ids (None with ``inputs_embeds``), and arguments for the model.
@@ -198,6 +236,11 @@ class TokenModel(nn.Module):
 def is_text(x: object) -> bool:
     """Whether ``x`` is one text or several, and not token ids."""
     return isinstance(x, str) or (isinstance(x, Sequence) and bool(len(x)) and isinstance(x[0], str))
+
+
+def _leading(ids: Sequence[int], token: int) -> int:
+    """How many times a token stands at the beginning."""
+    return next((i for i, one in enumerate(ids) if one != token), len(ids))
 
 
 def _rows(rows: Sequence[Sequence[int]]) -> Tensor:

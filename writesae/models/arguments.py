@@ -38,17 +38,23 @@ def check_arguments(model: nn.Module, given: Mapping[str, Any]) -> None:
     if not given:  # asked in every pass, of every token that is generated
         return
     known = dict.fromkeys([*arguments_of(model), *OF_EVERY_MODEL])
-    for name, value in given.items():
-        if name in PACKING and value is not None:
-            raise ValueError(f"{name} packs several texts into one row, which nothing here keeps apart: {_UNPACKED}")
+    check_no_packing(given)
+    for name in given:
         if name not in known and name not in PACKING:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             say = f"nearest: {near[0]}" if near else f"it has {', '.join(known)}"
             raise TypeError(f"{type(bare(model)).__name__} has no argument {name!r}; {say}")
-    check_not_packed(given.get("position_ids"), given.get("attention_mask"))
 
 
 _UNPACKED = "give each text a row of its own, padded on the left, and an attention_mask"
+
+
+def check_no_packing(given: Mapping[str, Any]) -> None:
+    """Raise ValueError if arguments of a model say that several texts are packed into one row."""
+    for name in PACKING:
+        if given.get(name) is not None:
+            raise ValueError(f"{name} packs several texts into one row, which nothing here keeps apart: {_UNPACKED}")
+    check_not_packed(given.get("position_ids"), given.get("attention_mask"))
 
 
 def check_not_packed(position_ids: Any, mask: Any = None) -> None:

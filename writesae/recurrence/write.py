@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,6 +94,10 @@ class Write:
     def __getitem__(self, index) -> Write:
         """Index the leading dimensions (one basic or tensor index per leading dimension, no ellipsis)."""
         return replace(self, key=self.key[index], value=self.value[index])
+
+    def __iter__(self) -> Iterator[Tensor | int]:
+        """Key, value and rank, as of a named tuple, for tools that take values apart; for its writes, index them."""
+        return iter((self.key, self.value, self.rank))
 
     def expand(self, *shape: int) -> Write:
         """The same with leading dimensions broadcast to ``shape``, without copying."""

@@ -253,6 +253,10 @@ class Autoencoder(nn.Module):
         found, constant = combined(codes, self.decoder), self.constant
         return found if constant is None else found + constant
 
+    def forward(self, x: Matrices) -> Float[Tensor, "... d_key d_value"]:
+        """The dense reconstruction of matrices: ``sae(x)`` is ``sae.decode(sae.encode(x))``, as in SAELens."""
+        return self.decode(self.encode(x))
+
     def decode_write(self, values: Float[Tensor, "... m"], indices: Int[Tensor, "... m"]) -> Write:
         """The reconstruction in factors, from `topk`'s pair. Mean and bias are not in it."""
         atoms = self.atom(indices) * values

@@ -84,7 +84,12 @@ class WriteSAE(Autoencoder):
 
     @classmethod
     def from_pretrained(
-        cls: type[S], folder_or_hub_id: str | Path, subfolder: str | None = None, *, revision: str | None = None
+        cls: type[S],
+        folder_or_hub_id: str | Path,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> S:
         """Load a saved SAE from a folder, the ones shipped here (``"tiny-gdn/L2H0"``), or the hub, as float32.
 
@@ -95,6 +100,7 @@ class WriteSAE(Autoencoder):
             folder_or_hub_id: a folder wins over a hub id of the same name.
             subfolder: where in it the SAE lies.
             revision: branch, tag or commit on the hub.
+            device: where to move it.
 
         Raises:
             FileNotFoundError: no such folder or hub repository, or a file is missing in it.
@@ -104,7 +110,7 @@ class WriteSAE(Autoencoder):
         folder = root / subfolder if subfolder else root
         format = formats.recognised(folder)
         cfg, tensors = format.load(folder, root)
-        return cls.from_tensors(cfg, tensors, *format.names(folder))
+        return cls.from_tensors(cfg, tensors, *format.names(folder)).to(device)
 
     @classmethod
     def from_tensors(

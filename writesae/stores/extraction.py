@@ -287,6 +287,7 @@ def _describe(
         tokens_sha256=hashlib.sha256(ids.numpy().data).hexdigest(),
         source=source,
         versions=versions("writesae", "torch", "transformers"),
+        reading=model.reading,
     )
 
 
@@ -321,7 +322,7 @@ def _prepare(folder: Path, new: StoreInfo) -> None:
             f"room, or extract fewer heads or tokens"
         )
     if not (folder / HEADER).exists():
-        _write(folder, HEADER, asdict(new), new)
+        _write(folder, HEADER, new.to_dict(), new)
 
 
 def _same_as(folder: Path, new: StoreInfo) -> StoreInfo:

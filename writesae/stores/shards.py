@@ -81,6 +81,8 @@ class StoreInfo:
         source: where the tokens came from, for people to read.
         versions: installed versions of writesae, torch and transformers.
         format: version of the file format.
+        reading: how the model made tokens of texts, ``prepend_bos`` and ``special_tokens``, as far as that was not the
+            tokenizer's own way. The header has it only if there is something in it, as old headers do not have it.
     """
 
     model_id: str
@@ -98,6 +100,11 @@ class StoreInfo:
     source: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     format: int = FORMAT
+    reading: dict[str, bool] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``store.json`` has."""
+        return {name: value for name, value in asdict(self).items() if name != "reading" or value}
 
     @property
     def n_shards(self) -> int:
@@ -121,6 +128,7 @@ class StoreInfo:
         """From the contents of ``store.json``; ValueError says what is wrong with them."""
         if values.get("format") != FORMAT:
             raise ValueError(f"it has format {values.get('format')!r}, this version reads {FORMAT}")
+        values.setdefault("reading", {})
         known = {f.name for f in fields(cls)}
         if wrong := sorted(known ^ values.keys()):
             raise ValueError(f"missing or unknown: {', '.join(wrong)}")
@@ -137,7 +145,7 @@ class StoreInfo:
     @cached_property
     def identity(self) -> str:
         """A hash of the header, which every shard carries."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()
 
 
 def shard_path(folder: Path, i: int) -> Path:

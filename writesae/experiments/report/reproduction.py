@@ -129,7 +129,7 @@ def _shared(model: HookedRecurrentModel, texts: str | Sequence[str], seed: int) 
     for text in [texts] if isinstance(texts, str) else texts:
         digest.update(text.encode() + b"\0")
     weights = hashlib.sha256("".join(model.fingerprint(site.layer) for site in model.sites).encode()).hexdigest()
-    return {"weights": weights[:16], "text": digest.hexdigest()[:16], "seed": seed}
+    return {"weights": weights[:16], "text": digest.hexdigest()[:16], "seed": seed, **model.reading}
 
 
 def _intro(model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> str:

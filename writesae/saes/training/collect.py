@@ -189,6 +189,6 @@ def site_config(store: ActivationStore, layer: int, head: int, variant: str, **v
         model_id=info.model_id,
         model_revision=info.model_revision,
         fingerprint=info.fingerprints[layer],
-        training={"tokens": info.n_sequences * info.context, "context": info.context},
+        training={"tokens": info.n_sequences * info.context, "context": info.context, **info.reading},
         **values,
     )

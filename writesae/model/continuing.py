@@ -1,0 +1,150 @@
+"""Generation that goes on from a cache: the whole text is given, and what the cache has been fed is left out.
+
+That is transformers' convention. It holds there for caches with an attention layer, which counts its tokens; a cache of
+recurrent layers alone does not know its length, and Mamba-2's is not looked at. Here it holds for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from writesae.hooks.attachment import attached_to
+from writesae.hooks.clock import CACHES, Fed, Pass
+from writesae.hooks.scope import owning
+from writesae.models.arguments import arguments_of
+from writesae.models.wrappers import bare
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model calls its cache."""
+    takes = arguments_of(model)
+    return next((name for name in CACHES if name in takes), CACHES[0])
+
+
+def tokens_in(cache: Any) -> int:
+    """How many tokens a cache has been fed.
+
+    Raises:
+        ValueError: that cannot be known.
+    """
+    would = Pass({CACHES[0]: cache})
+    would.begin()
+    if would.past is None:
+        raise ValueError(
+            "this cache was filled where writesae did not see it, and has no attention layer that would know how many "
+            "tokens are in it: fill it with the wrapped model"
+        )
+    return would.past
+
+
+def check_continues(cache: Any, n_tokens: int, n_mask: int, copies: int) -> None:
+    """Raise unless generation can go on from a cache.
+
+    Args:
+        cache: which may have been fed something, or nothing.
+        n_tokens: tokens given to ``generate``.
+        n_mask: tokens that the attention mask is about.
+        copies: beams, or sequences to return, per text.
+
+    Raises:
+        ValueError: these are not the whole text; several copies of what is cached are wanted.
+    """
+    past = tokens_in(cache)
+    if past and copies > 1:
+        raise ValueError(
+            f"a filled cache holds each text once, and {copies} beams or returned sequences of it are wanted: give the "
+            f"whole text without a cache"
+        )
+    if n_tokens <= past and n_mask != past + n_tokens:
+        raise ValueError(
+            f"generate was given {n_tokens} tokens, and the cache has been fed {past}: give the whole text, that which "
+            f"the cache has been fed and at least one token more, as transformers does"
+        )
+
+
+@contextmanager
+def going_on(model: nn.Module, cache: Any, n_tokens: int) -> Iterator[None]:
+    """While the block runs, generation with this cache, from these ``n_tokens`` in all, feeds the new ones alone."""
+    past, first = tokens_in(cache), True
+
+    def leave_out(_model: nn.Module, args: tuple, given: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        nonlocal first
+        if not first or not call.here:
+            return None
+        first = False
+        cut = {name: x[:, past:] for name, x in tokens_of(given).items() if x.shape[1] == n_tokens}
+        return args, {**given, **cut}
+
+    with owning(everywhere=False) as call, _knowing_its_length(cache):
+        handle = bare(model).register_forward_pre_hook(leave_out, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def positions_behind(mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """Positions that begin behind the padding, as generation gives them to attention layers: a cache is filled with
+    one kind of position alone."""
+    return (mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def feed_in_pieces(
+    model: nn.Module, tokens: Mapping[str, Tensor], mask: Tensor, size: int, **last: Any
+) -> DynamicCache:
+    """A cache that has been fed all of a prompt but its last piece, ``size`` tokens at a time.
+
+    Args:
+        model: a model whose generation cannot do it: its cache is of recurrent layers alone.
+        tokens: ``input_ids`` or ``inputs_embeds``.
+        mask: which tokens are real ``[batch, pos]``.
+        size: tokens per piece.
+        **last: arguments for the model that have it make few logits.
+    """
+    cache = DynamicCache(config=bare(model).config)
+    for end in range(size, mask.shape[1], size):
+        piece = {name: x[:, end - size : end] for name, x in tokens.items()}
+        model(**piece, attention_mask=mask[:, :end], use_cache=True, **{cache_argument(model): cache}, **last)
+    return cache
+
+
+def knows_its_length(model: nn.Module) -> bool:
+    """Whether a new cache of this model knows how many tokens are in it, and generation looks at it."""
+    try:
+        DynamicCache(config=bare(model).config).get_seq_length()
+    except ValueError:
+        return False
+    return cache_argument(model) == CACHES[0]
+
+
+@contextmanager
+def _knowing_its_length(cache: Any) -> Iterator[None]:
+    """Generation asks a cache for its length: for one that does not know it, what it has been fed answers."""
+    try:
+        cache.get_seq_length()
+    except ValueError:
+        pass
+    else:
+        yield
+        return
+
+    def length(*_: Any, **__: Any) -> int:
+        fed = attached_to(cache, Fed)
+        return 0 if fed is None else fed.n_tokens
+
+    cache.get_seq_length = length
+    try:
+        yield
+    finally:
+        del cache.get_seq_length
+
+
+def tokens_of(given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """``input_ids`` or ``inputs_embeds`` among a model's arguments."""
+    return {name: given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None}
