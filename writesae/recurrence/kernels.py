@@ -275,10 +275,20 @@ def _cut_decay(log_decay: Tensor, chunk: int | None) -> tuple[Tensor, int, bool]
     for size in (chunk,) if chunk else (CHUNK_MILD, CHUNK_PER_KEY) if per_key else (CHUNK,):
         size = min(size, n_pos)
         g = _cut(log_decay, size)
-        mild = per_key and bool(g.sum(3).amin() >= -2 * MILD)
+        mild = per_key and _values_are_known() and bool(g.sum(3).amin() >= -2 * MILD)
         if mild:
             break
     return g, size, mild
+
+
+def _values_are_known() -> bool:
+    """Whether code may branch on numbers: not while torch.export traces, nor under torch.func, whose vmap has many.
+
+    There decays are taken to be strong, which is right for all and slower for mild ones.
+    """
+    if torch.compiler.is_exporting():
+        return False
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None
 
 
 class _Decay:
