@@ -35,16 +35,18 @@ MILD = 20.0  # exp(x) has x times the rounding error of x, so factors up to exp(
 F_ = TypeVar("F_", bound=Callable[..., Any])
 
 
-def _without_autocast(compute: F_) -> F_:
-    """Switch autocast off: it would turn the matmuls inside to bfloat16, and a recurrence needs float32 throughout."""
+def full_precision(device: torch.device) -> torch.autocast:
+    """Switch autocast off: it would turn the matmuls inside to bfloat16, and memories need float32 throughout."""
+    return torch.autocast(device.type, enabled=False)
 
+
+def _without_autocast(compute: F_) -> F_:
     @functools.wraps(compute)
-    def full_precision(first: Recurrence | Tensor, *args: Any, **kwargs: Any) -> Any:
-        device = first.device if isinstance(first, Tensor) else first.q.device
-        with torch.autocast(device.type, enabled=False):
+    def computed(first: Recurrence | Tensor, *args: Any, **kwargs: Any) -> Any:
+        with full_precision(first.device if isinstance(first, Tensor) else first.q.device):
             return compute(first, *args, **kwargs)
 
-    return full_precision  # type: ignore[return-value]
+    return computed  # type: ignore[return-value]
 
 
 def chunked(
