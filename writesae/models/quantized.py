@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
@@ -32,6 +31,8 @@ def dequantized(module: Any) -> dict[str, Tensor] | None:
     if callable(weight) and linear:  # torch's own, whose packed weights have a method for it
         found = weight().dequantize()
     elif type(weight).__name__ in ("Params4bit", "Int8Params"):
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # imports bitsandbytes: only if used
+
         found = dequantize_bnb_weight(weight, getattr(module, "state", None))  # type: ignore[arg-type]
     elif isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter):
         found = weight.dequantize()
@@ -42,6 +43,21 @@ def dequantized(module: Any) -> dict[str, Tensor] | None:
     bias = getattr(module, "bias", None)
     bias = bias() if callable(bias) else bias
     return {"weight": found} | ({} if bias is None else {"bias": bias})
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError for weights that are NaN or infinite; codes, and what is offloaded, are not looked at.
+
+    Nor are embeddings: a row is of one token, plays no part where that does not occur, and shows where it does.
+    """
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)] + [model.get_output_embeddings()]  # type: ignore[operator]
+    of_tokens = {id(x) for table in tables if table is not None for x in table.parameters()}
+    for name, x in model.named_parameters():
+        if id(x) not in of_tokens and _plain(x) and not x.is_meta and not bool((finite := x.isfinite()).all()):
+            raise ValueError(
+                f"{name}: {int((~finite).sum())} of its {x.numel()} weights are NaN or infinite, so what the model "
+                f"computes is too. Load the checkpoint again, or look at the training that made it"
+            )
 
 
 def _plain(x: Tensor) -> bool:
