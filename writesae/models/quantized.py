@@ -24,12 +24,13 @@ def dequantized(module: Any) -> dict[str, Tensor] | None:
     Raises:
         TypeError: codes that nobody here knows how to read.
     """
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     linear = hasattr(module, "in_features") and hasattr(module, "out_features")
     if all(map(_plain, module.parameters(recurse=False))) and (isinstance(weight, Tensor) or not linear):
         return None
     if callable(weight) and linear:  # torch's own, whose packed weights have a method for it
-        found = weight().dequantize()
+        codes: Any = weight()
+        found = codes.dequantize()
     elif type(weight).__name__ in ("Params4bit", "Int8Params"):
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # imports bitsandbytes: only if used
 
@@ -40,7 +41,7 @@ def dequantized(module: Any) -> dict[str, Tensor] | None:
         found = _of_identity(module)
     else:
         raise _unreadable(module)
-    bias = getattr(module, "bias", None)
+    bias: Any = getattr(module, "bias", None)
     bias = bias() if callable(bias) else bias
     return {"weight": found} | ({} if bias is None else {"bias": bias})
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 
 from writesae.recurrence.spec import Read, Recurrence, Write, at_least_float32, check_dense, first_state
 
@@ -290,7 +291,7 @@ def _values_are_known() -> bool:
     """
     if torch.compiler.is_exporting():
         return False
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None
+    return torch.compiler.is_compiling() or maybe_current_level() is None
 
 
 class _Decay:
