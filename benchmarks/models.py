@@ -120,7 +120,7 @@ def official(model: Any, ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
 
 def speed(console: Console, pos: int, rounds: int) -> None:
     table = Table(title=f"1 x {pos} tokens, {torch.get_num_threads()} threads, {rounds} rounds")
-    for column in ("", "tokens a second", "times the step loop"):
+    for column in ("", "tokens per second", "times the step loop"):
         table.add_column(column, justify="left" if not column else "right")
     for kind in OURS:
         model = build(kind, 4)
@@ -173,7 +173,7 @@ def main(
     long_: Annotated[bool, typer.Option("--long/--no-long", help="Also long sequences.")] = True,
     child_spec: Annotated[str | None, typer.Option("--child", hidden=True)] = None,
 ) -> None:
-    """Tokens a second of our own models; time and memory over long sequences."""
+    """Tokens per second of our own models; time and memory over long sequences."""
     transformers.logging.set_verbosity_error()
     if child_spec is not None:
         return child(child_spec)

@@ -1,4 +1,4 @@
-"""The replacement test against a naive replay, in one run: firings a second of both, the same firings and conditions.
+"""The replacement test against a naive replay, in one run: firings per second of both, the same firings and conditions.
 
     python benchmarks/replacement.py                                 # the shipped models
     python benchmarks/replacement.py --site tiny-gdn/L0H0 --horizon 1
@@ -25,9 +25,9 @@ from transformers import DynamicCache
 
 import writesae as ws
 from writesae.experiments.engine.conditions import DEFAULT, Generators, put_in, top_atoms, windows_of
-from writesae.experiments.engine.divergence import divergence
-from writesae.experiments.engine.replay import Replayer, kl_from, stacked
 from writesae.experiments.protocol import Run
+from writesae.futures.divergence import divergence
+from writesae.futures.replay import Replayer, kl_from, stacked
 from writesae.zoo import heldout_documents, shipped_models, shipped_saes
 
 

@@ -217,7 +217,7 @@ def encode(
         seconds = timed_race({name: run for name, (_, run) in runs.items()}, rounds)
     rate = {name: runs[name][0] / median(seconds[name]) for name in runs}
     table = Table(
-        title=f"States encoded a second, {torch.get_num_threads()} threads; largest difference {difference:.1e}"
+        title=f"States encoded per second, {torch.get_num_threads()} threads; largest difference {difference:.1e}"
     )
     for column in ("", "states/s", "times the reference"):
         table.add_column(column)
@@ -230,7 +230,7 @@ def encode(
 def extraction(
     models: list[str], rounds: int = 3, context: int = 512, sequences: int = 128, cache: Cache = None
 ) -> None:
-    """Bytes a token, error of half precision, and time against the model's own forward pass."""
+    """Bytes per token, error of half precision, and time against the model's own forward pass."""
     transformers.logging.set_verbosity_error()
     columns = ("model", "heads kept", "bytes/token/head", "dense fp16 / that", "time / forward pass", "error of states")
     table = Table(

@@ -19,7 +19,7 @@ FLOORS = [  # from the ground up
     {"models"},
     {"hooks"},
     {"model"},
-    {"stores", "gradients"},
+    {"stores", "gradients", "futures"},
     {"saes"},
     {"experiments"},
     {"pages"},

@@ -14,12 +14,12 @@ from torch import Tensor
 
 import writesae as ws
 from writesae.experiments.classes import AtomClasses, atom_classes
-from writesae.experiments.engine import firings as firings_module
-from writesae.experiments.engine.firings import Seen
 from writesae.experiments.engine.mixture import fit_mixture
 from writesae.experiments.report.paper import TABLE
 from writesae.experiments.stability import seed_stability
 from writesae.recurrence.matrices import dense
+from writesae.saes.activity.firings import Seen
+from writesae.saes.activity.reading import BLOCK
 from writesae.stores import Windows
 from writesae.zoo import heldout_documents
 
@@ -39,8 +39,8 @@ def rwkv7():
 def make(layer: int = 2, head: int = 0, n_atoms: int = 48, seed: int = 0, **kind: Any) -> ws.WriteSAE:
     """An untrained SAE of a shipped model's head, a few atoms active at a token."""
     torch.manual_seed(seed)
-    values: dict[str, Any] = dict(encoder="bilinear", k=3) | kind
-    sae = ws.WriteSAE(ws.SAEConfig(d_key=32, d_value=32, n_atoms=n_atoms, layer=layer, head=head, **values))
+    values: dict[str, Any] = dict(encoder="bilinear", k=3, d_key=32, d_value=32) | kind
+    sae = ws.WriteSAE(ws.SAEConfig(n_atoms=n_atoms, layer=layer, head=head, **values))
     if sae.cfg.sparsity == "batch_topk":
         sae.threshold.fill_(0.02)
     if sae.cfg.sparsity == "jumprelu":
@@ -303,10 +303,9 @@ def test_records_and_plots():
     assert len(made(np.full(20, 0.5)).plot().axes) == 2, "all atoms alike"
 
 
-def test_a_fair_sample_of_firings_is_kept(monkeypatch):
+def test_a_fair_sample_of_firings_is_kept():
     """Counts are exact, and late firings are as likely to be kept as early ones."""
-    monkeypatch.setattr(Seen, "PRUNE", 50)
-    seen, generator = Seen(3, most=40), torch.Generator().manual_seed(0)
+    seen, generator = Seen(3, most=40, ahead=50), torch.Generator().manual_seed(0)
     for start in range(0, 4000, 20):
         when = torch.arange(start, start + 20)
         columns = when.float()[:, None].expand(-1, 4)
@@ -335,9 +334,9 @@ def twin_of(sae: ws.WriteSAE, order: Tensor, changed: Tensor) -> ws.WriteSAE:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_partners_are_found(form, monkeypatch):
-    monkeypatch.setattr("writesae.experiments.stability.BLOCK", 10_000)  # several blocks
-    sae = make(n_atoms=40, **FORMS[form])
+def test_partners_are_found(form):
+    sae = make(n_atoms=40, d_key=256, d_value=256, **FORMS[form])
+    assert 2 * BLOCK < 40 * 256 * 256, "atoms are compared in several blocks"
     order, changed = torch.randperm(40), torch.arange(40) % 4 == 0
     other = twin_of(sae, order, changed)
     result = seed_stability([sae, other], threshold=0.9)
@@ -398,7 +397,7 @@ def test_too_little_text_and_too_few_atoms(gdn):
         atom_classes(gdn, sae, "The state of the Union is strong.")
     with pytest.raises(ValueError, match="max_tokens=100 is less than one window of 256 tokens"):
         atom_classes(gdn, sae, heldout_documents(), max_tokens=100)
-    with pytest.raises(ValueError, match="min_firings=0: must be at least 1"):
+    with pytest.raises(ValueError, match="min_firings=0: it must be at least 1"):
         atom_classes(gdn, sae, heldout_documents(), min_firings=0)
     with pytest.raises(ValueError, match=r"0 of 48 atoms fire 1000 times or more in 64 tokens; a mixture needs 10"):
         atom_classes(gdn, sae, heldout_documents()[0], context=64, max_tokens=64, min_firings=1000)
@@ -415,4 +414,3 @@ def test_no_atom_ever_fires(gdn):
     result = atom_classes(gdn, sae, heldout_documents()[0], context=64, max_tokens=128, threshold=0.05)
     assert result.firings.sum() == 0 and numbers(result)["null atoms"].value == 48
     assert len(result.records()) == 48
-    assert firings_module.COLUMNS[0] == "cosine"

@@ -1,7 +1,9 @@
 """The whole report on a shipped model: run, stopped and continued, with failures that cost nothing else."""
 
 import dataclasses
+import inspect
 import json
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 
 import pytest
@@ -10,6 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import writesae as ws
+from writesae import experiments
 from writesae.cli import app
 from writesae.experiments.report.paper import TABLE
 from writesae.experiments.report.reproduction import EXPERIMENTS, Sizes, reproduce
@@ -168,3 +171,57 @@ def test_console_shows_progress(given, tmp_path):
     console = Console(record=True, force_terminal=True, width=100)
     reproduce(model, saes, texts, tmp_path, only=["sign_test"], sizes=TINY, console=console)
     assert "experiments" in console.export_text()
+
+
+class Nothing(experiments.Result):
+    """The result of an experiment that finds nothing."""
+
+    title, about = "Nothing", ""
+
+    def numbers(self):
+        return []
+
+    def plot(self):
+        return experiments.figure()[0]
+
+
+@torch.no_grad()
+def test_what_an_experiment_attaches_acts_in_its_own_calls_alone(given):
+    """Another thread that runs the model meanwhile sees nothing of it; of a plain block in the main thread it would."""
+    model, _, texts = given
+    seen = {}
+
+    def deleting(model):
+        with model.intervene(ws.Delete(2)):
+            seen["own"] = model(texts[0][:100])
+            with ThreadPoolExecutor(1) as pool:
+                seen["other"] = pool.submit(torch.no_grad()(model), texts[0][:100]).result()
+        return Nothing()
+
+    plain = model(texts[0][:100])
+    try:
+        registered = experiments.experiment("a test")(deleting)
+        assert EXPERIMENTS["deleting"].function is registered and registered.__name__ == "deleting"
+        registered(model)
+        assert torch.equal(seen["other"], plain) and not torch.equal(seen["own"], plain)
+        deleting(model)
+        assert torch.equal(seen["other"], seen["own"])
+    finally:
+        EXPERIMENTS.pop("deleting", None)
+
+
+def test_a_batch_of_nothing_is_refused_by_every_experiment(given):
+    model, (sae, *_), texts = given
+    chosen = ws.choose_atoms(model, sae, texts[:4], "boundary", n=1)
+    arguments = {
+        "replacement_test": (sae, texts), "population_test": (sae, texts), "atom_classes": (sae, texts),
+        "logit_change": (sae, texts), "erase": (sae, 0, texts), "sign_test": (*sae.place, texts),
+        "install": (*sae.place, "The captain"), "amplify": (chosen, "The captain"),
+    }  # fmt: skip
+    with_batches = {
+        name for name, one in EXPERIMENTS.items() if "batch_size" in inspect.signature(one.function).parameters
+    }
+    assert arguments.keys() == with_batches
+    for name, given_to in arguments.items():
+        with pytest.raises(ValueError, match="batch_size=0: it must be at least 1"):
+            EXPERIMENTS[name].function(model, *given_to, batch_size=0)

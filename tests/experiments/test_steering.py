@@ -12,7 +12,6 @@ from transformers import LogitsProcessor
 
 import writesae as ws
 from writesae.experiments.amplifying import METRICS, amplify, count_of
-from writesae.experiments.engine.continuations import ENDED, CommonRandomNumbers, go_on
 from writesae.experiments.engine.directions import (
     Places,
     at_positions,
@@ -23,7 +22,8 @@ from writesae.experiments.engine.targets import ordinary_tokens, ranks, token_id
 from writesae.experiments.erasing import Effect, erase
 from writesae.experiments.installing import included, install
 from writesae.experiments.signs import sign_test
-from writesae.experiments.token_classes import choose_atoms
+from writesae.futures.continuations import ENDED, CommonRandomNumbers, go_on
+from writesae.saes.activity.token_classes import choose_atoms
 from writesae.stores import Windows
 from writesae.zoo import heldout_documents
 

@@ -163,7 +163,7 @@ class Rule:
         kernels: the functions of a modeling file that run it, and for each how to read a call.
         erase: a token's quantities, the state before it and that state decayed -> what is added to the latter, beside
             the write; None if nothing is.
-        decay_per_key: the decay is one number a row of the state, not one a head.
+        decay_per_key: the decay is one number per row of the state, not one per head.
         transposed: the model keeps ``[head, d_value, d_key]``.
     """
 
@@ -290,7 +290,7 @@ def mamba2_selective_state_update(
     z: Tensor | None = None,
     **_: Any,
 ) -> Call:
-    """One token, with the state updated in place. What is one number a head comes copied over the head's channels."""
+    """One token, with the state updated in place. What is one number per head comes copied over the head's channels."""
     first = lambda x: None if x is None else x[..., 0]  # noqa: E731
     call = mamba2_chunk_scan(
         hidden_states[:, None], first(dt)[:, None], A[:, 0, 0], B[:, None], C[:, None], 1, first(D), first(dt_bias),

@@ -328,7 +328,7 @@ def test_graphs_that_never_look_would_be_a_silent_no_op(
     with torch.no_grad():
         model(ids)
     with monkeypatch.context() as patch:
-        patch.setattr(graphs, "begin", lambda text_model, attached: None)
+        patch.setattr(graphs, "begin", lambda text_model, attached: None)  # the look itself: there is no value in it
         with_hook()
         assert not called
         with pytest.raises(RuntimeError, match="was never reached"), torch.no_grad():

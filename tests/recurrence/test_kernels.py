@@ -48,7 +48,7 @@ EDITED = [0, CHUNK_PER_KEY, CHUNK - 1, CHUNK, 2 * CHUNK]
 
 
 def loop_at_every_length(inputs: Inputs, dense: dict[int, Tensor], read: str) -> tuple[Tensor, Tensor]:
-    """The loop a token at a time: outputs and the state after every token, so the result at every length at once.
+    """The loop, one token at a time: outputs and the state after every token, so the result at every length at once.
 
     A prefix of the outputs and its last state are what the loop says of that prefix, as nothing looks ahead.
     """
@@ -236,7 +236,7 @@ def mask_after_exp(g: Tensor) -> Tensor:
 
 
 def exp_of_each_sum(g: Tensor) -> Tensor:
-    """One exponential a token and not one a pair of them: 0 / 0."""
+    """One exponential per token and not one per pair of them: 0 / 0."""
     G = g.cumsum(-1)
     return (G.exp()[..., :, None] / G.exp()[..., None, :]).tril()
 
@@ -257,7 +257,7 @@ def difference_of_sums(g: Tensor) -> Tensor:
 def test_strong_decay_twin(
     unstable: Callable[..., Tensor], patterns: list[str], per_key: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_between", unstable)
+    monkeypatch.setattr(kernels, "_between", unstable)  # right for every value but for rounding: no input breaks it
     check_strong_decay("no decay", per_key)  # the twin is right where decays are mild
     for pattern in patterns:
         with must_differ():
@@ -266,8 +266,8 @@ def test_strong_decay_twin(
 
 @UNCHECKED
 def test_factored_decay_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A factor a token is for mild decays: taken for any, it overflows."""
-    monkeypatch.setattr(kernels, "MILD", float("inf"))
+    """A factor per token is for mild decays: taken for any, it overflows."""
+    monkeypatch.setattr(kernels, "MILD", float("inf"))  # a bound on rounding, which nobody should be able to set
     check_strong_decay("no decay", per_key=True)
     with must_differ():
         check_strong_decay("every token -50", per_key=True)

@@ -117,7 +117,7 @@ def read_shifted(rec: Recurrence, write: Write, state: Tensor | None) -> Inputs:
 
 
 def decay_of(rec: Recurrence) -> Tensor:
-    """The decay with a key dimension, 1 if it is one number a head."""
+    """The decay with a key dimension, 1 if it is one number per head."""
     decay = rec.log_decay.exp()
     return decay if decay.ndim == 4 else decay[..., None]
 
@@ -148,7 +148,7 @@ def must_differ():
 # By hand -------------------------------------------------------------------------------------------------------------
 
 EDIT = [[0.0, 1.0], [1.0, 0.0]]
-# Two tokens from S_0 = [[1, 0], [0, 2]]. Example, with one decay a head (1/2, then 1/4), read "same":
+# Two tokens from S_0 = [[1, 0], [0, 2]]. Example, with one decay per head (1/2, then 1/4), read "same":
 #   token 0   D S = [[.5, 0], [0, 1]]       b^T S = (1, 2)   a (b^T S) = [[-.5, -1], [0, 0]]   k v^T = [[3, 0], [6, 0]]
 #             S_1 = [[3, -1], [6, 1]]       o = (1, 2) S_1 = (15, 1)
 #   token 1   D S = [[.75, -.25], [1.5, .25]]   b^T S = (6, 1)   a (b^T S) = [[0, 0], [-6, -1]]

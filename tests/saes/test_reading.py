@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
@@ -23,8 +24,9 @@ import writesae.zoo
 from architectures import D_KEY, N_VOCAB, Architecture, architecture_named, each_architecture, each_rule
 from writesae import HookedRecurrentModel, SAEConfig, States, Substitute, WriteSAE, top_contexts
 from writesae.cli import app
+from writesae.hooks.names import inputs
 from writesae.saes.activity.contexts import EDGES
-from writesae.saes.activity.reading import encode_matrices, inputs, target_of
+from writesae.saes.activity.reading import encode_matrices, target_of
 
 LAYER, HEAD = 3, 2
 N_POS = 150  # three blocks of positions
@@ -47,7 +49,7 @@ def seen(a: Architecture) -> tuple[Tensor, Any]:
     """Tokens and the cache of a pass."""
     ids = random_ids(2, N_POS)
     with torch.no_grad():
-        return ids, hooked(a).run_with_cache(ids, names=inputs(hooked(a), LAYER))[1]
+        return ids, hooked(a).run_with_cache(ids, names=inputs(hooked(a).family(LAYER).rule, LAYER))[1]
 
 
 @functools.cache
@@ -222,6 +224,19 @@ def test_inside_an_intervention(architecture: Architecture) -> None:
     assert (codes - before).abs().max() > 0.1
 
 
+class Shapes(TorchDispatchMode):
+    """Notes the shape of every tensor that is computed while the block runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.seen += [tuple(x.shape) for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)]
+        return out
+
+
 def test_a_hook_that_changes_the_state_is_refused() -> None:
     model, sae, ids = hooked(GDN), make(GDN.d_value), random_ids(1, 9)
     name = f"blocks.{LAYER}.mixer.hook_state"
@@ -234,17 +249,19 @@ def test_a_hook_that_changes_the_state_is_refused() -> None:
 
 @each_rule
 @torch.no_grad()
-def test_neither_all_pre_activations_nor_states_are_held(
-    architecture: Architecture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neither_all_pre_activations_nor_states_are_held(architecture: Architecture) -> None:
+    """As torch sees it: shapes of all that is computed. The twin takes everything as one block."""
     sae, (_, cache) = make(architecture.d_value), seen(architecture)
-    sizes, built = [], []
-    sparsify, dense = sae.sparsify, States.dense
-    monkeypatch.setattr(sae, "sparsify", lambda pre: (sizes.append(pre.shape[1]), sparsify(pre))[1])
-    monkeypatch.setattr(States, "dense", lambda self: (built.append(self.shape[1]), dense(self))[1])
-    encode_matrices(sae, *target_of(cache, LAYER, HEAD, "state"), block=SMALL)
-    assert max(sizes) <= 64 and sum(sizes) == N_POS
-    assert built == (sizes if architecture.rule.decay_per_key else [])
+    x = target_of(cache, LAYER, HEAD, "state")
+    for block in (SMALL, 2**30):
+        with Shapes() as shapes:
+            encode_matrices(sae, *x, block=block)
+        for of_each, is_built in (
+            ((sae.cfg.n_atoms,), True), ((D_KEY, architecture.d_value), architecture.rule.decay_per_key)
+        ):  # fmt: skip
+            at_once = max((shape[1] for shape in shapes.seen if shape[:1] == (2,) and shape[2:] == of_each), default=0)
+            assert (at_once <= 64) if block == SMALL else (at_once >= N_POS) == is_built
+            assert (at_once > 0) == is_built
 
 
 def test_a_state_is_read_as_wide_as_the_widest_block() -> None:

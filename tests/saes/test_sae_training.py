@@ -1,10 +1,12 @@
 """Training finds planted atoms, keeps its promises about norms and held-out data, and goes on where it stopped."""
 
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import writesae as ws
 from writesae.recurrence import Write
@@ -138,23 +140,25 @@ def test_the_auxiliary_loss_revives_dead_atoms():
     assert fired[0.0] < 0.01 < 0.1 < fired[1.0]
 
 
-class StopAt:
-    """Ctrl-C in the middle of the given step."""
+@contextmanager
+def counted_steps(interrupt_at=None):
+    """Counts the optimiser's steps while the block runs, by torch's own hook; Ctrl-C in the middle of one of them."""
+    steps = []
 
-    def __init__(self, monkeypatch, step):
-        normalize = WriteSAE.normalize_decoder
+    def after(optimizer, args, kwargs):
+        steps.append(1)
+        if len(steps) == interrupt_at:
+            signal.raise_signal(signal.SIGINT)
 
-        def stop(sae):
-            self.calls = getattr(self, "calls", 0) + 1
-            if self.calls == step + 1:  # the constructor's is the first
-                signal.raise_signal(signal.SIGINT)
-            return normalize(sae)
-
-        monkeypatch.setattr(WriteSAE, "normalize_decoder", stop)
+    hook = register_optimizer_step_post_hook(after)
+    try:
+        yield steps
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize("encoder", ["tied", "bilinear"])
-def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch, encoder):
+def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, encoder):
     _, data = planted()
     cfg = SAEConfig(d_key=12, d_value=10, n_atoms=200, k=2, encoder=encoder)  # many, so that some die
     settings = SETTINGS | dict(dead_after=4, resample_every=5, train_bias=True, validation=2500)
@@ -162,20 +166,16 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path, monkeypatch, encoder):
     assert whole.cfg.training["resampled"] > 0
     path = tmp_path / "folder" / "checkpoint.safetensors"
     before = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        StopAt(patch, 13)
-        with pytest.raises(KeyboardInterrupt, match="after step 13 of 40"):
-            train_sae(cfg, data, checkpoint=path, **settings)
+    with counted_steps(interrupt_at=13), pytest.raises(KeyboardInterrupt, match="after step 13 of 40"):
+        train_sae(cfg, data, checkpoint=path, **settings)
     assert signal.getsignal(signal.SIGINT) is before
     torch.manual_seed(99)  # what else is drawn makes no difference
-    steps = []
-    rate = Settings.rate
-    monkeypatch.setattr(Settings, "rate", lambda s, step: steps.append(step) or rate(s, step))
-    resumed = train_sae(cfg, data, checkpoint=path, checkpoint_every=7, **settings)
-    assert steps == list(range(13, 40))
+    with counted_steps() as steps:
+        resumed = train_sae(cfg, data, checkpoint=path, checkpoint_every=7, **settings)
+    assert len(steps) == 40 - 13
     assert equal(resumed, whole) and resumed.cfg == whole.cfg
-    steps.clear()
-    assert equal(train_sae(cfg, data, checkpoint=path, **settings), whole) and steps == []  # nothing left to do
+    with counted_steps() as steps:
+        assert equal(train_sae(cfg, data, checkpoint=path, **settings), whole) and steps == []  # nothing left to do
     assert [p.name for p in path.parent.iterdir()] == ["checkpoint.safetensors"]
 
 

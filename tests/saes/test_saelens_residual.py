@@ -152,7 +152,7 @@ def test_saelens_own_bridge(model: Any, sae: Any, write_sae: ws.WriteSAE) -> Non
 def test_a_write_sae_is_none_of_the_stream(model: Any, write_sae: ws.WriteSAE) -> None:
     theirs = to_saelens(write_sae)
     for what, text in [
-        (ws.Reconstruct(theirs), r"acts on the residual stream .*blocks\.2\.mixer\.hook_write is none of it"),
+        (ws.Reconstruct(theirs), r"acts on the residual stream .*blocks\.2\.mixer\.hook_write is not a part of it"),
         (ws.Reconstruct(theirs, at=POINT), r"1024 dimensions does not fit blocks\.1\.hook_resid_post, which has 192"),
     ]:
         with pytest.raises(ValueError, match=text), model.intervene(what):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import types
 
 import pytest
@@ -11,7 +12,6 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
-from writesae.jobs import disk
 from writesae.recurrence import Recurrence, Write, states
 from writesae.recurrence.dynamics import States
 from writesae.saes import VARIANTS, SAEConfig, WriteSAE, files
@@ -561,7 +561,7 @@ def test_a_crash_while_saving_leaves_the_old_files(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(disk.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         new.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cfg.json", "sae_weights.safetensors"]

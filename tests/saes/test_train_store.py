@@ -20,6 +20,7 @@ from writesae.jobs.processes import Processes
 from writesae.recurrence.dynamics import States
 from writesae.saes import WriteSAE, evaluate, train_store
 from writesae.saes.training.data import FromStore
+from writesae.saes.training.run import Run, Settings
 from writesae.stores.extraction import extract, record
 
 SITES = [(2, 0), (0, 3)]
@@ -177,10 +178,13 @@ def test_several_processes_train_as_one(on_disk, tmp_path, sparsity):
             assert abs(a["held_out_nmse"] - b["held_out_nmse"]) < 1e-3
 
 
-def test_a_batch_too_small_to_share(store, monkeypatch):
-    monkeypatch.setattr(Processes, "launched", lambda: Processes(2, 0))
+def test_a_batch_too_small_to_share(store):
+    cfg = ws.SAEConfig(d_key=32, d_value=32, n_atoms=24, k=4, target="state")
+    run = Run(cfg, FromStore(store, 2, 0, "state"), Settings(batch_size=24))
+    run.one_step()
+    run.processes = Processes(2, 0)
     with pytest.raises(ValueError, match=r"batch_size=24 is 1 sequence\(s\) of 24 states.*at least 48"):
-        train_store(store, target="state", k=4, batch_size=24, **SMALL)
+        run.one_step()
 
 
 def run(*arguments):

@@ -20,7 +20,6 @@ import torch
 from typer.testing import CliRunner
 
 import writesae as ws
-import writesae.stores.store
 from architectures import N_VOCAB, architecture_named, each_architecture, each_rule
 from writesae.cli import app
 from writesae.recurrence.dynamics import States
@@ -28,7 +27,7 @@ from writesae.recurrence.rules import RULES
 from writesae.stores import Windows, texts
 from writesae.stores.extraction import extract, parse_sites, record
 from writesae.stores.shards import RULE_OF, read_info, read_shard, shard_path, write_shard
-from writesae.stores.store import ActivationStore
+from writesae.stores.store import OPEN_SHARDS, ActivationStore
 
 ROOT = Path(__file__).parents[2]
 runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
@@ -155,9 +154,7 @@ def test_a_large_head_takes_a_sixtieth_of_its_states():
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def test_sequences_in_any_order(store, model, monkeypatch):
-    monkeypatch.setattr(writesae.stores.store, "OPEN_SHARDS", 2)
-    store = ActivationStore.open(store.folder)
+def test_sequences_in_any_order(store, model):
     x, whole = tokens(), record(model, tokens(), SITES, batch_size=2, dtype=torch.float16, progress=False)
     for asked in ([6, 0, 3, 0], torch.tensor([5, 1]), slice(1, None, 2), slice(None, None, -1), []):
         rows = list(range(7))[asked] if isinstance(asked, slice) else [int(i) for i in asked]
@@ -165,12 +162,19 @@ def test_sequences_in_any_order(store, model, monkeypatch):
         for name, value in store.values(0, 3, asked).items():
             assert value.dtype == torch.float32 and value.shape[:3] == (len(rows), 24, 1)
             assert torch.equal(value, whole.values(0, 3, slice(None))[name][rows])
-        assert len(store._open) <= 2
     assert torch.equal(store.tokens(), x) and store.context == 24 and "3.0" in repr(store)
     states = store.states(0, 1, [2, 4])
     assert isinstance(states, States) and states.shape == (2, 24)
     size = sum(path.stat().st_size for path in store.folder.glob("*.safetensors"))
     assert store.bytes_per_token == size / (7 * 24)
+
+
+def test_few_shards_are_open_at_once(model, tmp_path):
+    x = tokens(OPEN_SHARDS + 3, 4)
+    store = make(model, tmp_path / "store", x, shard_sequences=1)
+    assert store.info.n_shards == OPEN_SHARDS + 3
+    for asked in (slice(None), [0, 9, 4, 0]):
+        assert torch.equal(store.tokens(asked), x[asked]) and len(store._open) <= OPEN_SHARDS
 
 
 @pytest.mark.parametrize(

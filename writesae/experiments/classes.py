@@ -18,13 +18,13 @@ from jaxtyping import Float, Int, Shaped
 from scipy import stats
 from torch import Tensor
 
-from writesae.experiments.engine.firings import COLUMNS, Seen, firings
 from writesae.experiments.engine.mixture import MIN_VALUES, Mixture, fit_mixture
-from writesae.experiments.protocol import Progress, Run, experiment
+from writesae.experiments.protocol import Progress, Run, experiment, positive
 from writesae.experiments.results.result import Figure, Number, Result, figure
 from writesae.experiments.results.statistics import Array, cliffs_delta
 from writesae.model import HookedRecurrentModel
 from writesae.saes import SAEConfig, WriteSAE
+from writesae.saes.activity.firings import COLUMNS, Seen, firings
 from writesae.stores.windows import Texts
 
 __all__ = ["AtomClasses", "atom_classes"]
@@ -247,10 +247,7 @@ def atom_classes(
     Raises:
         ValueError: the text is too short, or so few atoms fire in it that there is no mixture to fit.
     """
-    whole = dict(context=context, batch_size=batch_size, min_firings=min_firings, max_firings=max_firings)
-    for name, number in whole.items():
-        if number < 1:
-            raise ValueError(f"{name}={number}: must be at least 1")
+    positive(context=context, min_firings=min_firings, max_firings=max_firings)
     run = Run(model, texts, [sae], batch_size, seed, check_model, progress)
     windows = run.windows(context).spread(max_tokens).tokens
     seen = Seen(sae.cfg.n_atoms, max_firings)

@@ -125,8 +125,7 @@ def attribution_test(
     """
     run = Run(model, text, seed=seed, progress=progress)
     generator = run.generator
-    windows = run.windows(context, n_prompts, "n_prompts or context")
-    ids = windows.draw(n_prompts, generator).tokens.to(model.device)
+    ids = run.prompts(n_prompts, context)
     with torch.no_grad():
         best = model(ids)[:, -1].topk(2).indices
     question = Logit(best[:, 0], minus=best[:, 1])

@@ -213,8 +213,7 @@ def logit_change(
             f"lags={tuple(lags)}, context={context}, n_prompts={n_prompts}: lags are 0 to {context // 2 - 1} (half a "
             f"prompt), and half of at least 4 prompts is fitted on"
         )
-    windows = run.windows(context, n_prompts, "n_prompts or context")
-    ids = windows.draw(n_prompts, generator).tokens.to(model.device)
+    ids = run.prompts(n_prompts, context)
     position = torch.randint(context // 2, context - max(lags), (n_prompts,), generator=generator).to(model.device)
     chosen = _chosen(model, sae, ids, atoms, generator).to(model.device)
     edits = sae.atom(chosen).detach().to(model.device, torch.float32)  # [atom]

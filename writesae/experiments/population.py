@@ -27,6 +27,7 @@ from writesae.experiments.results.statistics import Array, bootstrap, cliffs_del
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
 from writesae.saes import WriteSAE
+from writesae.saes.activity.firings import first_of_each
 from writesae.stores.windows import Texts
 
 if TYPE_CHECKING:
@@ -257,13 +258,10 @@ def _draw(
     at = (top >= 0).nonzero()
     at = at[torch.randperm(len(at), generator=generator)]
     atom = top[at[:, 0], at[:, 1]]
-    order = atom.argsort(stable=True)  # firings of each atom side by side, at random among themselves
-    counts = atom.bincount(minlength=1)
-    rank = torch.arange(len(order)) - (counts.cumsum(0) - counts)[atom[order]]
-    qualified = (counts >= least).nonzero()[:, 0]
+    qualified = (atom.bincount() >= least).nonzero()[:, 0]
     if n_atoms is not None:
         qualified = qualified[torch.randperm(len(qualified), generator=generator)[:n_atoms]]
-    keep = (rank < most) & torch.isin(atom[order], qualified)
-    at = at[order[keep]]
+    order = first_of_each(atom, torch.arange(len(atom)), most)  # at random: ``at`` is shuffled
+    at = at[order[torch.isin(atom[order], qualified)]]
     at = at[(at[:, 0] * top.shape[1] + at[:, 1]).argsort()]
     return at[:, 0], at[:, 1]

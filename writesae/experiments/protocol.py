@@ -22,9 +22,11 @@ from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from writesae.experiments.results.result import Result
+from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
 from writesae.jobs.progress import Progress
 from writesae.model import HookedRecurrentModel
@@ -49,7 +51,7 @@ class Run:
         total: how many were asked for, where batches may do more.
 
     Raises:
-        IndexError, ValueError: an SAE does not fit the model.
+        IndexError, ValueError: an SAE does not fit the model, or ``batch_size`` is below 1.
     """
 
     model: HookedRecurrentModel
@@ -64,6 +66,7 @@ class Run:
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
+        positive(batch_size=self.batch_size)
         for sae in self.saes:
             sae.check_fits(self.model, check_model=self.check_model)
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -71,6 +74,11 @@ class Run:
     def windows(self, context: int, n: int = 1, lower: str = "context") -> Windows:
         """The text in windows of ``context`` tokens; ValueError if there are fewer than ``n``."""
         return Windows.cut(self.model, self.text, context).enough(n, lower=lower)
+
+    def prompts(self, n: int, context: int) -> Int[Tensor, "n context"]:
+        """``n`` windows drawn from the text, on the model's device; ValueError if there are fewer."""
+        windows = self.windows(context, n, "n_prompts or context")
+        return windows.draw(n, self.generator).tokens.to(self.model.device)
 
     def batches(self, rows: Tensor, units: int = 1) -> Iterator[Tensor]:
         """``batch_size`` rows at a time; progress is told of ``units`` per row when a batch is done."""
@@ -83,6 +91,13 @@ class Run:
         self.done += n
         if self.progress is not None:
             self.progress(self.done if self.total is None else min(self.done, self.total))
+
+
+def positive(**counts: int) -> None:
+    """ValueError if one of these arguments is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count}: it must be at least 1")
 
 
 def several(sae: WriteSAE | Sequence[WriteSAE] | None) -> list[WriteSAE]:
@@ -240,7 +255,8 @@ def experiment(
     settings: Callable[[Sizes], Mapping[str, Any]] = lambda _: {},
     plan: Plan | None = None,
 ) -> Callable[[F], F]:
-    """Register a function as an experiment. It stays the function that it is.
+    """Register a function as an experiment. What it attaches to the model acts in its own calls alone, so that other
+    threads may run the model meanwhile (`writesae.hooks.scope`); otherwise it stays the function that it is.
 
     Args:
         help: what it asks, in a line.
@@ -252,6 +268,7 @@ def experiment(
     """
 
     def register(function: F) -> F:
+        function = owning(everywhere=False)(function)
         made = Experiment(function, help, order, plan or _plan_of(function, settings))
         EXPERIMENTS.pop(made.name, None)
         registered = sorted([*EXPERIMENTS.values(), made], key=lambda one: one.order)

@@ -20,7 +20,7 @@ from rich.text import Text
 from torch import Tensor
 
 from writesae.experiments.engine.conditions import CONDITIONS, DEFAULT, Tester, check_conditions, draw, windows_of
-from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment, one_each, several
+from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment, one_each, positive, several
 from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, joined, share
 from writesae.experiments.results.statistics import Rate, cliffs_delta, paired
 from writesae.hooks.sites import Head
@@ -323,9 +323,7 @@ def replacement_test(
     run = Run(model, text, saes, batch_size, seed, check_model, progress)
     places = one_each(saes)
     chosen, flats = check_conditions(run, conditions, flat)
-    for name, value in (("n_firings", n_firings), ("per_window", per_window), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: it must be at least 1")
+    positive(n_firings=n_firings, per_window=per_window)
     if atom is not None:
         if len(saes) > 1:
             raise ValueError(f"atom={atom} means an atom of one SAE; {len(saes)} were given")

@@ -7,8 +7,8 @@ a matrix ``M_t`` that obeys the layer's recurrence backwards in time (`kernels.a
 first-order effect of an edit ``E`` there, its attribution score: of every write, every atom, at every token, on every
 architecture.
 
-Most of the nonlinearity lies right behind the head, in its norm: where a head reads little, the norm scales it up, so
-that an edit that such a token sees is no small change. `LayerGradient.effect` therefore takes the norm exactly, and
+Most of the nonlinearity lies right behind the head, in its norm: where a head reads little, the norm scales it up, and
+then an edit is no small change. `LayerGradient.effect` therefore takes the norm exactly, and
 only what comes after it to first order.
 
 The paper's closed form (equation 1) is this without the erase, with the output embedding in place of the way from the
@@ -59,7 +59,7 @@ class LayerGradient:
     norm: Norm | None = None
 
     def price(self, edit: Write, *, read: Read = "same") -> Float[Tensor, "batch pos head"]:
-        """First-order effects ``<M_t, E_t>``: how much each edit alone would change the number.
+        """Attribution scores ``<M_t, E_t>``: how much each edit alone would change the number, to first order.
 
         Args:
             edit: one per token and head, ``[batch, pos, head]`` (sizes of 1 broadcast), any rank.

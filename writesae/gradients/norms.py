@@ -77,7 +77,7 @@ class Norm:
 
 
 class _FixedScale(TorchFunctionMode):
-    """Norms computed inside this pass no gradient through their scale."""
+    """While it is active, no gradient passes through the scale of a norm."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -22,6 +22,7 @@ from writesae.hooks.attachment import attach, attached_to
 from writesae.hooks.families.base import Family
 from writesae.hooks.graphs import outside_graphs
 from writesae.hooks.tap import device_of_call, running
+from writesae.models.gpu import plays_gpu
 
 _short: ContextVar[bool] = ContextVar("short_chunks", default=False)
 
@@ -104,7 +105,8 @@ def _stand_in(function: Callable[..., Any], tapped: bool, fused: bool) -> Callab
         return torch_function(*args, **kwargs)
 
     def by_device(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-        return on_cpu if device_of_call((*args, *kwargs.values())).type == "cpu" else function
+        cpu = device_of_call((*args, *kwargs.values())).type == "cpu" and not plays_gpu()
+        return on_cpu if cpu else function
 
     def untapped(*args: Any, **kwargs: Any) -> Any:
         return by_device(*args, **kwargs)(*args, **kwargs)

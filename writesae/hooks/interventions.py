@@ -28,9 +28,9 @@ class Moment:
     Attributes:
         write: the native write, leading dimensions ``[batch, pos, head]``.
         recurrence: decay, erase and reads of the same heads and tokens.
-        index: for each token, which of the asked positions it is (None where every token or a slice was asked).
+        index: for each token, its place among the positions asked for (None where these are all tokens, or a slice).
         state: the state before the token; only for edits with ``needs_state``, which get one token at a time.
-        delta_rank: of the family, see `delta_of`.
+        delta_rank: rank of this family's deltas, see `delta_of`.
     """
 
     write: Write
@@ -66,7 +66,7 @@ class Intervention(ABC):
 
     @property
     def fitted(self) -> Any:
-        """What must fit the model (an `AttachableSAE`), None if nothing has to."""
+        """The SAE that has to fit the model (an `AttachableSAE`); None if there is none."""
         return None
 
     @property
@@ -76,12 +76,12 @@ class Intervention(ABC):
 
     @property
     def replaces(self) -> bool:
-        """True: the native write is left out, and what `edit` gives is written instead of it."""
+        """True: the native write is left out, and what `edit` returns is written instead."""
         return False
 
     @abstractmethod
     def edit(self, now: Moment) -> Write | None:
-        """What to write, ``[batch, pos, head]``, None for nothing. Positions not asked for are dropped later."""
+        """What to write, ``[batch, pos, head]``; None for nothing. Positions not asked for are dropped later."""
 
     def made(self, now: Moment) -> Write | None:
         """`edit`, where the layer is and in the dtype of its memory: whatever dtype and device an SAE has."""
@@ -116,12 +116,12 @@ class Delete(Intervention):
 
 @dataclass(frozen=True, kw_only=True)
 class Add(Intervention):
-    """Add ``scale * write``, at every head asked for.
+    """Add ``scale * write`` to the state of every head asked for.
 
     Attributes:
         write: what to add. Leading dimensions broadcast to ``[batch, positions asked]``: none for the same everywhere,
-            ``[n]`` one per position, ``[batch, 1]`` one per sequence.
-        scale: factor.
+            ``[n]`` for one per position, ``[batch, 1]`` for one per sequence.
+        scale: the write is multiplied by it.
         relative: if True, the write is first scaled to the native write's Frobenius norm at each token and head, so
             that ``scale=3`` adds three times as much as the model writes there (paper, section 4).
     """
@@ -155,7 +155,7 @@ class Add(Intervention):
 
 @dataclass(frozen=True, kw_only=True)
 class Replace(Add):
-    """Take the native write out and put ``scale * write`` in; arguments as for `Add`."""
+    """Write ``scale * write`` instead of the native write; arguments as for `Add`."""
 
     @property
     def replaces(self) -> bool:
@@ -163,7 +163,7 @@ class Replace(Add):
 
 
 def _place(write: Write, now: Moment) -> Write:
-    """A write with leading dimensions ``[]``, ``[n]``, ``[batch, 1]`` or ``[batch, n]``, for all tokens, heads."""
+    """A write with leading dimensions ``[]``, ``[n]``, ``[batch, 1]`` or ``[batch, n]``, for all tokens and heads."""
     batch, n_pos, _ = now.write.shape
     table = write[(None,) * (2 - len(write.shape))]
     of_each = row_of_each(table.shape[0], batch, f"a write with leading dimensions {list(write.shape)}")

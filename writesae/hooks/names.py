@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from writesae.hooks.quantities import RESIDUAL
+from writesae.recurrence.rules import Rule
 
 OF_BLOCKS = {  # TransformerLens' names of points of the residual stream, by what follows `blocks.{layer}.`
     "hook_in": "resid_pre",
@@ -30,6 +31,11 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 def name_of(quantity: str, layer: int) -> str:
     """The full name of a quantity of a layer: ``("k", 9) -> "blocks.9.mixer.hook_k"``."""
     return f"blocks.{layer}.{'' if quantity in RESIDUAL else 'mixer.'}hook_{quantity}"
+
+
+def inputs(rule: Rule, layer: int) -> list[str]:
+    """Names of the hook points from which a layer's writes, deltas and states can be rebuilt."""
+    return [name_of(quantity, layer) for quantity in rule.state_inputs]
 
 
 def resolve(name: str, known: Collection[str], aliases: Mapping[int, Mapping[str, str]]) -> str:

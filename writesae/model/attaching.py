@@ -40,11 +40,11 @@ Hooks: TypeAlias = Sequence[tuple[Name | Callable[[str], bool], Callable[[Any, H
 
 
 class HookedModel(TokenModel):
-    """A transformers model with hook points, and what it takes to attach to them.
+    """A transformers model with hook points, and the methods that attach to them.
 
     Args:
         hf_model: the model itself; `install` gives it its hook points.
-        tokenizer: its tokenizer, None if there are only token ids.
+        tokenizer: its tokenizer; None to work with token ids alone.
     """
 
     def __init__(self, hf_model: Any, tokenizer: Any = None):
@@ -76,7 +76,7 @@ class HookedModel(TokenModel):
 
     @property
     def n_layers(self) -> int:
-        """How many layers there are, recurrent and other."""
+        """The number of layers, recurrent or not."""
         return len(self._installed.layers)
 
     @property
@@ -113,21 +113,21 @@ class HookedModel(TokenModel):
         bwd_hooks: Hooks = (),
         state_positions: Positions = None,
     ) -> Iterator[Any]:
-        """Attach functions to hook points while the block runs; in which threads they act says `writesae.hooks.scope`.
+        """Attach functions to hook points while the block runs. `writesae.hooks.scope` says in which threads they act.
 
         Args:
             hooks: pairs ``(name, fn)``; the name may be a pair ``("k", 1)``, or a function of names.
-                ``fn(value, hook)`` returns what to go on with, of the same shape and dtype, or None. ``hook.name`` and
-                ``hook.layer`` say where it is.
-            fwd_hooks: more of them; TransformerLens' word.
+                ``fn(value, hook)`` returns the value to use instead, of the same shape and dtype, or None to keep it.
+                ``hook.name`` and ``hook.layer`` say where it is.
+            fwd_hooks: further pairs, under TransformerLens' name.
             bwd_hooks: pairs whose function gets the gradient of the value, and may return another.
-            state_positions: for ``hook_state``, which fires only at these positions: once a token, with value
-                ``[rows, 1, head, d_key, d_value]``, the state as that token's read sees it, for the sequences
-                (usually all) for which that token is at an asked position (``hook.positions [rows]``).
+            state_positions: where ``hook_state`` fires, once per token. Its value is the state as that token's read
+                sees it, ``[rows, 1, head, d_key, d_value]``: a row for each sequence that has the token at one of these
+                positions, usually all (``hook.positions [rows]`` has the positions).
 
         Raises:
             KeyError: no such hook point.
-            RuntimeError: the model ran, and a hook point was never reached.
+            RuntimeError: the model ran without reaching a hook point.
         """
         everywhere = in_main_thread_alone()
         with self._attaching(hooks, fwd_hooks, bwd_hooks, state_positions, everywhere) as owner:
@@ -138,7 +138,7 @@ class HookedModel(TokenModel):
     def _attaching(
         self, hooks: Hooks, fwd_hooks: Hooks, bwd_hooks: Hooks, state_positions: Positions, everywhere: bool
     ) -> Iterator[Owner]:
-        """`hooks`, in every thread or in the running one alone."""
+        """`hooks`, in every thread or only in the running one."""
         with ExitStack() as stack:
             owner, silent = stack.enter_context(self._block(everywhere)), Counter[str]()
             requests: dict[int, PositionSet] = {}
@@ -172,13 +172,13 @@ class HookedModel(TokenModel):
     def add_hook(
         self, name: Name | Callable[[str], bool], fn: Callable[[Any, HookPoint], Any], dir: str = "fwd"
     ) -> None:
-        """Attach a function to a hook point until `reset_hooks`, in every thread; prefer `hooks`, which leaves no
-        trace."""
+        """Attach a function to a hook point, in every thread, until `reset_hooks`. Prefer `hooks`, which leaves nothing
+        behind."""
         for point in self._without_states(name, "attach to it with model.hooks(..., state_positions=[...])"):
             self._handles.append(point.add_hook(fn, dir))
 
     def reset_hooks(self) -> None:
-        """Take away everything that `add_hook` attached. What a ``with`` block attached goes when the block ends."""
+        """Remove everything that `add_hook` attached. What a ``with`` block attached is removed when the block ends."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -204,11 +204,11 @@ class HookedModel(TokenModel):
 
         Args:
             what: an intervention, several (their edits add up), or an SAE with ``atom`` and ``scale``: that atom is
-                added at ``scale`` times the native write's Frobenius norm. Beside these, edits of the residual stream
-                (`Reconstruct`, `Steer`), which follow each other in the order given; with an SAE of SAELens, ``atom``
-                and ``scale`` are those of `Steer`.
-            positions: which tokens, counted over the whole sequence, prompt and generated alike: None for all, an int,
-                a list, a slice, or an integer tensor ``[batch, n]`` for each sequence its own.
+                added at ``scale`` times the native write's Frobenius norm. Edits of the residual stream
+                (`Reconstruct`, `Steer`) may be among them, and are made in the order given; with an SAE of SAELens,
+                ``atom`` and ``scale`` are those of `Steer`.
+            positions: which tokens, counted over the whole sequence, prompt and generated tokens alike: None for all,
+                an int, a list, a slice, or an integer tensor ``[batch, n]`` with a row for each sequence.
             read: ``"same"``: an edit at ``t`` is seen by the read at ``t``. ``"next"``: from ``t + 1`` on (the paper's
                 cache-slot protocol).
             atom, scale: for an SAE.
@@ -217,7 +217,7 @@ class HookedModel(TokenModel):
         Raises:
             IndexError: layer, head, atom or position out of range.
             ValueError: an SAE for another shape, site or model.
-            RuntimeError: the model ran, and what is edited was never reached.
+            RuntimeError: the model ran without reaching what is edited.
         """
         what = getattr(what, "write_sae", what)  # of what `writesae.saelens` made for SAELens
         if read not in ("same", "next"):
@@ -252,7 +252,9 @@ class HookedModel(TokenModel):
         (point,) = self._select(edit.hook_name)
         if point.quantity not in RESIDUAL:
             names = ", ".join(name_of(quantity, point.layer) for quantity in RESIDUAL)
-            raise ValueError(f"{type(edit).__name__} acts on the residual stream ({names}); {point.name} is none of it")
+            raise ValueError(
+                f"{type(edit).__name__} acts on the residual stream ({names}); {point.name} is not a part of it"
+            )
 
         def fn(x: Tensor, _hook: HookPoint) -> Tensor | None:
             there, _ = where.match(self._installed.clock.positions().to(x.device))
@@ -323,12 +325,12 @@ class HookedModel(TokenModel):
 
 
 def _is_pair(name: object) -> bool:
-    """Whether it is a quantity and a layer, as in ``cache["k", 1]``."""
+    """Whether ``name`` is a quantity and a layer, as in ``cache["k", 1]``."""
     return isinstance(name, tuple) and len(name) == 2 and isinstance(name[0], str) and isinstance(name[1], int)
 
 
 def check_fired(silent: Iterable[str], n_passes: int) -> None:
-    """What was attached and never asked, though the model ran, is a mistake, not a no-op."""
+    """Raise RuntimeError if something attached was never called though the model ran: that would be a silent no-op."""
     for name in silent if n_passes else ():
         raise RuntimeError(
             f"the model ran in this block, and {name} was never reached, so nothing happened there: another tool "
@@ -348,7 +350,7 @@ def _warn_if_elsewhere(owner: Owner) -> None:
 
 
 def _noting(seen: Counter[str], point: HookPoint, fn: Callable[[Any, HookPoint], Any]) -> Callable[..., Any]:
-    """``fn``, and a note of how often it was called."""
+    """``fn``, with a count of its calls."""
     seen[point.name] += 0
 
     def noted(value: Any, hook: HookPoint) -> Any:
@@ -364,7 +366,7 @@ def _only_for(request: PositionSet, fn: Callable[[Any, HookPoint], Any]) -> Call
 
 
 def _check_reached(positions: Any) -> None:
-    """An edit that was never reached though sequences ran is a mistake, not a no-op."""
+    """Raise IndexError if sequences ran and never reached a position asked for: that would be a silent no-op."""
     for p in positions:
         if missed := p.missed():
             raise IndexError(

@@ -32,13 +32,13 @@ class HookedRecurrentModel(HookedModel):
     """Wraps a transformers model with matrix-state layers; the model itself stays what it is (``model.hf_model``).
 
     Args:
-        hf_model: the model, or what nnsight, TransformerLens (`TransformerBridge`) or PEFT made of one. It computes
+        hf_model: the model, or one wrapped by nnsight, TransformerLens (`TransformerBridge`) or PEFT. It computes
             exactly as before as long as nothing is attached.
-        tokenizer: needed for text in and out; token ids work without.
-        model_id: name that SAEs trained on it record; default is where it was loaded from.
+        tokenizer: needed for text; token ids work without one.
+        model_id: the name that SAEs trained on it record; by default where it was loaded from.
 
     Raises:
-        ValueError: the model has no recurrent layer that is known, or no weights yet (nnsight's `dispatch`).
+        ValueError: no layer is of a known recurrent architecture, or nnsight has not loaded the weights yet.
 
     >>> model = HookedRecurrentModel.from_pretrained("tiny-gdn")
     >>> logits, cache = model.run_with_cache("The state of the Union")
@@ -64,7 +64,7 @@ class HookedRecurrentModel(HookedModel):
 
         Args:
             name: what to load.
-            dtype: of the weights; ``"auto"`` for the checkpoint's own. Recurrences run in float32 whichever it is.
+            dtype: of the weights; ``"auto"`` for the checkpoint's own. Recurrences run in float32 with any of them.
             tokenizer: a tokenizer, None for the model's own, or False for none (token ids only).
             **kwargs: for ``from_pretrained`` (``device_map``, ``revision``, ``local_files_only``, ...).
 
@@ -117,14 +117,14 @@ class HookedRecurrentModel(HookedModel):
         return self.family(layer).projection(self._installed.mixers[self._tap(layer).site.layer])
 
     def norm(self, layer: int) -> nn.Module | None:
-        """The module that normalises (and gates) what the heads of a recurrent layer read; None where nothing does."""
+        """The module that normalises (and gates) what the heads of a recurrent layer read; None if there is none."""
         return self.family(layer).norm(self._installed.mixers[self._tap(layer).site.layer])
 
     def fingerprint(self, layer: int) -> str:
         """A hash of the recurrent layer's weights, rounded to bfloat16 so that it does not depend on the load dtype.
 
-        SAEs record it, and are refused by a model with other weights. Adapters of PEFT count as far as they are active:
-        a layer with one has the fingerprint that it keeps when the adapter is merged.
+        SAEs record it, and are refused by a model with other weights. PEFT's adapters count while they are active: the
+        fingerprint is that of the layer with the adapter merged.
         """
         mixer = self._installed.mixers[self._tap(layer).site.layer]
         digest = hashlib.sha256()
@@ -144,14 +144,14 @@ class HookedRecurrentModel(HookedModel):
         stop_at_layer: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Logits for text or token ids ``[batch, pos, vocab]``, with whatever is attached.
+        """Logits ``[batch, pos, vocab]`` for text or token ids, with all that is attached.
 
         Args:
             x: a text, several (padded on the left), token ids ``[pos]`` or ``[batch, pos]``, or the mapping that a
                 tokenizer returns. None with ``inputs_embeds=`` ``[batch, pos, d_model]``.
-            return_type: "loss": the cross entropy in nats of each next token, the mean over real tokens; "both": logits
-                and loss; None: nothing is returned.
-            loss_per_token: the loss ``[batch, pos - 1]`` instead, 0 at padding.
+            return_type: "loss": the cross entropy in nats per token, the mean over real tokens; "both": logits and
+                loss; None: nothing is returned.
+            loss_per_token: the loss of each token instead of the mean, ``[batch, pos - 1]``, 0 at padding.
             stop_at_layer: run the layers before this one only, and return the residual stream that would enter it
                 ``[batch, pos, d_model]``. Negative ones count from the end; `n_layers` stops after the last layer.
             **kwargs: for the model: ``attention_mask`` (over the whole sequence), ``past_key_values`` (a
@@ -193,7 +193,7 @@ class HookedRecurrentModel(HookedModel):
         return loss if return_type == "loss" else (logits, loss)
 
     def _cache_renamed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments with the cache, if there is one, under the name that the model has for it."""
+        """The arguments, with a cache under the model's own name for it."""
         past = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         others = {name: value for name, value in kwargs.items() if name not in CACHES}
         if past is None:
@@ -213,7 +213,7 @@ class HookedRecurrentModel(HookedModel):
 
     @torch.no_grad()
     def generate(self, x: Text | None = None, **kwargs: Any) -> Any:
-        """Continue a text, with whatever is attached acting on every token, prompt and generated alike.
+        """Continue a text. What is attached acts on every token, in the prompt and generated.
 
         Args:
             x: a text, several, or token ids.
@@ -265,7 +265,7 @@ class HookedRecurrentModel(HookedModel):
         return next((one[name] for one in said if one.get(name) is not None), None)
 
     def _most_new_tokens(self, kwargs: dict[str, Any], n_prompt: int) -> int | None:
-        """How many tokens may be generated, None where nothing says so."""
+        """How many tokens may be generated; None if nothing limits them."""
         configs = (kwargs.get("generation_config"), getattr(self.hf_model, "generation_config", None))
         for said in (kwargs, *(vars(config) for config in configs if config is not None)):
             if (n_new := said.get("max_new_tokens")) is not None:
@@ -290,17 +290,17 @@ class HookedRecurrentModel(HookedModel):
         device: torch.device | str | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ActivationCache]:
-        """Logits ``[batch, pos, vocab]`` (or what else `forward` is asked for), and the quantities named.
+        """Logits ``[batch, pos, vocab]`` (or what else `forward` is asked for), and a cache of the quantities named.
 
         Args:
             x: as for `forward`.
             names: a name or a pair ``("k", 1)``, a list of such, a function of the name, or None for every quantity
                 except states.
-            names_filter: the same; TransformerLens' word for it.
-            state_positions: positions at which ``hook_state`` is kept, where ``names`` asks for it. (States elsewhere
-                come from ``cache.state(layer, positions)`` later; nothing need be asked for in advance.)
+            names_filter: the same, under TransformerLens' name.
+            state_positions: positions at which ``hook_state`` is kept, if ``names`` asks for it. (Any state can be had
+                later from ``cache.state(layer, positions)``, without asking in advance.)
             remove_batch_dim: leave the batch dimension out of everything in the cache; for one sequence.
-            device: where to keep it; None: where it was computed.
+            device: where to keep the cache; None: where values were computed.
             **kwargs: as for `forward`: ``stop_at_layer``, ``return_type``, ``attention_mask``, ...
 
         Raises:
@@ -360,7 +360,7 @@ class HookedRecurrentModel(HookedModel):
     ) -> Any:
         """`forward` with hooks attached for this one call; see `hooks`.
 
-        ``bwd_hooks`` act in the backward pass of what is returned, also after this call.
+        ``bwd_hooks`` act in the backward pass from what is returned, even after this call.
         """
         with self._attaching(hooks, fwd_hooks, bwd_hooks, state_positions, everywhere=False):
             return self(x, **kwargs)

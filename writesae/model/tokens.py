@@ -37,7 +37,7 @@ class TokenModel(nn.Module):
     # --- text to tokens and back --------------------------------------------------------------------------------------
 
     def to_tokens(self, text: Text) -> tuple[Int[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
-        """Token ids and attention mask (None where nothing is padded); several texts are padded on the left."""
+        """Token ids and attention mask (None if nothing is padded). Several texts are padded on the left."""
         if isinstance(text, Mapping):
             x, given = self.read(text, {})
             if extra := given.keys() - {"attention_mask"}:
@@ -77,7 +77,7 @@ class TokenModel(nn.Module):
         return ids.to(self.device), None if bool(mask.all()) else mask.to(self.device)
 
     def read(self, x: Text | None, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """What a user gave, taken apart: text or token ids (None with ``inputs_embeds``), and arguments for the model.
+        """Separate what a user gave into text or token ids (None with ``inputs_embeds``), and arguments for the model.
 
         Args:
             x: as for ``model(x)``: a text, several, token ids, or the mapping that a tokenizer returns, whose entries
@@ -86,7 +86,7 @@ class TokenModel(nn.Module):
 
         Raises:
             TypeError: an argument that the model does not have, or one given twice.
-            ValueError: neither text, nor token ids, nor embeddings; or more than one of them.
+            ValueError: none of text, token ids and embeddings, or more than one of them.
         """
         arguments = dict(arguments)
         if isinstance(x, Mapping):
@@ -114,7 +114,7 @@ class TokenModel(nn.Module):
     @overload
     def to_str_tokens(self, text: Sequence[str]) -> list[list[str]]: ...
     def to_str_tokens(self, text: Text) -> list[str] | list[list[str]]:
-        """The tokens of a text, or of one sequence of ids, as strings; for a list of texts, a list for each."""
+        """The tokens of a text, or of one sequence of ids, as strings; for several texts, one list per text."""
         if not isinstance(text, (str, Tensor)) and len(text) and all(isinstance(x, str) for x in text):
             return [self.to_str_tokens(x) for x in text]  # type: ignore[misc]
         ids, _ = self.to_tokens(text)
@@ -123,7 +123,7 @@ class TokenModel(nn.Module):
         return [self._tokenizer().decode([i]) for i in ids[0].tolist()]
 
     def to_string(self, tokens: int | Sequence[int] | Int[Tensor, "..."]) -> str | list[str]:
-        """The text of a token id, or of ids ``[pos]``; for ``[batch, pos]`` a list."""
+        """The text of a token id, or of ids ``[pos]``; for ``[batch, pos]`` a list of texts."""
         ids, _ = self.to_tokens([tokens] if isinstance(tokens, int) else tokens)
         texts = [self._tokenizer().decode(row.tolist()) for row in ids]
         return texts if isinstance(tokens, Tensor) and tokens.ndim == 2 else texts[0]
@@ -132,7 +132,7 @@ class TokenModel(nn.Module):
         """The id of a text that is one token (an id is checked and returned).
 
         Raises:
-            ValueError: the text makes another number of tokens, which the message shows; an id outside the vocabulary.
+            ValueError: the text is not one token (the message shows its tokens), or the id is outside the vocabulary.
         """
         if isinstance(token, int):
             return int(self._check_ids(torch.tensor([token]))[0])
@@ -188,13 +188,15 @@ class TokenModel(nn.Module):
         return self.W_U.T[self._check_ids(torch.as_tensor(tokens, device=self.device))]
 
     def logits_of_last(self, n: int) -> dict[str, Any]:
-        """The argument that has the model make logits of the last ``n`` tokens alone (0: of all), if it knows one: with
-        a large vocabulary they may cost as much as the layers."""
+        """The argument with which the model makes logits for the last ``n`` tokens only (0: for all), if it has one.
+
+        With a large vocabulary, logits may cost as much as the layers.
+        """
         return {"logits_to_keep": n} if "logits_to_keep" in arguments_of(self.hf_model) else {}
 
 
 def is_text(x: object) -> bool:
-    """Whether it is a text or several, not token ids."""
+    """Whether ``x`` is one text or several, and not token ids."""
     return isinstance(x, str) or (isinstance(x, Sequence) and bool(len(x)) and isinstance(x[0], str))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from writesae.models.wrappers import bare
 
-# What transformers takes for every model, beside the arguments of the model's own forward, and does something with.
+# Arguments that transformers uses for every model, beside those of the model's own forward.
 OF_EVERY_MODEL = (
     "output_hidden_states", "output_attentions", "output_router_logits", "num_items_in_batch", "return_dict",
 )  # fmt: skip
@@ -19,21 +19,21 @@ PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "se
 
 
 def arguments_of(model: nn.Module) -> list[str]:
-    """The names of the arguments that a model knows; some that it does not, it would ignore."""
+    """The names of the arguments that a model has of its own. It may take others, and ignore them."""
     parameters = inspect.signature(bare(model).forward).parameters.values()
     return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
 
 
 def check_arguments(model: nn.Module, given: Mapping[str, Any]) -> None:
-    """Raise unless a model takes these arguments, and they say nothing of several texts in one row.
+    """Raise unless a model has these arguments, and they do not pack several texts into one row.
 
     Args:
         model: the model.
         given: the arguments.
 
     Raises:
-        TypeError: an argument that it would ignore; the message has the nearest that it knows.
-        ValueError: texts are packed into one row: a recurrent memory would run from one into the next.
+        TypeError: an argument that the model would ignore; the message names the nearest that it has.
+        ValueError: texts are packed into one row, where the memory of one would run on into the next.
     """
     if not given:  # asked in every pass, of every token that is generated
         return

@@ -91,7 +91,7 @@ class RecurrentConfig(PreTrainedConfig):
 
 
 def past_state(cache: Cache | None, layer: int) -> Float[Tensor, "batch head d_key d_value"] | None:
-    """The state that a cache holds for a layer, None if it has seen nothing."""
+    """The state that a cache holds for a layer; None if nothing has been fed."""
     if cache is None:
         return None
     kept: Any = cache.layers[layer]  # get_recurrent_state knows nothing of layers without a convolution
@@ -111,7 +111,7 @@ def with_past(
 def recur(
     rule: Rule, values: Mapping[str, Tensor], initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"] | None]:
-    """A rule's recurrence of canonical quantities, as models want it: outputs in the dtype of the reads, the final
+    """A rule's recurrence of canonical quantities, as models use it: outputs in the dtype of the reads, and the final
     state if asked for."""
     get = values.__getitem__
     o, state = chunked(rule.recurrence(get), rule.write(get), initial_state)
@@ -137,7 +137,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
 
 
 class Block(GradientCheckpointingLayer):
-    """One layer. ``forward(x, mask, cache, first)`` returns ``(x, first)``: what later layers need of the first one."""
+    """One layer. ``forward(x, mask, cache, first)`` returns ``(x, first)``; the first layer makes ``first`` for all."""
 
 
 class RecurrentModel(RecurrentPreTrainedModel):
@@ -223,7 +223,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
-        return attention_mask  # padding is all that a recurrent layer wants to know
+        return attention_mask  # a recurrent layer needs to know only which tokens are padding
 
     def forward(
         self,

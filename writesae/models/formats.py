@@ -71,14 +71,14 @@ def rwkv7_of_authors(theirs: Mapping[str, Tensor]) -> tuple[RWKV7Config, Tensors
     ours: Tensors = {}
     for name, tensor in theirs.items():
         if re.fullmatch(r"blocks\.0\.att\.v[012]", name):
-            continue  # there, but unused: no layer comes before to mix values with
+            continue  # there, but unused: the first layer has no earlier values to mix with
         new, change = _renamed(name)
         ours[new] = change(tensor) if change else tensor
     return config, ours
 
 
 def _renamed(name: str) -> tuple[str, Any]:
-    """Our name of one of the authors' tensors and what to do to it; a name unknown stays, to be complained of."""
+    """Our name of one of the authors' tensors and what to do to it. An unknown name stays, and is refused later."""
     stem, dot, kind = name.rpartition(".")
     stem, suffix = (stem, dot + kind) if kind in ("weight", "bias") else (name, "")
     if stem in _OUTSIDE:
@@ -157,5 +157,5 @@ def mamba2_of_authors(theirs: Mapping[str, Any]) -> Mamba2Config:
 
 
 def mamba2_tensors_of_authors(theirs: Mapping[str, Tensor]) -> Tensors:
-    """transformers has another name for the embedding only."""
+    """Names as transformers has them: only the embedding's differs."""
     return {name.replace("backbone.embedding.", "backbone.embeddings."): tensor for name, tensor in theirs.items()}

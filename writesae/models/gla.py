@@ -24,7 +24,7 @@ from writesae.recurrence import at_least_float32
 from writesae.recurrence.rules import GLA
 
 GATE_RANK = 16
-GATE_NORMALIZER = 16  # log decays are divided by it: at rest a channel keeps 2^(-1/16) of itself a token
+GATE_NORMALIZER = 16  # log decays are divided by it: at rest a channel keeps 2^(-1/16) of itself per token
 
 
 @strict

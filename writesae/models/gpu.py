@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,11 +29,29 @@ def use_fla_kernels(wanted: bool) -> None:
 def fla_kernel(module: str, name: str, q: Tensor) -> Callable[..., Any] | None:
     """The kernel ``fla.ops.{module}.{name}`` if it should run for these reads, otherwise None."""
     half = q.dtype in (torch.bfloat16, torch.float16)
-    return _find(module, name) if _wanted and half and q.shape[1] > 1 and _on_gpu(q) else None
+    return _find(module, name) if _wanted and half and q.shape[1] > 1 and (q.is_cuda or plays_gpu()) else None
 
 
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
+_as_if_on_gpu: ContextVar[bool] = ContextVar("as_if_on_gpu", default=False)
+
+
+@contextmanager
+def as_if_on_gpu() -> Iterator[None]:
+    """Tensors on a CPU go where those on a GPU would while the block runs: to the kernels of installed GPU packages.
+
+    On a CPU these crash, except under Triton's interpreter, which is slow and good enough to see that they are called
+    right (``tests/kernels``).
+    """
+    token = _as_if_on_gpu.set(True)
+    try:
+        yield
+    finally:
+        _as_if_on_gpu.reset(token)
+
+
+def plays_gpu() -> bool:
+    """Whether the running code is inside `as_if_on_gpu`."""
+    return _as_if_on_gpu.get()
 
 
 @functools.cache

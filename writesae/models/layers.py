@@ -48,7 +48,7 @@ class MixerConfig(RecurrentConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 256 * math.ceil(int(self.hidden_size * (self.hidden_ratio or 4) * 2 / 3) / 256)
         if not self.use_short_conv:
-            kwargs.pop("share_conv_kernel", None)  # of early configs, about the convolutions that there are not
+            kwargs.pop("share_conv_kernel", None)  # in early configs, though there are no convolutions
         super().__post_init__(**kwargs)
 
     @property
@@ -109,8 +109,8 @@ class GatedMLP(nn.Module):
 class Mixer(nn.Module):
     """Projections to q, k, v, with their convolutions, and from the reads back, through a gate if there is one.
 
-    Subclasses say what the gates of the recurrence come from (`make_gates`) and compute it between the two; they are
-    called as ``mixer(x, mask, cache)``. ``n_served`` heads share k and v.
+    Subclasses add the projections for the recurrence's gates (`make_gates`) and compute the recurrence in between. They
+    are called as ``mixer(x, mask, cache)``. ``n_served`` heads share k and v.
     """
 
     def __init__(self, config: Any, layer_idx: int, gated: bool, n_served: int = 1):
@@ -129,7 +129,7 @@ class Mixer(nn.Module):
             self.v_conv1d = ShortConvolution(d_v, config.conv_size, state_idx=2)
 
     def make_gates(self, config: Any) -> None:
-        """Add the projections to what the recurrence takes beside q, k and v."""
+        """Add the projections for what the recurrence needs beside q, k and v."""
         raise NotImplementedError
 
     def project(self, x: Float[Tensor, "batch pos hidden"], cache: Cache | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,10 +5,10 @@
 | flash-linear-attention's RWKV-7, DeltaNet or GLA | ours, also where flash-linear-attention is installed |
 | RWKV-7 of its authors, one ``.pth`` file | ours |
 | Mamba-2 of its authors (``state-spaces/mamba2-370m``) | transformers' |
-| all else | transformers', through ``AutoModelForCausalLM`` |
+| anything else | transformers', through ``AutoModelForCausalLM`` |
 
-Weights that are missing, left over or of another shape are an error (transformers warns and goes on with random ones),
-and no pickle gets to run code.
+Weights that are missing, left over or of another shape are an error (transformers warns and goes on with random ones).
+No pickle can run code.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def load_model(source: str | Path, *, dtype: torch.dtype | str = torch.float32, 
 
     Raises:
         OSError: no such folder, file or hub id.
-        ValueError: a model that is not supported, weights that do not fit it, or a file that wants to run code.
+        ValueError: a model that is not supported, weights that do not fit it, or a file that would run code.
     """
     hub = hub_arguments(kwargs)
     rest = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
@@ -122,7 +122,7 @@ def find(source: str | Path, name: str, hub: dict[str, Any]) -> str | None:
 
 
 def read_config(source: str | Path, hub: dict[str, Any]) -> dict[str, Any]:
-    """``config.json``; empty if there is none, for transformers to complain of or to manage without."""
+    """``config.json``; empty if there is none, and transformers then says what is missing or does without."""
     path = find(source, "config.json", hub)
     return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
@@ -161,7 +161,7 @@ def read_tensors_of(path: str) -> dict[str, Tensor]:
             f"safetensors ({str(error).splitlines()[0]})"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
-        raise ValueError(f"{path} holds something else than a model's weights, one tensor a name")
+        raise ValueError(f"{path} holds something else than a model's weights, one tensor per name")
     return tensors
 
 
@@ -188,7 +188,7 @@ def _build(
 
 
 def _check(source: str | Path, missing: Any = (), unexpected: Any = (), shapes: Any = ()) -> None:
-    """An error that names the weights that do not fit."""
+    """Raise ValueError if there are weights that do not fit; the message names them."""
     wrong = [
         f"{what}: {', '.join(sorted(names)[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
         for what, names in (("missing", missing), ("not part of this model", unexpected), ("of another shape", shapes))

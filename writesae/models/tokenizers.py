@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, and RWKV's own, which is no transformers tokenizer."""
+"""The tokenizer of a checkpoint, and RWKV's own, which transformers does not have."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> Any:
     if is_pth(source):
         return WorldTokenizer()
     fields, name = read_config(source, hub), source
-    may_be_rwkv = fields.get("model_type", "rwkv7") == "rwkv7"  # else spare the hub a question
+    may_be_rwkv = fields.get("model_type", "rwkv7") == "rwkv7"  # otherwise the hub need not be asked
     if may_be_rwkv and (vocabulary := find(source, WORLD_VOCABULARY, hub)):
         return WorldTokenizer(vocabulary)
     if is_mamba2_of_authors(fields) and not find(source, "tokenizer_config.json", hub):
         name, hub = MAMBA2_TOKENIZER, {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
-        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes one of no files at all
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes one without files
             raise ValueError("there are no files of one, or its vocabulary is empty")
         return tokenizer
     except (OSError, ValueError) as error:
@@ -42,7 +42,7 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> None:
-    """An error if the tokenizer has ids that the model has no embedding for."""
+    """Raise ValueError if the tokenizer has ids for which the model has no embedding."""
     n_rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     if hasattr(tokenizer, "__len__") and len(tokenizer) > n_rows:
         raise ValueError(

@@ -1,7 +1,7 @@
 """What other libraries put around a model and its modules: nnsight, TransformerLens, PEFT, accelerate, torch.compile.
 
-Running a model needs nothing of this. Looking at its weights does: adapters of PEFT stand beside the weights that they
-change, weights that accelerate keeps elsewhere are only there while their module runs, and quantised ones are codes
+Running a model needs none of this, but reading its weights does: PEFT's adapters stand beside the weights that they
+change, weights that accelerate offloads are there only while their module runs, and quantised ones are codes
 (`writesae.models.quantized`).
 """
 
@@ -19,7 +19,7 @@ from writesae.models.quantized import dequantized
 
 
 def unwrapped(model: Any) -> tuple[Any, Any]:
-    """The transformers model in what another tool made of it, and that tool's tokenizer if it has one.
+    """The transformers model inside another tool's wrapper, and that tool's tokenizer if it has one.
 
     Raises:
         ValueError: nnsight has not loaded the weights yet.
@@ -35,7 +35,7 @@ def unwrapped(model: Any) -> tuple[Any, Any]:
 
 
 def bare(model: Any) -> Any:
-    """The transformers model inside PEFT's and torch.compile's, whose own ``forward`` takes and hands on anything.
+    """The transformers model inside PEFT's and torch.compile's wrappers, whose ``forward`` passes any argument on.
 
     Raises:
         ValueError: PEFT puts virtual tokens before the text.

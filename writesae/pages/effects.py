@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.engine.continuations import ENDED, CommonRandomNumbers, go_on
-from writesae.experiments.engine.replay import LOGITS
 from writesae.experiments.population import population_test
 from writesae.experiments.replacement import middle
+from writesae.futures.continuations import ENDED, CommonRandomNumbers, go_on
+from writesae.futures.replay import LOGITS
 from writesae.hooks import Add, short_chunks
+from writesae.hooks.scope import owning
 from writesae.pages.survey import Survey, Window, token_string
 from writesae.recurrence import Write
 from writesae.stores.windows import together
@@ -30,6 +31,7 @@ FOLLOWED = 16  # tokens scored after a firing in the replacement test
 CONDITIONS = ("atom", "delete", "matched", "random")  # in the order of `Replaced`
 
 
+@owning(everywhere=False)
 @torch.no_grad()
 def logit_effect(
     model: HookedRecurrentModel,
@@ -168,6 +170,7 @@ class Steered:
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.plain), len(self.steered)))
 
 
+@owning(everywhere=False)
 def steer(
     model: HookedRecurrentModel,
     sae: WriteSAE,

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 FORMAT = "writesae atom pages 1"
 SHOWN = 10  # tokens per list of promoted or suppressed ones; atoms in the list of nearest ones
 CONSTANTS = (CONTEXT, HORIZON, STEP, TESTED, FOLLOWED)
-AT_ONCE = 16  # atoms measured together; a stopped run loses these at most
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,7 @@ def study(
     check_model: bool = True,
     console: Console | None = None,
     before: Study | None = None,
+    at_once: int = 16,
 ) -> Study:
     """Gather what pages show; what the folder has of it already is taken from there.
 
@@ -158,6 +158,7 @@ def study(
         check_model: refuse an SAE trained on other weights.
         console: where progress is shown; None for none.
         before: an earlier study of the same model, SAE and texts; it is extended.
+        at_once: atoms measured together; a stopped run loses these at most.
 
     Raises:
         IndexError: no such atom.
@@ -177,8 +178,8 @@ def study(
         wanted = dict.fromkeys([*found.most_frequent(atoms), *also])
         missing = [atom for atom in wanted if atom not in made.measured and int(found.seen.firings[atom])]
         tell = bars.add("measuring atoms", len(missing))
-        for start in range(0, len(missing), AT_ONCE):
-            some = missing[start : start + AT_ONCE]
+        for start in range(0, len(missing), at_once):
+            some = missing[start : start + at_once]
             for atom, result in zip(some, _measure(made, windows, some, starts), strict=True):
                 made.measured[atom] = result
                 kept.write(f"atoms/{atom:05d}.json", {"measured": asdict(result)})

@@ -16,13 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.experiments.classes import AtomClasses, classes_of
-from writesae.experiments.engine.firings import COLUMNS, Seen, compare
 from writesae.experiments.engine.mixture import MIN_VALUES
+from writesae.hooks.names import inputs
 from writesae.hooks.positions import PAD
 from writesae.jobs.progress import Progress
 from writesae.pages.decoder import Decoder
 from writesae.saes.activity.contexts import Contexts
-from writesae.saes.activity.reading import codes_of, inputs
+from writesae.saes.activity.firings import COLUMNS, Seen, compare
+from writesae.saes.activity.reading import codes_of
 from writesae.saes.activity.search import Strongest
 from writesae.saes.config import SAEConfig
 from writesae.stores.windows import Texts, Window, each_window, together
@@ -176,7 +177,7 @@ def survey(
     for start in range(0, len(windows), batch_size):
         some = windows[start : start + batch_size]
         ids, given = together([window.tokens for window in some])
-        _, cache = model.run_with_cache(ids, names=inputs(model, layer), **given, **few)
+        _, cache = model.run_with_cache(ids, names=inputs(model.family(layer).rule, layer), **given, **few)
         codes, write = codes_of(sae, cache, ids), cache.write(layer)[:, :, head]
         strongest.add(codes, torch.tensor([w.document for w in some]), torch.tensor([w.start for w in some]))
         row, pos, _ = at = (codes.values > 0).nonzero(as_tuple=True)

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from writesae.hooks.names import name_of
+from writesae.hooks.names import inputs
 from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
 from writesae.jobs.disk import remove_halves, write_whole
@@ -204,7 +204,7 @@ def _run(
 @torch.no_grad()
 def _pass(model: HookedRecurrentModel, tokens: Tensor, layers: Iterable[int], keep: Callable[..., None]) -> None:
     """Give ``keep`` the inputs of these layers' recurrences that writes and states depend on."""
-    wanted = [name_of(q, layer) for layer in layers for q in model.family(layer).rule.state_inputs]
+    wanted = [name for layer in layers for name in inputs(model.family(layer).rule, layer)]
     with owning(everywhere=False), model.hooks([(name, keep) for name in wanted]):
         # Without the head of the language model, whose logits nobody wants and which may cost as much as the layers.
         model.hf_model.base_model(input_ids=model.to_tokens(tokens)[0], use_cache=False)

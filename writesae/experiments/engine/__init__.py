@@ -1,1 +1,1 @@
-"""What experiments share: edited futures, directions, firings, continuations."""
+"""What experiments share: what is put in place of a write, directions, targets, mixtures."""

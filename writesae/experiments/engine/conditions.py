@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from writesae.experiments.engine.divergence import divergence
-from writesae.experiments.engine.replay import LOGITS, Native, Replayer, stacked
 from writesae.experiments.protocol import Run, several
+from writesae.futures.divergence import divergence
+from writesae.futures.replay import LOGITS, Native, Replayer, stacked
 from writesae.hooks.sites import Head
 from writesae.recurrence import Read, Write, at_least_float32, memory_dtype
 from writesae.saes import WriteSAE

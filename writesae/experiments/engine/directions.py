@@ -18,16 +18,16 @@ from torch import Tensor
 
 from writesae.experiments.engine.targets import token_ids
 from writesae.gradients import gradient
+from writesae.hooks.names import inputs, name_of
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
-from writesae.saes.activity.reading import inputs
 
 Key: TypeAlias = Literal["native", "signed", "read"] | Float[Tensor, " d_key"]
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where writes are wanted, one row a sequence and target, and what is there: all that a direction may depend on.
+    """Where writes are wanted, one row per sequence and target, and what is there: all that a direction may depend on.
 
     Attributes:
         model, layer, head: where in the model.
@@ -152,8 +152,9 @@ def at_positions(
             f"positions {positions[row].tolist()} of sequence {row}, which has {int(lengths[row])} tokens "
             f"(positions 0 to {int(lengths[row]) - 1})"
         )
-    query, few = f"blocks.{layer}.mixer.hook_q", model.logits_of_last(1)
-    logits, cache = model.run_with_cache(tokens, names=[*inputs(model, layer), query], attention_mask=mask, **few)
+    query, few = name_of("q", layer), model.logits_of_last(1)
+    names = [*inputs(model.family(layer).rule, layer), query]
+    logits, cache = model.run_with_cache(tokens, names=names, attention_mask=mask, **few)
     columns = positions + (tokens.shape[1] - lengths)[:, None]
     rows = torch.arange(len(tokens), device=tokens.device)[:, None]
     write = cache.write(layer)

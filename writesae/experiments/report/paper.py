@@ -44,7 +44,7 @@ CELLS = {
     "L17": Cell(*_SMALL, ((17, 4),), "L17 H4"),
     "all L9": Cell(*_SMALL, tuple((9, head) for head in range(16)), "L9, all heads"),
     "4B": Cell(*_FOUR, ((12, 8),), "L12 H8"),
-    "4B L9": Cell(*_FOUR, tuple((9, head) for head in range(32)), "L9, ten atoms a head"),
+    "4B L9": Cell(*_FOUR, tuple((9, head) for head in range(32)), "L9, ten atoms per head"),
     "27B": Cell("Qwen3.5-27B", r"qwen3\.5-27b(-base)?$", "gated_delta", ((32, 16),), "L32 H16"),
     "Mamba-2": Cell("Mamba-2-370M", r"mamba-?2-370m(-hf)?$", "mamba2", ((24, 0),), "L24 H0"),
     "RWKV-7": Cell("RWKV-7-1.5B", r"rwkv-?7.*1\.5b", "rwkv7", ((12, 0),), "L12 H0"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from writesae.hooks.quantities import PER_KEY, QUANTITIES, UNDESCRIBED, Quantity
 from writesae.hooks.sites import Site
+from writesae.models.gpu import plays_gpu
 from writesae.models.wrappers import weight
 from writesae.recurrence import Recurrence, Write, at_least_float32
 from writesae.recurrence.rules import Rule
@@ -105,7 +106,7 @@ def of_heads(
 
 def as_given(value: Tensor, given: Tensor) -> Tensor:
     """GPU kernels want one dtype for reads, keys and values; torch functions compute in float32 whatever they get."""
-    return value.to(given.dtype) if value.is_cuda else value
+    return value.to(given.dtype) if value.is_cuda or plays_gpu() else value
 
 
 SSM = {"ssm_C": "q", "ssm_B": "k", "ssm_decay": "log_decay", "ssm_write": "write", "ssm_state": "state"}

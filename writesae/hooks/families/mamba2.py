@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -73,7 +74,7 @@ class ChunkScan(KernelCall):
     def run(self, native: Callable[..., Any]) -> tuple[Tensor, Tensor | None]:
         if {"beta", "log_decay"} & self.changed.keys():  # the native function ties these two, and A to heads
             return chunked(self.recurrence(), self.write(), self.initial_state)
-        arguments: dict[str, Any] = self.arguments | {"D": None, "z": None}
+        arguments: dict[str, Any] = self.arguments | {"D": self.no_skip(), "z": None}
         changed = dict(self.changed)
         if "q" in changed or "k" in changed:  # of as many groups as heads, both
             changed |= {"q": self.get("q"), "k": self.get("k")}
@@ -87,6 +88,10 @@ class ChunkScan(KernelCall):
     def _skip(self) -> Tensor | None:
         D = self.arguments.get("D")
         return None if D is None else D[..., None] * self.arguments["hidden_states"].float()
+
+    def no_skip(self) -> Tensor | None:
+        """What the native function takes as ``D`` to leave the skip out."""
+        return None
 
     def to_native(self, value: Tensor) -> Tensor:
         return value
@@ -123,6 +128,10 @@ class StepUpdate(ChunkScan):
     def _skip(self) -> Tensor | None:
         D = self.arguments.get("D")
         return None if D is None else self.arguments["hidden_states"] * D
+
+    def no_skip(self) -> Tensor | None:
+        D = self.arguments.get("D")
+        return None if D is None else torch.zeros_like(D)  # mamba-ssm's step fails without a D
 
     def to_native(self, value: Tensor) -> Tensor:
         return value.squeeze(1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.hooks.names import name_of
+from writesae.hooks.names import inputs
 from writesae.hooks.positions import PAD
 from writesae.recurrence import Write
 from writesae.recurrence.dynamics import States
@@ -180,11 +180,6 @@ def _pre(
 # What an SAE reads of a pass
 
 
-def inputs(model: HookedRecurrentModel, layer: int) -> list[str]:
-    """Names of what the writes, deltas and states of a layer are rebuilt from."""
-    return [name_of(quantity, layer) for quantity in model.family(layer).rule.state_inputs]
-
-
 def target_of(
     cache: ActivationCache, layer: int, head: int, target: Target
 ) -> tuple[Write | States, Float[Tensor, "batch d_key d_value"] | None]:
@@ -208,8 +203,8 @@ def target_of(
 
 def _pass(model: HookedRecurrentModel, sae: Autoencoder, x: Text, ids: Tensor, **kwargs: Any) -> Codes:
     """One run of the model, read."""
-    # Nobody wants the logits.
-    _, cache = model.run_with_cache(x, names=inputs(model, sae.place.layer), **{**model.logits_of_last(1), **kwargs})
+    layer, few = sae.place.layer, model.logits_of_last(1)  # nobody wants the logits
+    _, cache = model.run_with_cache(x, names=inputs(model.family(layer).rule, layer), **{**few, **kwargs})
     return codes_of(sae, cache, ids)
 
 

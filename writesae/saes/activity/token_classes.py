@@ -15,8 +15,8 @@ from writesae.hooks.positions import PAD
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
-from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import encode
+from writesae.saes.sae import WriteSAE
 from writesae.stores.windows import Texts, Windows
 
 CLASSES: dict[str, Callable[[str], bool]] = {

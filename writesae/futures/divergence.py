@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.engine.replay import Native
+from writesae.futures.replay import Native
 from writesae.hooks.sites import Head
 from writesae.recurrence import Write
 

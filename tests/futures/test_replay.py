@@ -1,6 +1,8 @@
 """Replayed futures against plain ones: one firing and one condition at a time, states edited as dense matrices."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,8 +13,8 @@ from transformers import DynamicCache
 import brute_force as bf
 import writesae as ws
 from architectures import N_VOCAB, architecture_named, each_architecture, each_rule
-from writesae.experiments.engine.divergence import divergence
-from writesae.experiments.engine.replay import WAYS, Replayer, kl_from, stacked
+from writesae.futures.divergence import divergence
+from writesae.futures.replay import WAYS, Replayer, kl_from, stacked
 from writesae.hooks import short_chunks
 from writesae.hooks.sites import Head
 from writesae.stores import Windows
@@ -189,23 +191,31 @@ def test_several_heads_at_once(models, places):
 # The state -----------------------------------------------------------------------------------------------------------
 
 
+class NothingErased(ws.ActivationCache):
+    """The cache of a pass, with recurrences that only decay."""
+
+    @classmethod
+    def of(cls, cache):
+        made = copy.copy(cache)
+        made.__class__ = cls
+        return made
+
+    def dynamics(self, layer):
+        found = super().dynamics(layer)
+        rec = found.recurrence
+        return found if rec.a is None else replace(found, recurrence=ws.Recurrence(rec.q, rec.log_decay))
+
+
 @pytest.mark.parametrize("broken", [False, True], ids=["right", "nothing erased"])
 @pytest.mark.parametrize("name, place", [SHIPPED[0], SHIPPED[2], SHIPPED[3]])
-def test_divergence_is_that_of_the_states(models, monkeypatch, name, place, broken):
+def test_divergence_is_that_of_the_states(models, name, place, broken):
     model, (layer, head) = models(name), place
     ids = some_windows(model, 2)
     window, position = torch.tensor([0, 1, 1]), torch.tensor([9, 20, 31])
     native = Replayer(model, [place]).native(ids)
     writes = stacked(some_writes(native.write(place, window, position)))
     if broken:
-        dynamics = native.cache.dynamics
-
-        def nothing_erased(layer):
-            found = dynamics(layer)
-            rec = found.recurrence
-            return found if rec.a is None else replace(found, recurrence=ws.Recurrence(rec.q, rec.log_decay))
-
-        monkeypatch.setattr(native.cache, "dynamics", nothing_erased)
+        native = replace(native, cache=NothingErased.of(native.cache))
     found = divergence(native, window, position, {place: writes}, HORIZON)
     worst = 0.0
     for i, (w, t) in enumerate(zip(window.tolist(), position.tolist(), strict=True)):
@@ -247,20 +257,42 @@ def test_in_bfloat16_futures_are_compared_within_one_pass():
     assert float(found.kl[:, 0].max()) < 1e-6 < 1e-4 < float(found.kl[:, 1].max())
 
 
+@torch.no_grad()
+def test_replays_beside_other_threads(models):
+    """In the middle of every pass of a replay, another thread runs the model, and sees it as it is; nor is it seen."""
+    model, place = models("tiny-gdn"), Head(2, 0)
+    ids, (window, position) = some_windows(model, 3), some_firings(3, 5)
+    *_, alone = futures(model, place, ids, window, position, "same")
+    other, plain, found = some_windows(model, 4, 20), model(some_windows(model, 4, 20)), []
+    with ThreadPoolExecutor(1) as pool:
+        (elsewhere,) = pool.map(lambda _: threading.get_ident(), [0])
+
+        def meanwhile(*_):
+            if threading.get_ident() != elsewhere:
+                found.append(pool.submit(torch.no_grad()(model), other).result())
+
+        with model.hf_model.model.layers[2].register_forward_pre_hook(meanwhile):
+            replayer, *_, beside = futures(model, place, ids, window, position, "same")
+    assert len(found) > 3 and all(torch.equal(logits, plain) for logits in found)
+    assert replayer.way == (True, True), "the layers below were left out"
+    assert torch.equal(beside.kl, alone.kl)
+
+
 # Ways, traces, mistakes ----------------------------------------------------------------------------------------------
 
 
-def test_a_cache_that_cannot_be_fed_in_pieces_is_done_without(models, monkeypatch):
+def test_a_cache_that_cannot_be_fed_in_pieces_is_done_without(models):
     model, place = models("tiny-gdn"), Head(2, 0)
     ids = some_windows(model, 2)
     window, position = some_firings(2, 4)
     *_, expected = futures(model, place, ids, window, position, "same")
 
-    def feed(*_):
-        raise ValueError("no such thing")
+    def takes_no_cache(module, args, kwargs):
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("no such thing")
 
-    monkeypatch.setattr(Replayer, "_feed", feed)
-    replayer, *_, found = futures(model, place, ids, window, position, "same")
+    with model.hf_model.register_forward_pre_hook(takes_no_cache, with_kwargs=True):
+        replayer, *_, found = futures(model, place, ids, window, position, "same")
     assert replayer.way == (False, True)
     torch.testing.assert_close(found.kl, expected.kl, atol=1e-6, rtol=1e-3)
 

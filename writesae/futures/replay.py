@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from writesae.hooks import ActivationCache, Replace, find_mixers, short_chunks
+from writesae.hooks.names import inputs
+from writesae.hooks.residual import giving
+from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read, Write
 from writesae.recurrence.write import of_rank
-from writesae.saes.activity.reading import inputs
 
 LOGITS = 2**27  # numbers: logits of one forward pass
 TOLERANCE = 1e-6  # nats: a future without an edit is at most so far from the native pass, in float32
@@ -119,15 +121,17 @@ class Replayer:
     def native(self, ids: Int[Tensor, "window pos"], logits: bool = True) -> Native:
         """Run the windows as they are; without ``logits``, for what is written alone."""
         seen: list[Any] = []
-        names = [name for layer in sorted({layer for layer, _ in self.places}) for name in inputs(self.model, layer)]
-        handle = self.below[-1].register_forward_hook(lambda *args: seen.append(args[-1])) if self.below else None
-        try:
-            with short_chunks():
-                few = self.model.logits_of_last(0 if logits else 1)
+        layers = sorted({layer for layer, _ in self.places})
+        names = [name for layer in layers for name in inputs(self.model.family(layer).rule, layer)]
+        few = self.model.logits_of_last(0 if logits else 1)
+        with owning(everywhere=False) as call, short_chunks():
+
+            def keep(_layer: nn.Module, _args: Any, output: Any) -> None:
+                if call.here:  # and not in a pass of another thread
+                    seen.append(output)
+
+            with self.below[-1].register_forward_hook(keep) if self.below else nullcontext():
                 found, cache = self.model.run_with_cache(ids, names=names, **few)
-        finally:
-            if handle is not None:
-                handle.remove()
         below = seen[0] if len(seen) == 1 and _by_token(seen[0], ids.shape) else None
         return Native(ids, found, cache, below)
 
@@ -222,25 +226,13 @@ class Replayer:
                 begin = int(at[i * n]) + self.first - end + logits.shape[1]  # as some models give all logits
                 yield firing, logits[i * n : (i + 1) * n, begin : begin + self.horizon + 1 - self.first]
 
-    @contextmanager
     def _skipping(
         self, native: Native, rows: Tensor | slice, start: int, end: int, allowed: bool = True
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Layers below give what they gave natively while the block runs, at tokens ``start`` to ``end``."""
         if self.way is None or not self.way[1] or native.below is None or not allowed:
-            yield
-            return
-        output = _map(lambda x: x[rows, start:end], native.below)
-        before = [layer.__dict__.get("forward") for layer in self.below]
-        try:
-            for layer in self.below:
-                layer.forward = lambda *_args, **_kwargs: output  # type: ignore[method-assign]
-            yield
-        finally:
-            for layer, forward in zip(self.below, before, strict=True):
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward  # type: ignore[method-assign]
+            return nullcontext()
+        return giving(self.below, _map(lambda x: x[rows, start:end], native.below))
 
     def _find_way(self, native: Native) -> tuple[bool, bool]:
         """The first of `WAYS` in which futures without an edit, after two pieces or more, are as in the native pass."""

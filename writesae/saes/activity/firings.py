@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from writesae.hooks.names import inputs
 from writesae.hooks.positions import PAD
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
 from writesae.recurrence.matrices import norm2
-from writesae.saes import WriteSAE
-from writesae.saes.activity.reading import BLOCK, Codes, codes_of, inputs
+from writesae.saes.activity.reading import BLOCK, Codes, codes_of
+from writesae.saes.sae import WriteSAE
 
 COLUMNS = ("cosine", "key_cosine", "value_cosine", "elsewhere")
 """Cosine to the native write; |cosine| of the factors alone; cosine to the write at a random token of the batch."""
@@ -27,7 +28,7 @@ def firings(
     """
     layer, head = sae.place
     few = model.logits_of_last(1)  # nobody wants them
-    _, cache = model.run_with_cache(ids, names=inputs(model, layer), **few)
+    _, cache = model.run_with_cache(ids, names=inputs(model.family(layer).rule, layer), **few)
     codes = codes_of(sae, cache, ids)
     at = (codes.values > 0).nonzero(as_tuple=True)
     columns = compare(sae, codes, at, cache.write(layer)[:, :, head], generator)
@@ -66,13 +67,23 @@ def _factor_cosines(atoms: Write, native: Write) -> tuple[Tensor, Tensor]:
     return key, value
 
 
+def first_of_each(group: Int[Tensor, " n"], priority: Shaped[Tensor, " n"], most: int) -> Int[Tensor, " kept"]:
+    """Which rows are the first ``most`` of their group, those of the lowest priority; group by group, in that order."""
+    order = priority.argsort()
+    order = order[group[order].argsort(stable=True)]
+    counts = group.bincount()
+    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[group[order]]
+    return order[place < most]
+
+
 class Seen:
-    """Counts over all firings, and of each atom ``most`` firings drawn at random, with numbers called ``names``."""
+    """Counts over all firings, and of each atom ``most`` firings drawn at random, with numbers called ``names``.
 
-    PRUNE = 2**20  # firings, kept beyond those drawn so far
+    ``ahead`` firings are held beyond those drawn so far; then it is drawn again.
+    """
 
-    def __init__(self, n_atoms: int, most: int, names: tuple[str, ...] = COLUMNS) -> None:
-        self.n_atoms, self.most, self.names, self.drawn = n_atoms, most, names, 0
+    def __init__(self, n_atoms: int, most: int, names: tuple[str, ...] = COLUMNS, ahead: int = 2**20) -> None:
+        self.n_atoms, self.most, self.names, self.ahead, self.drawn = n_atoms, most, names, ahead, 0
         self.firings = torch.zeros(n_atoms, dtype=torch.long)
         self.total, self.largest = torch.zeros(n_atoms), torch.zeros(n_atoms)
         self.kept = [(torch.zeros(0, dtype=torch.long), torch.zeros(0), torch.zeros(0, len(names)))]
@@ -82,17 +93,13 @@ class Seen:
         self.total.index_add_(0, atom, activation)
         self.largest.scatter_reduce_(0, atom, activation, "amax")
         self.kept.append((atom, priority, columns))
-        if sum(len(part[0]) for part in self.kept) > self.drawn + self.PRUNE:
+        if sum(len(part[0]) for part in self.kept) > self.drawn + self.ahead:
             self.draw()
 
     def draw(self) -> tuple[Int[Tensor, " firing"], Float[Tensor, "firing number"]]:
         """Keep those of the lowest priorities, drawn once per firing: a fair sample, whatever the batches."""
         atom, priority, columns = (torch.cat(part) for part in zip(*self.kept, strict=True))
-        order = priority.argsort()
-        order = order[atom[order].argsort(stable=True)]
-        counts = atom.bincount(minlength=self.n_atoms)
-        place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[atom[order]]
-        order = order[place < self.most]
+        order = first_of_each(atom, priority, self.most)
         self.kept, self.drawn = [(atom[order], priority[order], columns[order])], len(order)
         return atom[order], columns[order]
 
