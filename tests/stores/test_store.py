@@ -413,6 +413,18 @@ def test_nan_in_the_model_is_located(tmp_path):
         make(model, tmp_path / "s", x)
 
 
+@pytest.mark.parametrize("broken", ["model.layers.3.mlp.down_proj.weight", "model.layers.0.linear_attn.A_log"])
+def test_weights_that_are_not_finite_are_named(tmp_path, broken):
+    """Also those that the stored numbers do not depend on."""
+    model = hooked()
+    make(model, tmp_path / "right", sites=[(0, 1)])
+    with torch.no_grad():
+        model.hf_model.get_parameter(broken).view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match=rf"{broken}: 1 of its \d+ weights are NaN or infinite"):
+        make(model, tmp_path / "broken", sites=[(0, 1)])
+    assert not (tmp_path / "broken").exists()
+
+
 def test_too_large_for_half_precision_says_what_would_do(tmp_path):
     model = hooked("gla")
     with torch.no_grad():

@@ -216,7 +216,7 @@ def logit_change(
     ids = run.prompts(n_prompts, context)
     position = torch.randint(context // 2, context - max(lags), (n_prompts,), generator=generator).to(model.device)
     chosen = _chosen(model, sae, ids, atoms, generator).to(model.device)
-    edits = sae.atom(chosen).detach()  # [atom]
+    edits = sae.atom(chosen).detach().to(model.device, torch.float32)  # [atom]
     edits = edits * (1 / edits.norm())
 
     rows = torch.arange(n_prompts, device=model.device)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from writesae.gradients.norms import Norm
 from writesae.hooks.names import name_of
 from writesae.hooks.scope import Owner, owning
-from writesae.recurrence import Read, Recurrence, Write, at_least_float32
+from writesae.recurrence import Read, Recurrence, Write, at_least_float32, memory_dtype
 from writesae.recurrence.dynamics import Dynamics
 from writesae.recurrence.kernels import adjoint, carried, chunked, states_at
 from writesae.recurrence.matrices import Atoms, project
@@ -65,7 +65,7 @@ class LayerGradient:
             edit: one per token and head, ``[batch, pos, head]`` (sizes of 1 broadcast), any rank.
             read: ``"same"``: the read at the edit's own token sees it; ``"next"``: only later reads do.
         """
-        edit = edit.expand(*self.write.shape)
+        edit = self._beside(edit.expand(*self.write.shape))
         total = torch.zeros_like(at_least_float32(self.output[..., 0]))
         for key, value in zip(*(x.unbind(-2) for x in edit.factors()), strict=True):
             seen, _ = chunked(adjoint(self.recurrence, key), self._write, read=read)
@@ -117,7 +117,7 @@ class LayerGradient:
         # Tokens before the first edit, and after the last that the number depends on, play no part.
         depends = self.output.abs().amax((0, 2, 3)).nonzero().flatten().tolist()
         used = slice(asked[0], max(asked[0], *depends[-1:]) + 1)
-        rec, positions = self.recurrence[:, used, [head]], positions - used.start
+        rec, positions, edits = self.recurrence[:, used, [head]], positions - used.start, self._beside(edits)
         width = self.write.d_value if self.norm is None else self.norm.output.shape[-1]
         step = max(1, BLOCK // (rec.n_pos * len(positions) * width))
         parts = []
@@ -142,6 +142,7 @@ class LayerGradient:
         This is to gradients what an SAE's encoder is to states. With one decay per head no gradient matrix is built;
         with one per key channel they are built, a few tokens at a time.
         """
+        atoms = self._beside(atoms)
         one = (slice(None), slice(None), [head])
         back, write = adjoint(self.recurrence[one]), self._write[one]
         gradients = Dynamics(back, write, write, delta_rank=2).states(0)
@@ -182,6 +183,10 @@ class LayerGradient:
         M = self.at(positions, heads, read=read)
         U, _, Vh = torch.linalg.svd(M, full_matrices=False)
         return Write(U[..., 0], Vh[..., 0, :])
+
+    def _beside(self, edit: Atoms) -> Atoms:
+        """An edit or atoms where the layer is, in the dtype of its gradients: an SAE may have others."""
+        return edit.to(self.output.device, memory_dtype(self.output))
 
     @property
     def _write(self) -> Write:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from writesae.hooks.positions import PositionSet, row_of_each
 from writesae.hooks.sites import Site
-from writesae.recurrence import Recurrence, Write, at_least_float32
+from writesae.recurrence import Recurrence, Write, at_least_float32, memory_dtype
 from writesae.recurrence.dynamics import delta_of
 
 
@@ -82,6 +82,11 @@ class Intervention(ABC):
     @abstractmethod
     def edit(self, now: Moment) -> Write | None:
         """What to write, ``[batch, pos, head]``; None for nothing. Positions not asked for are dropped later."""
+
+    def made(self, now: Moment) -> Write | None:
+        """`edit`, where the layer is and in the dtype of its memory: whatever dtype and device an SAE has."""
+        write, own = self.edit(now), now.write.value
+        return None if write is None else write.to(own.device, memory_dtype(own))
 
     def check(self, site: Site, positions: PositionSet) -> None:
         """Raise IndexError or ValueError unless this can be done at ``site`` and ``positions``."""

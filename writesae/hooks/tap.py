@@ -25,7 +25,7 @@ from writesae.hooks.response import Edit, Record, kept_of, respond, total_write
 from writesae.hooks.scope import Owned, private
 from writesae.hooks.sites import Site
 from writesae.recurrence import Read, Write, first_state
-from writesae.recurrence.kernels import chunked
+from writesae.recurrence.kernels import chunked, full_precision
 
 
 @dataclass(eq=False)
@@ -104,8 +104,9 @@ class Tap:
             # Layers may lie on several devices, and the model's inputs on another.
             positions = self.clock.positions().to(device_of_call(arguments.values()))
             at_once = (self._edit(a, call, positions) for a in attached if not a.what.needs_state)
-            record.edits = hooked + [edit for edit in at_once if edit is not None]
-            self._walk_states([a for a in attached if a.what.needs_state], requests, call, positions, record)
+            with full_precision(positions.device):
+                record.edits = hooked + [edit for edit in at_once if edit is not None]
+                self._walk_states([a for a in attached if a.what.needs_state], requests, call, positions, record)
         write = call.write() if record.edits or record.dense else None
         kept = kept_of(write, record.edits) if write else None
         if kept is not None:
@@ -113,7 +114,8 @@ class Tap:
         o, state = call.run(native)
         here.shape = o.shape
         if write:
-            o, state = respond(call.recurrence, write, record, o, state)
+            with full_precision(o.device):
+                o, state = respond(call.recurrence, write, record, o, state)
         for recorder in recorders:
             recorder(record)
         new = self.show("o", o) if self.points["o"].listening else None
@@ -173,7 +175,7 @@ class Tap:
         heads = None if attached.heads == list(range(self.site.n_heads)) else attached.heads
         rec, write = call.recurrence(heads)[:, start:], call.write(heads)[:, start:]
         index = None if index is None else index[:, start:]
-        made = attached.what.edit(Moment(write, rec, index, delta_rank=self.family.rule.delta_rank))
+        made = attached.what.made(Moment(write, rec, index, delta_rank=self.family.rule.delta_rank))
         there = mask[:, start:, None].to(write.value.dtype)
         instead = there.expand(write.shape) if attached.what.replaces else None
         made = None if made is None else made * there
@@ -217,7 +219,8 @@ class Tap:
                     self.family.rule.delta_rank,
                 )
                 there = mask[:, here, None].to(now.write.value.dtype)
-                write = attached.what.edit(now) or now.write * 0.0
+                write = attached.what.made(now)
+                write = now.write * 0.0 if write is None else write
                 made[id(attached)].append((t, write * there))
                 E = (write - now.write if attached.what.replaces else write) * there
                 after = after.index_add(1, torch.tensor(h, device=S.device), E.dense().squeeze(1))

@@ -1,7 +1,8 @@
 """What other libraries put around a model and its modules: nnsight, TransformerLens, PEFT, accelerate, torch.compile.
 
 Running a model needs none of this, but reading its weights does: PEFT's adapters stand beside the weights that they
-change, and weights that accelerate offloads are there only while their module runs.
+change, weights that accelerate offloads are there only while their module runs, and quantised ones are codes
+(`writesae.models.quantized`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+
+from writesae.models.quantized import dequantized
 
 
 def unwrapped(model: Any) -> tuple[Any, Any]:
@@ -65,14 +68,19 @@ def weight(module: nn.Module) -> Tensor:
 
 
 def weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """``module.named_parameters()`` as they act: active adapters of PEFT are in them, offloaded ones are fetched.
+    """``module.named_parameters()`` as they act: active adapters of PEFT are in them, offloaded ones are fetched,
+    quantised ones are the numbers that the layer computes with.
 
     Names are those of the module as it was before either, and as PEFT's ``merge_and_unload`` leaves it.
     """
     module = _as_it_acts(module)
     with align_module_device(module):
-        own = [(prefix + name, p) for name, p in module.named_parameters(recurse=False)]
+        computed = dequantized(module)
+        own = module.named_parameters(recurse=False) if computed is None else computed.items()
+        own = [(prefix + name, p) for name, p in own]
     yield from own
+    if computed is not None:
+        return
     for name, child in module.named_children():
         yield from weights(child, f"{prefix}{name}.")
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 
 from writesae.recurrence.spec import Read, Recurrence, Write, at_least_float32, check_dense, first_state
 
@@ -35,16 +36,18 @@ MILD = 20.0  # exp(x) has x times the rounding error of x, so factors up to exp(
 F_ = TypeVar("F_", bound=Callable[..., Any])
 
 
-def _without_autocast(compute: F_) -> F_:
-    """Switch autocast off: it would turn the matmuls inside to bfloat16, and a recurrence needs float32 throughout."""
+def full_precision(device: torch.device) -> torch.autocast:
+    """Switch autocast off: it would turn the matmuls inside to bfloat16, and memories need float32 throughout."""
+    return torch.autocast(device.type, enabled=False)
 
+
+def _without_autocast(compute: F_) -> F_:
     @functools.wraps(compute)
-    def full_precision(first: Recurrence | Tensor, *args: Any, **kwargs: Any) -> Any:
-        device = first.device if isinstance(first, Tensor) else first.q.device
-        with torch.autocast(device.type, enabled=False):
+    def computed(first: Recurrence | Tensor, *args: Any, **kwargs: Any) -> Any:
+        with full_precision(first.device if isinstance(first, Tensor) else first.q.device):
             return compute(first, *args, **kwargs)
 
-    return full_precision  # type: ignore[return-value]
+    return computed  # type: ignore[return-value]
 
 
 def chunked(
@@ -275,10 +278,20 @@ def _cut_decay(log_decay: Tensor, chunk: int | None) -> tuple[Tensor, int, bool]
     for size in (chunk,) if chunk else (CHUNK_MILD, CHUNK_PER_KEY) if per_key else (CHUNK,):
         size = min(size, n_pos)
         g = _cut(log_decay, size)
-        mild = per_key and bool(g.sum(3).amin() >= -2 * MILD)
+        mild = per_key and _values_are_known() and bool(g.sum(3).amin() >= -2 * MILD)
         if mild:
             break
     return g, size, mild
+
+
+def _values_are_known() -> bool:
+    """Whether code may branch on numbers: not while torch.export traces, nor under torch.func, whose vmap has many.
+
+    There decays are taken to be strong, which is right for all and slower for mild ones.
+    """
+    if torch.compiler.is_exporting():
+        return False
+    return torch.compiler.is_compiling() or maybe_current_level() is None
 
 
 class _Decay:

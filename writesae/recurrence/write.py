@@ -134,6 +134,11 @@ def of_rank(write: Write, rank: int) -> Write:
     return Write(*(F.pad(x, (0, 0, 0, rank - write.rank)) for x in write.factors()), rank=rank)
 
 
+def memory_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of states and edits beside ``x``: float32, or float64 if ``x`` has that."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """float32, or float64 if it already is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(memory_dtype(x))

@@ -28,6 +28,7 @@ from writesae.jobs.processes import Processes
 from writesae.jobs.progress import Bars
 from writesae.jobs.resumable import check_same
 from writesae.jobs.versions import versions
+from writesae.models.quantized import check_finite
 from writesae.stores.shards import (
     DTYPES,
     HEADER,
@@ -79,7 +80,7 @@ def extract(
     Raises:
         IndexError: no such layer or head.
         ValueError: the folder holds other files, or a store made with other arguments (the message says which); a
-            value is NaN or infinite, or too large for ``dtype``.
+            value, or a weight of the model, is NaN or infinite, or too large for ``dtype``.
         OSError: the disk is full, or has too little room for the rest of the store.
     """
     folder, team = Path(folder), Processes.launched()
@@ -259,6 +260,7 @@ def _describe(
         raise ValueError(
             "the model is in training mode, or hooks or edits are attached: call model.eval(), detach them"
         )
+    check_finite(model.hf_model)
     heads = _by_layer(chosen)
     shapes: dict[int, dict[str, list[int]]] = {layer: {} for layer in heads}
     _pass(

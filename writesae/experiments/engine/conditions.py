@@ -14,7 +14,7 @@ from writesae.experiments.protocol import Run, several
 from writesae.futures.divergence import divergence
 from writesae.futures.replay import LOGITS, Native, Replayer, stacked
 from writesae.hooks.sites import Head
-from writesae.recurrence import Read, Write
+from writesae.recurrence import Read, Write, at_least_float32, memory_dtype
 from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import encode_matrices, target_of
 from writesae.stores.windows import Windows
@@ -117,8 +117,8 @@ def put_in(
 
     ``native`` is what the model writes there, ``atom`` and ``activation`` the top atoms, ``flat`` made by `flat_svd`.
     """
-    n, norm, device = len(atom), native.norm(), native.key.device
-    write = sae.atom(atom).to(device)
+    n, norm, here = len(atom), native.norm(), (native.key.device, memory_dtype(native.key))
+    write, activation = sae.atom(atom).to(*here), activation.to(*here)
     if condition == "atom":
         return write * activation
     if condition == "matched":
@@ -126,13 +126,13 @@ def put_in(
     if condition == "delete":
         return native * 0.0
     if condition == "other_atom":
-        return sae.atom(generators.other(condition, atom, sae.cfg.n_atoms)).to(device) * activation
+        return sae.atom(generators.other(condition, atom, sae.cfg.n_atoms)).to(*here) * activation
     if condition == "flat_svd":
         assert flat is not None
         return flat * norm
     off = (native.key, native.value) if condition == "orthogonal" else (None, None)
     key, value = (
-        generators.unit(condition, n, d, x).to(device)
+        generators.unit(condition, n, d, x).to(*here)
         for d, x in zip((sae.cfg.d_key, sae.cfg.d_value), off, strict=True)
     )
     return Write(key, value) * (activation if condition == "random" else norm)
@@ -144,7 +144,7 @@ def flat_svd(native: Native, flat: WriteSAE, window: Int[Tensor, " firing"], pos
     window, position = window.to(values.device), position.to(values.device)
     values, indices = values[window, position], indices[window, position]
     codes = values.new_zeros(len(values), flat.cfg.n_atoms).scatter_add(-1, indices, values)
-    left, _, right = torch.linalg.svd(flat.decode(codes), full_matrices=False)
+    left, _, right = torch.linalg.svd(at_least_float32(flat.decode(codes)), full_matrices=False)
     return Write(left[..., 0], right[..., 0, :]).to(native.ids.device)
 
 
@@ -206,7 +206,8 @@ class Tester:
             flat = flat_svd(native, self.flats[sae.place], window, position) if "flat_svd" in self.conditions else None
             put = [put_in(name, sae, own, atom, activation, self.generators, flat) for name in self.conditions]
             writes[sae.place] = stacked(put).to(own.key.dtype)
-            first = sae.atom(atom).to(window.device) * activation
+            here = window.device, memory_dtype(own.key)
+            activation, first = activation.to(*here), sae.atom(atom).to(*here) * activation.to(*here)
             pooled.append([activation.square(), own.norm().square(), first.norm().square(), first.inner(own)])
         activation2, native2, first2, inner = (torch.stack(parts).sum(0) for parts in zip(*pooled, strict=True))
         futures = self.replayer.futures(native, window, position, writes)

@@ -20,7 +20,7 @@ from writesae.hooks.names import inputs
 from writesae.hooks.positions import PAD
 from writesae.recurrence import Write
 from writesae.recurrence.dynamics import States
-from writesae.recurrence.kernels import CHUNK
+from writesae.recurrence.kernels import CHUNK, full_precision
 from writesae.recurrence.matrices import Matrices, size
 from writesae.saes.autoencoder import Autoencoder
 from writesae.saes.config import SAEConfig, Target
@@ -144,13 +144,14 @@ def encode_matrices(
     # Filled in place: small results kept between large blocks would leave the memory in holes that no block fits into.
     values = sae.b_enc.new_zeros(*size(x)[:2], sae.sparsity.width(sae.cfg) or 1)
     indices, start = torch.zeros_like(values, dtype=torch.long), 0
-    for pre in _pre(sae, x, initial, block):
-        found, m = sae.sparsify(pre), values.shape[-1]
-        if (more := found[0].shape[-1] - m) > 0:
-            values, indices = (F.pad(part, (0, more)) for part in (values, indices))
-        for whole, part in zip((values, indices), found, strict=True):
-            whole[:, start : start + pre.shape[1], : part.shape[-1]] = part
-        start += pre.shape[1]
+    with full_precision(sae.b_enc.device):
+        for pre in _pre(sae, x, initial, block):
+            found, m = sae.sparsify(pre), values.shape[-1]
+            if (more := found[0].shape[-1] - m) > 0:
+                values, indices = (F.pad(part, (0, more)) for part in (values, indices))
+            for whole, part in zip((values, indices), found, strict=True):
+                whole[:, start : start + pre.shape[1], : part.shape[-1]] = part
+            start += pre.shape[1]
     return values, indices
 
 
@@ -228,6 +229,7 @@ def _joined(parts: list[Codes], ids: Tensor) -> Codes:
             x: Tensor = getattr(part, name)
             sides = (ids.shape[1] - x.shape[1], 0)
             rows.append(F.pad(x, (0, m - x.shape[2], *sides) if x.ndim == 3 else sides, value=fill))
-        return torch.cat(rows)
+        with full_precision(rows[0].device):  # autocast concatenates only its own dtypes
+            return torch.cat(rows)
 
     return Codes(join("values"), join("indices"), ids, join("positions", PAD), parts[0].cfg)

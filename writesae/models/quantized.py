@@ -1,0 +1,83 @@
+"""Weights of quantised layers: codes and scales on the outside, one matrix in what the layer computes.
+
+Libraries keep the codes where the matrix was (bitsandbytes, compressed float8), in a tensor of a class of their own
+(torchao, quanto), behind a method (torch's dynamic quantisation) or under other names (GPTQ, AWQ). Each that has a
+function for it is asked; any other linear layer is applied to the identity.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+
+@torch.no_grad()
+def dequantized(module: Any) -> dict[str, Tensor] | None:
+    """``weight [d_out, d_in]`` and, if there is one, ``bias`` that a quantised layer computes with.
+
+    None for a module that holds plain numbers, or none of its own.
+
+    Raises:
+        TypeError: codes that nobody here knows how to read.
+    """
+    weight: Any = getattr(module, "weight", None)
+    linear = hasattr(module, "in_features") and hasattr(module, "out_features")
+    if all(map(_plain, module.parameters(recurse=False))) and (isinstance(weight, Tensor) or not linear):
+        return None
+    if callable(weight) and linear:  # torch's own, whose packed weights have a method for it
+        codes: Any = weight()
+        found = codes.dequantize()
+    elif type(weight).__name__ in ("Params4bit", "Int8Params"):
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # imports bitsandbytes: only if used
+
+        found = dequantize_bnb_weight(weight, getattr(module, "state", None))  # type: ignore[arg-type]
+    elif isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter):
+        found = weight.dequantize()
+    elif linear:
+        found = _of_identity(module)
+    else:
+        raise _unreadable(module)
+    bias: Any = getattr(module, "bias", None)
+    bias = bias() if callable(bias) else bias
+    return {"weight": found} | ({} if bias is None else {"bias": bias})
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError for weights that are NaN or infinite; codes, and what is offloaded, are not looked at.
+
+    Nor are embeddings: a row is of one token, plays no part where that does not occur, and shows where it does.
+    """
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)] + [model.get_output_embeddings()]  # type: ignore[operator]
+    of_tokens = {id(x) for table in tables if table is not None for x in table.parameters()}
+    for name, x in model.named_parameters():
+        if id(x) not in of_tokens and _plain(x) and not x.is_meta and not bool((finite := x.isfinite()).all()):
+            raise ValueError(
+                f"{name}: {int((~finite).sum())} of its {x.numel()} weights are NaN or infinite, so what the model "
+                f"computes is too. Load the checkpoint again, or look at the training that made it"
+            )
+
+
+def _plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and x.dtype in PLAIN
+
+
+def _of_identity(module: Any) -> Tensor:
+    """The matrix of a linear layer, from what it makes of the identity. (``forward`` itself: no hooks see it.)"""
+    device = next((x.device for x in (*module.parameters(), *module.buffers())), None)
+    x = torch.eye(module.in_features, device=device)
+    try:
+        return (module.forward(x) - module.forward(torch.zeros_like(x[:1]))).T
+    except Exception as error:
+        raise _unreadable(module) from error
+
+
+def _unreadable(module: Any) -> TypeError:
+    return TypeError(
+        f"the weights of a {type(module).__module__}.{type(module).__qualname__} are codes that writesae cannot read. "
+        f"Running the model, hooks and edits work; for W_O, fingerprints and directions load it without quantisation, "
+        f"and give check_model=False where an SAE is attached"
+    )
