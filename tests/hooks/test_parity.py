@@ -31,6 +31,7 @@ from architectures import (
     each_architecture,
     each_rule,
 )
+from brute_force import DenseEdit
 from edit_cases import (
     Case,
     annotations_unchecked,

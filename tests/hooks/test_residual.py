@@ -217,7 +217,7 @@ def test_mistakes(gdn: Any, sae: Any) -> None:
     for what, settings, error, text in [
         (Reconstruct(DictionarySAE(d_model, hook_name=None)), {}, ValueError, r"not say where it was trained"),
         (Reconstruct(sae, at="blocks.9.hook_resid_post"), {}, KeyError, r"no hook point named 'blocks\.9\.hook_resid"),
-        (Reconstruct(sae, at="blocks.1.mixer.hook_v"), {}, ValueError, r"blocks\.1\.mixer\.hook_v is none"),
+        (Reconstruct(sae, at="blocks.1.mixer.hook_v"), {}, ValueError, r"blocks\.1\.mixer\.hook_v is not a part of it"),
         (Reconstruct(sae), {"read": "next"}, ValueError, "read='next' is about the memory"),
         (sae, {}, TypeError, r"needs atom= and scale= .* use intervene\(Reconstruct\(sae\)\)"),
         (Reconstruct(DictionarySAE(10)), {}, ValueError, r"an SAE of 10 dimensions does not fit blocks"),

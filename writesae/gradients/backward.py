@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 
 BLOCK = 2**22  # numbers: outputs of a norm, or entries of gradients, worked on at once
+
+
+E = TypeVar("E", bound="Write | Tensor")
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,9 +187,10 @@ class LayerGradient:
         U, _, Vh = torch.linalg.svd(M, full_matrices=False)
         return Write(U[..., 0], Vh[..., 0, :])
 
-    def _beside(self, edit: Atoms) -> Atoms:
+    def _beside(self, edit: E) -> E:
         """An edit or atoms where the layer is, in the dtype of its gradients: an SAE may have others."""
-        return edit.to(self.output.device, memory_dtype(self.output))
+        beside: Any = edit.to(self.output.device, memory_dtype(self.output))
+        return beside
 
     @property
     def _write(self) -> Write:

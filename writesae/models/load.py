@@ -96,7 +96,12 @@ def load_model(source: str | Path, *, dtype: torch.dtype | str = torch.float32, 
             f"{source} is a {kind!r} of flash-linear-attention, which writesae has no model for; of its kinds "
             f"{', '.join(sorted(OURS))} are supported"
         )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of {source} are no whole safetensors file ({error}); fetch them again"
+        ) from error
     model, found = loaded
     parameters = {name for name, _ in model.named_parameters()}
     _check(source, missing=parameters & set(found["missing_keys"]))
