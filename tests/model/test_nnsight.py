@@ -248,3 +248,17 @@ def test_a_write_changed_in_place_in_one_invoke(traced: Any, nnsight: Any) -> No
     torch.testing.assert_close(logits[:1], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[1:], model(other), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits[:1], model(ids), rtol=1e-2)
+
+
+@torch.no_grad()
+@each_model
+def test_a_scan_knows_the_shapes(traced: Any, nnsight: Any) -> None:
+    """nnsight runs the model on tensors without contents; whole writes have shapes there, too."""
+    model, _, ids = traced
+    nn_model = nnsight.TransformersModel(model.hf_model, tokenizer=model.tokenizer, task="text-generation")
+    values, writes = (envoy(model, nn_model, f"blocks.1.mixer.hook_{quantity}") for quantity in ("v", "write"))
+    with nn_model.scan(TEXT):
+        found = [values.output.shape, writes.output.shape]
+        nnsight.save(found)
+    _, cache = model.run_with_cache(ids)
+    assert found == [cache["v", 1].shape, cache["write", 1].shape]

@@ -13,6 +13,7 @@ from weakref import ref
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from writesae.hooks.attachment import attach, attached_to
 from writesae.hooks.positions import PAD
@@ -161,6 +162,8 @@ class Pass:
                 "layer that would know how many tokens are in it. Fill it with the wrapped model."
             )
         given, total = self.call.get("attention_mask"), self.past + n_pos
+        if isinstance(given, FakeTensor):  # a pass of shapes alone, as nnsight's scan makes one
+            given = None
         if isinstance(given, Tensor) and _covers(given, total) and len(given) == batch:
             return given
         fed = self.before or Fed(self.past, None)
