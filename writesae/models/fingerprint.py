@@ -1,0 +1,82 @@
+"""A fingerprint of a layer's weights that knows its layer again in every dtype, and quantised.
+
+Rounded numbers can't be hashed: some lie at the edge of two roundings, and float16 to bfloat16 rounds to other numbers
+than float32 to bfloat16. So a fingerprint is a sketch, `N_NUMBERS` sums of all weights with random signs, which a
+rounding moves a little and other weights move a lot. Before it stands a hash of the weights in bfloat16, which all SAEs
+and stores made by 0.1.0 have alone::
+
+    c1c240fedff031f8-007f...       -007f... for weights in float16, whose hash is not that of the others
+                                   -007f...q for quantised ones, which lie further from their checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+N_NUMBERS = 16
+STEP = 1 / 256  # what the numbers of a sketch are rounded to; two bytes each
+TOLERANCE = (
+    0.01  # of weights rounded to half precision: where the rounding is another, sketches differ by a step or two
+)
+TOLERANCE_QUANTISED = 1.0  # to eight and four bits: 0.1 and 0.4. Other weights differ by about 5
+
+
+def fingerprint_of(weights: Iterable[tuple[str, Tensor]], *, quantised: bool = False) -> str:
+    """The fingerprint of named weights. ``quantised``: they are what quantised layers compute with."""
+    digest, sketch, exact = hashlib.sha256(), np.zeros(N_NUMBERS), not quantised
+    for name, weight in sorted(weights, key=lambda pair: pair[0]):
+        exact &= weight.dtype != torch.float16
+        rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name}{list(weight.shape)}".encode())
+        digest.update(rounded.view(torch.int16).numpy().tobytes())
+        sketch += _sketch(f"{name}{list(weight.shape)}", rounded.flatten().double().numpy())
+    if not np.isfinite(sketch).all():
+        sketch[:] = np.iinfo(np.int16).min * STEP  # not the fingerprint of any weights in order
+    steps = np.clip(np.rint(sketch / STEP), -(2**15), 2**15 - 1).astype(">i2")
+    return f"{digest.hexdigest()[:16] if exact else ''}-{steps.tobytes().hex()}{'q' * quantised}"
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same weights, each in whatever dtype it was loaded.
+
+    One made by 0.1.0 can't be compared with that of float16 or quantised weights: it is taken as the same, with a
+    warning.
+    """
+    (hash_one, _, sketch_one), (hash_other, _, sketch_other) = (x.partition("-") for x in (one, other))
+    if hash_one and hash_one == hash_other:
+        return True
+    if not sketch_one or not sketch_other:
+        if hash_one and hash_other:
+            return False
+        warnings.warn(
+            f"fingerprint {one if hash_one else other} was made by writesae 0.1.0, and can be checked only against "
+            f"weights loaded in float32 or bfloat16. It is taken as that of this layer",
+            stacklevel=3,
+        )
+        return True
+    apart = float(np.abs(_numbers(sketch_one) - _numbers(sketch_other)).max())
+    return apart < (TOLERANCE_QUANTISED if "q" in sketch_one + sketch_other else TOLERANCE)
+
+
+def _numbers(sketch: str) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(sketch.removesuffix("q")), ">i2") * STEP
+
+
+def _sketch(name: str, x: np.ndarray) -> np.ndarray:
+    """``sum_i +-x_i / |x|`` and the norm's logarithm, with signs that follow from the tensor's name and shape."""
+    size = (x.size + 7) // 8 + 1
+    norm = float(np.sqrt(x @ x))
+    bits = hashlib.shake_256(name.encode()).digest(N_NUMBERS * size)
+    found = np.empty(N_NUMBERS)
+    for i in range(N_NUMBERS):
+        signs = np.unpackbits(np.frombuffer(bits, np.uint8, size, i * size))
+        found[i] = (1.0 - 2.0 * signs[-1]) * np.log2(max(norm, 2.0**-60))
+        if norm > 0:
+            found[i] += (2 * x[signs[: x.size].astype(bool)].sum() - x.sum()) / norm
+    return found
