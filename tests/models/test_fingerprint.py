@@ -65,6 +65,13 @@ def test_fingerprints_of_010() -> None:
         cfg.check_fits(ws.HookedRecurrentModel(load(torch.float16)))
 
 
+def test_fingerprints_of_other_forms() -> None:
+    """Of a model of somebody's own: equal or not."""
+    assert same_weights("my-model", "my-model")
+    for other in ("my-other", "0" * 16, f"-{'0' * 64}", ""):
+        assert not same_weights("my-model", other)
+
+
 @torch.no_grad()
 def test_an_sae_acts_in_every_dtype() -> None:
     """Refused in float16 before, though right: the edit's effect is that in float32, within the dtype's rounding."""

@@ -12,6 +12,7 @@ and stores made by 0.1.0 have alone::
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections.abc import Iterable
 
@@ -25,6 +26,8 @@ TOLERANCE = (
     0.01  # of weights rounded to half precision: where the rounding is another, sketches differ by a step or two
 )
 TOLERANCE_QUANTISED = 1.0  # to eight and four bits: 0.1 and 0.4. Other weights differ by about 5
+
+_FORM = re.compile(rf"[0-9a-f]{{16}}|([0-9a-f]{{16}})?-[0-9a-f]{{{4 * N_NUMBERS}}}q?")
 
 
 def fingerprint_of(weights: Iterable[tuple[str, Tensor]], *, quantised: bool = False) -> str:
@@ -48,6 +51,8 @@ def same_weights(one: str, other: str) -> bool:
     One made by 0.1.0 can't be compared with that of float16 or quantised weights: it is taken as the same, with a
     warning.
     """
+    if one == other or not (_FORM.fullmatch(one) and _FORM.fullmatch(other)):
+        return one == other  # those of somebody's own models may have any form
     (hash_one, _, sketch_one), (hash_other, _, sketch_other) = (x.partition("-") for x in (one, other))
     if hash_one and hash_one == hash_other:
         return True
