@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 N_NUMBERS = 16
+BLOCK, AT_ONCE = 4096, 256  # weights per block; blocks worked on at once
 STEP = 1 / 256  # what the numbers of a sketch are rounded to; two bytes each
 TOLERANCE = (
     0.01  # of weights rounded to half precision: where the rounding is another, sketches differ by a step or two
@@ -38,7 +39,7 @@ def fingerprint_of(weights: Iterable[tuple[str, Tensor]], *, quantised: bool = F
         rounded = weight.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name}{list(weight.shape)}".encode())
         digest.update(rounded.view(torch.int16).numpy().tobytes())
-        sketch += _sketch(f"{name}{list(weight.shape)}", rounded.flatten().double().numpy())
+        sketch += _sketch(f"{name}{list(weight.shape)}", rounded)
     if not np.isfinite(sketch).all():
         sketch[:] = np.iinfo(np.int16).min * STEP  # not the fingerprint of any weights in order
     steps = np.clip(np.rint(sketch / STEP), -(2**15), 2**15 - 1).astype(">i2")
@@ -73,15 +74,24 @@ def _numbers(sketch: str) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(sketch.removesuffix("q")), ">i2") * STEP
 
 
-def _sketch(name: str, x: np.ndarray) -> np.ndarray:
-    """``sum_i +-x_i / |x|`` and the norm's logarithm, with signs that follow from the tensor's name and shape."""
-    size = (x.size + 7) // 8 + 1
-    norm = float(np.sqrt(x @ x))
-    bits = hashlib.shake_256(name.encode()).digest(N_NUMBERS * size)
-    found = np.empty(N_NUMBERS)
-    for i in range(N_NUMBERS):
-        signs = np.unpackbits(np.frombuffer(bits, np.uint8, size, i * size))
-        found[i] = (1.0 - 2.0 * signs[-1]) * np.log2(max(norm, 2.0**-60))
-        if norm > 0:
-            found[i] += (2 * x[signs[: x.size].astype(bool)].sum() - x.sum()) / norm
-    return found
+def _sketch(name: str, x: Tensor) -> np.ndarray:
+    """``sum_i +-x_i / |x|`` and the norm's logarithm, with signs that follow from the tensor's name and shape.
+
+    A number's sign is that of its place in a block times that of its block: so all sums are one product of matrices.
+    """
+    blocks = x.flatten().split(BLOCK)
+    of_norm, of_places, of_blocks = _signs(name, 1), _signs(name + " places", BLOCK), _signs(name, len(blocks) + 1)[1:]
+    squares, sums = 0.0, np.zeros(N_NUMBERS)
+    for start in range(0, len(blocks), AT_ONCE):
+        some = [block.double().numpy() for block in blocks[start : start + AT_ONCE]]
+        rows = np.stack([np.pad(block, (0, BLOCK - len(block))) for block in some])
+        squares += float((rows * rows).sum())
+        sums += ((rows @ of_places) * of_blocks[start : start + AT_ONCE]).sum(0)
+    norm = squares**0.5
+    return of_norm[0] * np.log2(max(norm, 2.0**-60)) + (sums / norm if norm > 0 else 0.0)
+
+
+def _signs(name: str, n: int) -> np.ndarray:
+    """``[n, N_NUMBERS]`` of 1 and -1."""
+    bits = np.frombuffer(hashlib.shake_256(name.encode()).digest(n * N_NUMBERS // 8), np.uint8)
+    return 1.0 - 2.0 * np.unpackbits(bits).reshape(n, N_NUMBERS)
