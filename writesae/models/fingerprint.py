@@ -26,7 +26,7 @@ STEP = 1 / 256  # what the numbers of a sketch are rounded to; two bytes each
 TOLERANCE = (
     0.01  # of weights rounded to half precision: where the rounding is another, sketches differ by a step or two
 )
-TOLERANCE_QUANTISED = 1.0  # to eight and four bits: 0.1 and 0.4. Other weights differ by about 5
+TOLERANCE_QUANTISED = 1.5  # to eight and four bits: 0.07 and 0.8 at most. Other weights differ by 5 and more
 
 _FORM = re.compile(rf"[0-9a-f]{{16}}|([0-9a-f]{{16}})?-[0-9a-f]{{{4 * N_NUMBERS}}}q?")
 
