@@ -138,7 +138,7 @@ def path_of(model: Any) -> str:
 def test_saes_and_adapters(plain: Any, sae: ws.WriteSAE) -> None:
     peft_model = adapted(load(), "lora")
     model = ws.HookedRecurrentModel(peft_model, plain.tokenizer)
-    text = r"of layer 2|weights of that layer here are others \(\w+\), active adapters included. check_model=False"
+    text = r"of layer 2|weights of that layer here are others \([\w-]+\), active adapters included. check_model=False"
     with pytest.raises(ValueError, match=text), model.intervene(sae, atom=609, scale=3):
         pass
     with model.intervene(sae, atom=609, scale=3, check_model=False):

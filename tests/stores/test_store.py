@@ -590,3 +590,22 @@ def test_sites_are_parsed(gdn):
     for wrong in ("L0H1", "0.x", "-1.0", "0.1.2"):
         with pytest.raises(ValueError, match="write LAYER"):
             parse_sites(gdn, [wrong])
+
+
+def test_a_store_begun_by_010_goes_on(tmp_path: Path) -> None:
+    """Its header has hashes for fingerprints; those of other weights are still refused."""
+    model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
+    tokens, folder = torch.arange(64).reshape(2, 32) + 40, tmp_path / "store"
+    extract(model, tokens, [(2, 0)], folder, progress=False)
+    for path in folder.glob("shard-*"):
+        path.unlink()
+    header = folder / "store.json"
+    values = json.loads(header.read_text("utf-8"))
+    values["fingerprints"] = {layer: x.partition("-")[0] for layer, x in values["fingerprints"].items()}
+    header.write_text(json.dumps(values), "utf-8")
+    store = extract(model, tokens, [(2, 0)], folder, progress=False)
+    store.check_fits(model)
+    with torch.no_grad():
+        model.hf_model.model.layers[2].linear_attn.out_proj.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="other weights"):
+        store.check_fits(model)

@@ -16,6 +16,7 @@ from writesae.experiments.classes import CLASSES, COLORS, AtomClasses
 from writesae.experiments.protocol import Asked, Task, experiment
 from writesae.experiments.results.result import Figure, Number, Result, figure, frame
 from writesae.experiments.results.statistics import Array
+from writesae.models.fingerprint import same_weights
 from writesae.recurrence.matrices import Atoms, project, size, unit_norm
 from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import BLOCK
@@ -162,7 +163,7 @@ def seed_stability(
     first = saes[0].cfg
     for name in ("layer", "head", "d_key", "d_value", "target", "fingerprint"):
         found = [getattr(sae.cfg, name) for sae in saes]
-        if len(set(found)) > 1:
+        if len(set(found)) > 1 and not (name == "fingerprint" and all(_same(found[0], other) for other in found)):
             raise ValueError(f"SAEs of one head are compared; these differ in {name}: {', '.join(map(str, found))}")
     if classes is not None and [c.cfg for c in classes] != [sae.cfg for sae in saes]:
         raise ValueError("classes must be those of the SAEs, one for each, in the same order")
@@ -179,6 +180,10 @@ def seed_stability(
         matches.append(Match(i, j, alive[i], alive[j][partner], cosine))
     labels = None if classes is None else tuple(c.classes for c in classes)
     return SeedStability(first.layer, first.head, threshold, tuple(matches), labels)
+
+
+def _same(one: str | None, other: str | None) -> bool:
+    return one == other or bool(one and other and same_weights(one, other))
 
 
 def _nearest(atoms: Atoms, others: Atoms) -> tuple[Float[Tensor, " atom"], Int[Tensor, " atom"]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,7 +30,9 @@ from writesae.model.continuing import (
 )
 from writesae.model.tokens import Text, is_text, next_token_loss
 from writesae.models.arguments import arguments_of
+from writesae.models.fingerprint import fingerprint_of
 from writesae.models.load import load_model
+from writesae.models.quantized import holds_codes
 from writesae.models.tokenizers import check_tokenizer, load_tokenizer
 from writesae.models.wrappers import bare, unwrapped, weights
 from writesae.zoo import shipped_model, shipped_models
@@ -157,17 +158,15 @@ class HookedRecurrentModel(HookedModel):
         return self.family(layer).norm(self._installed.mixers[self._tap(layer).site.layer])
 
     def fingerprint(self, layer: int) -> str:
-        """A hash of the recurrent layer's weights, rounded to bfloat16 so that it does not depend on the load dtype.
+        """What tells the weights of a recurrent layer from others, whatever dtype they are loaded in.
 
-        SAEs record it, and are refused by a model with other weights. PEFT's adapters count while they are active: the
-        fingerprint is that of the layer with the adapter merged.
+        SAEs record it, and are refused by a model with other weights. Active adapters of PEFT count: with them, the
+        fingerprint is that of the layer with the adapter merged. Compare two with
+        `writesae.models.fingerprint.same_weights`: loaded in float16 or quantised, a checkpoint has a string that is
+        not equal and still the same.
         """
         mixer = self._installed.mixers[self._tap(layer).site.layer]
-        digest = hashlib.sha256()
-        for name, parameter in sorted(weights(mixer)):
-            digest.update(f"{name}{list(parameter.shape)}".encode())
-            digest.update(parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint_of(weights(mixer), quantised=any(map(holds_codes, mixer.modules())))
 
     # --- running ------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,13 @@ from torch import Tensor, nn
 PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
+def holds_codes(module: Any) -> bool:
+    """Whether it computes with other numbers than those of its own parameters."""
+    if not all(map(_plain, module.parameters(recurse=False))):
+        return True
+    return _is_linear(module) and not isinstance(getattr(module, "weight", None), Tensor)
+
+
 @torch.no_grad()
 def dequantized(module: Any) -> dict[str, Tensor] | None:
     """``weight [d_out, d_in]`` and, if there is one, ``bias`` that a quantised layer computes with.
@@ -24,10 +31,10 @@ def dequantized(module: Any) -> dict[str, Tensor] | None:
     Raises:
         TypeError: codes that nobody here knows how to read.
     """
-    weight: Any = getattr(module, "weight", None)
-    linear = hasattr(module, "in_features") and hasattr(module, "out_features")
-    if all(map(_plain, module.parameters(recurse=False))) and (isinstance(weight, Tensor) or not linear):
+    if not holds_codes(module):
         return None
+    weight: Any = getattr(module, "weight", None)
+    linear = _is_linear(module)
     if callable(weight) and linear:  # torch's own, whose packed weights have a method for it
         codes: Any = weight()
         found = codes.dequantize()
@@ -59,6 +66,10 @@ def check_finite(model: nn.Module) -> None:
                 f"{name}: {int((~finite).sum())} of its {x.numel()} weights are NaN or infinite, so what the model "
                 f"computes is too. Load the checkpoint again, or look at the training that made it"
             )
+
+
+def _is_linear(module: Any) -> bool:
+    return hasattr(module, "in_features") and hasattr(module, "out_features")
 
 
 def _plain(x: Tensor) -> bool:

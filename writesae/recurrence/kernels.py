@@ -24,6 +24,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
+from torch._subclasses.fake_tensor import FakeTensor
 
 from writesae.recurrence.spec import Read, Recurrence, Write, at_least_float32, check_dense, first_state
 
@@ -278,18 +279,19 @@ def _cut_decay(log_decay: Tensor, chunk: int | None) -> tuple[Tensor, int, bool]
     for size in (chunk,) if chunk else (CHUNK_MILD, CHUNK_PER_KEY) if per_key else (CHUNK,):
         size = min(size, n_pos)
         g = _cut(log_decay, size)
-        mild = per_key and _values_are_known() and bool(g.sum(3).amin() >= -2 * MILD)
+        mild = per_key and _values_are_known(g) and bool(g.sum(3).amin() >= -2 * MILD)
         if mild:
             break
     return g, size, mild
 
 
-def _values_are_known() -> bool:
-    """Whether code may branch on numbers: not while torch.export traces, nor under torch.func, whose vmap has many.
+def _values_are_known(x: Tensor) -> bool:
+    """Whether code may branch on numbers: not while torch.export traces, nor under torch.func, whose vmap has many, nor
+    where tensors are shapes alone.
 
     There decays are taken to be strong, which is right for all and slower for mild ones.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or isinstance(x, FakeTensor):
         return False
     return torch.compiler.is_compiling() or maybe_current_level() is None
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from writesae.hooks.sites import Head
+from writesae.models.fingerprint import same_weights
 from writesae.recurrence.dynamics import Target
 from writesae.saes.sparsities import sparsity_named
 
@@ -118,7 +119,7 @@ class SAEConfig:
         if not check_model or self.fingerprint is None:
             return
         found = model.fingerprint(layer)
-        if found is not None and found != self.fingerprint:
+        if found is not None and not same_weights(self.fingerprint, found):
             raise ValueError(
                 f"this SAE was trained on layer {layer} of {self.model_id or 'another model'} (fingerprint "
                 f"{self.fingerprint}); the weights of that layer here are others ({found}), active "

@@ -337,7 +337,8 @@ def _same_as(folder: Path, new: StoreInfo) -> StoreInfo:
 def _work(info: StoreInfo) -> dict[str, Any]:
     """What every shard depends on, as a message can name it."""
     work = asdict(info) | {"families": info.rules, "sites": " ".join(map(str, info.sites))}
-    return {name: value for name, value in work.items() if name != "source"}
+    # Fingerprints follow from the weights, and those that 0.1.0 wrote are others.
+    return {name: value for name, value in work.items() if name not in ("source", "fingerprints")}
 
 
 def _write(folder: Path, name: str, values: dict[str, Any], info: StoreInfo) -> None:

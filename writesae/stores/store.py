@@ -21,6 +21,7 @@ from torch import Tensor
 from writesae.hooks.sites import Head
 from writesae.jobs.disk import read_json
 from writesae.jobs.progress import track
+from writesae.models.fingerprint import same_weights
 from writesae.recurrence import Write
 from writesae.recurrence.dynamics import Dynamics, States
 from writesae.recurrence.rules import RULES, Rule
@@ -209,7 +210,7 @@ class ActivationStore:
                     f"the store has head {site.head} of layer {layer} of {self.info.model_id}, {site.d_key} x "
                     f"{site.d_value}; {model.model_id} has recurrent layers {list(known)}, and there {heads} heads"
                 )
-            if (found := model.fingerprint(layer)) != self.info.fingerprints[layer]:
+            if not same_weights(self.info.fingerprints[layer], found := model.fingerprint(layer)):
                 raise ValueError(
                     f"the store was made with {self.info.model_id}, whose layer {layer} has fingerprint "
                     f"{self.info.fingerprints[layer]}; that of {model.model_id} has {found}: other weights. "
