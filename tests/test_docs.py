@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -88,6 +89,24 @@ def test_the_index_of_errors_lists_every_message() -> None:
     index = (DOCS / "errors" / "README.md").read_text("utf-8")
     listed = re.findall(r"(?m)^- \[(.+)\]\((.+?)#", index)
     assert sorted(listed) == sorted((section.heading, section.page) for section in sections("errors"))
+
+
+# What holds where ----------------------------------------------------------------------------------------------------
+
+
+def test_every_cell_of_what_holds_where_is_a_test() -> None:
+    """That the tests pass is seen when they run; here, that each is there, and that there are enough of them."""
+    page = (DOCS / "guarantees.md").read_text("utf-8")
+    table = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    head, *rows = table
+    cells = [cell for _, *row in rows for cell in row]
+    assert len(rows) > 25 and all(len(row) == len(head) for row in rows)
+    named = [re.findall(r"`([\w/]+)::(\w+)`", cell) for cell in cells]
+    assert all(named), [cell for cell, found in zip(cells, named, strict=True) if not found]
+    for file, test in re.findall(r"`([\w/]+)::(\w+)`", page):
+        defined = {node.name for node in ast.walk(ast.parse((DOCS.parent / "tests" / f"{file}.py").read_text("utf-8")))
+                   if isinstance(node, ast.FunctionDef)}  # fmt: skip
+        assert test in defined, f"{file}::{test}"
 
 
 # The picture of README -----------------------------------------------------------------------------------------------
