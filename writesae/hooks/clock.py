@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from writesae.hooks.attachment import attach, attached_to
-from writesae.hooks.positions import PAD
+from writesae.hooks.positions import PAD, beams
 from writesae.hooks.scope import Owner, owners, private
 
 CACHES = ("past_key_values", "cache_params")  # what models call their cache
@@ -34,6 +34,18 @@ class Fed:
     n_tokens: int
     mask: Tensor | None  # [batch, tokens], of the first of them; those after it are real
     known: bool = True  # False: some mask was given that does not say which tokens are padding
+    ids: tuple[Tensor, ...] | None = None  # the tokens themselves, in pieces [batch, n]; None where they are not known
+
+    def begins(self, ids: Int[Tensor, "batch pos"]) -> bool:
+        """Whether these are the tokens that it has been fed, and maybe more; True where that cannot be known."""
+        if not self.ids or len(self.ids[0]) != len(ids):
+            return True
+        fed = torch.cat([x.to(ids.device) for x in self.ids], 1)[:, : self.n_tokens]
+        same = fed == ids[:, : fed.shape[1]]
+        if self.mask is not None:
+            real = self.mask[:, : same.shape[1]].bool().to(ids.device)
+            same[:, : real.shape[1]] |= ~real
+        return bool(same.all())
 
 
 @dataclass(eq=False)
@@ -140,9 +152,19 @@ class Pass:
             return None
         total = self.past + self._shape()[1]
         try:
-            return Fed(total, self.mask())
+            return Fed(total, self.mask(), ids=self._ids())
         except ValueError:
             return Fed(total, None, known=False)
+
+    def _ids(self) -> tuple[Tensor, ...] | None:
+        """All tokens so far, as far as they are known. Beams are exchanged for one another: theirs are not."""
+        ids, past = self.call.get("input_ids"), self.past or 0
+        before = self.before.ids if past and self.before is not None else None if past else ()
+        if ids is None or before is None or beams() > 1 or any(len(x) != len(ids) for x in before[:1]):
+            return None
+        if self.before is not None and past < self.before.n_tokens:  # the cache has been cropped
+            before = (torch.cat(before, 1)[:, :past],)
+        return (*before, ids) if len(before) < 64 else (torch.cat([*before, ids], 1),)
 
     def mask(self) -> Int[Tensor, "batch total"] | None:
         """Which tokens are real, of those before the pass and in it; None if all are.

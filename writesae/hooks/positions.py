@@ -36,6 +36,11 @@ def several_of_each(n: int) -> Iterator[None]:
         _beams.reset(token)
 
 
+def beams() -> int:
+    """How many rows each row of a batch has become, see `several_of_each`."""
+    return _beams.get()
+
+
 def row_of_each(n_rows: int, batch: int, what: str) -> Int[Tensor, " batch"]:
     """Which of ``n_rows`` things, one for all or one for each sequence, belongs to each row of a batch.
 

@@ -43,19 +43,19 @@ def tokens_in(cache: Any) -> int:
     return would.past
 
 
-def check_continues(cache: Any, n_tokens: int, n_mask: int, copies: int) -> None:
+def check_continues(cache: Any, tokens: Mapping[str, Tensor], n_mask: int, copies: int) -> None:
     """Raise unless generation can go on from a cache.
 
     Args:
         cache: which may have been fed something, or nothing.
-        n_tokens: tokens given to ``generate``.
+        tokens: ``input_ids`` or ``inputs_embeds`` given to ``generate``.
         n_mask: tokens that the attention mask is about.
         copies: beams, or sequences to return, per text.
 
     Raises:
         ValueError: these are not the whole text; several copies of what is cached are wanted.
     """
-    past = tokens_in(cache)
+    past, n_tokens = tokens_in(cache), next(iter(tokens.values())).shape[1]
     if past and copies > 1:
         raise ValueError(
             f"a filled cache holds each text once, and {copies} beams or returned sequences of it are wanted: give the "
@@ -65,6 +65,12 @@ def check_continues(cache: Any, n_tokens: int, n_mask: int, copies: int) -> None
         raise ValueError(
             f"generate was given {n_tokens} tokens, and the cache has been fed {past}: give the whole text, that which "
             f"the cache has been fed and at least one token more, as transformers does"
+        )
+    fed = attached_to(cache, Fed)
+    if n_tokens > past and fed is not None and "input_ids" in tokens and not fed.begins(tokens["input_ids"]):
+        raise ValueError(
+            f"generate was given {n_tokens} tokens, and their first {past} are not those that the cache has been fed: "
+            f"give the whole text, that which the cache has been fed and what comes after it, as transformers does"
         )
 
 

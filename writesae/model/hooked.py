@@ -268,7 +268,7 @@ class HookedRecurrentModel(HookedModel):
         past = next((kwargs[name] for name in CACHES if name in kwargs), None)
         beams = max(self._setting("num_beams", kwargs) or 1, self._setting("num_return_sequences", kwargs) or 1)
         if past is not None:
-            check_continues(past, size[1], size[1] if mask is None else mask.shape[-1], beams)
+            check_continues(past, tokens, size[1] if mask is None else mask.shape[-1], beams)
         if mask is not None and mask.shape[-1] == size[1]:
             self._installed.clock.check({**tokens, "attention_mask": mask})
         elif mask is not None:
