@@ -21,6 +21,7 @@ from writesae.experiments.report.paper import CELLS, TABLE, paper_value
 from writesae.experiments.report.report import write_report
 from writesae.experiments.results.result import Number, Result, figure
 from writesae.experiments.results.statistics import wilson
+from writesae.jobs.disk import read_json
 
 NASTY = "<script>alert(1)</script> a|b *c* _d_ `e` [f](http://g) &amp; # 1. - \\"
 
@@ -91,7 +92,7 @@ def test_what_was_saved_is_read(saved):
 
 def test_an_outcome_from_before_there_were_ids_still_finds_the_papers_numbers(saved, tmp_path):
     path = saved.folder / "outcome.json"
-    described = json.loads(path.read_text())
+    described = read_json(path)
     for number in described["numbers"]:
         assert number.pop("id")
     path.write_text(json.dumps(described))
@@ -140,7 +141,7 @@ def cut(folder):
 def change(**values):
     def spoil(folder):
         path = folder / "outcome.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+        path.write_text(json.dumps(read_json(path) | values))
 
     return spoil
 

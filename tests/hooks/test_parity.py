@@ -37,9 +37,11 @@ from edit_cases import (
     annotations_unchecked,
     assert_close,
     cases,
+    edit,
     random_ids,
     random_sae,
     random_write,
+    together,
 )
 from writesae import Add, Delete, HookedRecurrentModel, Substitute, Write
 from writesae.hooks import response, tap

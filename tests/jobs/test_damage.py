@@ -228,7 +228,7 @@ def test_without_its_checksum_a_file_is_taken_as_it_is(tmp_path: Path) -> None:
     write_json(path, {"seconds": 12, "name": "x"})
     assert read_json(path) == {"seconds": 12, "name": "x"}
     path.write_text(path.read_text().replace("12", "13"))
-    with pytest.raises(ValueError, match=r"a\.json was altered after it was written \(its checksum differs\)"):
+    with pytest.raises(ValueError, match=r"a\.json was altered after it was written \(its checksum differs"):
         read_json(path)
     path.write_text(json.dumps({"seconds": 13, "name": "x"}))
     assert read_json(path) == {"seconds": 13, "name": "x"}

@@ -1,12 +1,11 @@
 """What long work needs: progress that can be seen or not, folders that a stopped run continues in."""
 
 import io
-import json
 
 import pytest
 from rich.console import Console
 
-from writesae.jobs.disk import remove_halves, write_whole
+from writesae.jobs.disk import read_json, remove_halves, write_whole
 from writesae.jobs.progress import Bars, track
 from writesae.jobs.resumable import Kept, check_same, differences
 
@@ -46,7 +45,7 @@ def test_files_of_the_same_work_are_taken(tmp_path):
     kept = Kept(tmp_path, IDENTITY)
     kept.write("atoms/3.json", {"found": [1, 2]})
     assert Kept(tmp_path, dict(IDENTITY)).read("atoms/3.json") == {"found": [1, 2]}
-    assert json.loads((tmp_path / "atoms/3.json").read_text()) == IDENTITY | {"found": [1, 2]}
+    assert read_json(tmp_path / "atoms/3.json") == IDENTITY | {"found": [1, 2]}
     assert kept.read("atoms/4.json") is None
     assert Kept(tmp_path, IDENTITY | {"settings": "abd"}).read("atoms/3.json") is None, "of other work"
     assert Kept(tmp_path, IDENTITY | {"seed": 0}).read("atoms/3.json") is None

@@ -124,9 +124,9 @@ def test_headers_without_it_are_those_of_before() -> None:
     model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
     store = ws.record(model, torch.randint(2048, (1, 8)), [(0, 0)], progress=False)
     header = store.info.to_dict()
-    assert "reading" not in header and StoreInfo.from_json(json.dumps(header)) == store.info
-    assert StoreInfo.from_json(json.dumps(header)).identity == store.info.identity
-    other = StoreInfo.from_json(json.dumps({**header, "reading": {"prepend_bos": True}}))
+    assert "reading" not in header and StoreInfo.from_json(dict(header)) == store.info
+    assert StoreInfo.from_json(dict(header)).identity == store.info.identity
+    other = StoreInfo.from_json({**header, "reading": {"prepend_bos": True}})
     assert other.identity != store.info.identity
 
 

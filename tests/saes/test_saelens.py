@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import writesae as ws
+from writesae.jobs.disk import read_json
 from writesae.saes import VARIANTS, SAEConfig, WriteSAE
 from writesae.saes.files import CONFIG, WEIGHTS, saelens_fields
 from writesae.zoo import heldout_documents, shipped_models, shipped_saes
@@ -205,7 +206,7 @@ def test_older_folders(tmp_path: Path) -> None:
     """Written before this layout: read by us as ever, and by SAELens through a converter."""
     ours = make(target="state")
     ours.save_pretrained(tmp_path)
-    described = json.loads((tmp_path / CONFIG).read_text())
+    described = read_json(tmp_path / CONFIG)
     old = {name: value for name, value in described.items() if name not in saelens_fields(ours.cfg)}
     assert len(old) == len(described) - 9
     (tmp_path / CONFIG).write_text(json.dumps(old))
@@ -274,7 +275,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_configurations_at_odds_with_themselves(case: str, tmp_path: Path) -> None:
     changes, text = BAD[case]
     make().save_pretrained(tmp_path)
-    described = json.loads((tmp_path / CONFIG).read_text()) | changes
+    described = read_json(tmp_path / CONFIG) | changes
     (tmp_path / CONFIG).write_text(json.dumps(described))
     for read in (load, WriteSAE.from_pretrained):
         with pytest.raises(ValueError, match=text):

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+from writesae.jobs.disk import read_json
 from writesae.recurrence import Recurrence, Write, states
 from writesae.recurrence.dynamics import States
 from writesae.saes import VARIANTS, SAEConfig, WriteSAE, files
@@ -450,7 +451,7 @@ def test_half_precision_files_come_back_as_float32_unit_atoms(tmp_path):
 
 
 def rewrite_config(folder, **changes):
-    values = json.loads((folder / "cfg.json").read_text()) | changes
+    values = read_json(folder / "cfg.json") | changes
     (folder / "cfg.json").write_text(json.dumps({k: v for k, v in values.items() if v != "drop"}))
 
 

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import writesae as ws
 from architectures import N_VOCAB, architecture_named, each_architecture, each_rule
 from writesae.cli import app
+from writesae.jobs.disk import read_json
 from writesae.recurrence.dynamics import States
 from writesae.recurrence.rules import RULES
 from writesae.stores import Windows, texts
@@ -542,7 +543,7 @@ def test_token_arrays(tmp_path):
         (x.view(4, 5, 5).numpy(), r"\[4, 5, 5\]"),
         (x.numpy() - 1, "from -1 to 98"),
         (x[:9].numpy(), r"ids\.npy makes 0 windows of 10 tokens \(the longest text has 9\)"),
-        (np.array([{}]), "is not a .npy file of numbers"),
+        (np.array([{}]), "is not a whole .npy file of numbers"),
     ]:
         np.save(path, bad)
         with pytest.raises(ValueError, match=says):
@@ -600,7 +601,7 @@ def test_a_store_begun_by_010_goes_on(tmp_path: Path) -> None:
     for path in folder.glob("shard-*"):
         path.unlink()
     header = folder / "store.json"
-    values = json.loads(header.read_text("utf-8"))
+    values = read_json(header)
     values["fingerprints"] = {layer: x.partition("-")[0] for layer, x in values["fingerprints"].items()}
     header.write_text(json.dumps(values), "utf-8")
     store = extract(model, tokens, [(2, 0)], folder, progress=False)

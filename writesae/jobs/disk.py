@@ -93,7 +93,9 @@ def unsealed(values: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: value for name, value in values.items() if name != CHECKSUM}
     if CHECKSUM in values:
         if values[CHECKSUM] != _checksum(found):
-            raise ValueError("was altered after it was written (its checksum differs)")
+            raise ValueError(
+                f"was altered after it was written (its checksum differs; if you did that, delete its entry {CHECKSUM})"
+            )
         return found
     for name, value in found.items():  # its own name may be what was altered
         if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16}", value):

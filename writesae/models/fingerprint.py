@@ -23,10 +23,10 @@ from torch import Tensor
 N_NUMBERS = 16
 BLOCK, AT_ONCE = 4096, 256  # weights per block; blocks worked on at once
 STEP = 1 / 256  # what the numbers of a sketch are rounded to; two bytes each
-TOLERANCE = (
-    0.01  # of weights rounded to half precision: where the rounding is another, sketches differ by a step or two
+TOLERANCE = 0.01  # of half precision: where the rounding is another, sketches differ by a step or two
+TOLERANCE_QUANTISED = (
+    0.95  # eight and four bits: 0.07 and 0.8 at most. A doubled scale moves it by 1, other weights by 5
 )
-TOLERANCE_QUANTISED = 1.5  # to eight and four bits: 0.07 and 0.8 at most. Other weights differ by 5 and more
 
 _FORM = re.compile(rf"[0-9a-f]{{16}}|([0-9a-f]{{16}})?-[0-9a-f]{{{4 * N_NUMBERS}}}q?")
 
