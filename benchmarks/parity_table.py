@@ -23,9 +23,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from test_parity import EFFECT, TOLERANCE, measure
+from test_parity import EFFECT, measure
 
 from architectures import ARCHITECTURES
+from edit_cases import TOLERANCE
 
 
 def main(
