@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
+sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / folder) for folder in ("helpers", "hooks")]
 
 import torch
 import typer
