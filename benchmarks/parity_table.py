@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / folder) for folder in ("helpers", "hooks")]
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "hooks"))
 
 import torch
 import typer
