@@ -535,6 +535,8 @@ def test_token_arrays(tmp_path):
     path = tmp_path / "ids.npy"
     x = torch.arange(100)
     np.save(path, x.numpy())
+    with pytest.raises(ValueError, match=rf"{path.name} holds numbers .*allowed are 0 to {int(x.max()) - 1}"):
+        texts.from_array(path, 30, n_vocab=int(x.max()))
     assert torch.equal(texts.from_array(path, 30), x[:90].view(3, 30).int())
     np.save(path, x.view(4, 25).numpy().astype(np.uint16))
     assert torch.equal(texts.from_array(path, 10), x.view(4, 25)[:, :20].reshape(8, 10).int())

@@ -73,7 +73,8 @@ def extract(
             source = f"data set {dataset}, split {split}, column {column}"
         else:
             assert tokens is not None
-            ids, source = texts.from_array(tokens, context, max_tokens), f"tokens {tokens}"
+            n_vocab = hooked.W_E.shape[0]
+            ids, source = texts.from_array(tokens, context, max_tokens, n_vocab), f"tokens {tokens}"
         store = making.extract(
             hooked, ids, sites, out, batch_size=batch, shard_sequences=shard, dtype=getattr(torch, dtype), source=source
         )

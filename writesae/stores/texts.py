@@ -100,13 +100,14 @@ def from_dataset(
     return found[:most].tokens.int()
 
 
-def from_array(path: Path, context: int, max_tokens: int | None = None) -> Int[Tensor, "n pos"]:
+def from_array(path: Path, context: int, max_tokens: int | None = None, n_vocab: int = 2**31) -> Int[Tensor, "n pos"]:
     """The windows of token ids in a .npy file: ``[pos]`` is one text; in ``[n, pos]`` every row is one.
 
     Args:
         path: the file.
         context: tokens per window.
         max_tokens: keep at most this many tokens, evenly spread; None for all.
+        n_vocab: of the model: ids are below it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -124,8 +125,11 @@ def from_array(path: Path, context: int, max_tokens: int | None = None) -> Int[T
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else "an archive of arrays"
         raise ValueError(f"{path} holds {got}; token ids are integers, [pos] or [n, pos]")
     array = np.atleast_2d(array)
-    if array.size and not 0 <= int(array.min()) <= int(array.max()) < 2**31:
-        raise ValueError(f"{path} holds numbers from {array.min()} to {array.max()}: these are no token ids")
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) < n_vocab:
+        raise ValueError(
+            f"{path} holds numbers from {array.min()} to {array.max()}: these are no token ids; allowed are 0 to "
+            f"{n_vocab - 1}"
+        )
     found = Windows.of_rows([torch.from_numpy(row.astype(np.int32)) for row in array], context)
     return found.enough(of=str(path)).spread(max_tokens).tokens
 
