@@ -280,6 +280,15 @@ def test_pickles_of_other_kinds(tmp_path: Path) -> None:
             read_tensors_of(str(path))
 
 
+@pytest.mark.filterwarnings("ignore")  # TorchScript is on its way out
+def test_torchscript_is_refused_without_advice_to_run_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+    with pytest.raises(ValueError, match=r"model\.pth is damaged, or no file of weights \(.*TorchScript") as raised:
+        read_tensors_of(str(path))
+    assert "False" not in str(raised.value)
+
+
 def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
     secret = tmp_path / "secret.safetensors"
     safetensors.torch.save_file({"a": torch.ones(2)}, secret)

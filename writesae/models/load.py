@@ -184,7 +184,8 @@ def read_tensors_of(path: str) -> dict[str, Tensor]:
     except (MemoryError, FileNotFoundError):
         raise
     except Exception as error:  # a damaged file fails anywhere in zip, tar, pickle or torch; TorchScript is refused
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        # Its first sentence: what follows may advise to let the file run code.
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
         raise ValueError(
             f"{path} is damaged, or no file of weights ({reason}); fetch it again, or ask whoever made it for "
             f"safetensors"
