@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import writesae as ws
+from writesae.hooks import name_of
 from writesae.hooks.dispatch import native as native_of
 from writesae.hooks.families import FAMILIES
 from writesae.models.load import load_model
@@ -77,7 +78,7 @@ def contestants(name: str, n_pos: int) -> dict[str, Callable[[], Any]]:
     site = model.site(LAYER)
     generator = torch.Generator().manual_seed(1)
     write = ws.Write(*(torch.randn(d, generator=generator) for d in (site.d_key, site.d_value))) * 0.01
-    gates = [n for n in model.hook_names if not n.endswith(("hook_write", "hook_state", "hook_o", "hook_z"))]
+    inputs = [name_of(q, s.layer) for s in model.sites for q in model.family(s.layer).rule.inputs]
 
     def edit(head: int | None) -> Callable[[], Any]:
         def run() -> Any:
@@ -87,13 +88,13 @@ def contestants(name: str, n_pos: int) -> dict[str, Callable[[], Any]]:
         return run
 
     def dense() -> Any:
-        _, cache = model.run_with_cache(ids, names=gates)
+        _, cache = model.run_with_cache(ids, names=inputs)
         return cache.state(LAYER, range(n_pos))
 
     return {
         "unwrapped": native(lambda: bare(input_ids=ids, use_cache=False).logits),
         "nothing attached": lambda: model(ids),
-        "cached": lambda: model.run_with_cache(ids, names=gates),
+        "cached": lambda: model.run_with_cache(ids, names=inputs),
         "edit, one head": edit(0),
         "edit, every head": edit(None),
         "states, dense": dense,
