@@ -311,7 +311,11 @@ class Clock:
 
     def check_thread(self) -> None:
         """Raise RuntimeError if layers run again in a thread in which edits of their pass do not act."""
-        if self._here() is None and self._last is not None and any(owner in self._last.owners for owner in private()):
+        if (
+            self._here() is None
+            and self._last is not None
+            and any(owner in self._last.owners for owner in tuple(private()))
+        ):
             raise RuntimeError(
                 "layers run again in another thread than the one that began the pass, where its hooks and edits do not "
                 "act, since they were attached outside of the main thread or in a task. Run the backward pass in the "
