@@ -71,20 +71,20 @@ class Pass:
 
     def begin(self) -> None:
         """Look at its cache."""
-        cache = _cache_in(self.call)
+        cache = cache_in(self.call)
         self.before = attached_to(cache, Fed)
         self.past = _length(cache)
 
     def feed(self) -> None:
         """Note on its cache what that will have been fed."""
-        cache = _cache_in(self.call)
+        cache = cache_in(self.call)
         if cache is not None:
             attach(cache, self._after())
 
     def end(self, output: Any) -> None:
         """It is over, or has failed."""
-        made = _cache_in(output)
-        if made is not None and _cache_in(self.call) is None:  # the model made the cache
+        made = cache_in(output)
+        if made is not None and cache_in(self.call) is None:  # the model made the cache
             attach(made, self._after())
         self.call = {}  # positions stay: gradient checkpointing runs layers again after the pass
 
@@ -299,15 +299,16 @@ class Clock:
         Raises:
             RuntimeError: layers run again in a thread that began no pass, and several have.
         """
-        found = self._here() or self._last
-        if found is None:
+        if (here := self._here()) is not None:
+            return here
+        if self._last is None:
             return Pass({})
-        if found is self._last and len(self._threads) > 1 and self._here() is None:
+        if len(self._threads) > 1:
             raise RuntimeError(
                 "layers run in a thread that began no forward pass, and several threads have run this model, so it "
                 "cannot be known whose pass this is. Run the backward pass in the thread that ran the model"
             )
-        return found
+        return self._last
 
     def check_thread(self) -> None:
         """Raise RuntimeError if layers run again in a thread in which edits of their pass do not act."""
@@ -346,7 +347,7 @@ class Clock:
         return self.now.padding()
 
 
-def _cache_in(found: Any) -> Any:
+def cache_in(found: Any) -> Any:
     """The cache among a model's arguments, or in its output."""
     get = found.get if isinstance(found, Mapping) else lambda name: getattr(found, name, None)
     return next((get(name) for name in CACHES if get(name) is not None), None)

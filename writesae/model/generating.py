@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from writesae.hooks.clock import CACHES
+from writesae.hooks.clock import CACHES, cache_in
 from writesae.hooks.positions import several_of_each
 from writesae.model.attaching import HookedModel
 from writesae.model.continuing import cache_argument, check_continues, feed_in_pieces, going_on, knows_its_length
@@ -24,7 +24,7 @@ class GeneratingModel(HookedModel):
 
     def _cache_renamed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments, with a cache under the model's own name for it."""
-        past = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        past = cache_in(kwargs)
         others = {name: value for name, value in kwargs.items() if name not in CACHES}
         if past is None:
             return others
@@ -58,14 +58,13 @@ class GeneratingModel(HookedModel):
         size = next(iter(tokens.values())).shape[:2]
         if mask is not None and not bool(mask[:, -1].all()):
             raise ValueError("generation needs padding on the left: the attention mask ends with padding")
-        past = next((kwargs[name] for name in CACHES if name in kwargs), None)
+        past = cache_in(kwargs)
         beams = max(self._setting("num_beams", kwargs) or 1, self._setting("num_return_sequences", kwargs) or 1)
         if past is not None:
             check_continues(past, tokens, size[1] if mask is None else mask.shape[-1], beams)
-        if mask is not None and mask.shape[-1] == size[1]:
-            self._installed.clock.check({**tokens, "attention_mask": mask})
-        elif mask is not None:
-            self._installed.clock.check({**tokens, "attention_mask": mask, CACHES[0]: past})
+        if mask is not None:
+            whole = mask.shape[-1] == size[1]  # then the tokens are, too: what is cached is among them
+            self._installed.clock.check({**tokens, "attention_mask": mask, CACHES[0]: None if whole else past})
         mask = torch.ones(size, dtype=torch.long, device=self.device) if mask is None else mask
         most = self._most_new_tokens(kwargs, 0 if x is None else size[1])
         if most is not None:
@@ -136,14 +135,16 @@ class GeneratingModel(HookedModel):
 
     def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
         """A setting of generation: as given, or the model's own."""
+        return next((said[name] for said in self._settings(kwargs) if said.get(name) is not None), None)
+
+    def _settings(self, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+        """All settings of generation, those that count first."""
         configs = (kwargs.get("generation_config"), getattr(self.hf_model, "generation_config", None))
-        said = (kwargs, *(vars(config) for config in configs if config is not None))
-        return next((one[name] for one in said if one.get(name) is not None), None)
+        return [kwargs, *(vars(config) for config in configs if config is not None)]
 
     def _most_new_tokens(self, kwargs: dict[str, Any], n_prompt: int) -> int | None:
         """How many tokens may be generated; None if nothing limits them."""
-        configs = (kwargs.get("generation_config"), getattr(self.hf_model, "generation_config", None))
-        for said in (kwargs, *(vars(config) for config in configs if config is not None)):
+        for said in self._settings(kwargs):
             if (n_new := said.get("max_new_tokens")) is not None:
                 return n_new
             if (n_all := said.get("max_length")) is not None:

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from writesae.hooks import ActivationCache, AttachableSAE, name_of
-from writesae.hooks.clock import CACHES
+from writesae.hooks import ActivationCache, AttachableSAE
+from writesae.hooks.clock import cache_in
+from writesae.hooks.names import inputs
 from writesae.hooks.positions import Positions
 from writesae.hooks.quantities import QUANTITIES
 from writesae.hooks.residual import Stopped, stop_at
@@ -190,7 +191,7 @@ class HookedRecurrentModel(GeneratingModel):
         x, kwargs = self.read(x, self._cache_renamed(kwargs))
         tokens, mask = self._tokens(x, kwargs)
         size = next(iter(tokens.values())).shape[:2]
-        past = next((kwargs[name] for name in CACHES if name in kwargs), None)
+        past = cache_in(kwargs)
         if past is None:
             kwargs.setdefault("use_cache", False)
             if mask is None or mask.ndim == 2:  # with any other mask, an edit says that it can't know positions
@@ -269,9 +270,9 @@ class HookedRecurrentModel(GeneratingModel):
             )
         cache = ActivationCache(self.taps, self._points, self._aliases, device)
         # States are rebuilt from the recurrence's inputs.
-        inputs = {name_of(q, s.layer) for s in states for q in self.family(s.layer).rule.state_inputs}
+        rebuilt_from = {name for s in states for name in inputs(self.family(s.layer).rule, s.layer)}
         chosen = {point.name for point in wanted if point not in states}
-        keep = [point for name, point in self._points.items() if name in inputs | chosen]
+        keep = [point for name, point in self._points.items() if name in rebuilt_from | chosen]
         clock = self._installed.clock
         with ExitStack() as stack:
             call = stack.enter_context(owning(everywhere=False))
