@@ -178,13 +178,13 @@ def test_several_heads_at_once(models, places):
     replayer = Replayer(model, places, horizon=HORIZON)
     native = replayer.native(ids)
     writes = {place: stacked(some_writes(native.write(place, window, position))[:2]) for place in places}
-    found = replayer.futures(native, window, position, writes)
+    found, logits = replayer.futures(native, window, position, writes), model(ids)
     for c in range(2):
         edits = [ws.Replace(*place, write=w[:, c][:, None]) for place, w in writes.items()]
         with torch.no_grad(), model.intervene(edits, positions=position[:, None]):
             edited = model(ids[window])
         for i, t in enumerate(position.tolist()):
-            kl = kl_from(edited[i : i + 1, t : t + HORIZON + 1], native.logits[window[i], None, t : t + HORIZON + 1])
+            kl = kl_from(edited[i : i + 1, t : t + HORIZON + 1], logits[window[i], None, t : t + HORIZON + 1])
             torch.testing.assert_close(found.kl[i, c], kl[0], atol=1e-7, rtol=1e-3)
 
 

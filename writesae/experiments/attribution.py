@@ -160,9 +160,18 @@ def attribute(
     position %= n_pos
     ids = ids[:, : position + 1]  # what comes later plays no part
     other = None if minus is None else model.to_single_token(minus)
-    with torch.no_grad():
-        wanted = int(model(ids)[0, -1].argmax()) if token is None else model.to_single_token(token)
-    found = gradient(model, ids, Logit(wanted, minus=other))
+    if token is None:
+        asked: list[int] = []
+
+        def of(logits: Float[Tensor, "1 1 vocab"]) -> Float[Tensor, " 1"]:
+            asked.append(int(logits.argmax()))
+            return Logit(asked[0], minus=other)(logits)
+
+        found = gradient(model, ids, of, at=-1)
+        wanted = asked[0]
+    else:
+        wanted = model.to_single_token(token)
+        found = gradient(model, ids, Logit(wanted, minus=other))
     fixed = {layer: g.at_fixed_scale for layer, g in found.layers.items()}
     strings = [str(i) for i in ids[0].tolist()] if model.tokenizer is None else model.to_str_tokens(ids)
     name = lambda i: str(i) if model.tokenizer is None else repr(model.to_str_tokens([i])[0])  # noqa: E731

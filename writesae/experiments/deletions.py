@@ -13,7 +13,7 @@ from torch import Tensor
 from writesae.experiments.protocol import Progress, Run, experiment
 from writesae.experiments.results.result import Figure, Number, Result, figure, predicted_and_measured
 from writesae.experiments.results.statistics import bootstrap, r_squared
-from writesae.gradients import Logit, gradient
+from writesae.gradients import Gradient, Logit, gradient, in_batches
 from writesae.hooks import Delete, short_chunks
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel
@@ -125,25 +125,34 @@ def attribution_test(
     """
     run = Run(model, text, seed=seed, progress=progress)
     generator = run.generator
-    ids = run.prompts(n_prompts, context)
-    with torch.no_grad():
-        best = model(ids)[:, -1].topk(2).indices
-    question = Logit(best[:, 0], minus=best[:, 1])
-    found = gradient(model, ids, question)
+    ids, few = run.prompts(n_prompts, context), model.logits_of_last(1)
     heads = [Head(site.layer, head) for site in model.sites for head in range(site.n_heads)]
+    n_rounds = -(-n_deletions // n_prompts)
+    chosen = [heads[int(torch.randint(len(heads), (), generator=generator))] for _ in range(n_rounds)]
+    lags = (context ** torch.rand(n_rounds, n_prompts, generator=generator)).long() - 1
     rows = []
-    while run.done < n_deletions:
-        layer, head = heads[int(torch.randint(len(heads), (), generator=generator))]
-        lag = (context ** torch.rand(n_prompts, generator=generator)).long() - 1
-        at = (context - 1 - lag).to(model.device)[:, None]
-        with torch.no_grad(), short_chunks(), model.intervene(Delete(layer, head), positions=at):
-            measured = question(model(ids)) - found.value
-        g, each = found[layer], torch.arange(n_prompts, device=model.device)
-        effect = g.effect(head, at, -g.write[each[:, None], at, torch.full_like(at, head)])[:, 0]
-        first, fixed = (-x.price(x.write)[each, at[:, 0], head] for x in (g, g.at_fixed_scale))
-        site = torch.tensor([layer, head]).expand(n_prompts, 2)
-        rows.append([*site.T, at[:, 0], torch.arange(n_prompts), lag, measured, fixed, first, effect])
-        run.tell(n_prompts)
+
+    def predicted(prompts: slice) -> tuple[Logit, Gradient]:
+        with torch.no_grad():
+            best = model(ids[prompts], **few)[:, -1].topk(2).indices
+        question = Logit(best[:, 0], minus=best[:, 1])
+        return question, gradient(model, ids[prompts], question)
+
+    for prompts, (question, found) in in_batches(model, n_prompts, predicted):
+        here = ids[prompts]
+        each = torch.arange(len(here), device=here.device)
+        for (layer, head), lag in zip(chosen, lags[:, prompts], strict=True):
+            at = (context - 1 - lag).to(model.device)[:, None]
+            with torch.no_grad(), short_chunks(), model.intervene(Delete(layer, head), positions=at):
+                measured = question(model(here, **few)) - found.value
+            g = found[layer]
+            effect = g.effect(head, at, -g.write[each[:, None], at, torch.full_like(at, head)])[:, 0]
+            both = (x.of_heads([head]) for x in (g, g.at_fixed_scale))
+            first, fixed = (-x.price(x.write)[each, at[:, 0], 0] for x in both)
+            site = torch.tensor([layer, head]).expand(len(here), 2)
+            number = torch.arange(n_prompts)[prompts]
+            rows.append([*site.T, at[:, 0], number, lag, measured, fixed, first, effect])
+            run.tell(len(here))
     columns = [torch.cat([row[i].cpu() for row in rows]) for i in range(len(rows[0]))]
-    predicted = dict(zip(PREDICTIONS, columns[6:], strict=True))
-    return AttributionTest(*columns[:6], predicted=predicted, context=context)  # type: ignore[misc]
+    said = dict(zip(PREDICTIONS, columns[6:], strict=True))
+    return AttributionTest(*columns[:6], predicted=said, context=context)  # type: ignore[misc]

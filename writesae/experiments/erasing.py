@@ -19,7 +19,7 @@ from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.experiments.results.result import Figure, Number, Result, figure, frame, intervals
 from writesae.experiments.results.statistics import paired
 from writesae.hooks import Add, Delete, Intervention, short_chunks
-from writesae.model import HookedRecurrentModel
+from writesae.model import HookedRecurrentModel, LateLogits, late_logits
 from writesae.recurrence import Read
 from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import encode
@@ -238,17 +238,21 @@ def erase(
         return Delete(layer, head)
 
     native, erased = score(fires), score(fires, delete if mode == "delete" else add(-1, own=True))
-    lost = native - erased
-    token, token_same = int(lost[for_choice].sum(0).argmax()), int(lost.sum(0).argmax())
-    before, elsewhere = native[~for_choice], score(others)
+    lost = torch.zeros(2, model.n_vocab)
+    for rows, before, after in zip(torch.arange(n).split(batch_size), native.log_p(), erased.log_p(), strict=True):
+        lost[0] += (before - after)[for_choice[rows]].sum(0).cpu()
+        lost[1] += (before - after).sum(0).cpu()
+    token, token_same = lost.argmax(1).tolist()
+    where = native.of(token)[~for_choice], score(others).of(token)
     effects = {
-        "erase": score.effect(tested, before, erased[~for_choice], token),
-        "erase, same firings": score.effect(fires, native, erased, token_same),
-        **{f"minus {m:g}": score.effect(tested, before, score(tested, add(-m, own=True)), token) for m in doses},
-        "no firing: delete": score.effect(others, elsewhere, score(others, delete), token),
+        "erase": score.effect(tested, where[0], erased.of(token)[~for_choice]),
+        "erase, same firings": score.effect(fires, native.of(token_same), erased.of(token_same)),
+        **{f"minus {m:g}": score.effect(tested, where[0], score(tested, add(-m, own=True)).of(token)) for m in doses},
+        "no firing: delete": score.effect(others, where[1], score(others, delete).of(token)),
     }
     for m in doses:
-        effects[f"no firing: plus {m:g}"] = score.effect(others, elsewhere, score(others, add(m, own=False)), token)
+        edited = score(others, add(m, own=False)).of(token)
+        effects[f"no firing: plus {m:g}"] = score.effect(others, where[1], edited)
     return EraseResult(
         layer, head, atom, mode, read, typical, token, show_token(model, token), token_same,
         int((activation > 0).sum()), activation.numel(), tuple(float(m) for m in doses), effects,
@@ -270,6 +274,28 @@ def _choose(
     return some(fires, n), some(others, n // 2)
 
 
+@dataclass(frozen=True)
+class _Distributions:
+    """Next-token distributions of many tokens, made a batch at a time: with a large vocabulary all of them together
+    would not fit."""
+
+    ends: Sequence[LateLogits]
+
+    def log_p(self) -> Iterator[Float[Tensor, "batch vocab"]]:
+        """Log probabilities."""
+        for end in self.ends:
+            rows = torch.arange(end.shape[0])
+            yield end.at(rows, torch.zeros_like(rows)).float().log_softmax(-1)
+
+    def of(self, token: int) -> Float[Tensor, "n 2"]:
+        """The log probability of a token, and its rank."""
+        found = []
+        for log_p in self.log_p():
+            rank = ranks(log_p, torch.full((len(log_p),), token, device=log_p.device))
+            found.append(torch.stack([log_p[:, token].cpu(), rank.cpu().float()], 1))
+        return torch.cat(found)
+
+
 @dataclass
 class _Scores:
     """Next-token distributions at single tokens, each a row ``(window, column)``, with or without an edit there."""
@@ -279,30 +305,27 @@ class _Scores:
     first: int  # position of column 0
     read: Read
 
-    def __call__(self, at: Int[Tensor, "n 2"], edit: Edit | None = None) -> Float[Tensor, "n vocab"]:
-        """Log probabilities at the first token whose read sees the edit."""
-        return torch.cat([self._log_p(part, edit).cpu() for part in self.run.batches(at)])
+    def __call__(self, at: Int[Tensor, "n 2"], edit: Edit | None = None) -> _Distributions:
+        """Those after the first token whose read sees the edit."""
+        return _Distributions([self._end(part, edit) for part in self.run.batches(at)])
 
-    def _log_p(self, at: Int[Tensor, "n 2"], edit: Edit | None) -> Float[Tensor, "n vocab"]:
+    def _end(self, at: Int[Tensor, "n 2"], edit: Edit | None) -> LateLogits:
         model, device, position = self.run.model, self.windows.device, at[:, 1] + self.first
         last = position + (self.read == "next")  # nothing after that token is run; shorter rows are padded on the left
         column = torch.arange(int(last.max()) + 1) - (last.max() - last)[:, None]
         real = column >= 0
         tokens = self.windows[at[:, :1].to(device), column.clamp_min(0).to(device)]
-        given = {"attention_mask": None if bool(real.all()) else real.long().to(device), **model.logits_of_last(1)}
         editing = nullcontext()
         if edit is not None:
             editing = model.intervene(edit(at), positions=position[:, None], read=self.read, check_model=False)
-        with short_chunks(), editing:
-            logits = model(tokens, **given)
-        return logits[:, -1].float().log_softmax(-1)
+        with short_chunks(), editing, late_logits(model) as end:
+            model(tokens, attention_mask=None if bool(real.all()) else real.long().to(device))
+        return end.last()
 
-    def effect(
-        self, at: Int[Tensor, "n 2"], native: Float[Tensor, "n vocab"], edited: Float[Tensor, "n vocab"], token: int
-    ) -> Effect:
-        which = torch.full((len(at),), token)
-        rank = [ranks(x, which) for x in (native, edited)]
-        return Effect(at[:, 0], at[:, 1] + self.first, native[:, token], edited[:, token], *rank)
+    def effect(self, at: Int[Tensor, "n 2"], native: Float[Tensor, "n 2"], edited: Float[Tensor, "n 2"]) -> Effect:
+        """Of the token whose log probabilities and ranks these are."""
+        (before, rank), (after, new_rank) = native.T, edited.T
+        return Effect(at[:, 0], at[:, 1] + self.first, before, after, rank.long(), new_rank.long())
 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:

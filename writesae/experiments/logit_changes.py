@@ -30,9 +30,9 @@ from torch import Tensor
 from writesae.experiments.protocol import Progress, Run, experiment
 from writesae.experiments.results.result import Figure, Number, Result, figure, predicted_and_measured
 from writesae.experiments.results.statistics import r_squared
-from writesae.gradients import Logit, gradient
+from writesae.gradients import Logit, gradient, in_batches
 from writesae.hooks import Add, short_chunks
-from writesae.model import HookedRecurrentModel
+from writesae.model import HookedRecurrentModel, late_logits
 from writesae.recurrence import Recurrence, Write, at_least_float32
 from writesae.recurrence.kernels import carried
 from writesae.saes import WriteSAE
@@ -220,43 +220,52 @@ def logit_change(
     edits = edits * (1 / edits.norm())
 
     rows = torch.arange(n_prompts, device=model.device)
-    logits = model(ids)
     at = position[:, None] + torch.tensor(list(lags), device=model.device)
-    token = logits[rows[:, None], at].argmax(-1)
-    native = logits[rows[:, None], at, token]
-    predicted: dict[str, list[Tensor]] = {name: [] for name in PREDICTIONS}
-    size = torch.ones(())
+    native, token = _logits(model, ids, at).max(-1)
     wanted = torch.tensor(list(epsilons), device=model.device)
+    predicted = {name: torch.empty(n_prompts, len(lags), len(chosen), len(epsilons)) for name in PREDICTIONS}
+    sizes = torch.empty(n_prompts, device=model.device)
     for i in range(len(lags)):
-        found = gradient(model, ids, Logit(token[:, i], at=at[:, i]), [layer])[layer]
-        size = found.write[rows, position, torch.full_like(position, head)].norm()  # [prompt]
-        scale = size[:, None, None] * wanted  # [prompt, 1, epsilon]
-        direct = model.W_O(layer)[head].float() @ model.W_U[:, token[:, i]].float()  # [d_value, prompt]
-        rec = found.recurrence[:, :, [head]]
-        for name, reading in zip(CLOSED, (gated, carried), strict=True):
-            factor = _read(reading, rec, edits, position, at[:, i])  # [prompt, atom, rank]
-            values = torch.einsum("ard,dp->par", edits.factors()[1], direct)
-            predicted[name].append((factor * values).sum(-1)[..., None] * scale)
-        first = found.prices(head, edits)[rows, position]
-        predicted["first order"].append(first[..., None] * scale)
-        each = scale.expand(-1, len(chosen), -1).flatten(1)
-        spread = edits[torch.arange(len(chosen)).repeat_interleave(len(epsilons))].expand(*each.shape) * each
-        effect = found.effect(head, position[:, None].expand(each.shape), spread)
-        predicted["exact through the norm"].append(effect.unflatten(1, (len(chosen), -1)))
+        question = Logit(token[:, i], at=at[:, i])
+        ask = lambda some, question=question: gradient(model, ids[some], question.of(some), [layer])[layer]  # noqa: E731
+        for some, found in in_batches(model, n_prompts, ask):
+            here, each = position[some], rows[: len(position[some])]
+            sizes[some] = found.write[each, here, torch.full_like(here, head)].norm()
+            scale = sizes[some, None, None] * wanted  # [prompt, 1, epsilon]
+            direct = model.W_O(layer)[head].float() @ model.W_U[:, token[some, i]].float()  # [d_value, prompt]
+            rec, parts = found.recurrence[:, :, [head]], {}
+            for name, reading in zip(CLOSED, (gated, carried), strict=True):
+                factor = _read(reading, rec, edits, here, at[some, i])  # [prompt, atom, rank]
+                values = torch.einsum("ard,dp->par", edits.factors()[1], direct)
+                parts[name] = (factor * values).sum(-1)[..., None] * scale
+            parts["first order"] = found.prices(head, edits)[each, here][..., None] * scale
+            spread = scale.expand(-1, len(chosen), -1).flatten(1)
+            every = edits[torch.arange(len(chosen)).repeat_interleave(len(epsilons))].expand(*spread.shape) * spread
+            effect = found.effect(head, here[:, None].expand(spread.shape), every)
+            parts["exact through the norm"] = effect.unflatten(1, (len(chosen), -1))
+            for name, part in parts.items():
+                predicted[name][some, i] = part.float().cpu()
 
     measured = torch.empty(n_prompts, len(lags), len(chosen), len(epsilons))
     todo = torch.cartesian_prod(torch.arange(n_prompts), torch.arange(len(chosen)), torch.arange(len(epsilons)))
     for part in run.batches(todo.to(model.device)):
         p, a, e = part.T
-        write = (edits[a] * (wanted[e] * size[p]))[:, None]
+        write = (edits[a] * (wanted[e] * sizes[p]))[:, None]
         edit = Add(layer, head, write=write)
         with short_chunks(), model.intervene(edit, positions=position[p, None], check_model=check_model):
-            edited = model(ids[p])
-        found_there = edited[torch.arange(len(p), device=p.device)[:, None], at[p], token[p]]
+            found_there = _logits(model, ids[p], at[p]).gather(-1, token[p][..., None])[..., 0]
         measured[p.cpu(), :, a.cpu(), e.cpu()] = (found_there - native[p]).float().cpu()
-    predictions = {name: torch.stack(parts, 1).float().cpu() for name, parts in predicted.items()}
-    sizes, after = tuple(map(float, epsilons)), tuple(map(int, lags))
-    return LogitChange(layer, head, chosen.cpu(), sizes, after, measured, predictions, position.cpu(), token.cpu())
+    doses, after = tuple(map(float, epsilons)), tuple(map(int, lags))
+    return LogitChange(layer, head, chosen.cpu(), doses, after, measured, predicted, position.cpu(), token.cpu())
+
+
+def _logits(
+    model: HookedRecurrentModel, ids: Int[Tensor, "batch pos"], at: Int[Tensor, "batch lag"]
+) -> Float[Tensor, "batch lag vocab"]:
+    """Those of some columns of each sequence."""
+    with late_logits(model) as end:
+        model(ids)
+    return end.at(torch.arange(len(ids), device=ids.device)[:, None].expand(at.shape), at)
 
 
 def gated(

@@ -28,6 +28,7 @@ from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
 from writesae.saes import WriteSAE
 from writesae.saes.activity.firings import first_of_each
+from writesae.saes.activity.reading import encode
 from writesae.stores.windows import Texts
 
 if TYPE_CHECKING:
@@ -226,11 +227,8 @@ def population_test(
         classes = {i: str(name) for i, name in enumerate(classes)}
     windows = windows_of(run, context, horizon)
     tester = Tester(run, windows, [sae], chosen, flats, horizon, read)
-    tops = []
-    for which in torch.arange(len(windows)).split(tester.step):
-        value, atom = tester.native(which, logits=False)[1][sae.place]
-        tops.append(atom.masked_fill(value <= 0, -1).cpu())
-    top = torch.cat(tops)
+    codes = [encode(model, sae, ids, check_model=False, batch_size=len(ids)) for ids in run.reading(windows.tokens)]
+    top = torch.cat([c.indices[..., 0].masked_fill(c.values[..., 0] <= 0, -1).cpu() for c in codes])
     can = top.masked_fill(~tester.testable, -1)
     if wanted is not None:
         can[~torch.isin(can, wanted)] = -1
@@ -242,7 +240,7 @@ def population_test(
             f"windows of {context} tokens (the most frequent one {most} times): give a longer text, or lower "
             f"min_firings"
         )
-    for some in window.unique().split(tester.step):  # only windows with something to test, in order
+    for some in window.unique().split(run.batch_size):  # only windows with something to test, in order
         here = (window >= some[0]) & (window <= some[-1])
         tester.test(*tester.native(some), some, torch.searchsorted(some, window[here]), position[here])
     firings = ReplacementResult(

@@ -28,7 +28,7 @@ from torch import Tensor
 from writesae.experiments.results.result import Result
 from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
-from writesae.jobs.progress import Progress
+from writesae.jobs.progress import Bar, Progress
 from writesae.model import HookedRecurrentModel
 from writesae.saes import WriteSAE
 from writesae.stores.windows import Texts, Windows
@@ -85,6 +85,17 @@ class Run:
         for part in rows.split(self.batch_size):
             yield part
             self.tell(units * len(part))
+
+    def reading(self, windows: Tensor) -> Iterator[Tensor]:
+        """``batch_size`` windows at a time, which are only read before the units begin; a bar says how many were."""
+        read = 0
+        for part in windows.split(self.batch_size):
+            if isinstance(self.progress, Bar):
+                self.progress.note(f"{read} of {len(windows)} windows read")
+            else:
+                self.tell(0)
+            yield part
+            read += len(part)
 
     def tell(self, n: int) -> None:
         """So many units more are done."""

@@ -6,7 +6,7 @@ what they have in common, and all of it is exact but for rounding:
 - windows are fed once in pieces, and futures begin at the last cut before their token, from rows of that cache;
 - futures of many tokens and all conditions are rows of one batch: before the recurrence they are the same;
 - layers below the edited one are not run again: they give what they gave natively;
-- logits are made only where they are scored.
+- logits are made only where they are scored, a few firings at a time.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from writesae.hooks.names import inputs
 from writesae.hooks.residual import giving
 from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
-from writesae.model import HookedRecurrentModel
+from writesae.model import HookedRecurrentModel, LateLogits, late_logits
 from writesae.recurrence import Read, Write
 from writesae.recurrence.write import of_rank
 
-LOGITS = 2**27  # numbers: logits of one forward pass
+LOGITS = 2**25  # numbers: logits scored at once
+KL = 2**22  # numbers: logits compared at once, in float64
 TOLERANCE = 1e-6  # nats: a future without an edit is at most so far from the native pass, in float32
 # (from a cache, layers below skipped): tried in this order, until a future without an edit is as the native pass.
 WAYS = ((True, True), (True, False), (False, True), (False, False))
@@ -44,13 +45,13 @@ class Native:
 
     Attributes:
         ids: tokens.
-        logits: at every token; of the last alone where nobody wants them.
+        end: what logits are made of.
         cache: what writes and states of the layers edited are made from.
         below: output of the layer below the first one edited (whatever that layer returns); None if it is run again.
     """
 
     ids: Int[Tensor, "window pos"]
-    logits: Float[Tensor, "window scored vocab"]
+    end: LateLogits
     cache: ActivationCache
     below: Any
 
@@ -118,22 +119,21 @@ class Replayer:
         self.exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
 
     @torch.no_grad()
-    def native(self, ids: Int[Tensor, "window pos"], logits: bool = True) -> Native:
-        """Run the windows as they are; without ``logits``, for what is written alone."""
+    def native(self, ids: Int[Tensor, "window pos"]) -> Native:
+        """Run the windows as they are."""
         seen: list[Any] = []
         layers = sorted({layer for layer, _ in self.places})
         names = [name for layer in layers for name in inputs(self.model.family(layer).rule, layer)]
-        few = self.model.logits_of_last(0 if logits else 1)
-        with owning(everywhere=False) as call, short_chunks():
+        with owning(everywhere=False) as call, short_chunks(), late_logits(self.model) as end:
 
             def keep(_layer: nn.Module, _args: Any, output: Any) -> None:
                 if call.here:  # and not in a pass of another thread
                     seen.append(output)
 
             with self.below[-1].register_forward_hook(keep) if self.below else nullcontext():
-                found, cache = self.model.run_with_cache(ids, names=names, **few)
+                _, cache = self.model.run_with_cache(ids, names=names)
         below = seen[0] if len(seen) == 1 and _by_token(seen[0], ids.shape) else None
-        return Native(ids, found, cache, below)
+        return Native(ids, end, cache, below)
 
     @torch.no_grad()
     def futures(
@@ -164,17 +164,28 @@ class Replayer:
         shape = (len(position), n_conditions, self.horizon + 1 - self.first)
         kl = torch.zeros(shape, dtype=torch.float64, device=position.device)
         flips = torch.zeros(shape[:2], dtype=torch.bool, device=position.device)
-        for firing, edited in self._each(native, window, position, writes):
-            reference = self._native_logits(native, window[firing], position[firing]) if self.exact else edited[-1:]
-            kl[firing] = kl_from(edited, reference)
-            flips[firing] = edited[:, 0].argmax(-1) != reference[..., 0, :].argmax(-1)
+        for firings, edited in self._each(native, window, position, writes):
+            if self.exact:
+                reference = self._native_logits(native, window[firings], position[firings])
+            else:
+                reference = edited[:, -1:]
+            kl[firings] = kl_from(edited, reference)
+            flips[firings] = edited[:, :, 0].argmax(-1) != reference[:, :, 0].argmax(-1)
         if not self.exact:
             kl, flips = kl[:, :-1], flips[:, :-1]
         return Futures(kl, flips)
 
-    def _native_logits(self, native: Native, window: Tensor, position: Tensor) -> Float[Tensor, "1 step vocab"]:
-        t = int(position)
-        return native.logits[int(window), None, t + self.first : t + self.horizon + 1]
+    def _native_logits(
+        self, native: Native, window: Int[Tensor, " firing"], position: Int[Tensor, " firing"]
+    ) -> Float[Tensor, "firing 1 step vocab"]:
+        return native.end.at(*self._scored(window[:, None], position[:, None]))
+
+    def _scored(
+        self, rows: Int[Tensor, "firing condition"], columns: Int[Tensor, "firing condition"]
+    ) -> tuple[Int[Tensor, "firing condition step"], Int[Tensor, "firing condition step"]]:
+        """Rows and columns of the tokens that are scored, of edits at ``columns``."""
+        steps = torch.arange(self.first, self.horizon + 1, device=columns.device)
+        return rows[..., None].expand(*rows.shape, len(steps)), columns[..., None] + steps
 
     def _groups(
         self, native: Native, window: Tensor, position: Tensor, n_conditions: int
@@ -191,9 +202,7 @@ class Replayer:
                 fed = start
             here = (cut == start).nonzero()[:, 0]
             here = here[position[here].argsort()]  # so that those of one batch end together
-            n_tokens = int(position[here].max()) + self.horizon + 1 - start
-            rows = max(n_conditions, min(self.rows, LOGITS // (n_tokens * native.logits.shape[-1])))
-            for some in here.split(rows // n_conditions):
+            for some in here.split(max(1, self.rows // n_conditions)):
                 yield some, start, cache
 
     def _feed(self, native: Native, start: int, end: int, cache: Any) -> None:
@@ -205,9 +214,11 @@ class Replayer:
 
     def _each(
         self, native: Native, window: Tensor, position: Tensor, writes: Mapping[Head, Write]
-    ) -> Iterator[tuple[int, Float[Tensor, "condition step vocab"]]]:
-        """Each firing, and its logits at the tokens scored; without ``writes``, of one condition: no edit."""
+    ) -> Iterator[tuple[Int[Tensor, " firing"], Float[Tensor, "firing condition step vocab"]]]:
+        """A few firings at a time, and their logits at the tokens scored; without ``writes``, of one condition: no
+        edit."""
         n = next(iter(writes.values())).shape[1] if writes else 1
+        at_once = max(1, LOGITS // (n * (self.horizon + 1) * self.model.n_vocab))
         for some, start, cache in self._groups(native, window, position, n):
             rows, at = window[some].repeat_interleave(n), position[some].repeat_interleave(n)
             end = min(max(int(at.max()) + self.horizon + 1, start + 2), native.ids.shape[1])
@@ -219,12 +230,11 @@ class Replayer:
                 key, value = (x[some].flatten(0, 1)[:, None] for x in (w.key, w.value))
                 edits.append(Replace(*place, write=Write(key, value, w.rank)))
             editing = self.model.intervene(edits, positions=at[:, None], read=self.read) if edits else nullcontext()
-            few = self.model.logits_of_last(end - int(at.min()) - self.first)
-            with short_chunks(), self._skipping(native, rows, start, end), editing:
-                logits = self.model(native.ids[rows, start:end], past_key_values=cache, **few)
-            for i, firing in enumerate(some.tolist()):  # slices, no copies
-                begin = int(at[i * n]) + self.first - end + logits.shape[1]  # as some models give all logits
-                yield firing, logits[i * n : (i + 1) * n, begin : begin + self.horizon + 1 - self.first]
+            with short_chunks(), self._skipping(native, rows, start, end), editing, late_logits(self.model) as late:
+                self.model(native.ids[rows, start:end], past_key_values=cache)
+            scored = self._scored(torch.arange(len(rows), device=at.device).view(-1, n), at.view(-1, n) - start)
+            for few in torch.arange(len(some)).split(at_once):
+                yield some[few], late.at(*(x[few] for x in scored))
 
     def _skipping(
         self, native: Native, rows: Tensor | slice, start: int, end: int, allowed: bool = True
@@ -246,7 +256,7 @@ class Replayer:
                 self.way = way
                 try:
                     found = [
-                        kl_from(logits, self._native_logits(native, window[i], position[i]))
+                        kl_from(logits, self._native_logits(native, window[i], position[i])).max()
                         for i, logits in self._each(native, window, position, {})
                     ]
                 except torch.OutOfMemoryError:
@@ -273,12 +283,18 @@ def stacked(writes: Sequence[Write]) -> Write:
     return Write(torch.stack([w.key for w in same], 1), torch.stack([w.value for w in same], 1), rank)
 
 
-def kl_from(
-    edited: Float[Tensor, "condition step vocab"], native: Float[Tensor, "1 step vocab"]
-) -> Float[Tensor, "condition step"]:
-    """``KL(edited || native)`` of distributions given by logits, nats, in float64."""
-    p, q = edited.double().log_softmax(-1), native.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
+def kl_from(edited: Float[Tensor, "*#n vocab"], native: Float[Tensor, "*#n vocab"]) -> Float[Tensor, "..."]:
+    """``KL(edited || native)`` of distributions given by logits, nats, in float64, a few tokens at a time.
+
+    Sizes of 1 broadcast.
+    """
+    edited, native = torch.broadcast_tensors(edited, native)
+    lead, n = edited.shape[:-1], max(1, KL // edited.shape[-1])
+    found = []
+    for p, q in zip(edited.flatten(0, -2).split(n), native.flatten(0, -2).split(n), strict=True):
+        p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        found.append((p.exp() * (p - q)).sum(-1).clamp_min(0))
+    return torch.cat(found).view(lead)
 
 
 # --- layers below -----------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from writesae.gradients.norms import Norm
 from writesae.hooks.names import name_of
 from writesae.hooks.scope import Owner, owning
+from writesae.model.late_logits import LateLogits, late_logits
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32, memory_dtype
 from writesae.recurrence.dynamics import Dynamics
 from writesae.recurrence.kernels import adjoint, carried, chunked, states_at
@@ -82,6 +83,11 @@ class LayerGradient:
         """
         o, _ = chunked(self.recurrence, self.write)
         return (o * self.output).sum((1, 3))
+
+    def of_heads(self, heads: Sequence[int]) -> LayerGradient:
+        """The same for some heads alone. It has no norm: that of a layer may need all its heads."""
+        some = (slice(None), slice(None), list(heads))
+        return LayerGradient(self.recurrence[some], self.write[some], self.output[some])
 
     @property
     def at_fixed_scale(self) -> LayerGradient:
@@ -204,15 +210,22 @@ class Gradient:
 
     Attributes:
         value: the numbers.
-        logits: the logits of the pass.
+        end: what the logits of the pass are made of.
         cache: the inputs of the recurrences.
         layers: layer -> its `LayerGradient`; ``gradient[layer]`` is the same.
     """
 
     value: Float[Tensor, " batch"]
-    logits: Float[Tensor, "batch pos vocab"]
+    end: LateLogits
     cache: ActivationCache
     layers: dict[int, LayerGradient]
+
+    @property
+    @torch.no_grad()
+    def logits(self) -> Float[Tensor, "batch pos vocab"]:
+        """All logits of the pass, made anew each time."""
+        batch, n_pos = self.end.shape
+        return self.end.at(*torch.meshgrid(torch.arange(batch), torch.arange(n_pos), indexing="ij"))
 
     def __getitem__(self, layer: int) -> LayerGradient:
         if layer not in self.layers:
@@ -234,23 +247,33 @@ class Logit:
     at: int | Int[Tensor, " batch"] = -1
     minus: int | Int[Tensor, " batch"] | None = None
 
+    def of(self, rows: slice | Int[Tensor, " n"]) -> Logit:
+        """The same question about some of the sequences."""
+        some = lambda x: x[rows] if isinstance(x, Tensor) and x.ndim else x  # noqa: E731
+        return Logit(some(self.token), some(self.at), some(self.minus))
+
     def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         """The number of each sequence. Raises IndexError for a token outside the vocabulary or a column not there."""
         batch, n_pos, n_vocab = logits.shape
-        rows = torch.arange(batch, device=logits.device)
-        at = self._of_rows(self.at, batch, -n_pos, n_pos - 1, "position").to(logits.device)
-        found = logits[rows, at, self._of_rows(self.token, batch, 0, n_vocab - 1, "token id").to(logits.device)]
-        if self.minus is None:
-            return found
-        return found - logits[rows, at, self._of_rows(self.minus, batch, 0, n_vocab - 1, "token id").to(logits.device)]
+        rows, at = columns_of(self.at, batch, n_pos, logits.device)
+        token = lambda given: _of_rows(given, batch, 0, n_vocab - 1, "token id").to(logits.device)  # noqa: E731
+        found = logits[rows, at, token(self.token)]
+        return found if self.minus is None else found - logits[rows, at, token(self.minus)]
 
-    @staticmethod
-    def _of_rows(given: int | Tensor, batch: int, first: int, last: int, what: str) -> Tensor:
-        x = torch.as_tensor(given)
-        bad = x[(x < first) | (x > last)]
-        if bad.numel():
-            raise IndexError(f"{what} {int(bad.flatten()[0])} is out of range: allowed are {first} to {last}")
-        return x.expand(batch)
+
+def columns_of(
+    at: int | Int[Tensor, " batch"], batch: int, n_pos: int, device: torch.device
+) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """Rows and columns of one token of each sequence. Raises IndexError for a column that is not there."""
+    return torch.arange(batch, device=device), _of_rows(at, batch, -n_pos, n_pos - 1, "position").to(device)
+
+
+def _of_rows(given: int | Tensor, batch: int, first: int, last: int, what: str) -> Tensor:
+    x = torch.as_tensor(given)
+    bad = x[(x < first) | (x > last)]
+    if bad.numel():
+        raise IndexError(f"{what} {int(bad.flatten()[0])} is out of range: allowed are {first} to {last}")
+    return x.expand(batch)
 
 
 def gradient(
@@ -258,6 +281,8 @@ def gradient(
     x: Text,
     of: Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]],
     layers: Sequence[int] | None = None,
+    *,
+    at: int | Int[Tensor, " batch"] | None = None,
     **kwargs: Any,
 ) -> Gradient:
     """One pass and one backward pass: the gradient of a number with respect to the memory of every layer.
@@ -271,16 +296,21 @@ def gradient(
         of: what to differentiate: logits -> one number per sequence (a `Logit`, a log-probability, ...), which must
             depend on its own sequence alone.
         layers: recurrent layers; None for all.
+        at: the column that ``of`` depends on, one for all sequences or one per sequence: it then gets the logits of
+            that column alone, ``[batch, 1, vocab]``, and no others are made. None: it gets all of them, unless it is a
+            `Logit`, which says itself what it depends on.
         **kwargs: arguments of the model, e.g. ``attention_mask``.
 
     Raises:
-        IndexError: a layer that is not recurrent, a token outside the vocabulary.
+        IndexError: a layer that is not recurrent, a token outside the vocabulary, a column that is not there.
         ValueError: not one number per sequence, or the numbers do not depend on what these layers read.
 
     >>> found = gradient(model, "The state of the", Logit(token))
     >>> found[2].price(found.cache.write(2))        # what each write of layer 2 contributes, [batch, pos, head]
     """
     chosen = [site.layer for site in model.sites] if layers is None else [model.site(layer).layer for layer in layers]
+    if at is None and isinstance(of, Logit):
+        of, at = replace(of, at=0), of.at
     if any(p.is_inference() for p in model.hf_model.parameters()):
         raise ValueError(
             "the model was loaded under torch.inference_mode(), so nothing can be differentiated through its weights: "
@@ -296,10 +326,16 @@ def gradient(
         probes = {layer: Probe(stack, model, layer, call) for layer in chosen}
         names = [name_of(q, layer) for layer in chosen for q in model.family(layer).rule.inputs]
         given = {name: _differentiable(value) for name, value in kwargs.items()}
-        logits, cache = model.run_with_cache(_differentiable(x), names=names, **given)
-        value = of(logits)
-        if value.shape != logits.shape[:1]:
-            raise ValueError(f"give one number per sequence, [{len(logits)}]; got {list(value.shape)}")
+        with late_logits(model) as end:
+            _, cache = model.run_with_cache(_differentiable(x), names=names, **given)
+        batch, n_pos = end.shape
+        if at is None:
+            columns = torch.meshgrid(torch.arange(batch), torch.arange(n_pos), indexing="ij")
+        else:
+            columns = tuple(x[:, None] for x in columns_of(at, batch, n_pos, model.device))
+        value = of(end.at(*columns))
+        if value.shape != (batch,):
+            raise ValueError(f"give one number per sequence, [{batch}]; got {list(value.shape)}")
         if not value.requires_grad:
             raise ValueError("the number asked about does not depend on what these layers read: use the logits given")
         wanted = [tensor for probe in probes.values() for tensor in probe.tensors]
@@ -311,7 +347,7 @@ def gradient(
     for layer, probe in probes.items():
         rec = model.family(layer).rule.recurrence(lambda quantity, layer=layer: cache[quantity, layer])
         made[layer] = LayerGradient(rec, cache.write(layer), *probe.gradients(of_tensor))
-    return Gradient(value.detach(), logits.detach(), cache, made)
+    return Gradient(value.detach(), end.detach(), cache, made)
 
 
 def _differentiable(x: Any) -> Any:

@@ -17,7 +17,7 @@ from writesae.hooks.dispatch import intercept
 from writesae.hooks.families import FAMILIES, Family
 from writesae.hooks.points import HookPoint
 from writesae.hooks.positions import PositionSet
-from writesae.hooks.residual import watch
+from writesae.hooks.residual import given, watch
 from writesae.hooks.scope import Owned, Owner
 from writesae.hooks.tap import Seen, Tap
 from writesae.models.arguments import check_no_packing
@@ -61,6 +61,8 @@ class Attachment:
     @torch.compiler.disable(reason=graphs.REASON)
     def begin(self, text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each pass of the text model."""
+        if given(text_model):
+            return
         busy = self.busy
         mask = kwargs.get("attention_mask")
         if busy and (mask is None or getattr(mask, "ndim", 0) == 2):  # another does not say which tokens are padding
@@ -73,6 +75,8 @@ class Attachment:
     @torch.compiler.disable(reason=graphs.REASON)
     def end(self, text_model: nn.Module, _args: Any, output: Any) -> None:
         """After each pass, also if it failed."""
+        if given(text_model):
+            return
         graphs.end(text_model)
         if self.clock.end(output):
             graphs.begin(text_model, self.busy)

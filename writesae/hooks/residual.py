@@ -130,9 +130,16 @@ def stop_at(layers: Sequence[nn.Module], index: int) -> Iterator[None]:
             yield
 
 
+def given(module: nn.Module) -> bool:
+    """Whether a module gives what `giving` says, here and now, instead of being run."""
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, _Forward) and bool(forward.outputs.here())
+
+
 @contextmanager
 def giving(layers: Sequence[nn.Module], output: Any) -> Iterator[None]:
-    """Layers give ``output`` without being run while the block runs, in the passes of its own thread or task."""
+    """Layers (or a whole stack of them) give ``output`` without being run while the block runs, in the passes of its
+    own thread or task."""
     with owning(everywhere=False) as call, ExitStack() as stack:
         for layer in layers:
             with LOCK:

@@ -18,12 +18,17 @@ class Bar:
     """One line of `Bars`: a `Progress`."""
 
     def __init__(self, lines: RichProgress, what: str, total: int | None, done: int) -> None:
-        self._lines = lines
+        self._lines, self._what = lines, what
         self._task = lines.add_task(what, total=total, completed=done, visible=total != 0)
 
     def __call__(self, done: int, what: str | None = None) -> None:
         """``done`` units are done, counted from the beginning; ``what`` replaces the words before the bar."""
-        self._lines.update(self._task, completed=done, description=what)
+        self._what = what or self._what
+        self._lines.update(self._task, completed=done, description=self._what)
+
+    def note(self, words: str) -> None:
+        """Something else goes on before the next unit is done, said in words beside those of the bar until then."""
+        self._lines.update(self._task, description=f"{self._what} ({words})", refresh=True)
 
     def advance(self, n: int = 1) -> None:
         """``n`` more units are done."""

@@ -1,6 +1,7 @@
 """`HookedRecurrentModel`: a transformers model with its memory open to reading and editing."""
 
 from writesae.model.hooked import HookedRecurrentModel
+from writesae.model.late_logits import LateLogits, late_logits
 from writesae.model.tokens import Text
 
-__all__ = ["HookedRecurrentModel", "Text"]
+__all__ = ["HookedRecurrentModel", "LateLogits", "Text", "late_logits"]

@@ -192,13 +192,17 @@ class TokenModel(nn.Module):
         return next((i for i in (self._tokenizer().pad_token_id, self._tokenizer().eos_token_id) if i is not None), 0)
 
     def _check_ids(self, ids: Tensor) -> Tensor:
-        n_vocab = self.hf_model.get_input_embeddings().weight.shape[0]
-        if int(ids.min()) < 0 or int(ids.max()) >= n_vocab:
-            bad = ids[(ids < 0) | (ids >= n_vocab)][0]
-            raise ValueError(f"token id {int(bad)} is outside the model's vocabulary of {n_vocab}")
+        if int(ids.min()) < 0 or int(ids.max()) >= self.n_vocab:
+            bad = ids[(ids < 0) | (ids >= self.n_vocab)][0]
+            raise ValueError(f"token id {int(bad)} is outside the model's vocabulary of {self.n_vocab}")
         return ids.long()
 
     # --- embeddings and logits ----------------------------------------------------------------------------------------
+
+    @property
+    def n_vocab(self) -> int:
+        """Rows of the embedding: token ids are below it."""
+        return self.hf_model.get_input_embeddings().weight.shape[0]
 
     @property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:

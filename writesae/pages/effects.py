@@ -16,6 +16,7 @@ from writesae.futures.continuations import ENDED, CommonRandomNumbers, go_on
 from writesae.futures.replay import LOGITS
 from writesae.hooks import Add, short_chunks
 from writesae.hooks.scope import owning
+from writesae.model import late_logits
 from writesae.pages.survey import Survey, Window, token_string
 from writesae.recurrence import Write
 from writesae.stores.windows import together
@@ -67,24 +68,29 @@ def logit_effect(
             place = firing.position % found.context
             window = tokens[firing.document, firing.position - place]
             firings.append((i, firing.activation, window[: place + HORIZON + 1], place))
-    n_vocab = model.W_U.shape[1]
-    total, count = torch.zeros(len(atoms), n_vocab), torch.zeros(len(atoms), 1)
-    at_once = max(1, min(rows, LOGITS // ((HORIZON + 1) * n_vocab)) // 2)
-    for start in range(0, len(firings), at_once):
-        which, strength, sequences, places = zip(*firings[start : start + at_once], strict=True)
+    total, count = torch.zeros(len(atoms), model.n_vocab), torch.zeros(len(atoms), 1)
+    scored = max(1, LOGITS // (2 * (HORIZON + 1) * model.n_vocab))
+    for start in range(0, len(firings), max(1, rows // 2)):
+        which, strength, sequences, places = zip(*firings[start : start + max(1, rows // 2)], strict=True)
         which, place, n = torch.tensor(which), torch.tensor(places), len(which)
         ids, given = together([*sequences, *sequences])
         edit = sae.atom(torch.tensor(atoms)[which]) * (STEP * torch.tensor(strength)).to(sae.b_enc)
         both = Write(torch.cat([edit.key, edit.key]), torch.cat([edit.value, -edit.value]), edit.rank)
         at = torch.cat([place, place])[:, None].to(ids.device)
         editing = model.intervene(Add(layer, head, write=both[:, None]), positions=at, check_model=False)
-        with short_chunks(), editing:
-            logits = model(ids, **given, **model.logits_of_last(HORIZON + 1))[:, -(HORIZON + 1) :].float()
-        change = (logits[:n] - logits[n:]).cpu() / (2 * STEP)
-        # Padding is on the left: the last column is each sequence's last token, which may come before the horizon.
-        after = torch.tensor([len(sequence) for sequence in sequences]) - 1 - place
-        counts = (torch.arange(change.shape[1]) >= change.shape[1] - 1 - after[:, None]).float()
-        total.index_add_(0, which, (change * counts[..., None]).sum(1) / counts.sum(1, keepdim=True))
+        with short_chunks(), editing, late_logits(model) as end:
+            model(ids, **given)
+        after = torch.tensor([len(sequence) for sequence in sequences]) - place  # tokens of each that are counted
+        # Padding is on the left: a sequence's last token is in the last column, and may come before the horizon.
+        column = ids.shape[1] - after[:, None] + torch.arange(HORIZON + 1)
+        counts = (column < ids.shape[1]).float()
+        column = column.clamp_max(ids.shape[1] - 1).to(ids.device)
+        row = torch.arange(n, device=ids.device)[:, None].expand_as(column)
+        for few in torch.arange(n).split(scored):
+            up, down = (end.at(row[few] + shift, column[few]) for shift in (0, n))
+            change = (up.float() - down.float()).cpu() / (2 * STEP)
+            mean = (change * counts[few, :, None]).sum(1) / counts[few].sum(1, keepdim=True)
+            total.index_add_(0, which[few], mean)
         count.index_add_(0, which, torch.ones(n, 1))
     mean = total / count
     return mean - mean.mean(-1, keepdim=True)

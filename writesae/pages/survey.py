@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -168,7 +168,7 @@ def survey(
     """
     layer, head = sae.place
     n_atoms, context = sae.cfg.n_atoms, max(len(window.tokens) for window in windows)
-    few: Any = model.logits_of_last(1)  # nobody wants them
+    names = inputs(model.family(layer).rule, layer)
     generator = torch.Generator().manual_seed(seed)
     strongest = Strongest(torch.arange(n_atoms), n_atoms, n, before, after)
     seen, keys = Seen(n_atoms, max_firings, NUMBERS), Decoder.of(sae).key
@@ -177,7 +177,7 @@ def survey(
     for start in range(0, len(windows), batch_size):
         some = windows[start : start + batch_size]
         ids, given = together([window.tokens for window in some])
-        _, cache = model.run_with_cache(ids, names=inputs(model.family(layer).rule, layer), **given, **few)
+        _, cache = model.run_with_cache(ids, names=names, stop_at_layer=layer + 1, **given)
         codes, write = codes_of(sae, cache, ids), cache.write(layer)[:, :, head]
         strongest.add(codes, torch.tensor([w.document for w in some]), torch.tensor([w.start for w in some]))
         row, pos, _ = at = (codes.values > 0).nonzero(as_tuple=True)

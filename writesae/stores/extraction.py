@@ -201,12 +201,11 @@ def _run(
 
 
 @torch.no_grad()
-def _pass(model: HookedRecurrentModel, tokens: Tensor, layers: Iterable[int], keep: Callable[..., None]) -> None:
+def _pass(model: HookedRecurrentModel, tokens: Tensor, layers: Collection[int], keep: Callable[..., None]) -> None:
     """Give ``keep`` the inputs of these layers' recurrences that writes and states depend on."""
     wanted = [name for layer in layers for name in inputs(model.family(layer).rule, layer)]
     with owning(everywhere=False), model.hooks([(name, keep) for name in wanted]):
-        # Without the head of the language model, whose logits nobody wants and which may cost as much as the layers.
-        model.hf_model.base_model(input_ids=model.to_tokens(tokens)[0], use_cache=False)
+        model(tokens, stop_at_layer=max(layers) + 1)  # nobody wants the layers above, nor logits
 
 
 def _not_finite(x: Tensor, kept: Tensor, layer: int, heads: list[int], quantity: str, first: int) -> ValueError:

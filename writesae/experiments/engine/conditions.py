@@ -12,7 +12,7 @@ from torch import Tensor
 
 from writesae.experiments.protocol import Run, several
 from writesae.futures.divergence import divergence
-from writesae.futures.replay import LOGITS, Native, Replayer, stacked
+from writesae.futures.replay import Native, Replayer, stacked
 from writesae.hooks.sites import Head
 from writesae.recurrence import Read, Write, at_least_float32, memory_dtype
 from writesae.saes import WriteSAE
@@ -172,16 +172,14 @@ class Tester:
         self.run, self.windows, self.saes, self.conditions, self.flats = run, windows, saes, conditions, flats
         self.replayer = Replayer(run.model, [sae.place for sae in saes], horizon=horizon, read=read)
         self.generators = Generators(run.seed)
-        # Windows per pass, so that the logits fit into memory.
-        self.step = max(1, min(run.batch_size, LOGITS // (windows.context * run.model.W_U.shape[1])))
         at = torch.arange(windows.context)
         #: the positions with enough of a window before and after them
         self.testable = (at >= windows.context // 4) & (at < windows.context - horizon)
         self.parts: list[dict[str, Any]] = []
 
-    def native(self, which: Int[Tensor, " window"], logits: bool = True) -> tuple[Native, dict[Head, tuple]]:
+    def native(self, which: Int[Tensor, " window"]) -> tuple[Native, dict[Head, tuple]]:
         """The pass over some windows as the model is, and the `top_atoms` of each head."""
-        native = self.replayer.native(self.windows.tokens[which].to(self.run.model.device), logits)
+        native = self.replayer.native(self.windows.tokens[which].to(self.run.model.device))
         return native, {sae.place: top_atoms(native, sae) for sae in self.saes}
 
     def test(

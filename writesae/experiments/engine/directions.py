@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.experiments.engine.targets import token_ids
-from writesae.gradients import gradient
+from writesae.gradients import gradient, in_batches
 from writesae.hooks.names import inputs, name_of
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
@@ -79,16 +79,22 @@ def gradient_direction(places: Places) -> Write:
     to the write, ``[batch, n]``, one backward pass for all places.
     """
 
-    def of(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
-        return logits[:, -1].float().log_softmax(-1).gather(-1, places.targets[:, None])[:, 0]
-
-    found = gradient(places.model, places.tokens, of, [places.layer], attention_mask=places.mask)
     n_pad = 0 if places.mask is None else (places.tokens.shape[1] - places.mask.sum(-1))[:, None]
     columns = places.positions + n_pad
-    wanted = columns.unique()  # sequences of unequal length have their places in different columns
-    best = found[places.layer].best(wanted.tolist(), [places.head])[:, :, 0]
-    rows = torch.arange(len(columns), device=columns.device)[:, None]
-    return best[rows, torch.searchsorted(wanted, columns)]
+
+    def best(rows: slice) -> Write:
+        def of(logits: Float[Tensor, "batch 1 vocab"]) -> Float[Tensor, " batch"]:
+            return logits[:, -1].float().log_softmax(-1).gather(-1, places.targets[rows, None])[:, 0]
+
+        mask = None if places.mask is None else places.mask[rows]
+        found = gradient(places.model, places.tokens[rows], of, [places.layer], at=-1, attention_mask=mask)
+        wanted = columns[rows].unique()  # sequences of unequal length have their places in different columns
+        writes = found[places.layer].best(wanted.tolist(), [places.head])[:, :, 0]
+        each = torch.arange(len(writes.key), device=columns.device)[:, None]
+        return writes[each, torch.searchsorted(wanted, columns[rows])]
+
+    parts = [write for _, write in in_batches(places.model, len(columns), best)]
+    return Write(torch.cat([w.key for w in parts]), torch.cat([w.value for w in parts]), parts[0].rank)
 
 
 def choose_writes(

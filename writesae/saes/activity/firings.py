@@ -27,8 +27,8 @@ def firings(
     A firing is an atom active at a token, whether or not it is the strongest there.
     """
     layer, head = sae.place
-    few = model.logits_of_last(1)  # nobody wants them
-    _, cache = model.run_with_cache(ids, names=inputs(model.family(layer).rule, layer), **few)
+    names = inputs(model.family(layer).rule, layer)
+    _, cache = model.run_with_cache(ids, names=names, stop_at_layer=layer + 1)  # nobody wants the rest
     codes = codes_of(sae, cache, ids)
     at = (codes.values > 0).nonzero(as_tuple=True)
     columns = compare(sae, codes, at, cache.write(layer)[:, :, head], generator)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from writesae.hooks.clock import cache_in
 from writesae.hooks.names import inputs
 from writesae.hooks.positions import PAD
 from writesae.recurrence import Write
@@ -203,8 +204,10 @@ def target_of(
 
 def _pass(model: HookedRecurrentModel, sae: Autoencoder, x: Text, ids: Tensor, **kwargs: Any) -> Codes:
     """One run of the model, read."""
-    layer, few = sae.place.layer, model.logits_of_last(1)  # nobody wants the logits
-    _, cache = model.run_with_cache(x, names=inputs(model.family(layer).rule, layer), **{**few, **kwargs})
+    layer = sae.place.layer
+    if cache_in(kwargs) is None:  # nobody wants the rest; a cache has to be filled
+        kwargs = {"stop_at_layer": layer + 1, **kwargs}
+    _, cache = model.run_with_cache(x, names=inputs(model.family(layer).rule, layer), **kwargs)
     return codes_of(sae, cache, ids)
 
 

@@ -1,0 +1,267 @@
+"""Every feature on models of real size: true shapes, random weights, realistic gates.
+
+    python benchmarks/real_size.py build FOLDER                       # once: four folders, 4 GiB
+    python benchmarks/real_size.py walk FOLDER/qwen3_5-0.8b           # the table of one of them
+    python benchmarks/real_size.py walk FOLDER/rwkv7-191m --only extract --only train
+
+Each row runs in a fresh process. Its processor seconds are given as a multiple of those of the forward passes that it
+needs by its definition: every text once as the model is, and once for every edit, whole passes, logits of the last
+token alone; ``passes`` says how many tokens these are. Memory is the peak above the loaded model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from measure import peak_memory
+from rich.console import Console
+from rich.table import Table
+
+import writesae as ws
+
+app = typer.Typer(add_completion=False)
+
+QWEN = dict(
+    vocab_size=248_320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=8,
+    num_key_value_heads=2, head_dim=256, linear_num_key_heads=16, linear_num_value_heads=16, linear_key_head_dim=128,
+    linear_value_head_dim=128, linear_conv_kernel_dim=4, tie_word_embeddings=True, max_position_embeddings=262_144,
+    layer_types=[*["linear_attention"] * 3, "full_attention"] * 6,
+)  # fmt: skip
+VISION = dict(
+    depth=12, hidden_size=768, intermediate_size=3072, num_heads=12, out_hidden_size=1024, num_position_embeddings=2304
+)
+RWKV7 = dict(
+    vocab_size=65_536, hidden_size=768, num_hidden_layers=12, head_dim=64, decay_low_rank_dim=64, gate_low_rank_dim=128,
+    a_low_rank_dim=64, v_low_rank_dim=32, intermediate_size=3072,
+)  # fmt: skip
+MAMBA2 = dict(
+    d_model=1024, n_layer=48, vocab_size=50_277, ssm_cfg={"layer": "Mamba2"}, rms_norm=True, residual_in_fp32=True,
+    fused_add_norm=True, pad_vocab_size_multiple=16, tie_embeddings=True,
+)  # fmt: skip
+HALF_LIVES = (0.5, 500.0)  # tokens: of the first head of a layer and of the last, the others between
+
+
+@app.command()
+def build(folder: Path) -> None:
+    """Make the folders, in bfloat16 as the real ones are published."""
+    from writesae.models.load import RWKV7ForCausalLM
+    from writesae.models.tokenizers import WorldTokenizer
+    from writesae.zoo import shipped_model
+
+    torch.set_default_dtype(torch.bfloat16)
+    text = transformers.Qwen3_5TextConfig(**QWEN)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shipped_model("tiny-gdn"))
+
+    def save(name: str, model: Any, tokens: Any = tokenizer) -> None:
+        _set_gates(model)
+        model.save_pretrained(folder / name)
+        tokens.save_pretrained(folder / name)
+        print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million weights")
+
+    save("qwen3_5-0.8b", transformers.Qwen3_5ForCausalLM(text))
+    both = transformers.Qwen3_5Config(text_config=QWEN, vision_config=VISION, tie_word_embeddings=True)
+    save("qwen3_5-0.8b-vision", transformers.Qwen3_5ForConditionalGeneration(both))
+    save("rwkv7-191m", RWKV7ForCausalLM(RWKV7ForCausalLM.config_class(**RWKV7)), WorldTokenizer())
+    # transformers' Mamba-2, under the names and with the config of its authors
+    from writesae.models.formats import mamba2_of_authors
+
+    name = "mamba2-370m"
+    model = transformers.Mamba2ForCausalLM(mamba2_of_authors(MAMBA2))
+    save(name, model)
+    tensors = {k.replace("backbone.embeddings.", "backbone.embedding."): v for k, v in model.state_dict().items()}
+    for path in [*(folder / name).glob("*.safetensors"), folder / name / "config.json"]:
+        path.unlink()
+    (folder / name / "generation_config.json").unlink(missing_ok=True)
+    torch.save(tensors, folder / name / "pytorch_model.bin")
+    (folder / name / "config.json").write_text(json.dumps(MAMBA2))
+
+
+@torch.no_grad()
+def _set_gates(model: torch.nn.Module) -> None:
+    """So that heads forget at paces from `HALF_LIVES`, as trained ones do."""
+    for module in model.modules():
+        if not isinstance(getattr(module, "A_log", None), torch.Tensor):
+            continue
+        n = module.A_log.numel()
+        half_lives = torch.logspace(*(math.log10(x) for x in HALF_LIVES), n, dtype=torch.float32)
+        rate = math.log(2) / half_lives
+        dt = torch.full((n,), 0.1 if hasattr(module, "D") else math.log(2))  # Mamba-2: also how much is written
+        module.dt_bias.copy_(dt.expm1().log())
+        module.A_log.copy_((rate / dt).log().reshape(module.A_log.shape))
+
+
+# --- the walk ---------------------------------------------------------------------------------------------------------
+
+Row = tuple[int, Callable[[], Any]]  # tokens of the forward passes it needs by its definition; what is run
+
+
+def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
+    """The features, each small enough for minutes."""
+    from writesae.gradients import Logit, gradient
+    from writesae.zoo import heldout_documents
+
+    texts, (layer, head) = heldout_documents()[:12], sae.place
+    ids = torch.cat([model.to_tokens(text)[0][0] for text in texts])
+    four, one = ids[:2048].reshape(4, 512), ids[None, :143]
+    few: dict[str, Any] = model.logits_of_last(1)
+    prompts = ids[:48].reshape(2, 24)
+
+    def reading(tokens: torch.Tensor, *edits: Any) -> None:
+        with torch.no_grad(), model.intervene(list(edits)) if edits else model.hooks([]):
+            model(tokens, **few)
+
+    def cached(names: Any = None) -> None:
+        with torch.no_grad():
+            model.run_with_cache(four, names=names, **few)
+
+    def logit(layers: list[int] | None) -> None:
+        gradient(model, one, Logit(11, minus=12), layers)
+
+    def extracting(n_tokens: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            heads = {layer: list(range(4))}
+            ws.stores.extract(model, texts, folder, heads=heads, context=512, max_tokens=n_tokens, progress=False)
+
+    def paging() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            ws.write_pages(model, sae, texts, folder, max_tokens=2048, n_atoms=4)
+
+    back = 2  # a backward pass without gradients of weights is one more pass
+    n, few_texts = len, texts[:4]
+    return {
+        "nothing attached": (n(ids[:2048]), lambda: reading(four)),
+        "run_with_cache, inputs of a layer": (2048, lambda: cached([f"blocks.{layer}.mixer.hook_{q}" for q in "qkv"])),
+        "run_with_cache, everything": (2048, cached),
+        "an edit at every token, one head": (2048, lambda: reading(four, ws.Delete(layer, head))),
+        "encode": (2048, lambda: model.encode(sae, four)),
+        "gradient of a logit, one layer": (back * 143, lambda: logit([layer])),
+        "gradient of a logit, all layers": (back * 143, lambda: logit(None)),
+        "attribute": (back * 143, lambda: ws.attribute(model, one[0])),
+        "attribution test, 4 prompts x 8 deletions": (
+            4 * 96 * (back + 8),
+            lambda: ws.attribution_test(model, texts, n_prompts=4, n_deletions=32),
+        ),
+        "logit change, 8 prompts, 2 atoms, context 64": (
+            8 * 64 * (1 + 2 * back + 2 * 4),
+            lambda: ws.logit_change(model, sae, texts, n_prompts=8, atoms=2, context=64),
+        ),
+        "sign test, n=16": (64 * (4 + 16), lambda: ws.sign_test(model, *sae.place, texts, n=16)),
+        "sign test by gradient, n=16": (
+            64 * (4 + (1 + back) * 16),
+            lambda: ws.sign_test(model, *sae.place, texts, n=16, direction="gradient"),
+        ),
+        "install, 2 prompts x 4 strata, 8 tokens": (
+            2 * (24 + 7) + 2 * 16 * (24 + 7),
+            lambda: ws.install(model, *sae.place, prompts, max_new_tokens=8),
+        ),
+        "install by gradient": (
+            2 * (24 + 7) + 16 * (24 * back) + 2 * 16 * (24 + 7),
+            lambda: ws.install(model, *sae.place, prompts, max_new_tokens=8, direction="gradient"),
+        ),
+        "replacement test, 16 firings, 4 conditions": (
+            96 * 8 + 16 * 4 * 17,
+            lambda: ws.replacement_test(model, sae, few_texts, n_firings=16, per_window=2),
+        ),
+        "population test, 4 atoms x 3 firings": (
+            4800 + 4 * 3 * 3 * 17,
+            lambda: ws.population_test(model, sae, few_texts, n_atoms=4, min_firings=3, max_firings=3),
+        ),
+        "atom classes, 4,096 tokens": (4096, lambda: ws.atom_classes(model, sae, texts, max_tokens=4096)),
+        "amplify": (1, lambda: ws.amplify(model, [sae], prompts)),
+        "erase": (1, lambda: ws.erase(model, sae, few_texts)),
+        "extract, 4 heads, 4,096 tokens": (4096, lambda: extracting(4096)),
+        "pages, 2,048 tokens, 4 atoms": (2048, paging),
+    }
+
+
+def _sae(model: ws.HookedRecurrentModel, folder: Path) -> ws.WriteSAE:
+    """An SAE of a head in the middle of the model, kept beside it."""
+    kept = folder / "sae"
+    if not (kept / "cfg.json").exists():
+        from writesae.saes import train_site
+        from writesae.stores import Windows
+        from writesae.zoo import heldout_documents
+
+        ids = Windows.cut(model, heldout_documents(), 256).tokens[:16]
+        layer = model.sites[len(model.sites) // 2].layer
+        options: Any = dict(target="write", n_atoms=1024, k=1, steps=200, progress=False)
+        train_site(model, ids, layer, 3, **options).save_pretrained(kept)
+    return ws.WriteSAE.from_pretrained(kept)
+
+
+@app.command()
+def walk(
+    folder: Path,
+    only: Annotated[list[str] | None, typer.Option(help="Rows whose names begin so; repeat for several.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16.")] = "float32",
+    out: Annotated[Path | None, typer.Option(help="Where records go, one JSON object a line.")] = None,
+    child: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Run the rows, each in a fresh process, and print a table."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if child is None:
+        names = _in_process(folder, dtype, "")["names"]
+        table = Table(title=f"{folder.name}, {dtype}")
+        for column in ("", "processor s", "of passes", "times these", "GiB above the model"):
+            table.add_column(column, justify="left" if not column else "right")
+        for name in names:
+            if only and not any(name.startswith(x) for x in only):
+                continue
+            try:
+                r = _in_process(folder, dtype, name)
+            except RuntimeError as error:
+                r, shown = {"error": str(error)}, [str(error)[-300:]]
+            else:
+                shown = [f"{r[k]:.2f}" for k in ("seconds", "passes", "ratio", "gib")]
+            print(name, *shown, sep=" | ", flush=True)
+            table.add_row(name, *shown)
+            if out is not None:
+                with out.open("a") as file:
+                    file.write(json.dumps({"model": folder.name, "dtype": dtype, "row": name, **r}) + "\n")
+        Console(width=140).print(table)
+        return
+    model = ws.HookedRecurrentModel.from_pretrained(folder, dtype=getattr(torch, dtype))
+    sae = _sae(model, folder)
+    all_rows = rows(model, sae)
+    if not child:
+        print(json.dumps({"names": list(all_rows)}))
+        return
+    tokens, run = all_rows[child]
+    some = torch.randint(1000, (4, 96), generator=torch.Generator().manual_seed(0))
+
+    def plainly() -> float:
+        start = time.process_time()
+        with torch.no_grad():
+            model.hf_model(some, use_cache=False, **model.logits_of_last(1))
+        return time.process_time() - start
+
+    before = [plainly() for _ in range(3)][1:]
+    start, spent = time.perf_counter(), time.process_time()
+    gib = peak_memory(run) / 1024
+    spent, wall = time.process_time() - spent, time.perf_counter() - start
+    needed = min(*before, plainly()) / some.numel() * tokens
+    print(json.dumps({"seconds": spent, "wall": wall, "passes": needed, "ratio": spent / needed, "gib": gib}))
+
+
+def _in_process(folder: Path, dtype: str, row: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "walk", str(folder), "--dtype", dtype, "--child", row]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-600:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    app()
