@@ -109,6 +109,7 @@ Row = tuple[int, Callable[[], Any]]  # tokens of the forward passes it needs by 
 def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
     """The features, each small enough for minutes."""
     from writesae.gradients import Logit, gradient
+    from writesae.stores import Windows, extract
     from writesae.zoo import heldout_documents
 
     texts, (layer, head) = heldout_documents()[:12], sae.place
@@ -130,17 +131,26 @@ def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
 
     def extracting(n_tokens: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            heads = {layer: list(range(4))}
-            ws.stores.extract(model, texts, folder, heads=heads, context=512, max_tokens=n_tokens, progress=False)
+            rows = Windows.of_rows([ids], 512).spread(n_tokens).tokens
+            extract(model, rows, [(layer, head) for head in range(4)], folder, progress=False)
 
     def paging() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            ws.write_pages(model, sae, texts, folder, max_tokens=2048, n_atoms=4)
+            ws.write_pages(model, sae, texts[2:3], Path(folder, "pages"), atoms=4)
+
+    def often() -> int:
+        return int(model.encode(sae, four).indices[..., 0].flatten().bincount().argmax())
+
+    def chosen() -> Any:
+        from writesae.experiments.amplifying import choose_atoms
+
+        return choose_atoms(model, sae, two_texts, lambda token: " t" in token, n=4)
 
     back = 2  # a backward pass without gradients of weights is one more pass
-    n, few_texts = len, texts[:4]
+    two_texts = texts[:2]
+    count = lambda texts: sum(len(model.to_tokens(text)[0][0]) for text in texts)  # noqa: E731
     return {
-        "nothing attached": (n(ids[:2048]), lambda: reading(four)),
+        "nothing attached": (2048, lambda: reading(four)),
         "run_with_cache, inputs of a layer": (2048, lambda: cached([f"blocks.{layer}.mixer.hook_{q}" for q in "qkv"])),
         "run_with_cache, everything": (2048, cached),
         "an edit at every token, one head": (2048, lambda: reading(four, ws.Delete(layer, head))),
@@ -171,17 +181,23 @@ def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
         ),
         "replacement test, 16 firings, 4 conditions": (
             96 * 8 + 16 * 4 * 17,
-            lambda: ws.replacement_test(model, sae, few_texts, n_firings=16, per_window=2),
+            lambda: ws.replacement_test(model, sae, two_texts, n_firings=16, per_window=2),
         ),
         "population test, 4 atoms x 3 firings": (
-            4800 + 4 * 3 * 3 * 17,
-            lambda: ws.population_test(model, sae, few_texts, n_atoms=4, min_firings=3, max_firings=3),
+            2 * count(two_texts) + 4 * 3 * 3 * 17,
+            lambda: ws.population_test(model, sae, two_texts, n_atoms=4, min_firings=3, max_firings=3),
         ),
         "atom classes, 4,096 tokens": (4096, lambda: ws.atom_classes(model, sae, texts, max_tokens=4096)),
-        "amplify": (1, lambda: ws.amplify(model, [sae], prompts)),
-        "erase": (1, lambda: ws.erase(model, sae, few_texts)),
+        "amplify, 2 prompts, 8 tokens, 3 conditions": (
+            count(two_texts) + 6 * (24 + 7),
+            lambda: ws.amplify(model, chosen(), prompts, doses=[2.0], n_tokens=8),
+        ),
+        "erase, 8 firings, one dose": (
+            2048 + count(two_texts) + 64 * (8 + 8 + 8 + 3 * 4),
+            lambda: ws.erase(model, sae, often(), two_texts, n=8, doses=[1.0]),
+        ),
         "extract, 4 heads, 4,096 tokens": (4096, lambda: extracting(4096)),
-        "pages, 2,048 tokens, 4 atoms": (2048, paging),
+        "pages, 589 tokens, 4 atoms": (589 + 4 * 3 * 128, paging),
     }
 
 

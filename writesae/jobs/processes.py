@@ -73,3 +73,13 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether each process of a tensor-parallel model holds a part of it."""
+    return type(x).__name__ == "DTensor"  # its module takes a second to import
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The whole of a sharded tensor, for which every process has to ask at the same time; any other as it is."""
+    return x.full_tensor() if is_sharded(x) else x  # type: ignore[operator]

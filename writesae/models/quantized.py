@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from writesae.jobs.processes import is_sharded
+
 PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
@@ -73,7 +75,7 @@ def _is_linear(module: Any) -> bool:
 
 
 def _plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and x.dtype in PLAIN
+    return (type(x) in (Tensor, nn.Parameter) or is_sharded(x)) and x.dtype in PLAIN
 
 
 def _of_identity(module: Any) -> Tensor:

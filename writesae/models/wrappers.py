@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from writesae.jobs.processes import gathered
 from writesae.models.quantized import dequantized
 
 
@@ -69,7 +70,8 @@ def weight(module: nn.Module) -> Tensor:
 
 def weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """``module.named_parameters()`` as they act: active adapters of PEFT are in them, offloaded ones are fetched,
-    quantised ones are the numbers that the layer computes with.
+    quantised ones are the numbers that the layer computes with, those sharded over processes are gathered (so that each
+    process has to ask).
 
     Names are those of the module as it was before either, and as PEFT's ``merge_and_unload`` leaves it.
     """
@@ -77,7 +79,7 @@ def weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]
     with align_module_device(module):
         computed = dequantized(module)
         own = module.named_parameters(recurse=False) if computed is None else computed.items()
-        own = [(prefix + name, p) for name, p in own]
+        own = [(prefix + name, gathered(p)) for name, p in own]
     yield from own
     if computed is not None:
         return

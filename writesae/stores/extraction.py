@@ -24,7 +24,7 @@ from writesae.hooks.names import inputs
 from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
 from writesae.jobs.disk import remove_halves, write_json
-from writesae.jobs.processes import Processes
+from writesae.jobs.processes import Processes, is_sharded
 from writesae.jobs.progress import Bars
 from writesae.jobs.resumable import check_same
 from writesae.jobs.versions import versions
@@ -64,7 +64,8 @@ def extract(
 ) -> ActivationStore:
     """Make a store on disk, or continue where a run with the same arguments stopped.
 
-    Under ``accelerate launch`` every process makes its share of the shards; all return the whole store.
+    Under ``accelerate launch`` every process makes its share of the shards; all return the whole store. The processes of
+    a tensor-parallel model (``tp_plan="auto"``) make every shard together.
 
     Args:
         model: hooked model, with nothing attached.
@@ -90,17 +91,24 @@ def extract(
     team.wait()
     info = _same_as(folder, new)
     todo = [i for i in range(info.n_shards) if not shard_path(folder, i).exists()]
-    mine = [i for i in todo if i % team.count == team.index]
+    # The processes of a tensor-parallel model compute every shard together, and one of them writes it.
+    together = any(map(is_sharded, model.hf_model.parameters()))
+    mine = todo if together else [i for i in todo if i % team.count == team.index]
     with Bars(progress and team.first) as bars:
         bar = bars.add(f"{len(sites)} heads", total=sum(len(_of_shard(info, tokens, i)) for i in mine))
         for i in mine:
             rows = _of_shard(info, tokens, i)
             shard = _run(model, info, rows, i * info.shard_sequences, bar.advance)
-            with _explained(folder, info):
-                write_shard(folder, i, info, shard)
-    if team.first and not (folder / REPORT).exists():
+            if not together or team.first:
+                with _explained(folder, info):
+                    write_shard(folder, i, info, shard)
+    missing = not (folder / REPORT).exists()
+    if together:
+        team.wait()  # nobody looks whether it is there when the first has written it
+    if missing and (together or team.first):
         found = store_error(model, tokens, info)
-        _write(folder, REPORT, found, info)
+        if team.first:
+            _write(folder, REPORT, found, info)
     team.wait()
     return ActivationStore.open(folder)
 
