@@ -78,7 +78,7 @@ class HookedRecurrentModel(GeneratingModel):
         cls,
         name: str | Path,
         *,
-        dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str | None = None,
         tokenizer: Any = None,
         device: torch.device | str | None = None,
         prepend_bos: bool | None = None,
@@ -89,7 +89,10 @@ class HookedRecurrentModel(GeneratingModel):
 
         Args:
             name: what to load.
-            dtype: of the weights; ``"auto"`` for the checkpoint's own. Recurrences run in float32 with any of them.
+            dtype: of the weights; None (or ``"auto"``): as the checkpoint lies, but shipped models, which lie in
+                bfloat16 to be small, in float32. Recurrences run in float32 with any of them. bfloat16 takes half the
+                memory and costs exactness: logits of the shipped models are then 0.01 off on average (0.18 at most),
+                and those of a text whole and in pieces differ by up to 0.13, in float32 by 4e-5.
             tokenizer: a tokenizer, None for the model's own, or False for none (token ids only).
             prepend_bos, special_tokens: how texts become tokens, see `HookedRecurrentModel`.
             device: where to move it; None: where it is loaded (the CPU, or as ``device_map`` says).
@@ -102,7 +105,9 @@ class HookedRecurrentModel(GeneratingModel):
             raise TypeError("torch_dtype is called dtype here, as in transformers: from_pretrained(..., dtype=...)")
         if device is not None and kwargs.get("device_map") is not None:
             raise TypeError("device and device_map both say where the model goes: pass one of them")
-        source = shipped_model(str(name)) or str(name)
+        shipped = shipped_model(str(name))
+        source = shipped or str(name)
+        dtype = dtype or ("auto" if shipped is None else torch.float32)
         try:
             hf_model = load_model(source, dtype=dtype, **kwargs)
         except OSError as error:
