@@ -175,6 +175,7 @@ def _plan(asked: Asked) -> Iterator[Task]:
         for direction, n_positions in (("formula", 3), ("formula", 1), ("gradient", 3), ("gradient", 1)):
             name = f"{n_positions}" if direction == "formula" else f"{direction}_{n_positions}"
             given = {"direction": direction, "n_positions": n_positions, "seed": asked.seed}
+            given["per_stratum"] = asked.sizes.per_stratum
             ways: list[tuple[str, int | None, Any]] = [(name, sae.place.head, [3.0, 1.5, 6.0])]
             if n_positions == 3 and asked.first_of_layer(sae):
                 ways.append((f"{name}_all_heads", None, 3.0))
@@ -266,9 +267,8 @@ def install(
                 if condition == "random":
                     made = {h: _with_random_value(w, generator) for h, w in made.items()}
                 edits = [Add(layer, h, write=w, scale=size, relative=True) for h, w in made.items()]
-                with model.intervene(edits, positions=positions[rows], read=read):
-                    after = model(ids[rows], attention_mask=own, **model.logits_of_last(1))[:, -1].float()
-                new = go_on(model, ids[rows], own, max_new_tokens, edits, positions[rows], read)
+                new = go_on(model, ids[rows], own, max_new_tokens, edits, positions[rows], read, first=(seen := []))
+                after = seen[0]
                 log_p_after = after.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
                 found = dict(rank_after=ranks(after, wanted), log_p_after=log_p_after)
                 parts[condition].append(found | dict(included=included(new, wanted), new=new))

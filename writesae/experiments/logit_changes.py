@@ -30,9 +30,9 @@ from torch import Tensor
 from writesae.experiments.protocol import Progress, Run, experiment
 from writesae.experiments.results.result import Figure, Number, Result, figure, predicted_and_measured
 from writesae.experiments.results.statistics import r_squared
+from writesae.futures.replay import Replayer, stacked
 from writesae.gradients import Logit, gradient, in_batches
-from writesae.hooks import Add, short_chunks
-from writesae.model import HookedRecurrentModel, late_logits
+from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Recurrence, Write, at_least_float32
 from writesae.recurrence.kernels import carried
 from writesae.saes import WriteSAE
@@ -221,7 +221,9 @@ def logit_change(
 
     rows = torch.arange(n_prompts, device=model.device)
     at = position[:, None] + torch.tensor(list(lags), device=model.device)
-    native, token = _logits(model, ids, at).max(-1)
+    replayer = Replayer(model, [sae.place], horizon=max(lags), rows=batch_size, beside=True)
+    native = replayer.native(ids)
+    token = native.end.at(rows[:, None].expand_as(at), at).argmax(-1)
     wanted = torch.tensor(list(epsilons), device=model.device)
     predicted = {name: torch.empty(n_prompts, len(lags), len(chosen), len(epsilons)) for name in PREDICTIONS}
     sizes = torch.empty(n_prompts, device=model.device)
@@ -246,26 +248,17 @@ def logit_change(
             for name, part in parts.items():
                 predicted[name][some, i] = part.float().cpu()
 
+    own = native.write(sae.place, rows, position)
+    writes = stacked([own + edits[a].expand(n_prompts) * (e * sizes) for a in range(len(chosen)) for e in epsilons])
     measured = torch.empty(n_prompts, len(lags), len(chosen), len(epsilons))
-    todo = torch.cartesian_prod(torch.arange(n_prompts), torch.arange(len(chosen)), torch.arange(len(epsilons)))
-    for part in run.batches(todo.to(model.device)):
-        p, a, e = part.T
-        write = (edits[a] * (wanted[e] * sizes[p]))[:, None]
-        edit = Add(layer, head, write=write)
-        with short_chunks(), model.intervene(edit, positions=position[p, None], check_model=check_model):
-            found_there = _logits(model, ids[p], at[p]).gather(-1, token[p][..., None])[..., 0]
-        measured[p.cpu(), :, a.cpu(), e.cpu()] = (found_there - native[p]).float().cpu()
+    for some, edited, plain in replayer.logits(native, rows, position, {sae.place: writes}):
+        steps = at[some] - position[some, None]
+        each = torch.arange(len(some), device=some.device)[:, None]
+        moved = edited[each, :, steps, token[some]] - plain[each, :, steps, token[some]]  # [prompt, lag, condition]
+        measured[some.cpu()] = moved.unflatten(-1, (len(chosen), -1)).float().cpu()
+        run.tell(len(some) * writes.shape[1])
     doses, after = tuple(map(float, epsilons)), tuple(map(int, lags))
     return LogitChange(layer, head, chosen.cpu(), doses, after, measured, predicted, position.cpu(), token.cpu())
-
-
-def _logits(
-    model: HookedRecurrentModel, ids: Int[Tensor, "batch pos"], at: Int[Tensor, "batch lag"]
-) -> Float[Tensor, "batch lag vocab"]:
-    """Those of some columns of each sequence."""
-    with late_logits(model) as end:
-        model(ids)
-    return end.at(torch.arange(len(ids), device=ids.device)[:, None].expand(at.shape), at)
 
 
 def gated(

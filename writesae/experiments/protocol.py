@@ -144,6 +144,8 @@ class Sizes:
         signs: trials of the sign test.
         prompts: of installing and amplifying.
         tokens: generated while amplifying.
+        per_stratum: targets of each stratum that are installed, for each prompt.
+        text: tokens of the text that are used, in whole texts evenly spread over it; None for all.
     """
 
     firings: int = 1000
@@ -155,11 +157,13 @@ class Sizes:
     signs: int = 1000
     prompts: int = 40
     tokens: int = 100
+    per_stratum: int = 2
+    text: int | None = None
 
     @classmethod
     def quick(cls) -> Sizes:
-        """For a look: a few seconds per experiment, and intervals that are wide."""
-        return cls(100, 10, 8_000, 16, 128, 24, 100, 8, 30)
+        """For a look: a few seconds per experiment on a small model, and intervals that are wide."""
+        return cls(100, 10, 8_000, 16, 128, 24, 100, 8, 30, per_stratum=1, text=16_000)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from writesae.hooks import Add, short_chunks
+from writesae.hooks.scope import owning
 from writesae.model import HookedRecurrentModel, Text
 from writesae.recurrence import Read
 
@@ -54,6 +57,7 @@ def go_on(
     read: Read = "same",
     chance: LogitsProcessor | None = None,
     whole: bool = False,
+    first: list[Tensor] | None = None,
 ) -> Int[Tensor, "batch new"]:
     """Continue prompts, `ENDED` where a text has ended.
 
@@ -64,8 +68,18 @@ def go_on(
         read: see `HookedRecurrentModel.intervene`.
         chance: `CommonRandomNumbers` to sample; None: greedy.
         whole: no text ends before ``n_new`` tokens: the end-of-text token is never chosen.
+        first: a list to which the logits of the first new token are added, ``[batch, vocab]``.
     """
-    with model.intervene(list(edits), positions=positions, read=read), short_chunks():
+    with owning(everywhere=False) as call, ExitStack() as stack:
+        stack.enter_context(short_chunks())
+        stack.enter_context(model.intervene(list(edits), positions=positions, read=read))
+        if first is not None:
+
+            def keep(_model: nn.Module, _args: Any, output: Any) -> None:
+                if call.here and not first:
+                    first.append(output.logits[:, -1].float())
+
+            stack.enter_context(model.hf_model.register_forward_hook(keep))
         out = model.generate(
             ids,
             attention_mask=mask,

@@ -86,6 +86,8 @@ class Replayer:
             and its own prediction, which cannot move, is not scored.
         stride: tokens from cut to cut. Small: more pieces to feed; large: more tokens before the edit run again.
         rows: futures run at once.
+        beside: run each firing without an edit beside its edited futures, to compare with, and not the native pass:
+            the same computation in other pieces rounds otherwise. In bfloat16 it always is.
 
     Attributes:
         way: which of `WAYS` holds for this model, None before the first replay.
@@ -100,6 +102,7 @@ class Replayer:
         read: Read = "same",
         stride: int = 4,
         rows: int = 96,
+        beside: bool = False,
     ):
         if read not in ("same", "next"):
             raise ValueError(f"read={read!r}: allowed are 'same' and 'next'")
@@ -117,6 +120,7 @@ class Replayer:
         self.below = _layers_below(model, min(layer for layer, _ in places))
         self.way: tuple[bool, bool] | None = None
         self.exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+        self.beside = beside or not self.exact
 
     @torch.no_grad()
     def native(self, ids: Int[Tensor, "window pos"]) -> Native:
@@ -147,33 +151,44 @@ class Replayer:
 
         Writes are ``[firing, condition]``. A token has ``horizon`` tokens of its window after it, else ValueError.
         """
+        shape = (len(position), next(iter(writes.values())).shape[1], self.horizon + 1 - self.first)
+        kl = torch.zeros(shape, dtype=torch.float64, device=position.device)
+        flips = torch.zeros(shape[:2], dtype=torch.bool, device=position.device)
+        for firings, edited, reference in self.logits(native, window, position, writes):
+            kl[firings] = kl_from(edited, reference)
+            flips[firings] = edited[:, :, 0].argmax(-1) != reference[:, :, 0].argmax(-1)
+        return Futures(kl, flips)
+
+    @torch.no_grad()
+    def logits(
+        self,
+        native: Native,
+        window: Int[Tensor, " firing"],
+        position: Int[Tensor, " firing"],
+        writes: Mapping[Head, Write],
+    ) -> Iterator[
+        tuple[Int[Tensor, " some"], Float[Tensor, "some condition step vocab"], Float[Tensor, "some 1 step vocab"]]
+    ]:
+        """What `futures` compares, a few firings at a time: which, their logits at the tokens scored, and those of the
+        model as it is. Arguments and errors are the same."""
         context = native.ids.shape[1]
         if len(position) and (int(position.min()) < 0 or int(position.max()) + self.horizon >= context):
             raise ValueError(
                 f"positions {int(position.min())} to {int(position.max())} with a horizon of {self.horizon}: windows "
                 f"of {context} tokens allow 0 to {context - 1 - self.horizon}"
             )
-        if not self.exact:  # in bfloat16 even the same computation in other pieces differs: compare within one
+        if self.beside:
             writes = {
                 place: stacked([*(w[:, c] for c in range(w.shape[1])), native.write(place, window, position)])
                 for place, w in writes.items()
             }
         if self.way is None and len(position):
             self.way = self._find_way(native)
-        n_conditions = next(iter(writes.values())).shape[1]
-        shape = (len(position), n_conditions, self.horizon + 1 - self.first)
-        kl = torch.zeros(shape, dtype=torch.float64, device=position.device)
-        flips = torch.zeros(shape[:2], dtype=torch.bool, device=position.device)
         for firings, edited in self._each(native, window, position, writes):
-            if self.exact:
-                reference = self._native_logits(native, window[firings], position[firings])
+            if self.beside:
+                yield firings, edited[:, :-1], edited[:, -1:]
             else:
-                reference = edited[:, -1:]
-            kl[firings] = kl_from(edited, reference)
-            flips[firings] = edited[:, :, 0].argmax(-1) != reference[:, :, 0].argmax(-1)
-        if not self.exact:
-            kl, flips = kl[:, :-1], flips[:, :-1]
-        return Futures(kl, flips)
+                yield firings, edited, self._native_logits(native, window[firings], position[firings])
 
     def _native_logits(
         self, native: Native, window: Int[Tensor, " firing"], position: Int[Tensor, " firing"]

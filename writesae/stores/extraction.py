@@ -64,8 +64,8 @@ def extract(
 ) -> ActivationStore:
     """Make a store on disk, or continue where a run with the same arguments stopped.
 
-    Under ``accelerate launch`` every process makes its share of the shards; all return the whole store. The processes of
-    a tensor-parallel model (``tp_plan="auto"``) make every shard together.
+    Under ``accelerate launch`` every process makes its share of the shards; all return the whole store. The processes
+    of a tensor-parallel model (``tp_plan="auto"``) make every shard together.
 
     Args:
         model: hooked model, with nothing attached.

@@ -66,7 +66,9 @@ def reproduce(
     for sae in (*saes, *flat, *other_seeds):
         sae.check_fits(model, check_model=check_model)
     one_each(saes)
-    tasks = tasks_of(Asked(model, saes, texts, sizes or Sizes(), flat, other_seeds, seed, check_model), only)
+    sizes = sizes or Sizes()
+    texts = _some(model, texts, sizes.text)
+    tasks = tasks_of(Asked(model, saes, texts, sizes, flat, other_seeds, seed, check_model), only)
     if not tasks:
         raise ValueError(f"nothing to run of {', '.join(only or ())}: seed_stability needs SAEs of other seeds")
     out, shared = Path(out), _shared(model, texts, seed)
@@ -88,6 +90,14 @@ def reproduce(
                 continue  # it is in the report that is there, or will be in the next
             write_report(out, outcomes, title=title or f"writesae: {model.model_id}", intro=_intro(model, saes))
     return outcomes
+
+
+def _some(model: HookedRecurrentModel, texts: str | Sequence[str], n_tokens: int | None) -> str | Sequence[str]:
+    """As many whole texts as have about so many tokens, evenly spread over all."""
+    if isinstance(texts, str) or n_tokens is None:
+        return texts
+    total = sum(model.to_tokens(text)[0].shape[1] for text in texts)
+    return texts[:: max(1, round(total / n_tokens))]
 
 
 def _done(folder: Path, settings: Mapping[str, Any]) -> Outcome | None:
