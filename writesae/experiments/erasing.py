@@ -213,7 +213,7 @@ def erase(
     windows = run.windows(context).tokens
     windows = windows[torch.randperm(len(windows), generator=generator)]
     usable = slice(context // 4, context - (read == "next"))
-    codes = [encode(model, sae, x, check_model=False, batch_size=batch_size) for x in windows.split(batch_size)]
+    codes = [encode(model, sae, x, check_model=False, batch_size=batch_size) for x in run.reading(windows)]
     activation = torch.cat([x.atom(atom)[:, usable].cpu() for x in codes])
     fires, others = _choose(activation, atom, n, generator)
     for_choice = fires[:, 0] < fires[n // 2, 0]  # rows are in order, so no window is on both sides

@@ -231,6 +231,7 @@ def logit_change(
         question = Logit(token[:, i], at=at[:, i])
         ask = lambda some, question=question: gradient(model, ids[some], question.of(some), [layer])[layer]  # noqa: E731
         for some, found in in_batches(model, n_prompts, ask):
+            run.note(f"lag {lags[i]}: predicted in {some.stop} of {n_prompts} prompts")
             here, each = position[some], rows[: len(position[some])]
             sizes[some] = found.write[each, here, torch.full_like(here, head)].norm()
             scale = sizes[some, None, None] * wanted  # [prompt, 1, epsilon]

@@ -240,7 +240,7 @@ def population_test(
             f"windows of {context} tokens (the most frequent one {most} times): give a longer text, or lower "
             f"min_firings"
         )
-    for some in window.unique().split(run.batch_size):  # only windows with something to test, in order
+    for some in window.unique().split(tester.step):  # only windows with something to test, in order
         here = (window >= some[0]) & (window <= some[-1])
         tester.test(*tester.native(some), some, torch.searchsorted(some, window[here]), position[here])
     firings = ReplacementResult(

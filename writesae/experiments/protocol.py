@@ -87,15 +87,19 @@ class Run:
             self.tell(units * len(part))
 
     def reading(self, windows: Tensor) -> Iterator[Tensor]:
-        """``batch_size`` windows at a time, which are only read before the units begin; a bar says how many were."""
+        """``batch_size`` windows at a time, which are only read before the units begin."""
         read = 0
         for part in windows.split(self.batch_size):
-            if isinstance(self.progress, Bar):
-                self.progress.note(f"{read} of {len(windows)} windows read")
-            else:
-                self.tell(0)
+            self.note(f"{read} of {len(windows)} windows read")
             yield part
             read += len(part)
+
+    def note(self, words: str) -> None:
+        """Say what goes on before the next unit is done: nobody should look at a bar that stands still."""
+        if isinstance(self.progress, Bar):
+            self.progress.note(words)
+        else:
+            self.tell(0)
 
     def tell(self, n: int) -> None:
         """So many units more are done."""

@@ -336,7 +336,7 @@ def replacement_test(
         generator = torch.Generator().manual_seed(seed)
         order, start, done = torch.randperm(len(windows), generator=generator), 0, 0
         while done < n_firings and start < len(windows):
-            some = order[start : start + min(run.batch_size, -(-(n_firings - done) // per_window))]
+            some = order[start : start + min(tester.step, -(-(n_firings - done) // per_window))]
             start += len(some)
             native, tops = tester.native(some)
             fires = torch.stack([value > 0 for value, _ in tops.values()]).all(0).cpu() & tester.testable

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,7 @@ from writesae.recurrence import Read, Write
 from writesae.recurrence.write import of_rank
 
 LOGITS = 2**25  # numbers: logits scored at once
+STATES = 2**28  # bytes: states of the rows run at once
 KL = 2**22  # numbers: logits compared at once, in float64
 TOLERANCE = 1e-6  # nats: a future without an edit is at most so far from the native pass, in float32
 # (from a cache, layers below skipped): tried in this order, until a future without an edit is as the native pass.
@@ -85,7 +86,7 @@ class Replayer:
         read: ``"same"``: the token's own read sees the edit. ``"next"``: those after it do (the cache-slot protocol),
             and its own prediction, which cannot move, is not scored.
         stride: tokens from cut to cut. Small: more pieces to feed; large: more tokens before the edit run again.
-        rows: futures run at once.
+        rows: futures run at once, fewer where their states are large.
         beside: run each firing without an edit beside its edited futures, to compare with, and not the native pass:
             the same computation in other pieces rounds otherwise. In bfloat16 it always is.
 
@@ -114,10 +115,13 @@ class Replayer:
         for layer, head in places:
             model.site(layer).check_head(head)
         self.model, self.places = model, [Head(*place) for place in places]
-        self.horizon, self.stride, self.rows = horizon, stride, rows
+        self.horizon, self.stride = horizon, stride
+        lowest = min(layer for layer, _ in places)
+        states = [site.n_heads * site.d_key * site.d_value for site in model.sites if site.layer >= lowest]
+        self.rows = max(1, min(rows, STATES // (4 * sum(states))))
         self.read: Read = read
         self.first = int(read == "next")
-        self.below = _layers_below(model, min(layer for layer, _ in places))
+        self.below = _layers_below(model, lowest)
         self.way: tuple[bool, bool] | None = None
         self.exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
         self.beside = beside or not self.exact
@@ -146,10 +150,12 @@ class Replayer:
         window: Int[Tensor, " firing"],
         position: Int[Tensor, " firing"],
         writes: Mapping[Head, Write],
+        tell: Callable[[int], object] = lambda n: None,
     ) -> Futures:
         """Put other writes in the place of the native ones, each firing and condition for itself.
 
         Writes are ``[firing, condition]``. A token has ``horizon`` tokens of its window after it, else ValueError.
+        ``tell`` is called with the number of firings done since the last time.
         """
         shape = (len(position), next(iter(writes.values())).shape[1], self.horizon + 1 - self.first)
         kl = torch.zeros(shape, dtype=torch.float64, device=position.device)
@@ -157,6 +163,7 @@ class Replayer:
         for firings, edited, reference in self.logits(native, window, position, writes):
             kl[firings] = kl_from(edited, reference)
             flips[firings] = edited[:, :, 0].argmax(-1) != reference[:, :, 0].argmax(-1)
+            tell(len(firings))
         return Futures(kl, flips)
 
     @torch.no_grad()
@@ -238,8 +245,7 @@ class Replayer:
             rows, at = window[some].repeat_interleave(n), position[some].repeat_interleave(n)
             end = min(max(int(at.max()) + self.horizon + 1, start + 2), native.ids.shape[1])
             if cache is not None:
-                cache = copy.deepcopy(cache)
-                cache.reorder_cache(rows)
+                cache = _rows_of(cache, rows)
             edits = []
             for place, w in writes.items():
                 key, value = (x[some].flatten(0, 1)[:, None] for x in (w.key, w.value))
@@ -310,6 +316,16 @@ def kl_from(edited: Float[Tensor, "*#n vocab"], native: Float[Tensor, "*#n vocab
         p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
         found.append((p.exp() * (p - q)).sum(-1).clamp_min(0))
     return torch.cat(found).view(lead)
+
+
+def _rows_of(cache: Any, rows: Int[Tensor, " row"]) -> Any:
+    """Some rows of a cache as a cache of their own; what is not taken is not copied."""
+    parts = [part for layer in cache.layers for part in vars(layer).values()]
+    parts += [x for part in parts if isinstance(part, dict) for x in part.values()]
+    parts += [x for part in parts if isinstance(part, list | tuple) for x in part]
+    taken = copy.deepcopy(cache, {id(x): x for x in parts if isinstance(x, Tensor)})
+    taken.reorder_cache(rows)
+    return taken
 
 
 # --- layers below -----------------------------------------------------------------------------------------------------

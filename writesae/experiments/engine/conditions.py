@@ -172,6 +172,7 @@ class Tester:
         self.run, self.windows, self.saes, self.conditions, self.flats = run, windows, saes, conditions, flats
         self.replayer = Replayer(run.model, [sae.place for sae in saes], horizon=horizon, read=read)
         self.generators = Generators(run.seed)
+        self.step = min(run.batch_size, self.replayer.rows)  # windows per pass, whose states fit as well
         at = torch.arange(windows.context)
         #: the positions with enough of a window before and after them
         self.testable = (at >= windows.context // 4) & (at < windows.context - horizon)
@@ -208,7 +209,7 @@ class Tester:
             activation, first = activation.to(*here), sae.atom(atom).to(*here) * activation.to(*here)
             pooled.append([activation.square(), own.norm().square(), first.norm().square(), first.inner(own)])
         activation2, native2, first2, inner = (torch.stack(parts).sum(0) for parts in zip(*pooled, strict=True))
-        futures = self.replayer.futures(native, window, position, writes)
+        futures = self.replayer.futures(native, window, position, writes, self.run.tell)
         moved = divergence(native, window, position, writes, self.replayer.horizon)
         head = self.saes[0].place if len(self.saes) == 1 else Head(-1, -1)
         kept |= {
@@ -222,4 +223,3 @@ class Tester:
         for name, found in (("kl", futures.kl.float()), ("flips", futures.flips), ("divergence", moved)):
             kept[name] = dict(zip(self.conditions, found.unbind(1), strict=True))
         self.parts.append(kept)
-        self.run.tell(len(window))
