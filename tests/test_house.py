@@ -22,6 +22,7 @@ FLOORS = [  # from the ground up
     {"stores", "gradients", "futures"},
     {"saes"},
     {"experiments"},
+    {"methods"},
     {"pages"},
     {"saelens", "demo", "zoo.corpus", "zoo.evaluate"},
     {"zoo.train_lm", "zoo.train_saes"},

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Site,
         Steer,
     )
+    from writesae.methods import Patching, patching
     from writesae.model import HookedRecurrentModel
     from writesae.pages import write_pages
     from writesae.recurrence import Recurrence, States, Write
@@ -48,6 +49,7 @@ _HOME = {
         "install", "logit_change", "population_test", "replacement_test", "reproduce", "seed_stability", "sign_test",
     ),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
+    "writesae.methods": ("Patching", "patching"),
     "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
         "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Reconstruct", "Replace", "Site", "Steer",
@@ -63,11 +65,11 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "Gradient", "HookPoint",
-    "HookedRecurrentModel", "Intervention", "Logit", "Reconstruct", "Recurrence", "Replace", "ReplacementResult",
-    "SAEConfig", "Site", "States", "Steer", "Substitute", "Write", "WriteSAE", "amplify", "atom_classes", "attribute",
-    "attribution_test", "choose_atoms", "erase", "extract", "gradient", "install", "logit_change", "population_test",
-    "record", "replacement_test", "reproduce", "seed_stability", "sign_test", "texts", "top_contexts",
-    "train_site", "train_store", "write_pages",
+    "HookedRecurrentModel", "Intervention", "Logit", "Patching", "Reconstruct", "Recurrence", "Replace",
+    "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "Substitute", "Write", "WriteSAE", "amplify",
+    "atom_classes", "attribute", "attribution_test", "choose_atoms", "erase", "extract", "gradient", "install",
+    "logit_change", "patching", "population_test", "record", "replacement_test", "reproduce", "seed_stability",
+    "sign_test", "texts", "top_contexts", "train_site", "train_store", "write_pages",
 ]  # fmt: skip
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
 
 import writesae as ws
+from architectures import ARCHITECTURES
 from writesae.gradients import Logit, gradient
 from writesae.stores import ActivationStore, extract
 
@@ -59,7 +59,9 @@ def test_both_processes_see_edit_and_store_all_heads(folder, tmp_path):
         for name, x in found.items():
             torch.testing.assert_close(torch.tensor(x), torch.tensor(expected[name]), rtol=0, atol=1e-4, msg=name)
     one, two = (ActivationStore.open(tmp_path / name) for name in ("alone", "together"))
-    torch.testing.assert_close(two.write(1, 2, slice(None)).dense(), one.write(1, 2, slice(None)).dense(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        two.write(1, 2, slice(None)).dense(), one.write(1, 2, slice(None)).dense(), rtol=0, atol=1e-3
+    )
     assert float(one.write(1, 2, slice(None)).dense().abs().max()) > 0.1
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from writesae.hooks import ActivationCache, Replace, find_mixers, short_chunks
+from writesae.hooks import ActivationCache, Intervention, Replace, find_mixers, short_chunks
 from writesae.hooks.names import inputs
 from writesae.hooks.residual import giving
 from writesae.hooks.scope import owning
@@ -82,7 +82,7 @@ class Replayer:
     Args:
         model: the model.
         places: layers and heads to edit, all at once.
-        horizon: tokens to follow after the edited one.
+        horizon: tokens to follow after the edited one; None: to the window's end, whose last token alone is scored.
         read: ``"same"``: the token's own read sees the edit. ``"next"``: those after it do (the cache-slot protocol),
             and its own prediction, which cannot move, is not scored.
         stride: tokens from cut to cut. Small: more pieces to feed; large: more tokens before the edit run again.
@@ -99,7 +99,7 @@ class Replayer:
         model: HookedRecurrentModel,
         places: Sequence[Head],
         *,
-        horizon: int = 16,
+        horizon: int | None = 16,
         read: Read = "same",
         stride: int = 4,
         rows: int = 96,
@@ -107,7 +107,7 @@ class Replayer:
     ):
         if read not in ("same", "next"):
             raise ValueError(f"read={read!r}: allowed are 'same' and 'next'")
-        if horizon < (read == "next"):
+        if horizon is not None and horizon < (read == "next"):
             least = "at least 1 with read='next', where the token's own read sees no edit" if horizon == 0 else ">= 0"
             raise ValueError(f"horizon={horizon}: it must be {least}")
         if stride < 3:  # a piece of one token takes another path through some models
@@ -121,7 +121,9 @@ class Replayer:
         self.rows = max(1, min(rows, STATES // (4 * sum(states))))
         self.read: Read = read
         self.first = int(read == "next")
-        self.below = _layers_below(model, lowest)
+        self.below = layers_below(model, lowest)
+        self.after = horizon or 0  # tokens that a position needs after it
+        self.n_steps = 1 if horizon is None else horizon + 1 - (read == "next")
         self.way: tuple[bool, bool] | None = None
         self.exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
         self.beside = beside or not self.exact
@@ -140,7 +142,7 @@ class Replayer:
 
             with self.below[-1].register_forward_hook(keep) if self.below else nullcontext():
                 _, cache = self.model.run_with_cache(ids, names=names)
-        below = seen[0] if len(seen) == 1 and _by_token(seen[0], ids.shape) else None
+        below = seen[0] if len(seen) == 1 and by_token(seen[0], ids.shape) else None
         return Native(ids, end, cache, below)
 
     @torch.no_grad()
@@ -157,7 +159,7 @@ class Replayer:
         Writes are ``[firing, condition]``. A token has ``horizon`` tokens of its window after it, else ValueError.
         ``tell`` is called with the number of firings done since the last time.
         """
-        shape = (len(position), next(iter(writes.values())).shape[1], self.horizon + 1 - self.first)
+        shape = (len(position), next(iter(writes.values())).shape[1], self.n_steps)
         kl = torch.zeros(shape, dtype=torch.float64, device=position.device)
         flips = torch.zeros(shape[:2], dtype=torch.bool, device=position.device)
         for firings, edited, reference in self.logits(native, window, position, writes):
@@ -179,19 +181,26 @@ class Replayer:
         """What `futures` compares, a few firings at a time: which, their logits at the tokens scored, and those of the
         model as it is. Arguments and errors are the same."""
         context = native.ids.shape[1]
-        if len(position) and (int(position.min()) < 0 or int(position.max()) + self.horizon >= context):
+        if len(position) and (int(position.min()) < 0 or int(position.max()) + self.after >= context):
             raise ValueError(
                 f"positions {int(position.min())} to {int(position.max())} with a horizon of {self.horizon}: windows "
-                f"of {context} tokens allow 0 to {context - 1 - self.horizon}"
+                f"of {context} tokens allow 0 to {context - 1 - self.after}"
             )
         if self.beside:
             writes = {
                 place: stacked([*(w[:, c] for c in range(w.shape[1])), native.write(place, window, position)])
                 for place, w in writes.items()
             }
-        if self.way is None and len(position):
-            self.way = self._find_way(native)
-        for firings, edited in self._each(native, window, position, writes):
+
+        def edits(some: Tensor) -> list[Intervention]:
+            made: list[Intervention] = []
+            for place, w in writes.items():
+                key, value = (x[some].flatten(0, 1)[:, None] for x in (w.key, w.value))
+                made.append(Replace(*place, write=Write(key, value, w.rank)))
+            return made
+
+        n_conditions = next(iter(writes.values())).shape[1]
+        for firings, edited in self.replay(native, window, position, n_conditions, edits):
             if self.beside:
                 yield firings, edited[:, :-1], edited[:, -1:]
             else:
@@ -200,14 +209,17 @@ class Replayer:
     def _native_logits(
         self, native: Native, window: Int[Tensor, " firing"], position: Int[Tensor, " firing"]
     ) -> Float[Tensor, "firing 1 step vocab"]:
-        return native.end.at(*self._scored(window[:, None], position[:, None]))
+        return native.end.at(*self._scored(window[:, None], position[:, None], native.ids.shape[1]))
 
     def _scored(
-        self, rows: Int[Tensor, "firing condition"], columns: Int[Tensor, "firing condition"]
+        self, rows: Int[Tensor, "firing condition"], columns: Int[Tensor, "firing condition"], end: int
     ) -> tuple[Int[Tensor, "firing condition step"], Int[Tensor, "firing condition step"]]:
-        """Rows and columns of the tokens that are scored, of edits at ``columns``."""
-        steps = torch.arange(self.first, self.horizon + 1, device=columns.device)
-        return rows[..., None].expand(*rows.shape, len(steps)), columns[..., None] + steps
+        """Rows and columns of the tokens that are scored, of edits at ``columns`` in a pass of ``end`` tokens."""
+        steps = torch.arange(self.n_steps, device=columns.device)
+        at = columns[..., None] + steps + self.first
+        if self.horizon is None:
+            at = torch.full_like(at, end - 1)
+        return rows[..., None].expand(at.shape), at
 
     def _groups(
         self, native: Native, window: Tensor, position: Tensor, n_conditions: int
@@ -234,26 +246,48 @@ class Replayer:
         with short_chunks(), self._skipping(native, slice(None), start, end, not attention):
             self.model(ids, past_key_values=cache, **self.model.logits_of_last(1))
 
+    @torch.no_grad()
+    def replay(
+        self,
+        native: Native,
+        window: Int[Tensor, " firing"],
+        position: Int[Tensor, " firing"],
+        n_conditions: int,
+        edits: Callable[[Int[Tensor, " some"]], Sequence[Intervention]],
+    ) -> Iterator[tuple[Int[Tensor, " some"], Float[Tensor, "some condition step vocab"]]]:
+        """Run the futures of any edits at some tokens, a few firings at a time: which, and their logits.
+
+        Args:
+            native: the windows as they are.
+            window, position: where each firing is.
+            n_conditions: futures of each.
+            edits: makes the interventions for some firings, at their positions; rows are conditions of the first of
+                them, then of the next.
+        """
+        if self.way is None and len(position):
+            self.way = self._find_way(native)
+        yield from self._each(native, window, position, n_conditions, edits)
+
     def _each(
-        self, native: Native, window: Tensor, position: Tensor, writes: Mapping[Head, Write]
-    ) -> Iterator[tuple[Int[Tensor, " firing"], Float[Tensor, "firing condition step vocab"]]]:
-        """A few firings at a time, and their logits at the tokens scored; without ``writes``, of one condition: no
-        edit."""
-        n = next(iter(writes.values())).shape[1] if writes else 1
-        at_once = max(1, LOGITS // (n * (self.horizon + 1) * self.model.n_vocab))
+        self,
+        native: Native,
+        window: Tensor,
+        position: Tensor,
+        n: int = 1,
+        edits: Callable[[Tensor], Sequence[Intervention]] = lambda _: (),
+    ) -> Iterator[tuple[Int[Tensor, " some"], Float[Tensor, "some condition step vocab"]]]:
+        at_once, context = max(1, LOGITS // (n * self.n_steps * self.model.n_vocab)), native.ids.shape[1]
         for some, start, cache in self._groups(native, window, position, n):
             rows, at = window[some].repeat_interleave(n), position[some].repeat_interleave(n)
-            end = min(max(int(at.max()) + self.horizon + 1, start + 2), native.ids.shape[1])
+            end = context if self.horizon is None else min(max(int(at.max()) + self.horizon + 1, start + 2), context)
             if cache is not None:
                 cache = _rows_of(cache, rows)
-            edits = []
-            for place, w in writes.items():
-                key, value = (x[some].flatten(0, 1)[:, None] for x in (w.key, w.value))
-                edits.append(Replace(*place, write=Write(key, value, w.rank)))
-            editing = self.model.intervene(edits, positions=at[:, None], read=self.read) if edits else nullcontext()
+            what = list(edits(some))
+            editing = self.model.intervene(what, positions=at[:, None], read=self.read) if what else nullcontext()
             with short_chunks(), self._skipping(native, rows, start, end), editing, late_logits(self.model) as late:
                 self.model(native.ids[rows, start:end], past_key_values=cache)
-            scored = self._scored(torch.arange(len(rows), device=at.device).view(-1, n), at.view(-1, n) - start)
+            each = torch.arange(len(rows), device=at.device).view(-1, n)
+            scored = self._scored(each, at.view(-1, n) - start, end - start)
             for few in torch.arange(len(some)).split(at_once):
                 yield some[few], late.at(*(x[few] for x in scored))
 
@@ -263,11 +297,11 @@ class Replayer:
         """Layers below give what they gave natively while the block runs, at tokens ``start`` to ``end``."""
         if self.way is None or not self.way[1] or native.below is None or not allowed:
             return nullcontext()
-        return giving(self.below, _map(lambda x: x[rows, start:end], native.below))
+        return giving(self.below, map_tensors(lambda x: x[rows, start:end], native.below))
 
     def _find_way(self, native: Native) -> tuple[bool, bool]:
         """The first of `WAYS` in which futures without an edit, after two pieces or more, are as in the native pass."""
-        last = native.ids.shape[1] - 1 - self.horizon
+        last = native.ids.shape[1] - 1 - self.after
         position = torch.tensor([last // 2, last], device=native.ids.device)
         window, error = torch.zeros_like(position), 0.0
         try:
@@ -278,7 +312,7 @@ class Replayer:
                 try:
                     found = [
                         kl_from(logits, self._native_logits(native, window[i], position[i])).max()
-                        for i, logits in self._each(native, window, position, {})
+                        for i, logits in self._each(native, window, position)
                     ]
                 except torch.OutOfMemoryError:
                     raise
@@ -331,25 +365,24 @@ def _rows_of(cache: Any, rows: Int[Tensor, " row"]) -> Any:
 # --- layers below -----------------------------------------------------------------------------------------------------
 
 
-def _layers_below(model: HookedRecurrentModel, layer: int) -> list[nn.Module]:
-    """The layers that run before a recurrent one; none where the stack is not a plain list."""
-    path = next(path for path, mixer, _ in find_mixers(model.hf_model) if mixer.layer_idx == layer)
-    found = re.match(r"(.*\blayers)\.(\d+)\.", path)
+def layers_below(model: HookedRecurrentModel, layer: int) -> list[nn.Module]:
+    """The layers that run before one; none where the stack is not a plain list."""
+    found = re.match(r"(.*\blayers)\.\d+\.", find_mixers(model.hf_model)[0][0])
     if found is None:
         return []
     stack = model.hf_model.get_submodule(found[1])
-    below, rest = list(stack.children())[: int(found[2])], list(stack.children())[int(found[2]) :]
+    below, rest = list(stack.children())[:layer], list(stack.children())[layer:]
     return below if isinstance(stack, nn.ModuleList) and not any(x is y for x in below for y in rest) else []
 
 
-def _map(fn: Any, x: Any) -> Any:
+def map_tensors(fn: Any, x: Any) -> Any:
     if isinstance(x, tuple | list):
-        return type(x)(_map(fn, part) for part in x)
+        return type(x)(map_tensors(fn, part) for part in x)
     return fn(x) if isinstance(x, Tensor) else x
 
 
-def _by_token(x: Any, shape: Sequence[int]) -> bool:
+def by_token(x: Any, shape: Sequence[int]) -> bool:
     """Whether everything in a layer's output is one thing per token, so that rows and pieces can be taken."""
     if isinstance(x, tuple | list):
-        return type(x) in (tuple, list) and all(_by_token(part, shape) for part in x)
+        return type(x) in (tuple, list) and all(by_token(part, shape) for part in x)
     return x is None or (isinstance(x, Tensor) and x.ndim >= 2 and x.shape[:2] == tuple(shape))

@@ -1,0 +1,418 @@
+"""Activation patching: which part of one run, put into another, brings its answer with it.
+
+Two texts of equal length differ in what they say (a name), and a number tells their answers apart (the logit of one
+name less that of the other). One part after the other of the *corrupted* run is replaced by what the *clean* run has
+there: causal tracing (Meng et al. 2202.05262), on recurrent models Sharma et al. (2404.03646); TransformerLens has it
+as `patching`. Beside it stands its estimate to first order, from one backward pass: attribution patching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from writesae.experiments.results.result import Figure, Number, Result, figure, predicted_and_measured
+from writesae.futures.replay import Replayer, by_token, layers_below, map_tensors
+from writesae.gradients import Logit, gradient
+from writesae.gradients.backward import frozen
+from writesae.hooks import ActivationCache, HookPoint, Intervention
+from writesae.hooks.interventions import Moment
+from writesae.hooks.names import inputs, name_of
+from writesae.hooks.quantities import RESIDUAL
+from writesae.hooks.residual import giving
+from writesae.hooks.scope import owning
+from writesae.hooks.sites import Head
+from writesae.jobs.progress import Progress
+from writesae.model import HookedRecurrentModel, Text, late_logits
+from writesae.recurrence import Write
+
+STATES = 16  # positions whose states are compared at once
+Metric = Callable[[Float[Tensor, "batch 1 vocab"]], Float[Tensor, " batch"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Patching(Result):
+    """What each part of the clean run does in the corrupted one.
+
+    Attributes:
+        what: the hook point patched.
+        layers: of the grid.
+        tokens: those of the corrupted text, as strings.
+        clean, corrupted: the number after each text as it is.
+        grid: the number with that part patched in. ``head`` has one entry where the point has no heads.
+        estimate: the same to first order; None where it was not asked for.
+    """
+
+    what: str
+    layers: tuple[int, ...]
+    tokens: tuple[str, ...]
+    clean: float
+    corrupted: float
+    grid: Float[Tensor, "layer head pos"]
+    estimate: Float[Tensor, "layer head pos"] | None
+
+    @property
+    def restored(self) -> Float[Tensor, "layer head pos"]:
+        """How much of the way from the corrupted number to the clean one: 0 nothing, 1 all of it."""
+        return (self.grid - self.corrupted) / (self.clean - self.corrupted)
+
+    @property
+    def title(self) -> str:
+        return f"Patching {self.what}, {len(self.layers)} layers, {len(self.tokens)} tokens"
+
+    @property
+    def about(self) -> str:
+        return (
+            f"The number is {self.clean:.3f} after the clean text and {self.corrupted:.3f} after the corrupted one. "
+            f"{self.what} of the clean run is put into the corrupted run at one layer, head and token at a time. "
+            f"Restored is how much of the difference that makes. The estimate is of first order, from one backward "
+            f"pass through the corrupted run."
+        )
+
+    def top(self, n: int = 10) -> list[tuple[int, int, int, float]]:
+        """The ``n`` parts that restore most, in size: ``(layer, head, position, restored)``."""
+        flat = self.restored.abs().flatten().topk(min(n, self.grid.numel())).indices
+        found = [np.unravel_index(int(i), tuple(self.grid.shape)) for i in flat]
+        return [(self.layers[a], int(h), int(t), float(self.restored[a, h, t])) for a, h, t in found]
+
+    def numbers(self) -> Sequence[Number]:
+        made = [Number("clean", self.clean), Number("corrupted", self.corrupted)]
+        if self.estimate is not None:
+            pair = torch.stack([self.grid.flatten(), self.estimate.flatten()])
+            r = float(torch.corrcoef(pair)[0, 1])
+            made.append(Number("correlation with the first-order estimate", r, n=self.grid.numel()))
+        for layer, head, t, x in self.top(8):
+            where = f"layer {layer}" + (f" head {head}" if self.grid.shape[1] > 1 else "")
+            made.append(Number(f"{where}, {self.tokens[t]!r} at {t}, restored", x, "%"))
+        return made
+
+    def columns(self) -> dict[str, Any]:
+        layer, head, position = np.indices(self.grid.shape).reshape(3, -1)
+        columns = {
+            "layer": np.array(self.layers)[layer],
+            "head": head,
+            "position": position,
+            "token": [self.tokens[t] for t in position],
+            "patched": self.grid.flatten().numpy(),
+            "restored": self.restored.flatten().numpy(),
+        }
+        return columns | ({} if self.estimate is None else {"estimate": self.estimate.flatten().numpy()})
+
+    def plot(self) -> Figure:
+        """Tokens across, layers (and their heads) down; beside it, the estimate."""
+        rows = self.restored.flatten(0, 1).numpy()
+        height = max(3.0, 0.12 * len(rows) + 1.2)
+        made, axes = figure(1 if self.estimate is None else 2, max(4.6, 0.2 * len(self.tokens) + 1.5), height)
+        limit = float(abs(rows).max()) or 1.0
+        image = axes[0].imshow(rows, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+        shown = [repr(token)[1:-1] for token in self.tokens]
+        axes[0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=7, parse_math=False)
+        n_heads = self.grid.shape[1]
+        axes[0].set_yticks([i * n_heads for i in range(len(self.layers))], [f"layer {x}" for x in self.layers])
+        made.colorbar(image, ax=axes[0], label="restored")
+        if self.estimate is not None:
+            predicted_and_measured(axes[1], self.estimate.flatten(), self.grid.flatten())
+            axes[1].set(xlabel="first-order estimate", ylabel="number with the part patched in")
+        return made
+
+
+def patching(
+    model: HookedRecurrentModel,
+    clean: Text,
+    corrupted: Text,
+    metric: Metric,
+    what: str = "write",
+    *,
+    layers: Sequence[int] | None = None,
+    positions: Sequence[tuple[int, int]] | None = None,
+    estimate: bool = True,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> Patching:
+    """Put each part of a clean run into a corrupted one, and see how much of its answer comes with it.
+
+    >>> found = ws.patching(model, "... said Ahab", "... said Peleg", ws.Logit(a, minus=b), "write")
+    >>> found.top(3)                                   # (layer, head, position, how much it restores)
+
+    Writes are patched by replay: everything before the token, and the layers below, are run once for all; quantities at
+    other points by full passes, in batches, without the layers below.
+
+    Args:
+        model: the model.
+        clean, corrupted: one text each, or token ids ``[pos]``.
+        metric: the number: a `Logit`, or a function of the logits after the last token, ``[batch, 1, vocab]``.
+        what: ``"write"``, ``"state"`` (after the token), or another hook point of a recurrence (``"k"``, ``"v"``,
+            ``"log_decay"``, ...): one head at a time; or of the residual stream (``"resid_pre"``, ``"mixer_out"``,
+            ``"mlp_out"``, ``"resid_post"``).
+        layers: which; None for all that have such a point.
+        positions: pairs of a position of the clean text and one of the corrupted text that belongs to it, for texts
+            that do not align token by token; None: each to its own.
+        estimate: also to first order, from one backward pass through the corrupted run.
+        batch_size: rows run at once.
+        progress: called with the number of parts done.
+
+    Raises:
+        ValueError: the texts have not the same length and no positions are given; several texts; the two answers are
+            the same, so there is nothing to restore; no layer has such a point.
+        IndexError: no such layer or position.
+    """
+    if isinstance(metric, Logit) and not (isinstance(metric.at, int) and metric.at == -1):
+        raise ValueError(f"at={metric.at} in the metric: patching is about what follows the last token; leave at= out")
+    ids, source_ids = (_one(model, text, name) for text, name in ((corrupted, "corrupted"), (clean, "clean")))
+    pairs = _aligned(source_ids.shape[1], ids.shape[1], positions, ids.device)
+    chosen = _layers_with(model, what, layers)
+    with owning(everywhere=False), torch.no_grad():
+        source, before = _answer(model, source_ids, metric, [x for layer in chosen for x in _names(model, what, layer)])
+        _, after = _answer(model, ids, metric, [])
+        if before == after:
+            raise ValueError(
+                f"the number is {before:.4g} after both texts, so nothing can be restored: choose a metric that tells "
+                f"their answers apart, such as Logit(answer, minus=other_answer)"
+            )
+        n_heads = 1 if what in RESIDUAL else max(model.site(layer).n_heads for layer in chosen)
+        grid, done = torch.full((len(chosen), n_heads, ids.shape[1]), after), 0
+        parts = _writes if what == "write" else _points
+        for i, layer in enumerate(chosen):
+            for head, at, value in parts(model, ids, source, what, layer, pairs, metric, batch_size):
+                grid[i, head, at] = value
+                done += value.numel()
+                if progress is not None:
+                    progress(done)
+    guess = None
+    if estimate:
+        guess = torch.full_like(grid, after)
+        for i, found in enumerate(_first_order(model, ids, source, chosen, pairs, metric, what)):
+            guess[i, : len(found), pairs[:, 1].cpu()] += found.detach().float()
+    strings = [str(i) for i in ids[0].tolist()] if model.tokenizer is None else model.to_str_tokens(ids)
+    return Patching(what, tuple(chosen), tuple(strings), before, after, grid, guess)
+
+
+def _answer(
+    model: HookedRecurrentModel, ids: Int[Tensor, "1 pos"], metric: Metric, names: list[str]
+) -> tuple[ActivationCache, float]:
+    """What a run has at some points, and the number after it."""
+    with late_logits(model) as end:
+        _, cache = model.run_with_cache(ids, names=names)
+    last = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
+    found = metric(end.at(last, last - 1))
+    if found.shape != (1,):
+        raise ValueError(f"the metric gave {list(found.shape)} for one text: one number per text, [batch], is needed")
+    return cache, float(found[0])
+
+
+def _writes(
+    model: HookedRecurrentModel,
+    ids: Tensor,
+    source: ActivationCache,
+    _what: str,
+    layer: int,
+    pairs: Int[Tensor, "n 2"],
+    metric: Metric,
+    batch_size: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Heads, positions and the number, of every write of a layer."""
+    replayer = Replayer(model, [Head(layer, 0)], horizon=None, stride=8, rows=batch_size)
+    native = replayer.native(ids)
+    change = source.write(layer)[0:1, pairs[:, 0]] - native.cache.write(layer)[0:1, pairs[:, 1]]
+    n_heads = change.shape[2]
+    own = torch.eye(n_heads, device=ids.device)  # of each condition, one head
+
+    def edits(some: Tensor) -> list[Intervention]:
+        here = change[0, some][:, None].expand(len(some), n_heads, n_heads) * own
+        return [_OfEachHead(layer, write=Write(here.key.flatten(0, 1), here.value.flatten(0, 1), here.rank))]
+
+    window = torch.zeros_like(pairs[:, 1])
+    for some, logits in replayer.replay(native, window, pairs[:, 1], n_heads, edits):
+        value = metric(logits.flatten(0, 1)).view(len(some), n_heads).float().cpu()
+        heads = torch.arange(n_heads).expand(value.shape)
+        yield heads, pairs[some, 1].cpu()[:, None].expand(value.shape), value
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfEachHead(Intervention):
+    """Add another write to each sequence and head, ``[batch, head]``."""
+
+    write: Write
+
+    def edit(self, now: Moment) -> Write:
+        return self.write[:, None].expand(*now.write.shape)
+
+
+def _points(
+    model: HookedRecurrentModel,
+    ids: Tensor,
+    source: ActivationCache,
+    what: str,
+    layer: int,
+    pairs: Int[Tensor, "n 2"],
+    metric: Metric,
+    batch_size: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Heads, positions and the number, of everything that one hook point of a layer holds."""
+    name, n_heads = name_of(what, layer), 1 if what in RESIDUAL else model.site(layer).n_heads
+    below = _below(model, ids, layer)
+    cells = torch.cartesian_prod(torch.arange(n_heads), torch.arange(len(pairs))).to(ids.device).view(-1, 2)
+    for part in cells.split(batch_size):
+        head, (start, at) = part[:, 0], pairs[part[:, 1]].T
+        rows = torch.arange(len(part), device=ids.device)
+        if what == "state":
+            distinct, where = start.unique(return_inverse=True)
+            found = source.state(layer, distinct.tolist())[0, where, head]
+        else:
+            found = source[name][0, start] if what in RESIDUAL else source[name][0, start, head]
+
+        def put(x: Tensor, hook: HookPoint, head: Tensor = head, at: Tensor = at, found: Tensor = found) -> Tensor:
+            x = x.clone()
+            if what == "state":
+                assert hook.positions is not None
+                these = (at == hook.positions[0]).nonzero()[:, 0]
+                x[torch.arange(len(these), device=x.device), 0, head[these]] = found[these].to(x)
+            elif what in RESIDUAL:
+                x[torch.arange(len(at), device=x.device), at] = found.to(x)
+            else:
+                x[torch.arange(len(at), device=x.device), at, head] = found.to(x)
+            return x
+
+        asked = at[:, None] if what == "state" else None
+        skip = nullcontext() if below is None else giving(*below(rows))
+        with late_logits(model) as end, skip, model.hooks([(name, put)], state_positions=asked):
+            model(ids.expand(len(part), -1))
+        value = metric(end.last().at(rows[:, None], torch.zeros_like(rows)[:, None]))
+        yield head.cpu(), at.cpu(), value.float().cpu()
+
+
+def _below(
+    model: HookedRecurrentModel, ids: Tensor, layer: int
+) -> Callable[[Tensor], tuple[Sequence[nn.Module], Any]] | None:
+    """The layers below and what they give, for some rows; None where leaving them out changes the model."""
+    layers = layers_below(model, layer)
+    if not layers:
+        return None
+    seen: list[Any] = []
+    with owning(everywhere=False) as call, late_logits(model) as end:
+
+        def keep(_layer: nn.Module, _args: Any, output: Any) -> None:
+            if call.here:
+                seen.append(output)
+
+        with layers[-1].register_forward_hook(keep):
+            model(ids)
+    if len(seen) != 1 or not by_token(seen[0], ids.shape):
+        return None
+    with giving(layers, seen[0]), late_logits(model) as again:
+        model(ids)
+    last = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
+    difference = end.last().at(last, last) - again.last().at(last, last)
+    if not bool((difference.abs() < 1e-3).all()):
+        return None
+    return lambda rows: (layers, map_tensors(lambda x: x.expand(len(rows), *x.shape[1:]), seen[0]))
+
+
+# --- to first order ---------------------------------------------------------------------------------------------------
+
+
+def _first_order(
+    model: HookedRecurrentModel,
+    ids: Tensor,
+    source: ActivationCache,
+    layers: Sequence[int],
+    pairs: Int[Tensor, "n 2"],
+    metric: Metric,
+    what: str,
+) -> list[Float[Tensor, "head n"]]:
+    """What each part would change, from one backward pass: its difference times the number's gradient."""
+    if what in ("write", "state"):
+        found = gradient(model, ids, metric, layers, at=-1)
+        made = []
+        for layer in layers:
+            if what == "write":
+                own = found[layer].write
+                change = source.write(layer)[0:1, pairs[:, 0]] - own[0:1, pairs[:, 1]]
+                key, value = (x.new_zeros(1, ids.shape[1], *x.shape[2:]) for x in (change.key, change.value))
+                key[:, pairs[:, 1]], value[:, pairs[:, 1]] = change.key, change.value
+                made.append(found[layer].price(Write(key, value, change.rank))[0, pairs[:, 1]].T.cpu())
+                continue
+            parts = []
+            for some in pairs.split(STATES):
+                here, there = source.state(layer, some[:, 0].tolist()), found.cache.state(layer, some[:, 1].tolist())
+                slope = found[layer].at(some[:, 1].tolist())
+                parts.append(((here - there) * slope).sum((0, -1, -2)))
+            made.append(torch.cat(parts).T.cpu())
+        return made
+    probes: dict[int, Tensor] = {}
+    kept: dict[int, Tensor] = {}
+
+    def probe(x: Tensor, hook: HookPoint) -> Tensor:
+        kept[hook.layer], probes[hook.layer] = x.detach(), torch.zeros_like(x).requires_grad_()
+        return x + probes[hook.layer]
+
+    with torch.enable_grad(), frozen(model.hf_model), late_logits(model) as end:
+        with model.hooks([(name_of(what, layer), probe) for layer in layers]):
+            model(ids)
+        last = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
+        value = metric(end.at(last, last - 1)).sum()
+        slopes = torch.autograd.grad(value, list(probes.values()), allow_unused=True)
+    made = []
+    for (layer, zeros), slope in zip(probes.items(), slopes, strict=True):
+        slope = torch.zeros_like(zeros) if slope is None else slope
+        change = source[what, layer][0, pairs[:, 0]].to(kept[layer]) - kept[layer][0, pairs[:, 1]]
+        x = (change * slope[0, pairs[:, 1]]).float()
+        heads = x.sum(-1)[:, None] if what in RESIDUAL else x.flatten(2).sum(-1) if x.ndim > 2 else x
+        made.append(heads.T.cpu())
+    return made
+
+
+# --- what was asked ---------------------------------------------------------------------------------------------------
+
+
+def _one(model: HookedRecurrentModel, text: Text, name: str) -> Int[Tensor, "1 pos"]:
+    ids, _ = model.to_tokens(text)
+    if len(ids) != 1:
+        raise ValueError(f"{name} holds {len(ids)} texts: patching takes one clean and one corrupted text")
+    return ids
+
+
+def _aligned(
+    n_clean: int, n_corrupted: int, positions: Sequence[tuple[int, int]] | None, device: torch.device
+) -> Int[Tensor, "n 2"]:
+    """Pairs of positions, of the clean and the corrupted text."""
+    if positions is None:
+        if n_clean != n_corrupted:
+            raise ValueError(
+                f"the clean text has {n_clean} tokens and the corrupted one {n_corrupted}: choose words of equal "
+                f"length, or say which position belongs to which, positions=[(clean, corrupted), ...]"
+            )
+        positions = [(t, t) for t in range(n_clean)]
+    pairs = torch.tensor(list(positions), device=device).reshape(-1, 2)
+    for name, column, n in (("clean", pairs[:, 0], n_clean), ("corrupted", pairs[:, 1], n_corrupted)):
+        bad = column[(column < 0) | (column >= n)]
+        if len(bad) or not len(column):
+            got = int(bad[0]) if len(bad) else "none"
+            raise IndexError(f"position {got} of the {name} text: allowed are 0 to {n - 1}")
+    if len(pairs[:, 1].unique()) < len(pairs):
+        raise ValueError("positions= names a position of the corrupted text twice: give each once")
+    return pairs
+
+
+def _layers_with(model: HookedRecurrentModel, what: str, layers: Sequence[int] | None) -> list[int]:
+    """The layers asked for, all of which have such a point."""
+    have = [layer for layer in range(model.n_layers) if name_of(what, layer) in model.hook_names]
+    if not have:
+        known = sorted({name.rsplit("hook_", 1)[1] for name in model.hook_names})
+        raise ValueError(f"what={what!r}: no layer has such a hook point; there are {', '.join(known)}")
+    for layer in have if layers is None else layers:
+        if layer not in have:
+            raise IndexError(f"layer {layer} has no {what}; layers that do: {have}")
+    return have if layers is None else list(dict.fromkeys(layers))
+
+
+def _names(model: HookedRecurrentModel, what: str, layer: int) -> list[str]:
+    """What has to be cached of a layer."""
+    return inputs(model.family(layer).rule, layer) if what in ("write", "state") else [name_of(what, layer)]
