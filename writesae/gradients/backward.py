@@ -289,7 +289,7 @@ def gradient(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        _frozen(model.hf_model),
+        frozen(model.hf_model),
         owning(everywhere=False) as call,
         ExitStack() as stack,
     ):
@@ -358,7 +358,7 @@ def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """No parameter wants a gradient while the block runs: the graph then begins at the first probe."""
     wanted = [p for p in module.parameters() if p.requires_grad]
     for p in wanted:

@@ -1,0 +1,136 @@
+"""What a check returns: a row for everything that was measured, beside what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from writesae.jobs.disk import write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SHOWS = 4.0
+"""An edit has to move what is compared by so many times the error that is allowed, or the comparison shows nothing."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that was measured.
+
+    Attributes:
+        check: what, in words.
+        where: the layer or the hook point; empty for the whole model.
+        measured: the error, or the cost; None if it could not be measured, and `note` says why.
+        allowed: the largest error that is right; None where there is no limit, as for a cost.
+        unit: of both: ``logit``, ``of the largest`` (relative to the largest value of the head), ``of the effect``,
+            ``x unwrapped``, ``MiB``.
+        moves: how much the edit or perturbation itself moves what is compared; None where nothing is edited.
+        note: what else to know.
+    """
+
+    check: str
+    where: str = ""
+    measured: float | None = None
+    allowed: float | None = None
+    unit: str = "logit"
+    moves: float | None = None
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within what is allowed, and the edit moved enough for that to mean something."""
+        if self.allowed is None:
+            return True
+        if self.measured is None or not self.measured <= self.allowed:  # a NaN is not within anything
+            return False
+        return self.moves is None or self.moves >= SHOWS * self.allowed
+
+    @property
+    def verdict(self) -> str:
+        """``ok``, ``FAIL``, or ``-`` where nothing is demanded."""
+        return "-" if self.allowed is None else "ok" if self.ok else "FAIL"
+
+    @property
+    def reason(self) -> str:
+        """Why it failed, or the note."""
+        if self.ok or self.measured is None or not self.measured <= (self.allowed or 0.0):
+            return self.note
+        too_weak = f"the edit moved too little to show anything (needs {SHOWS * (self.allowed or 0.0):.2g})"
+        return f"{too_weak}; {self.note}" if self.note else too_weak
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What `check` found.
+
+    Attributes:
+        model: the name of the model.
+        environment: versions, device, dtype, and the functions that ran the recurrences.
+        rows: what was measured, in order.
+        seconds: how long it took.
+    """
+
+    model: str
+    environment: dict[str, str]
+    rows: tuple[Row, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every row is."""
+        return all(row.ok for row in self.rows)
+
+    @property
+    def failed(self) -> list[Row]:
+        """The rows that are not."""
+        return [row for row in self.rows if not row.ok]
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        n = sum(row.allowed is not None for row in self.rows)
+        found = f"all {n} checks ok" if self.ok else f"{len(self.failed)} of {n} checks FAILED"
+        return f"{self.model}: {found}, {self.seconds:.0f} s"
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *(f"{row.check}, {row.where}: {row.reason}" for row in self.failed)])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A table with a row for each of `rows`."""
+        import pandas as pd
+
+        return pd.DataFrame(self._records())
+
+    def table(self) -> Table:
+        """The rows, for a terminal or a notebook; the environment stands above them."""
+        head = "\n".join(f"{name}: {value}" for name, value in self.environment.items())
+        table = Table(title=Text(f"{self.model}\n{head}"), caption=Text(self.summary), title_justify="left")
+        for name in ("check", "where", "measured", "allowed", "the edit moves", "in", "ok", ""):
+            table.add_column(name, justify="right" if name in ("measured", "allowed", "the edit moves") else "left")
+        for row in self.rows:
+            style = "" if row.ok else "bold red"
+            numbers = (_number(x) for x in (row.measured, row.allowed, row.moves))
+            cells = (row.check, row.where, *numbers, row.unit, row.verdict, row.reason)
+            table.add_row(*map(Text, cells), style=style)
+        return table
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON."""
+        about = {"model": self.model, "ok": self.ok, "seconds": self.seconds, "environment": self.environment}
+        write_json(Path(path), {**about, "rows": self._records()})
+
+    def _records(self) -> Sequence[dict[str, Any]]:
+        finite = lambda x: x if not isinstance(x, float) or math.isfinite(x) else None  # noqa: E731  # JSON has no NaN
+        each = ({**asdict(row), "ok": row.ok, "note": row.reason} for row in self.rows)
+        return [{name: finite(x) for name, x in record.items()} for record in each]
+
+
+def _number(x: float | None) -> str:
+    return "" if x is None else "0" if x == 0 else f"{x:.3g}"

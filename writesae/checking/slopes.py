@@ -1,0 +1,150 @@
+"""Hooks and edits move logits as the model's own gradient says.
+
+What a hook point shows is taken to be what the model computes with: the gradient is taken through what is shown, and
+the value that comes back is what moves the logits. If these are not one quantity, the two do not agree.
+
+The number asked about is a fixed random combination of the last token's logits, so that no single rounding decides. It
+is compared with half the difference of two passes, with the change and with its opposite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from writesae.checking.result import Row
+from writesae.checking.subject import Subject, largest
+from writesae.gradients import gradient
+from writesae.gradients.backward import frozen
+from writesae.hooks import Add, HookPoint
+from writesae.recurrence import Write
+
+SHORT = 16  # tokens
+SMALLEST = 4.0  # units in the last place: a change below one would be rounded away
+EFFECT = "of the effect"
+
+
+class Number:
+    """What is asked about, and how large a change of it can be measured."""
+
+    def __init__(self, subject: Subject):
+        n_vocab = subject.unwrapped().shape[-1]
+        direction = torch.randn(n_vocab, generator=torch.Generator().manual_seed(subject.seed))
+        self.direction = (direction / direction.norm()).to(subject.unwrapped().device)
+        self.target = max(16 * subject.noise, 1e-2 * subject.spread)
+        """How far it is to move: far more than rounding, and little beside the spread of the logits."""
+        self.allowed = 0.03 + 4 * subject.noise / self.target
+
+    def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
+        return logits[:, -1].float() @ self.direction
+
+
+def check_own_values(subject: Subject) -> Iterator[Row]:
+    """Every hook of the checked layers gives back a copy of what it was shown: nothing changes but by rounding."""
+
+    def copy(value: Tensor | Write, _hook: HookPoint) -> Tensor | Write:
+        return _with(value, _tensor(value).clone())
+
+    names = [name for names in _points(subject).values() for name in names]
+    with subject.model.hooks([(name, copy) for name in names]):
+        found = subject.run()
+    yield Row("every hook given its own value", "", largest(found - subject.unwrapped()), subject.tolerance)
+
+
+def check_hook_slopes(subject: Subject) -> Iterator[Row]:
+    """Each hook point changed a little, in all checked layers, against the gradient with respect to what it shows."""
+    model, number = subject.model, Number(subject)
+    ids, points = subject.ids[:, :SHORT], _points(subject)
+    probes: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+
+    def probed(value: Tensor | Write, hook: HookPoint) -> Tensor | Write:
+        x = _tensor(value)
+        values[hook.name] = x.detach().clone()
+        probes[hook.name] = torch.zeros_like(x, requires_grad=True)
+        return _with(value, x + probes[hook.name])
+
+    names = [name for names in points.values() for name in names]
+    with torch.enable_grad(), frozen(model.hf_model), model.hooks([(name, probed) for name in names]):
+        found = torch.autograd.grad(number(subject.logits(ids)).sum(), [probes[name] for name in names], allow_unused=True)
+    gradients = dict(zip(names, found, strict=True))
+    for quantity, of_layers in points.items():
+        changes = {}
+        for name in of_layers:
+            if (slope := gradients[name]) is not None:
+                changes[name] = _change(values[name], slope.detach(), number.target / len(of_layers), subject.eps)
+        predicted = sum(float((d * gradients[name]).sum()) for name, d in changes.items())
+
+        def moved(value: Tensor | Write, hook: HookPoint, changes: dict[str, Tensor] = changes) -> Tensor | Write:
+            x, d = _tensor(value), changes[hook.name]
+            return _with(value, x + torch.cat([d, -d]))
+
+        with model.hooks([(name, moved) for name in changes]):
+            up, down = number(subject.logits(ids.expand(2, -1))).tolist()
+        yield _row("a hook moves logits as its gradient says", f"hook_{quantity}", predicted, (up - down) / 2, number)
+
+
+def check_edit_slopes(subject: Subject) -> Iterator[Row]:
+    """A small edit of one write, against `ws.gradient`'s price for it; all layers in one pass, each in its own rows."""
+    model, number, ids = subject.model, Number(subject), subject.ids[:, :SHORT]
+    at, layers = SHORT // 2, subject.layers
+    found = gradient(model, ids, number, layers, **subject.of_last)
+    edits, predicted = [], []
+    for i, layer in enumerate(layers):
+        best = found[layer].best([at])[0, 0]  # [head]
+        everywhere = Write(best.key[None, None], best.value[None, None])
+        price = found[layer].price(everywhere)[0, at]
+        head = int(price.argmax())
+        scale = number.target / float(price[head].clamp_min(1e-12))
+        signs = torch.zeros(2 * len(layers), 1, device=best.key.device)
+        signs[2 * i], signs[2 * i + 1] = scale, -scale
+        edits.append(Add(layer, head, write=best[head].expand(2 * len(layers), 1) * signs))
+        predicted.append(scale * float(price[head]))
+    with model.intervene(edits, positions=[at]):
+        numbers = number(subject.logits(ids.expand(2 * len(layers), -1))).tolist()
+    for i, layer in enumerate(layers):
+        measured = (numbers[2 * i] - numbers[2 * i + 1]) / 2
+        yield _row("an edit moves logits as its price says", f"layer {layer}", predicted[i], measured, number)
+
+
+def _row(check: str, where: str, predicted: float, measured: float, number: Number) -> Row:
+    if predicted < number.target / 2:
+        return Row(check, where, None, number.allowed, EFFECT, note=f"it moves logits by {predicted:.2g} at most")
+    return Row(check, where, abs(measured / predicted - 1), number.allowed, EFFECT, note=f"moves logits by {predicted:.2g}")
+
+
+def _change(value: Tensor, slope: Tensor, target: float, eps: float) -> Tensor:
+    """A change of ``value`` that should move the number by ``target``: a small share of the entries that count most,
+    and a larger share of all only if that is not enough."""
+    gain = (value * slope).abs().float()
+    share = SMALLEST * eps
+    ordered = gain.flatten().sort(descending=True).values
+    reached = share * ordered.cumsum(0) >= target
+    if reached.any():
+        least = ordered[int(reached.int().argmax())]
+        change = share * value.abs() * slope.sign() * (gain >= least)
+    else:
+        change = min(target / float(ordered.sum().clamp_min(1e-30)), 0.5) * value.abs() * slope.sign()
+    return change.to(value.dtype)
+
+
+def _points(subject: Subject) -> dict[str, list[str]]:
+    """The hook points of the checked layers by quantity, but for states, which are edited token by token."""
+    found: dict[str, list[str]] = {}
+    for name, point in subject.model.hook_dict.items():
+        if point.layer in subject.layers and point.quantity != "state":
+            found.setdefault(point.quantity, []).append(name)
+    return found
+
+
+def _tensor(value: Tensor | Write) -> Tensor:
+    """Of a write, its value factor stands for it."""
+    return value.value if isinstance(value, Write) else value
+
+
+def _with(value: Tensor | Write, x: Tensor) -> Tensor | Write:
+    return replace(value, value=x) if isinstance(value, Write) else x
