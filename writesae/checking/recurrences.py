@@ -33,16 +33,17 @@ def check_recurrences(subject: Subject) -> Iterator[Row]:
         _, cache = subject.model.run_with_cache(ids, _inputs_and_outputs(subject), **arguments, **subject.of_last)
         caches.append(cache)
     for layer in subject.layers:
-        state, reads, states = None, [], []
+        state, shown, right, states = None, [], [], []
         for cache in caches:
-            kept = cache.dynamics(layer).initial  # what the model itself had kept, as the kernel is given it
-            if state is not None:
-                states += [1.0] if kept is None else of_the_largest(kept.cpu().double()[:, None] - state[:, None], state[:, None])
+            if state is not None:  # what the model itself had kept, as the kernel is given it
+                kept = cache.dynamics(layer).initial
+                states += [1.0] if kept is None else _errors(kept, state)
             rec, write = exact(subject.model, layer, partial(_value, cache, layer))
             o, state = replay(rec, write, NONE, state)
-            reads += of_the_largest(cache["o", layer].cpu().double() - o, o)
-            rebuilt = cache.state(layer, [-1]).cpu().double()
-            states += of_the_largest(rebuilt - state[:, None], state[:, None])
+            states += _errors(cache.state(layer, [-1])[:, 0], state)
+            shown.append(cache["o", layer].cpu().double())
+            right.append(o)
+        reads = of_the_largest(torch.cat(shown, 1) - torch.cat(right, 1), torch.cat(right, 1))
         where, allowed = f"layer {layer}", subject.kernel_tolerance
         yield Row("quantities give what is read, o", where, _worst(reads), allowed, SHARE)
         yield Row("quantities give the states, kept and rebuilt", where, _worst(states), allowed, SHARE)
@@ -89,20 +90,18 @@ def kinds(subject: Subject) -> list[Kind]:
         return Change(few, lambda i, own, state: state - own + extra(i, own, state))
 
     def fade(state: Tensor, _hook: HookPoint) -> Tensor:
-        return 0.4 * state
+        return -0.5 * state
 
     def hook_states(s: Subject) -> Any:
         return s.model.hooks([(name_of("state", layer), fade) for layer in s.layers], state_positions=few)
 
+    delete = Change(range(1, n, 3), lambda _i, own, state: state - own)
+    fading = Change(few, lambda _i, _own, state: -0.5 * state)
     return [
-        Kind(
-            "delete writes",
-            intervene(lambda site: Delete(site.layer), few),
-            lambda _s, _site: Change(few, lambda _i, own, state: state - own),
-        ),
+        Kind("delete writes", intervene(lambda site: Delete(site.layer), slice(1, None, 3)), lambda _s, _site: delete),
         Kind("replace writes", intervene(replacement, few), replaced),
         Kind("add rank 2 behind the read", intervene(add, slice(0, None, 5), "next"), added),
-        Kind("change states by a hook", hook_states, lambda _s, _site: Change(few, lambda _i, _own, state: 0.4 * state)),
+        Kind("change states by a hook", hook_states, lambda _s, _site: fading),
     ]
 
 
@@ -165,6 +164,11 @@ def _inputs_and_outputs(subject: Subject) -> list[str]:
 
 def _value(cache: ActivationCache, layer: int, quantity: str) -> Tensor:
     return cache[quantity, layer]
+
+
+def _errors(state: Tensor, right: Tensor) -> list[float]:
+    """Of states, for each head."""
+    return of_the_largest((state.cpu().double() - right)[:, None], right[:, None])
 
 
 def _worst(errors: list[float]) -> float:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SHOWS = 4.0
-"""An edit has to move what is compared by so many times the error that is allowed, or the comparison shows nothing."""
+"""An edit has to move what is compared by so many times the error, or the comparison would show nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,14 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """Whether the error is within what is allowed, and the edit moved enough for that to mean something."""
+        """Whether the error is within what is allowed, and far below what the edit itself moves."""
         if self.allowed is None:
             return True
-        if self.measured is None or not self.measured <= self.allowed:  # a NaN is not within anything
-            return False
-        return self.moves is None or self.moves >= SHOWS * self.allowed
+        return self.measured is not None and self.measured <= self.allowed and self._shows  # a NaN is within nothing
+
+    @property
+    def _shows(self) -> bool:
+        return self.moves is None or (self.moves > 0 and self.moves >= SHOWS * (self.measured or 0.0))
 
     @property
     def verdict(self) -> str:
@@ -59,11 +61,9 @@ class Row:
 
     @property
     def reason(self) -> str:
-        """Why it failed, or the note."""
-        if self.ok or self.measured is None or not self.measured <= (self.allowed or 0.0):
-            return self.note
-        too_weak = f"the edit moved too little to show anything (needs {SHOWS * (self.allowed or 0.0):.2g})"
-        return f"{too_weak}; {self.note}" if self.note else too_weak
+        """Why it failed, as far as the numbers do not say it, and the note."""
+        weak = "" if self._shows else f"the edit moves less than {SHOWS:.0f} times the error, which shows nothing of it"
+        return "; ".join(filter(None, (weak, self.note)))
 
 
 @dataclass(frozen=True)

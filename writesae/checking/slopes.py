@@ -9,6 +9,7 @@ is compared with half the difference of two passes, with the change and with its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -24,6 +25,8 @@ from writesae.hooks import Add, HookPoint
 from writesae.recurrence import Write
 
 SHORT = 16  # tokens
+DRAWS = 8  # of rounding
+MOST = 0.8  # of the effect: an error below that tells a hook that acts from one that does not
 SMALLEST = 4.0  # units in the last place: a change below one would be rounded away
 EFFECT = "of the effect"
 
@@ -35,9 +38,12 @@ class Number:
         n_vocab = subject.unwrapped().shape[-1]
         direction = torch.randn(n_vocab, generator=torch.Generator().manual_seed(subject.seed))
         self.direction = (direction / direction.norm()).to(subject.unwrapped().device)
-        self.target = max(16 * subject.noise, 1e-2 * subject.spread)
-        """How far it is to move: far more than rounding, and little beside the spread of the logits."""
-        self.allowed = 0.03 + 4 * subject.noise / self.target
+        noise = float(self(subject.nudged(subject.ids[:, :SHORT].expand(DRAWS, -1))).std())
+        self.target = min(max(16 * noise, 2e-3 * subject.spread), subject.spread / 4)
+        """How far it is to move: far more than by rounding, and little beside the spread of the logits."""
+        self.allowed = 0.03 + 4 * subject.eps + 4 * noise / self.target
+        self.drowned = self.allowed > MOST
+        """Rounding moves the number nearly as much as a change that is small: slopes cannot be measured."""
 
     def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         return logits[:, -1].float() @ self.direction
@@ -89,32 +95,40 @@ def check_hook_slopes(subject: Subject) -> Iterator[Row]:
 
 
 def check_edit_slopes(subject: Subject) -> Iterator[Row]:
-    """A small edit of one write, against `ws.gradient`'s price for it; all layers in one pass, each in its own rows."""
+    """A little added to every write of a layer, at its own key, against the prices that `gradient` names for it; all
+    layers in one pass, each in two rows of its own."""
     model, number, ids = subject.model, Number(subject), subject.ids[:, :SHORT]
-    at, layers = SHORT // 2, subject.layers
+    layers, every = subject.layers, list(range(SHORT))
     found = gradient(model, ids, number, layers, **subject.of_last)
-    edits, predicted = [], []
+    edits, predicted, n_rows = [], [], 2 * len(layers)
     for i, layer in enumerate(layers):
-        best = found[layer].best([at])[0, 0]  # [head]
-        everywhere = Write(best.key[None, None], best.value[None, None])
-        price = found[layer].price(everywhere)[0, at]
-        head = int(price.argmax())
-        scale = number.target / float(price[head].clamp_min(1e-12))
-        signs = torch.zeros(2 * len(layers), 1, device=best.key.device)
+        key = found[layer].write.key
+        value = torch.einsum("bthkv,bthk->bthv", found[layer].at(every), key)  # with this key, it raises the number most
+        edit = Write(key, value)
+        edit = edit * (found[layer].write.norm() / edit.norm().clamp_min(1e-30))
+        prices = found[layer].price(edit)
+        edit = edit * (1 / prices.clamp_min(float(prices.median()) + 1e-30))  # a norm makes much of it where o is small
+        price = float(found[layer].price(edit).sum())
+        scale = number.target / max(price, 1e-12)
+        signs = torch.zeros(n_rows, 1, device=key.device)
         signs[2 * i], signs[2 * i + 1] = scale, -scale
-        edits.append(Add(layer, head, write=best[head].expand(2 * len(layers), 1) * signs))
-        predicted.append(scale * float(price[head]))
-    with model.intervene(edits, positions=[at]):
-        numbers = number(subject.logits(ids.expand(2 * len(layers), -1))).tolist()
+        for head in range(model.site(layer).n_heads):
+            edits.append(Add(layer, head, write=edit[:, :, head].expand(n_rows, SHORT) * signs))
+        predicted.append(scale * price)
+    with model.intervene(edits, positions=every):
+        numbers = number(subject.logits(ids.expand(n_rows, -1))).tolist()
     for i, layer in enumerate(layers):
         measured = (numbers[2 * i] - numbers[2 * i + 1]) / 2
         yield _row("an edit moves logits as its price says", f"layer {layer}", predicted[i], measured, number)
 
 
 def _row(check: str, where: str, predicted: float, measured: float, number: Number) -> Row:
+    error = abs(measured / predicted - 1) if predicted else math.nan
+    if number.drowned:
+        return Row(check, where, error, None, EFFECT, note="not judged: rounding moves logits as much as a small change")
     if predicted < number.target / 2:
         return Row(check, where, None, number.allowed, EFFECT, note=f"it moves logits by {predicted:.2g} at most")
-    return Row(check, where, abs(measured / predicted - 1), number.allowed, EFFECT, note=f"moves logits by {predicted:.2g}")
+    return Row(check, where, error, number.allowed, EFFECT, note=f"moves logits by {predicted:.2g}")
 
 
 def _change(value: Tensor, slope: Tensor, target: float, eps: float) -> Tensor:

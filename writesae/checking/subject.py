@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
+from writesae.hooks import install
 from writesae.hooks.detached import detached
+from writesae.hooks.residual import stream_in
 from writesae.model import HookedRecurrentModel
 from writesae.model.continuing import cache_argument, positions_behind
 from writesae.models.arguments import arguments_of
+from writesae.recurrence import memory_dtype
 
 KEEP = 4
 """Logits are compared at so many last tokens: they depend on all that came before, and a vocabulary may be large."""
@@ -78,8 +81,9 @@ class Subject:
 
     def logits(self, ids: Int[Tensor, "batch pos"], **arguments: Any) -> Float[Tensor, "batch keep vocab"]:
         """Logits of the last tokens of some sequences."""
-        arguments = {"use_cache": False, **self.of_last, **arguments}
-        return self.model.hf_model(input_ids=ids, **arguments).logits[:, -KEEP:].float()
+        use_cache = cache_argument(self.model.hf_model) in arguments
+        out = self.model.hf_model(input_ids=ids, use_cache=use_cache, **self.of_last, **arguments)
+        return out.logits[:, -KEEP:].float()
 
     def fed(self, pieces: Sequence[int]) -> Float[Tensor, "keep vocab"]:
         """The same in pieces of these lengths, with a cache."""
@@ -90,7 +94,7 @@ class Subject:
         """The tokens in pieces, and the arguments that go with each: one cache, and positions where the model takes
         them (some models count from 0 in every piece unless told)."""
         hf_model, start = self.model.hf_model, 0
-        cache = {cache_argument(hf_model): DynamicCache(config=self.model.config), "use_cache": True}
+        cache = {cache_argument(hf_model): DynamicCache(config=self.model.config)}
         places = positions_behind(torch.ones_like(self.ids)) if "position_ids" in arguments_of(hf_model) else None
         for n in lengths:
             here = slice(start, start + n)
@@ -112,6 +116,23 @@ class Subject:
 
     # --- what the dtype lets one expect -------------------------------------------------------------------------------
 
+    def nudged(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch keep vocab"]:
+        """Logits of the unwrapped model if what enters each layer is off by up to one unit in the last place, at
+        random, in each row by itself."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def nudge(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            x = stream_in(args, kwargs)
+            off = self.eps * (2 * torch.rand(x.shape, generator=generator) - 1).to(x.device)
+            new = (x.to(memory_dtype(x)) * (1 + off)).to(x.dtype)
+            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+        hf_model, layers = self.model.hf_model, install(self.model.hf_model).layers
+        with detached(hf_model), ExitStack() as stack:
+            for layer in layers:
+                stack.callback(layer.register_forward_pre_hook(nudge, with_kwargs=True).remove)
+            return self.logits(ids)
+
     @cached_property
     def spread(self) -> float:
         """Standard deviation of the logits of a token: what an effect is measured against."""
@@ -119,29 +140,26 @@ class Subject:
 
     @cached_property
     def rounding(self) -> float:
-        """By how much logits of the unwrapped model differ when the same tokens are fed in another way, at most."""
+        """By how much rounding moves a logit of the unwrapped model, at most: one unit in the last place at each layer
+        (`nudged`), or the same tokens fed in another way."""
         native = self.unwrapped()
-        return max(largest(self.unwrapped(mode) - native) for mode in MODES[1:])
-
-    @property
-    def noise(self) -> float:
-        """The typical size of such a difference."""
-        native = self.unwrapped()
-        return max(float((self.unwrapped(mode) - native).square().mean().sqrt()) for mode in MODES[1:])
+        found = [self.nudged(self.ids)[0], *(self.unwrapped(mode) for mode in MODES[1:])]
+        return max(largest(logits - native) for logits in found)
 
     @property
     def tolerance(self) -> float:
-        """How far logits may be from those of another way to the same numbers: a few times `rounding`, and at least
-        what one rounding of the largest logit in this dtype comes to."""
-        return 4 * max(self.rounding, self.eps * largest(self.unwrapped()))
+        """How far logits may be from those of another way to the same numbers: a few times what rounding does."""
+        return 4 * self.rounding
 
     @property
     def kernel_tolerance(self) -> float:
-        """The same for what one recurrence gives, as a share of its largest value: a few units in the last place of
-        the dtype. float32 sums many terms, and an accelerator may multiply float32 in TF32, which has 10 bits."""
+        """The same for what one recurrence gives, as a share of its largest value. On a CPU it is computed in float32,
+        and rounded once. GPU kernels round within it, to the model's dtype or, of float32, to TF32, which has 10 bits.
+        """
+        on_cpu = self.model.device.type == "cpu"
         if self.dtype in (torch.float32, torch.float64):
-            return 1e-4 if self.model.device.type == "cpu" else 4e-3
-        return 8 * self.eps
+            return 1e-4 if on_cpu else 4e-3
+        return (2 if on_cpu else 8) * self.eps
 
 
 def largest(x: Tensor) -> float:
@@ -156,7 +174,7 @@ def of_the_largest(difference: Float[Tensor, "batch pos head ..."], value: Tenso
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode while the block runs."""
     training = [module for module in model.modules() if module.training]
     model.eval()
