@@ -32,8 +32,8 @@ def check_costs(subject: Subject) -> Iterator[Row]:
 
     ways: dict[str, Callable[[], Any]] = {
         "nothing attached": subject.run,
-        f"inputs of layer {layer} cached": lambda: model.run_with_cache(subject.ids, inputs, **subject.of_last),
-        f"one head of layer {layer} edited": edited,
+        f"cache of layer {layer}": lambda: model.run_with_cache(subject.ids, inputs, **subject.of_last),
+        f"edit of layer {layer}": edited,
     }
     with detached(model.hf_model):
         base = _seconds(subject, subject.run)
@@ -44,16 +44,16 @@ def check_costs(subject: Subject) -> Iterator[Row]:
             base = _seconds(subject, subject.run)
         for name in random.sample(list(ways), len(ways)):
             ratios[name].append(_seconds(subject, ways[name]) / base)
-    about = f"{subject.n_pos} tokens, {1000 * base:.3g} ms unwrapped, median of {rounds} rounds"
+    yield Row("time", "unwrapped", 1000 * base, unit="ms", note=f"{subject.n_pos} tokens, {rounds} rounds")
     for name, found in ratios.items():
-        yield Row("time", name, median(found), unit="x unwrapped", note=about)
+        yield Row("time", name, median(found), unit="x native")
     if subject.model.device.type != "cuda":
-        yield Row("memory", unit="MiB", note="measured on CUDA alone")
+        yield Row("peak memory", "on CUDA alone", unit="MiB")
         return
     with detached(model.hf_model):
-        yield Row("peak memory above the weights", "unwrapped", _peak(subject, subject.run), unit="MiB")
+        yield Row("peak memory", "unwrapped", _peak(subject, subject.run), unit="MiB")
     for name, way in ways.items():
-        yield Row("peak memory above the weights", name, _peak(subject, way), unit="MiB")
+        yield Row("peak memory", name, _peak(subject, way), unit="MiB")
 
 
 def _wait(subject: Subject) -> None:

@@ -25,7 +25,8 @@ def environment(model: HookedRecurrentModel) -> dict[str, str]:
     devices = Counter(str(p.device) for p in model.hf_model.parameters())
     dtypes = Counter(str(p.dtype).removeprefix("torch.") for p in model.hf_model.parameters())
     return {
-        "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES) + f", Python {platform.python_version()}",
+        "packages": ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+        + f", Python {platform.python_version()}",
         "device": ", ".join(f"{device} ({_device_name(torch.device(device))})" for device in devices),
         "dtype": ", ".join(dtype for dtype, _ in dtypes.most_common()),
         "kernels": "; ".join(_kernels(model)),

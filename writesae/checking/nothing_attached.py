@@ -17,12 +17,12 @@ from writesae.hooks.residual import stream_in
 def check_nothing_attached(subject: Subject) -> Iterator[Row]:
     """Bit for bit the unwrapped model, in every way of feeding it."""
     for mode in MODES:
-        yield _same(subject, "nothing attached: the unwrapped model", mode, subject.run(mode))
+        yield _same(subject, "nothing attached", mode, subject.run(mode))
 
 
 def check_nothing_left(subject: Subject) -> Iterator[Row]:
     """After everything that was attached and taken away again, bit for bit as before."""
-    yield _same(subject, "nothing is left behind: the unwrapped model", PREFILL, subject.run())
+    yield _same(subject, "nothing left behind", PREFILL, subject.run())
 
 
 def _same(subject: Subject, check: str, mode: str, found: Tensor) -> Row:
@@ -39,11 +39,11 @@ def _same(subject: Subject, check: str, mode: str, found: Tensor) -> Row:
 
 def check_rounding(subject: Subject) -> Iterator[Row]:
     """What rounding does to the unwrapped model itself: the yardstick of what follows."""
-    check, native = "the unwrapped model against itself", subject.unwrapped()
+    check, native = "unwrapped, by itself", subject.unwrapped()
     nudged = largest(subject.nudged(subject.ids)[0] - native)
-    yield Row(check, "off by one bit", nudged, note="each layer's input off by one unit in the last place")
+    yield Row(check, "last bit off", nudged, note="each layer's input off by up to one unit in the last place")
     for mode in MODES[1:]:
-        yield Row(check, mode, largest(subject.unwrapped(mode) - native), note="fed in another way")
+        yield Row(check, mode, largest(subject.unwrapped(mode) - native), note="against its own prefill")
 
 
 def check_looking(subject: Subject) -> Iterator[Row]:
@@ -60,11 +60,11 @@ def check_looking(subject: Subject) -> Iterator[Row]:
         logits, cache = model.run_with_cache(subject.ids, names, **subject.of_last)
     difference = largest(logits[:, -len(subject.unwrapped()) :][0].float() - subject.unwrapped())
     note = "bit for bit" if not difference else "kernels that do more than the recurrence run in parts"
-    yield Row("hooks that only look change no logit", "", difference, subject.tolerance, note=note)
+    yield Row("hooks that only look", "every hook", difference, subject.tolerance, note=note)
     for layer in subject.layers:
         points = ("resid_pre", "resid_post")
         differences = [largest(cache[name_of(point, layer)] - seen[point, layer]) for point in points]
-        yield Row("the residual stream is what torch's hooks see", f"layer {layer}", max(differences), 0.0, "value")
+        yield Row("stream = torch's hooks", f"layer {layer}", max(differences), 0.0, "value")
 
 
 def _torch_hooks(module: nn.Module, layer: int, seen: dict[tuple[str, int], Tensor]) -> list[Any]:

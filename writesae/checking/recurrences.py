@@ -22,7 +22,7 @@ from writesae.hooks import ActivationCache, Add, Delete, HookPoint, Intervention
 from writesae.hooks.sites import Site
 from writesae.recurrence import Write
 
-SHARE = "of the largest"
+SHARE = "of max"
 
 
 def check_recurrences(subject: Subject) -> Iterator[Row]:
@@ -45,8 +45,8 @@ def check_recurrences(subject: Subject) -> Iterator[Row]:
             right.append(o)
         reads = of_the_largest(torch.cat(shown, 1) - torch.cat(right, 1), torch.cat(right, 1))
         where, allowed = f"layer {layer}", subject.kernel_tolerance
-        yield Row("quantities give what is read, o", where, _worst(reads), allowed, SHARE)
-        yield Row("quantities give the states, kept and rebuilt", where, _worst(states), allowed, SHARE)
+        yield Row("inputs give o", where, _worst(reads), allowed, SHARE)
+        yield Row("inputs give states", where, _worst(states), allowed, SHARE)
 
 
 # Edits ----------------------------------------------------------------------------------------------------------------
@@ -67,7 +67,9 @@ def kinds(subject: Subject) -> list[Kind]:
     few, many = [1, n // 2, n - KEEP_LAST], range(0, n, 5)
 
     def intervene(make: Callable[[Site], Intervention], positions: Any, read: Any = "same") -> Any:
-        return lambda s: s.model.intervene([make(s.model.site(layer)) for layer in s.layers], positions=positions, read=read)
+        return lambda s: s.model.intervene(
+            [make(s.model.site(layer)) for layer in s.layers], positions=positions, read=read
+        )
 
     def relative(scale: float, write: Write) -> Callable[[int, Tensor, Tensor], Tensor]:
         dense = write.dense().double()
@@ -98,10 +100,10 @@ def kinds(subject: Subject) -> list[Kind]:
     delete = Change(range(1, n, 3), lambda _i, own, state: state - own)
     fading = Change(few, lambda _i, _own, state: -0.5 * state)
     return [
-        Kind("delete writes", intervene(lambda site: Delete(site.layer), slice(1, None, 3)), lambda _s, _site: delete),
-        Kind("replace writes", intervene(replacement, few), replaced),
-        Kind("add rank 2 behind the read", intervene(add, slice(0, None, 5), "next"), added),
-        Kind("change states by a hook", hook_states, lambda _s, _site: fading),
+        Kind("delete", intervene(lambda site: Delete(site.layer), slice(1, None, 3)), lambda _s, _site: delete),
+        Kind("replace", intervene(replacement, few), replaced),
+        Kind("add, next read", intervene(add, slice(0, None, 5), "next"), added),
+        Kind("hook_state", hook_states, lambda _s, _site: fading),
     ]
 
 
@@ -130,14 +132,14 @@ def check_edits(subject: Subject) -> Iterator[Row]:
             )
             errors = of_the_largest(cache["o", layer].cpu().double() - right, right)
             moves = max(of_the_largest(right - without, right))
-            yield Row(f"{kind.name}: what is read", f"layer {layer}", _worst(errors), subject.kernel_tolerance, SHARE, moves)
+            yield Row(f"{kind.name}: o", f"layer {layer}", _worst(errors), subject.kernel_tolerance, SHARE, moves)
         with ExitStack() as stack:
             for layer in subject.layers:
                 stack.enter_context(in_place_of(model, [layer], kind.change(subject, model.site(layer))))
             right = subject.run()
         found = logits[0, -len(right) :].float()
         yield Row(
-            f"{kind.name}: logits", "", largest(found - right), subject.tolerance, moves=largest(right - plain)
+            f"{kind.name}: logits", "together", largest(found - right), subject.tolerance, moves=largest(right - plain)
         )
 
 
@@ -154,7 +156,7 @@ def check_ways_of_feeding(subject: Subject) -> Iterator[Row]:
     right = run(PREFILL)
     for mode in MODES[1:]:
         moves = largest(right - subject.unwrapped())
-        yield Row("edited: the same as edited in prefill", mode, largest(run(mode) - right), subject.tolerance, moves=moves)
+        yield Row("edited, against prefill", mode, largest(run(mode) - right), subject.tolerance, moves=moves)
 
 
 def _inputs_and_outputs(subject: Subject) -> list[str]:

@@ -60,9 +60,7 @@ def exact(model: HookedRecurrentModel, layer: int, values: Callable[[str], Tenso
     return rule.recurrence(get), rule.write(get)
 
 
-def in_place_of(
-    model: HookedRecurrentModel, layers: Collection[int], change: Change
-) -> AbstractContextManager[Any]:
+def in_place_of(model: HookedRecurrentModel, layers: Collection[int], change: Change) -> AbstractContextManager[Any]:
     """While the block runs, these layers read what `replay` says they read, instead of what the kernels make of it."""
     shown: dict[tuple[str, int], Tensor] = {}
 

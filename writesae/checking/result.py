@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -29,8 +30,8 @@ class Row:
         where: the layer or the hook point; empty for the whole model.
         measured: the error, or the cost; None if it could not be measured, and `note` says why.
         allowed: the largest error that is right; None where there is no limit, as for a cost.
-        unit: of both: ``logit``, ``of the largest`` (relative to the largest value of the head), ``of the effect``,
-            ``x unwrapped``, ``MiB``.
+        unit: of both: ``logit``; ``of max``, relative to the largest value of the head; ``of slope``, relative to what
+            the gradient says; ``value``; ``x native``, times the unwrapped model's; ``MiB`` above what is loaded.
         moves: how much the edit or perturbation itself moves what is compared; None where nothing is edited.
         note: what else to know.
     """
@@ -111,14 +112,17 @@ class CheckResult:
     def table(self) -> Table:
         """The rows, for a terminal or a notebook; the environment stands above them."""
         head = "\n".join(f"{name}: {value}" for name, value in self.environment.items())
-        table = Table(title=Text(f"{self.model}\n{head}"), caption=Text(self.summary), title_justify="left")
-        for name in ("check", "where", "measured", "allowed", "the edit moves", "in", "ok", ""):
-            table.add_column(name, justify="right" if name in ("measured", "allowed", "the edit moves") else "left")
+        title, caption = Text(f"{self.model}\n{head}"), Text(self.summary)
+        table = Table(title=title, caption=caption, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in ("", "check", "where"):
+            table.add_column(name, no_wrap=not name, overflow="fold")
+        for name in ("measured", "allowed", "edit moves", "in"):
+            table.add_column(name, justify="left" if name == "in" else "right", no_wrap=True)
         for row in self.rows:
-            style = "" if row.ok else "bold red"
+            note = f"\n{row.reason}" if row.reason and not row.ok else ""
             numbers = (_number(x) for x in (row.measured, row.allowed, row.moves))
-            cells = (row.check, row.where, *numbers, row.unit, row.verdict, row.reason)
-            table.add_row(*map(Text, cells), style=style)
+            cells = (row.verdict, row.check + note, row.where, *numbers, row.unit)
+            table.add_row(*map(Text, cells), style="" if row.ok else "bold red")
         return table
 
     def save(self, path: str | Path) -> None:
@@ -133,4 +137,4 @@ class CheckResult:
 
 
 def _number(x: float | None) -> str:
-    return "" if x is None else "0" if x == 0 else f"{x:.3g}"
+    return "" if x is None else "0" if x == 0 else f"{x:.2g}" if x < 10 else f"{x:.0f}"

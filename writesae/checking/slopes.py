@@ -28,7 +28,7 @@ SHORT = 16  # tokens
 DRAWS = 8  # of rounding
 MOST = 0.8  # of the effect: an error below that tells a hook that acts from one that does not
 SMALLEST = 4.0  # units in the last place: a change below one would be rounded away
-EFFECT = "of the effect"
+EFFECT = "of slope"
 
 
 class Number:
@@ -58,7 +58,7 @@ def check_own_values(subject: Subject) -> Iterator[Row]:
     names = [name for names in _points(subject).values() for name in names]
     with subject.model.hooks([(name, copy) for name in names]):
         found = subject.run()
-    yield Row("every hook given its own value", "", largest(found - subject.unwrapped()), subject.tolerance)
+    yield Row("hooks given own values", "every hook", largest(found - subject.unwrapped()), subject.tolerance)
 
 
 def check_hook_slopes(subject: Subject) -> Iterator[Row]:
@@ -76,7 +76,9 @@ def check_hook_slopes(subject: Subject) -> Iterator[Row]:
 
     names = [name for names in points.values() for name in names]
     with torch.enable_grad(), frozen(model.hf_model), model.hooks([(name, probed) for name in names]):
-        found = torch.autograd.grad(number(subject.logits(ids)).sum(), [probes[name] for name in names], allow_unused=True)
+        found = torch.autograd.grad(
+            number(subject.logits(ids)).sum(), [probes[name] for name in names], allow_unused=True
+        )
     gradients = dict(zip(names, found, strict=True))
     for quantity, of_layers in points.items():
         changes = {}
@@ -91,7 +93,7 @@ def check_hook_slopes(subject: Subject) -> Iterator[Row]:
 
         with model.hooks([(name, moved) for name in changes]):
             up, down = number(subject.logits(ids.expand(2, -1))).tolist()
-        yield _row("a hook moves logits as its gradient says", f"hook_{quantity}", predicted, (up - down) / 2, number)
+        yield _row("gradient of a hook", quantity, predicted, (up - down) / 2, number)
 
 
 def check_edit_slopes(subject: Subject) -> Iterator[Row]:
@@ -103,7 +105,9 @@ def check_edit_slopes(subject: Subject) -> Iterator[Row]:
     edits, predicted, n_rows = [], [], 2 * len(layers)
     for i, layer in enumerate(layers):
         key = found[layer].write.key
-        value = torch.einsum("bthkv,bthk->bthv", found[layer].at(every), key)  # with this key, it raises the number most
+        value = torch.einsum(
+            "bthkv,bthk->bthv", found[layer].at(every), key
+        )  # with this key, it raises the number most
         edit = Write(key, value)
         edit = edit * (found[layer].write.norm() / edit.norm().clamp_min(1e-30))
         prices = found[layer].price(edit)
@@ -119,13 +123,15 @@ def check_edit_slopes(subject: Subject) -> Iterator[Row]:
         numbers = number(subject.logits(ids.expand(n_rows, -1))).tolist()
     for i, layer in enumerate(layers):
         measured = (numbers[2 * i] - numbers[2 * i + 1]) / 2
-        yield _row("an edit moves logits as its price says", f"layer {layer}", predicted[i], measured, number)
+        yield _row("price of an edit", f"layer {layer}", predicted[i], measured, number)
 
 
 def _row(check: str, where: str, predicted: float, measured: float, number: Number) -> Row:
     error = abs(measured / predicted - 1) if predicted else math.nan
     if number.drowned:
-        return Row(check, where, error, None, EFFECT, note="not judged: rounding moves logits as much as a small change")
+        return Row(
+            check, where, error, None, EFFECT, note="not judged: rounding moves logits as much as a small change"
+        )
     if predicted < number.target / 2:
         return Row(check, where, None, number.allowed, EFFECT, note=f"it moves logits by {predicted:.2g} at most")
     return Row(check, where, error, number.allowed, EFFECT, note=f"moves logits by {predicted:.2g}")
