@@ -1,4 +1,4 @@
-"""`check` finds every model right, and finds what is broken: each twin breaks one thing, and names the row that must see it."""
+"""`check` finds every model right, and finds what is broken: each twin names the row that must see it."""
 
 from __future__ import annotations
 
@@ -213,7 +213,9 @@ def fails(patch: pytest.MonkeyPatch) -> None:
 
 TWINS: dict[str, tuple[Break, str, str]] = {
     "a wrapper that changes a bit": (changed(tap.Tap, "leave", one_bit), "nothing attached", "prefill"),
-    "a hook that shows another tensor": (changed(KernelCall, "to_show", another_tensor), "hooks given own values", "every hook"),
+    "a hook that shows another tensor": (
+        changed(KernelCall, "to_show", another_tensor), "hooks given own values", "every hook",
+    ),
     "a gate that is shown doubled": (gates_shown_doubled, "hooks given own values", "every hook"),
     "a hook that is not heard": (ignoring_beta, "gradient of a hook", "beta"),
     "an edit that the final state lacks": (final_state_forgotten, "edited, against prefill", "decode"),
