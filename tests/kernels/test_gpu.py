@@ -128,11 +128,10 @@ def test_training_and_extraction(device: torch.device, tmp_path: Path) -> None:
 def test_device_map(device: torch.device) -> None:
     """All on the device, and with a layer on the CPU, where accelerate carries what lies in between."""
     text = "The state of the Union is strong."
+    plain = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
     with torch.no_grad():
-        wanted = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")(text)
-        named = [
-            name for name, _ in ws.HookedRecurrentModel.from_pretrained("tiny-gdn").hf_model.model.named_children()
-        ]
+        wanted = plain(text)
+    named = [name for name, _ in plain.hf_model.model.named_children()]
     parts = {f"model.{name}": str(device) for name in named if name != "layers"} | {"lm_head": str(device)}
     layers = {f"model.layers.{i}": "cpu" if i == 1 else str(device) for i in range(4)}
     for device_map in ({"": str(device)}, parts | layers):

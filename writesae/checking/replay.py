@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from writesae.hooks import HookPoint, name_of
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read, Recurrence, Write, step_loop
 
@@ -58,18 +55,3 @@ def exact(model: HookedRecurrentModel, layer: int, values: Callable[[str], Tenso
     rule = model.family(layer).rule
     get = lambda quantity: values(quantity).detach().cpu().double()  # noqa: E731
     return rule.recurrence(get), rule.write(get)
-
-
-def in_place_of(model: HookedRecurrentModel, layers: Collection[int], change: Change) -> AbstractContextManager[Any]:
-    """While the block runs, these layers read what `replay` says they read, instead of what the kernels make of it."""
-    shown: dict[tuple[str, int], Tensor] = {}
-
-    def keep(value: Tensor, hook: HookPoint) -> None:
-        shown[hook.quantity, hook.layer] = value.clone()
-
-    def instead(o: Tensor, hook: HookPoint) -> Tensor:
-        rec, write = exact(model, hook.layer, lambda quantity: shown[quantity, hook.layer])
-        return replay(rec, write, change)[0].to(o)
-
-    inputs = [(name_of(q, layer), keep) for layer in layers for q in model.family(layer).rule.inputs]
-    return model.hooks([*inputs, *((name_of("o", layer), instead) for layer in layers)])
