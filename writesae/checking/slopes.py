@@ -9,7 +9,6 @@ is compared with half the difference of two passes, with the change and with its
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -38,12 +37,15 @@ class Number:
         n_vocab = subject.unwrapped().shape[-1]
         direction = torch.randn(n_vocab, generator=torch.Generator().manual_seed(subject.seed))
         self.direction = (direction / direction.norm()).to(subject.unwrapped().device)
-        noise = float(self(subject.nudged(subject.ids[:, :SHORT].expand(DRAWS, -1))).std())
-        self.target = min(max(16 * noise, 2e-3 * subject.spread), subject.spread / 4)
+        self.eps = subject.eps
+        self.noise = float(self(subject.nudged(subject.ids[:, :SHORT].expand(DRAWS, -1))).std())
+        self.target = min(max(16 * self.noise, 2e-3 * subject.spread), subject.spread / 4)
         """How far it is to move: far more than by rounding, and little beside the spread of the logits."""
-        self.allowed = 0.03 + 4 * subject.eps + 4 * noise / self.target
-        self.drowned = self.allowed > MOST
-        """Rounding moves the number nearly as much as a change that is small: slopes cannot be measured."""
+
+    def allowed(self, moves: float) -> float:
+        """The error of a slope, as a share of it, if the number moves that far: rounding of the gradient and of the
+        logits, and what is not linear."""
+        return 0.03 + 4 * self.eps + 4 * self.noise / moves
 
     def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         return logits[:, -1].float() @ self.direction
@@ -127,14 +129,13 @@ def check_edit_slopes(subject: Subject) -> Iterator[Row]:
 
 
 def _row(check: str, where: str, predicted: float, measured: float, number: Number) -> Row:
-    error = abs(measured / predicted - 1) if predicted else math.nan
-    if number.drowned:
-        return Row(
-            check, where, error, None, EFFECT, note="not judged: rounding moves logits as much as a small change"
-        )
-    if predicted < number.target / 2:
-        return Row(check, where, None, number.allowed, EFFECT, note=f"it moves logits by {predicted:.2g} at most")
-    return Row(check, where, error, number.allowed, EFFECT, note=f"moves logits by {predicted:.2g}")
+    if not predicted > 0:  # or NaN
+        return Row(check, where, None, number.allowed(number.target), EFFECT, note=f"its gradient is {predicted:.2g}")
+    error, allowed = abs(measured / predicted - 1), number.allowed(predicted)
+    if allowed > MOST:
+        note = f"not judged: it moves logits by {predicted:.2g} at most, and rounding by {number.noise:.2g}"
+        return Row(check, where, error, None, EFFECT, note=note)
+    return Row(check, where, error, allowed, EFFECT, note=f"moves logits by {predicted:.2g}")
 
 
 def _change(value: Tensor, slope: Tensor, target: float, eps: float) -> Tensor:
