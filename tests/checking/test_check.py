@@ -19,6 +19,9 @@ from architectures import Architecture, architecture_named, each_architecture, e
 from edit_cases import annotations_unchecked
 from writesae.checking import CheckResult, Row, costs
 from writesae.checking.run import CHECKS
+from writesae.checking.slopes import Number
+from writesae.checking.slopes import _row as slope_row
+from writesae.checking.subject import Subject
 from writesae.cli import app
 from writesae.gradients import LayerGradient
 from writesae.hooks import dispatch, tap
@@ -321,3 +324,18 @@ def test_the_functions_that_ran_are_named() -> None:
 
     assert _implementation(bound(from_a_package)) is from_a_package
     assert _implementation(dispatch.native) is dispatch.native
+
+
+def test_slopes_that_cannot_be_judged() -> None:
+    """Of half a model's rounding nothing can be said; a hook that no gradient reaches is broken."""
+    subject = Subject(wrapped(architecture_named("qwen3_5")), torch.arange(40)[None], [0])
+    with torch.no_grad():
+        number = Number(subject)
+    number.noise = 0.01
+    right = slope_row("x", "k", 1.0, 1.01, number)
+    assert right.ok and right.allowed is not None and right.allowed < 0.1
+    assert not slope_row("x", "k", 1.0, 0.0, number).ok, "not heard"
+    unclear = slope_row("x", "k", 0.02, 0.0, number)
+    assert unclear.verdict == "-" and "not judged" in unclear.note
+    for nothing in (0.0, math.nan):
+        assert not slope_row("x", "k", nothing, 0.5, number).ok
