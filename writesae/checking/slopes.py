@@ -26,6 +26,7 @@ from writesae.recurrence import Write
 SHORT = 16  # tokens
 DRAWS = 8  # of rounding
 MOST = 0.8  # of the effect: an error below that tells a hook that acts from one that does not
+FEW = 8  # entries that a change is spread over at least
 SMALLEST = 4.0  # units in the last place: a change below one would be rounded away
 EFFECT = "of slope"
 
@@ -143,13 +144,14 @@ def _change(value: Tensor, slope: Tensor, target: float, eps: float) -> Tensor:
     and a larger share of all only if that is not enough."""
     gain = (value * slope).abs().float()
     share = SMALLEST * eps
+    gain = gain.masked_fill(share * gain > target / FEW, 0)  # where little is read, a norm makes too much of one entry
     ordered = gain.flatten().sort(descending=True).values
     reached = share * ordered.cumsum(0) >= target
     if reached.any():
         least = ordered[int(reached.int().argmax())]
         change = share * value.abs() * slope.sign() * (gain >= least)
     else:
-        change = min(target / float(ordered.sum().clamp_min(1e-30)), 0.5) * value.abs() * slope.sign()
+        change = min(target / float(ordered.sum().clamp_min(1e-30)), 0.5) * value.abs() * slope.sign() * (gain > 0)
     return change.to(value.dtype)
 
 
