@@ -46,7 +46,7 @@ class Number:
     def allowed(self, moves: float) -> float:
         """The error of a slope, as a share of it, if the number moves that far: rounding of the gradient and of the
         logits, and what is not linear."""
-        return 0.03 + 4 * self.eps + 4 * self.noise / moves
+        return 0.03 + 4 * self.eps + 6 * self.noise / moves  # known from few draws, so a wide margin
 
     def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         return logits[:, -1].float() @ self.direction
