@@ -32,6 +32,7 @@ def seed() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--measure", action="store_true", help="note in tests/slow.json which tests are slow")
+    parser.addoption("--device", help="run tests/kernels/test_gpu.py there, not on the accelerator that is found")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,7 +20,7 @@ FLOORS = [  # from the ground up
     {"hooks"},
     {"model"},
     {"stores", "gradients", "futures"},
-    {"saes"},
+    {"saes", "checking"},
     {"experiments"},
     {"methods"},
     {"pages"},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from writesae.jobs.late import give
 
 if TYPE_CHECKING:
+    from writesae.checking import check
     from writesae.experiments import (
         ReplacementResult,
         amplify,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 # Where each name lives. They load at first use, so that `writesae --help` need not wait for torch.
 _HOME = {
+    "writesae.checking": ("check",),
     "writesae.experiments": (
         "ReplacementResult", "amplify", "atom_classes", "attribute", "attribution_test", "choose_atoms", "erase",
         "install", "logit_change", "population_test", "replacement_test", "reproduce", "seed_stability", "sign_test",
@@ -67,9 +69,9 @@ __all__ = [
     "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "Gradient", "HookPoint",
     "HookedRecurrentModel", "Intervention", "Logit", "Patching", "Reconstruct", "Recurrence", "Replace",
     "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "Substitute", "Write", "WriteSAE", "amplify",
-    "atom_classes", "attribute", "attribution_test", "choose_atoms", "erase", "extract", "gradient", "install",
-    "logit_change", "patching", "population_test", "record", "replacement_test", "reproduce", "seed_stability",
-    "sign_test", "texts", "top_contexts", "train_site", "train_store", "write_pages",
+    "atom_classes", "attribute", "attribution_test", "check", "choose_atoms", "erase", "extract", "gradient",
+    "install", "logit_change", "patching", "population_test", "record", "replacement_test", "reproduce",
+    "seed_stability", "sign_test", "texts", "top_contexts", "train_site", "train_store", "write_pages",
 ]  # fmt: skip
 
 

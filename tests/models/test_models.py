@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from architectures import architecture_named
 from oracles import dplr_recurrence, fla_naive
 from writesae import HookedRecurrentModel
 from writesae.models import gpu, load, rwkv7, use_fla_kernels
@@ -900,3 +901,12 @@ def test_beside_flash_linear_attention(tmp_path: Path, monkeypatch: pytest.Monke
     importlib.reload(load)  # ours, imported after
     assert type(AutoConfig.from_pretrained(tmp_path)) is Theirs
     assert OURS.keys() == {"rwkv7", "delta_net", "gla"} and not OURS.keys() & FLA_KINDS
+
+
+def test_rwkv7_with_padding_in_float16() -> None:
+    """The removal key of padding is a vector of zeros, which float16 could not normalise."""
+    model = architecture_named("rwkv7").build().half()
+    ids, mask = torch.arange(8)[None], torch.ones(1, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        assert model(input_ids=ids, attention_mask=mask).logits[:, 3:].isfinite().all()

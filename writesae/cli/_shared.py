@@ -35,6 +35,7 @@ SpecialTokens = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 def quiet() -> None:

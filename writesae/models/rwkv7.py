@@ -164,7 +164,8 @@ class RWKV7Attention(nn.Module):
             v_first = v
         else:
             v = torch.lerp(v, v_first, self.v_mix(self.v_lora(xv).sigmoid()))
-        kappa = F.normalize(self._heads(k * self.k_k), dim=-1)
+        eps = max(1e-12, torch.finfo(k.dtype).tiny)  # float16 has no 1e-12, and padding a key of zeros
+        kappa = F.normalize(self._heads(k * self.k_k), dim=-1, eps=eps)
         k = k * (1 + (iclr - 1) * self.k_a)
         if mask is not None:
             v = v * mask
