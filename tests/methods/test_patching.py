@@ -98,12 +98,12 @@ class Near(ws.ActivationCache):
 
 @pytest.mark.parametrize("what", [*HEADS, "log_decay", "mixer_out"])
 def test_the_estimate_is_a_derivative(found, what):
-    """A fiftieth of the difference patched in moves the number by a fiftieth of the estimate."""
+    """A tenth of the difference patched in moves the number by what the estimate says of a tenth."""
     model, clean, corrupted, metric = found
     with torch.no_grad():
         (_, own), (_, other) = (model.run_with_cache(text[None]) for text in (corrupted, clean))
     pairs = torch.arange(len(clean))[:, None].expand(-1, 2)
-    near, ids = Near(own, other, 0.02), corrupted[None]
+    near, ids = Near(own, other, 0.1), corrupted[None]
     estimate = patching._first_order(model, ids, near, [1], pairs, metric, what)[0].flatten()
     measure = patching._writes if what == "write" else patching._points
     grid = torch.zeros(1 if what == "mixer_out" else 4, len(clean))
@@ -114,7 +114,7 @@ def test_the_estimate_is_a_derivative(found, what):
     measured = grid.flatten()
     big = estimate.abs() > 0.1 * estimate.abs().max()
     assert float(measured[big].abs().max()) > 1e-4
-    torch.testing.assert_close(measured[big], estimate[big], rtol=0.1, atol=3e-5)
+    torch.testing.assert_close(measured[big], estimate[big], rtol=0.2, atol=3e-5)
     rolled = grid.roll(1, -1).flatten()  # the twin: of the token before
     assert (rolled[big] - estimate[big]).abs().max() > 0.5 * estimate.abs().max()
 
