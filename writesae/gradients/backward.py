@@ -55,12 +55,14 @@ class LayerGradient:
         write: the native writes, ``[batch, pos, head]``.
         output: the gradient with respect to ``hook_o``.
         norm: the norm right behind the heads, None where there is none.
+        read: what the heads read, ``hook_o``, where that is of the native writes alone; else None.
     """
 
     recurrence: Recurrence
     write: Write
     output: Float[Tensor, "batch pos head d_value"]
     norm: Norm | None = None
+    read: Float[Tensor, "batch pos head d_value"] | None = None
 
     def price(self, edit: Write, *, read: Read = "same") -> Float[Tensor, "batch pos head"]:
         """Attribution scores ``<M_t, E_t>``: how much each edit alone would change the number, to first order.
@@ -81,13 +83,14 @@ class LayerGradient:
 
         It is the sum of `price` over the head's writes. What a state from before the pass contributes is left out.
         """
-        o, _ = chunked(self.recurrence, self.write)
+        o = chunked(self.recurrence, self.write)[0] if self.read is None else at_least_float32(self.read)
         return (o * self.output).sum((1, 3))
 
     def of_heads(self, heads: Sequence[int]) -> LayerGradient:
         """The same for some heads alone. It has no norm: that of a layer may need all its heads."""
         some = (slice(None), slice(None), list(heads))
-        return LayerGradient(self.recurrence[some], self.write[some], self.output[some])
+        read = None if self.read is None else self.read[some]
+        return LayerGradient(self.recurrence[some], self.write[some], self.output[some], read=read)
 
     @property
     def at_fixed_scale(self) -> LayerGradient:
@@ -346,7 +349,8 @@ def gradient(
     made = {}
     for layer, probe in probes.items():
         rec = model.family(layer).rule.recurrence(lambda quantity, layer=layer: cache[quantity, layer])
-        made[layer] = LayerGradient(rec, cache.write(layer), *probe.gradients(of_tensor))
+        read = probe.read if cache.of_own_writes(layer) else None
+        made[layer] = LayerGradient(rec, cache.write(layer), *probe.gradients(of_tensor), read)
     return Gradient(value.detach(), end.detach(), cache, made)
 
 
@@ -363,9 +367,14 @@ class Probe:
         self.tensors: list[Tensor] = []  # of the reads; of the norm
         self.norm = model.norm(layer)
         self.call: tuple[tuple[Tensor, ...], Tensor] | None = None
-        stack.enter_context(model.hooks([(f"blocks.{layer}.mixer.hook_o", lambda value, hook: self._add(value))]))
+        self.read: Tensor | None = None
+        stack.enter_context(model.hooks([(f"blocks.{layer}.mixer.hook_o", lambda value, hook: self._read(value))]))
         if self.norm is not None:
             stack.enter_context(_removed(self.norm.register_forward_hook(self._called)))
+
+    def _read(self, value: Tensor) -> Tensor:
+        self.read = value.detach()
+        return self._add(value)
 
     def _add(self, value: Tensor) -> Tensor:
         self.tensors.append(torch.zeros_like(value).requires_grad_())

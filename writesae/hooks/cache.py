@@ -166,6 +166,11 @@ class ActivationCache(Mapping[str, Any]):
         total = total_write(made.native, record.edits)
         return replace(made, total=total, initial=record.initial_state, dense=record.dense)
 
+    def of_own_writes(self, layer: int) -> bool:
+        """Whether the states of a layer are made of its native writes alone: no edits, and no memory from before."""
+        record = self._records[layer]
+        return not (record.edits or record.dense) and record.initial_state is None
+
     def _columns(self, positions: Sequence[int]) -> Int[Tensor, "batch n"]:
         """Where in the pass each sequence's positions are."""
         if not all(isinstance(p, int) for p in positions):
