@@ -64,7 +64,9 @@ def peak_memory(run: Callable[[], Any]) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    run()
-    done.set()
-    watcher.join()
+    try:
+        run()
+    finally:
+        done.set()
+        watcher.join()
     return max(seen) - before

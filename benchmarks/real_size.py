@@ -67,6 +67,8 @@ def build(folder: Path) -> None:
         _set_gates(model)
         model.save_pretrained(folder / name)
         tokens.save_pretrained(folder / name)
+        if tokens is tokenizer:
+            _fill(folder / name / "tokenizer.json", model.get_input_embeddings().weight.shape[0])
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million weights")
 
     save("qwen3_5-0.8b", transformers.Qwen3_5ForCausalLM(text))
@@ -87,9 +89,22 @@ def build(folder: Path) -> None:
     (folder / name / "config.json").write_text(json.dumps(MAMBA2))
 
 
+def _fill(path: Path, n_vocab: int) -> None:
+    """Give every id of the vocabulary a token; those of the shipped tokenizer are the ones that texts are made of."""
+    file = json.loads(path.read_text())
+    vocabulary = file["model"]["vocab"]
+    taken = {*vocabulary.values(), *(token["id"] for token in file["added_tokens"])}
+    vocabulary.update({f"token{i}": i for i in range(n_vocab) if i not in taken})
+    path.write_text(json.dumps(file))
+
+
 @torch.no_grad()
 def _set_gates(model: torch.nn.Module) -> None:
-    """So that heads forget at paces from `HALF_LIVES`, as trained ones do."""
+    """So that heads forget at paces from `HALF_LIVES`, as trained ones do, and no projection is zero, as at the beginning
+    of RWKV-7's training."""
+    for p in model.parameters():
+        if p.ndim == 2 and not bool(p.any()):
+            p.normal_(0, 0.02)
     for module in model.modules():
         if not isinstance(getattr(module, "A_log", None), torch.Tensor):
             continue

@@ -128,7 +128,7 @@ class LayerGradient:
             )
         # Tokens before the first edit, and after the last that the number depends on, play no part.
         depends = self.output.abs().amax((0, 2, 3)).nonzero().flatten().tolist()
-        used = slice(asked[0], max(asked[0], *depends[-1:]) + 1)
+        used = slice(asked[0], max([asked[0], *depends[-1:]]) + 1)
         rec, positions, edits = self.recurrence[:, used, [head]], positions - used.start, self._beside(edits)
         width = self.write.d_value if self.norm is None else self.norm.output.shape[-1]
         step = max(1, BLOCK // (rec.n_pos * len(positions) * width))
