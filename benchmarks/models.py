@@ -29,8 +29,8 @@ from rich.table import Table
 
 import writesae as ws
 from writesae import kernels
-from writesae.models import common, formats
-from writesae.recurrence import step_loop
+from writesae.models import formats
+from writesae.recurrence import rules, step_loop
 
 OURS = {
     "rwkv7": ("RWKV7", dict(head_dim=64, intermediate_size=1024)),
@@ -70,11 +70,11 @@ def by_steps(run: Callable[[], Any]) -> Callable[[], Any]:
     """``run`` with the recurrence of our models computed token by token."""
 
     def timed() -> Any:
-        chunked, common.chunked = common.chunked, step_loop  # type: ignore[assignment]
+        chunked, rules.chunked = rules.chunked, lambda *args, strength: step_loop(*args)  # type: ignore[assignment]
         try:
             return run()
         finally:
-            common.chunked = chunked  # type: ignore[assignment]
+            rules.chunked = chunked  # type: ignore[assignment]
 
     return timed
 
