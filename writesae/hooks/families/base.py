@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -82,6 +83,16 @@ class KernelCall(ABC):
         self, native: Callable[..., Any]
     ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"] | None]:
         """Call the native function: reads in the model's dtype, and the final state if the model wants it."""
+
+    def compute(self) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"]]:
+        """The same on the kernels of `writesae.recurrence`: reads in the model's dtype, and the final state."""
+        o, state = self.family.rule.run(self.get, self.initial_state)
+        return o.to(self.dtype), state
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the reads that the mixer expects back: that of the arguments."""
+        return next(x.dtype for x in self.arguments.values() if isinstance(x, Tensor) and x.is_floating_point())
 
     def result(self, o: Tensor, state: Tensor | None) -> Any:
         """What the mixer expects back, for these reads and this final state."""

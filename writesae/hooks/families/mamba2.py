@@ -71,6 +71,10 @@ class ChunkScan(KernelCall):
         state = self.arguments.get(self.state_argument)
         return None if state is None else state.mT
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32  # as the torch function returns them
+
     def run(self, native: Callable[..., Any]) -> tuple[Tensor, Tensor | None]:
         if {"beta", "log_decay"} & self.changed.keys():  # the native function ties these two, and A to heads
             return chunked(self.recurrence(), self.write(), self.initial_state)
