@@ -184,9 +184,9 @@ def test_erase_along_the_key(per_key: bool, rank: int, read: str) -> None:
 def test_in_stretches(per_key: bool, erase: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the tokens at once are as many chunks as fit its cache: here one, two or all of them."""
     inputs = random_inputs(3 * CHUNK + 5, per_key=per_key, erase=erase, rank=2, batch=2)
-    for cached in (1, 2 * CHUNK * 2 * 2 * (5 + 2 * 4), 10**9):
+    for cached in (1, 2 * CHUNK * 2 * 2 * (5 + 2 * 5 + 2 * 4), 10**9):
         monkeypatch.setattr(kernels, "CACHED", cached)
-        n_chunks = kernels.stretches(inputs[0].q, inputs[1].value)[0][1].stop / CHUNK
+        n_chunks = kernels.stretches(inputs[0].q, inputs[1].key, inputs[1].value)[0][1].stop / CHUNK
         assert n_chunks == {1: 1, 10**9: 3 + 5 / CHUNK}.get(cached, 2)
         check_lengths(chunked, inputs, [1, CHUNK + 1, 3 * CHUNK + 5])
 

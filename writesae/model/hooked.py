@@ -48,8 +48,7 @@ class HookedRecurrentModel(GeneratingModel):
             it, which is ``"native"`` unless another wrapper of it was given something else.
 
     Raises:
-        ValueError: no such kernels; no layer is of a known recurrent architecture, or nnsight has not loaded the weights
-            yet.
+        ValueError: no such kernels, no layer of a known recurrent architecture, or nnsight has not loaded the weights.
 
     >>> model = HookedRecurrentModel.from_pretrained("tiny-gdn")
     >>> logits, cache = model.run_with_cache("The state of the Union")

@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from writesae.recurrence.spec import Read, Recurrence, Write, at_least_float32, check_dense, first_state
 
-CACHED = 2**17  # numbers of keys and values that are computed at once on a CPU
+CACHED = 2**18  # numbers: what is computed at once on a CPU
 CHUNK = 32  # tokens, with one decay per head, or with one per key channel that is mild
 CHUNK_PER_KEY = 16  # tokens, with stronger decays per key channel: scores need [chunk, chunk, d_key]
 MILD = 20.0  # exp(x) has x times the rounding error of x, so factors up to exp(20) are right to some 1e-6
@@ -227,7 +227,7 @@ def _scan(
     """Chunked recurrence from state ``S``: outputs, what the erase read (if ``erased``), final state."""
     lead, S = S.shape[:2], S.flatten(0, 1)
     outputs, reads = [], []
-    for here in stretches(rec.q, write.value):
+    for here in stretches(rec.q, write.key, write.value):
         o, r, S = _scan_stretch(rec[here], write[here], S, read, chunk, _of(strength, here))
         outputs.append(o.unflatten(0, lead).transpose(1, 2))
         if erased and r is not None:
@@ -235,12 +235,12 @@ def _scan(
     return torch.cat(outputs, 1), torch.cat(reads, 1) if reads else None, S.unflatten(0, lead)
 
 
-def stretches(key: Tensor, value: Tensor) -> list[tuple[slice, slice]]:
-    """Indices ``[batch, pos]`` of the tokens to compute at once: on a CPU whole chunks that fit its cache, elsewhere
-    all."""
-    n_pos = size = key.shape[1]
-    if key.device.type == "cpu" and not torch.compiler.is_compiling():
-        size = CHUNK * max(1, CACHED // max(1, CHUNK * (key[:, 0].numel() + value[:, 0].numel())))
+def stretches(*parts: Tensor) -> list[tuple[slice, slice]]:
+    """Indices ``[batch, pos]`` of the tokens to compute at once: on a CPU whole chunks of which these, ``[batch, pos,
+    ...]``, fit its cache, elsewhere all."""
+    n_pos = size = parts[0].shape[1]
+    if parts[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        size = CHUNK * max(1, CACHED // max(1, CHUNK * sum(x[:, :1].numel() for x in parts)))
     return [(slice(None), slice(start, min(start + size, n_pos))) for start in range(0, n_pos, size)]
 
 
@@ -253,41 +253,48 @@ def _scan_stretch(
     decay = _Decay(g, factored=mild)
     q = _cut(rec.q, size)
     keys, values = write.factors()
-    e, b, wanted = rec.a, rec.b, None
-    if strength is not None and b is not None:  # the erase is one write with the first term, of v_t + strength_t r_t
-        e, b, wanted = keys[..., 0, :], b * strength[..., None], _cut(values[..., 0, :], size)
-        keys, values = keys[..., 1:, :], values[..., 1:, :]
-    rank = keys.shape[-2]
-    p, u = (rearrange(_cut(x, size), "s n c r d -> s n (c r) d") for x in (keys, values))  # token by token
+    wanted = None
+    if rec.a is not None and rec.b is not None:
+        a, b = rec.a, rec.b
+        if strength is not None:  # the erase is one write with the first term, of v_t + strength_t r_t
+            a, b, wanted = keys[..., 0, :], b * strength[..., None], _cut(values[..., 0, :], size)
+            keys, values = keys[..., 1:, :], values[..., 1:, :]
+        a, b = _cut(a, size), _cut(b, size)
 
-    # What each chunk reads of its own writes, and of its first state; what is left of both at its end.
-    own = decay.scores(q, p, read, rank) @ u
-    q_first = q * decay.from_start
-    gained = (p * decay.to_end.repeat_interleave(rank, 2)).mT @ u
+    # What each chunk reads of its own writes, and what they leave at its end.
+    own = gained = None
+    rank = keys.shape[-2]
+    if rank:
+        p, u = (rearrange(_cut(x, size), "s n c r d -> s n (c r) d") for x in (keys, values))  # token by token
+        own = decay.scores(q, p, read, rank) @ u
+        gained = (p * decay.to_end.repeat_interleave(rank, 2)).mT @ u
+        if rec.a is not None:
+            wanted = _sum(wanted, decay.scores(b, p, "before", rank) @ u)
+    if wanted is not None:
+        solve = _inverse(decay.scores(b, a, "before"))
+        r_writes, r_first = solve @ wanted, solve @ (b * decay.before_from_start)
+        left_erased = (a * decay.to_end).mT
     left = decay.from_start[..., -1:, :].mT
-    if e is not None and b is not None:
-        e, b = _cut(e, size), _cut(b, size)
-        from_writes = decay.scores(b, p, "before", rank) @ u
-        solve = _inverse(decay.scores(b, e, "before"))
-        r_writes = solve @ (from_writes if wanted is None else from_writes + wanted)
-        r_first = solve @ (b * decay.before_from_start)
-        left_erased = (e * decay.to_end).mT
 
     # From chunk to chunk only the state goes on, and what the erase writes; reads wait and are one matmul for all.
     firsts, erased = [], []
     for n in range(q.shape[1]):
         firsts.append(S)
-        gain = gained[:, n]
-        if e is not None:
+        decayed = left[:, n] * S if gained is None else torch.addcmul(gained[:, n], left[:, n], S)
+        if wanted is not None:
             erased.append(torch.baddbmm(r_writes[:, n], r_first[:, n], S))
-            gain = torch.baddbmm(gain, left_erased[:, n], erased[-1])
-        S = torch.addcmul(gain, left[:, n], S)
-    outputs, r = own + q_first @ _stacked(firsts), None
-    if e is not None:
+            decayed = torch.baddbmm(decayed, left_erased[:, n], erased[-1])
+        S = decayed
+    outputs, r = _sum(own, (q * decay.from_start) @ _stacked(firsts)), None
+    if wanted is not None:
         r = _stacked(erased)
-        outputs = outputs + decay.scores(q, e, "same") @ r
+        outputs = outputs + decay.scores(q, a, "same") @ r
         r = r.flatten(1, 2)[:, :n_pos]
     return outputs.flatten(1, 2)[:, :n_pos], r, S
+
+
+def _sum(x: Tensor | None, y: Tensor) -> Tensor:
+    return y if x is None else x + y
 
 
 def _inverse(x: Tensor) -> Tensor:
@@ -397,6 +404,5 @@ def _between(g: Tensor) -> Tensor:
     them would take the last digits of both.
     """
     later = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).tril(-1)
-    between = torch.where(later, g[..., :, None], 0).cumsum(-2)
-    # Mask before the exponential, as -inf: an exact 0 that has no gradient.
-    return between.masked_fill(later.mT, -torch.inf).exp()
+    # Sums from j on are 0 before it, where exp has nothing to overflow; masked, that is an exact 0 without a gradient.
+    return torch.where(later, g[..., :, None], 0).cumsum(-2).exp().tril()

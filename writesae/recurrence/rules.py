@@ -51,7 +51,7 @@ class Rule:
     ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"]]:
         """Outputs and final state of the recurrence, from canonical quantities (`kernels.chunked`)."""
         outputs, S = [], initial_state
-        for here in stretches(get("k"), get("v")):
+        for here in stretches(*map(get, self.inputs)):
             some = lambda quantity, here=here: get(quantity)[here]  # noqa: E731
             strength = None if self.strength is None else self.strength(some)
             o, S = chunked(self.recurrence(some), self.write(some), S, strength=strength)

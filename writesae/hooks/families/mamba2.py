@@ -67,6 +67,10 @@ class ChunkScan(KernelCall):
         return dt * (A if heads is None else A[list(heads)])
 
     @property
+    def sequences(self) -> tuple[str, ...]:
+        return (*_ARGUMENT.values(), "dt")
+
+    @property
     def initial_state(self) -> Tensor | None:
         state = self.arguments.get(self.state_argument)
         return None if state is None else state.mT
