@@ -28,9 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 import writesae as ws
-from writesae import kernels
 from writesae.models import formats
-from writesae.recurrence import rules, step_loop
+from writesae.recurrence import decay, rules, step_loop
 
 OURS = {
     "rwkv7": ("RWKV7", dict(head_dim=64, intermediate_size=1024)),
@@ -80,14 +79,14 @@ def by_steps(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def not_factored(run: Callable[[], Any]) -> Callable[[], Any]:
-    """``run`` with a number for two tokens and a channel where a decay per key channel is mild (`kernels`)."""
+    """``run`` with a number for two tokens and a channel where a decay per key channel is mild (`decay`)."""
 
     def timed() -> Any:
-        mild, kernels.MILD = kernels.MILD, -1.0
+        mild, decay.MILD = decay.MILD, -1.0
         try:
             return run()
         finally:
-            kernels.MILD = mild
+            decay.MILD = mild
 
     return timed
 

@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from writesae.recurrence import Recurrence, Write, kernels, states, step_loop
-from writesae.recurrence.kernels import CHUNK, CHUNK_PER_KEY, chunked, decayed_sum, erase_reads, states_at
+from writesae.recurrence import Recurrence, Write, decay, kernels, states, step_loop
+from writesae.recurrence.decay import CHUNK, CHUNK_PER_KEY
+from writesae.recurrence.kernels import chunked, decayed_sum, erase_reads, states_at
 
 PER_KEY = pytest.mark.parametrize("per_key", [False, True], ids=["scalar decay", "per-key decay"])
 ERASE = pytest.mark.parametrize("erase", [True, False], ids=["erase", "no erase"])
@@ -297,7 +298,7 @@ def difference_of_sums(g: Tensor) -> Tensor:
 def test_strong_decay_twin(
     unstable: Callable[..., Tensor], patterns: list[str], per_key: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_between", unstable)  # right for every value but for rounding: no input breaks it
+    monkeypatch.setattr(decay, "between", unstable)  # right for every value but for rounding: no input breaks it
     check_strong_decay("no decay", per_key)  # the twin is right where decays are mild
     for pattern in patterns:
         with must_differ():
@@ -307,7 +308,7 @@ def test_strong_decay_twin(
 @UNCHECKED
 def test_factored_decay_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     """A factor per token is for mild decays: taken for any, it overflows."""
-    monkeypatch.setattr(kernels, "MILD", float("inf"))  # a bound on rounding, which nobody should be able to set
+    monkeypatch.setattr(decay, "MILD", float("inf"))  # a bound on rounding, which nobody should be able to set
     check_strong_decay("no decay", per_key=True)
     with must_differ():
         check_strong_decay("every token -50", per_key=True)
