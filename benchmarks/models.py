@@ -18,6 +18,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from typing import Annotated, Any
 
 import torch
@@ -28,9 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 import writesae as ws
-from writesae import kernels
-from writesae.models import common, formats
-from writesae.recurrence import step_loop
+from writesae.models import formats
+from writesae.recurrence import decay, rules, step_loop
 
 OURS = {
     "rwkv7": ("RWKV7", dict(head_dim=64, intermediate_size=1024)),
@@ -70,24 +70,24 @@ def by_steps(run: Callable[[], Any]) -> Callable[[], Any]:
     """``run`` with the recurrence of our models computed token by token."""
 
     def timed() -> Any:
-        chunked, common.chunked = common.chunked, step_loop  # type: ignore[assignment]
+        chunked, rules.chunked = rules.chunked, lambda *args, strength: step_loop(*args)  # type: ignore[assignment]
         try:
             return run()
         finally:
-            common.chunked = chunked  # type: ignore[assignment]
+            rules.chunked = chunked  # type: ignore[assignment]
 
     return timed
 
 
 def not_factored(run: Callable[[], Any]) -> Callable[[], Any]:
-    """``run`` with a number for two tokens and a channel where a decay per key channel is mild (`kernels`)."""
+    """``run`` with a number for two tokens and a channel where a decay per key channel is mild (`decay`)."""
 
     def timed() -> Any:
-        mild, kernels.MILD = kernels.MILD, -1.0
+        mild, decay.MILD = decay.MILD, -1.0
         try:
             return run()
         finally:
-            kernels.MILD = mild
+            decay.MILD = mild
 
     return timed
 
@@ -141,9 +141,9 @@ def speed(console: Console, pos: int, rounds: int) -> None:
 
 def child(spec: str) -> None:
     """Seconds and peak memory of one layer over a long sequence, an edit at one head, in this fresh process."""
-    kind, n_pos = json.loads(spec)
+    kind, n_pos, kernels = json.loads(spec)
     torch.set_num_threads(1)
-    model = ws.HookedRecurrentModel(build(kind, 1))
+    model = ws.HookedRecurrentModel(build(kind, 1), kernels=kernels)
     write = ws.Write(torch.ones(model.sites[0].d_key), torch.ones(model.sites[0].d_value)) * 0.01
 
     def run(n: int) -> None:
@@ -161,9 +161,11 @@ def long(console: Console) -> None:
     table = Table(title="One wrapped layer, an edit at every token of one head, one sequence, one thread")
     for column in ("", f"s, {short:,}", f"s, {far:,}", "times", f"MiB, {short:,}", f"MiB, {far:,}", "times"):
         table.add_column(column, justify="left" if not column else "right")
-    for kind in (*THEIRS, *OURS):
-        (t1, m1), (t2, m2) = (in_fresh_process(__file__, kind, n) for n in (short, far))
-        table.add_row(kind, f"{t1:.2f}", f"{t2:.2f}", f"{t2 / t1:.1f}", f"{m1:.0f}", f"{m2:.0f}", f"{m2 / m1:.1f}")
+    for kind, kernels in (*product(THEIRS, ("native", "writesae")), *((kind, "writesae") for kind in OURS)):
+        (t1, m1), (t2, m2) = (in_fresh_process(__file__, kind, n, kernels) for n in (short, far))
+        table.add_row(
+            f"{kind}, {kernels}", f"{t1:.2f}", f"{t2:.2f}", f"{t2 / t1:.1f}", f"{m1:.0f}", f"{m2:.0f}", f"{m2 / m1:.1f}"
+        )
     console.print(table)
 
 

@@ -100,8 +100,8 @@ def _fill(path: Path, n_vocab: int) -> None:
 
 @torch.no_grad()
 def _set_gates(model: torch.nn.Module) -> None:
-    """So that heads forget at paces from `HALF_LIVES`, as trained ones do, and no projection is zero, as at the beginning
-    of RWKV-7's training."""
+    """So that heads forget at paces from `HALF_LIVES`, as trained ones do, and no projection is zero, as RWKV-7's are
+    before training."""
     for p in model.parameters():
         if p.ndim == 2 and not bool(p.any()):
             p.normal_(0, 0.02)

@@ -255,10 +255,12 @@ def test_rwkv7_is_the_authors(pth: Path, their_logits: Tensor) -> None:
     assert (in_pieces(model, ids, [1] * 40) - their_logits).abs().max() < 1e-4
 
 
-def _erase_swapped(kappa: Tensor, iclr: Tensor, **rest: Any) -> Any:
-    rec = Recurrence(rest["q"], rest["log_decay"], a=kappa, b=-kappa * iclr)
-    swapped = dataclasses.replace(rwkv7.RWKV7, recurrence=lambda get: rec)
-    return rwkv7.recur(swapped, rest, rest["initial_state"], rest["output_final_state"])
+def _erase_swapped(initial_state: Tensor | None, output_final_state: bool, **values: Tensor) -> Any:
+    def recurrence(get: Any) -> Recurrence:
+        return Recurrence(get("q"), get("log_decay"), a=get("kappa"), b=-get("kappa") * get("iclr"))
+
+    swapped = dataclasses.replace(rwkv7.RWKV7, recurrence=recurrence)
+    return rwkv7.recur(swapped, values, initial_state, output_final_state)
 
 
 @pytest.mark.parametrize("broken", ["erase", "erase swapped", "v_first", "eps"])

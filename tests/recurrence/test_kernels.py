@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from writesae.recurrence import Recurrence, Write, kernels, states, step_loop
-from writesae.recurrence.kernels import CHUNK, CHUNK_PER_KEY, chunked, decayed_sum, erase_reads, states_at
+from writesae.recurrence import Recurrence, Write, decay, kernels, states, step_loop
+from writesae.recurrence.decay import CHUNK, CHUNK_PER_KEY
+from writesae.recurrence.kernels import chunked, decayed_sum, erase_reads, states_at
 
 PER_KEY = pytest.mark.parametrize("per_key", [False, True], ids=["scalar decay", "per-key decay"])
 ERASE = pytest.mark.parametrize("erase", [True, False], ids=["erase", "no erase"])
@@ -151,6 +152,46 @@ def edits_one_token_late(rec: Recurrence, write: Write, initial_state: Tensor | 
     return chunked(rec, write, initial_state, **options)
 
 
+def along_the_key(inputs: Inputs) -> tuple[Inputs, Tensor]:
+    """The same, with an erase that writes along the key of the write's first term, and how strongly it does."""
+    rec, write, state = inputs
+    strength = -torch.rand_like(rec.q[..., 0]) / 8  # or the state grows without bound
+    return (replace(rec, a=strength[..., None] * write.factors()[0][..., 0, :]), write, state), strength
+
+
+@UNCHECKED
+@PER_KEY
+@RANK
+@READ
+def test_erase_along_the_key(per_key: bool, rank: int, read: str) -> None:
+    inputs, strength = along_the_key(random_inputs(BORDERS[-1], per_key=per_key, rank=rank))
+    dense = {t: torch.randn_like(inputs[2]) for t in EDITED}
+
+    def run(rec: Recurrence, *args, strength: Tensor = strength, **options):
+        return chunked(rec, *args, strength=strength[:, : rec.n_pos], **options)
+
+    check_lengths(run, inputs, BORDERS, read=read)
+    check_lengths(run, inputs, [t + 1 for t in EDITED], dense=dense, read=read)
+    if read == "same":  # otherwise it is of no use, and is not used
+        with must_differ():
+            check_lengths(run, inputs, [2], read=read, strength=-strength)
+        with must_differ():  # the erase writes elsewhere
+            check_lengths(run, random_inputs(2, per_key=per_key, rank=rank), [2], read=read)
+
+
+@UNCHECKED
+@PER_KEY
+@ERASE
+def test_in_stretches(per_key: bool, erase: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the tokens at once are as many chunks as fit its cache: here one, two or all of them."""
+    inputs = random_inputs(3 * CHUNK + 5, per_key=per_key, erase=erase, rank=2, batch=2)
+    for cached in (1, 2 * CHUNK * 2 * 2 * (5 + 2 * 5 + 2 * 4), 10**9):
+        monkeypatch.setattr(kernels, "CACHED", cached)
+        n_chunks = kernels.stretches(inputs[0].q, inputs[1].key, inputs[1].value)[0][1].stop / CHUNK
+        assert n_chunks == {1: 1, 10**9: 3 + 5 / CHUNK}.get(cached, 2)
+        check_lengths(chunked, inputs, [1, CHUNK + 1, 3 * CHUNK + 5])
+
+
 TWINS = [broken(chunked, breakage) for breakage in BREAKAGES + ERASE_BREAKAGES]
 TWINS += [chunks_not_carried, other_read, rank_cut, edits_dropped, edits_one_token_late]
 
@@ -257,7 +298,7 @@ def difference_of_sums(g: Tensor) -> Tensor:
 def test_strong_decay_twin(
     unstable: Callable[..., Tensor], patterns: list[str], per_key: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_between", unstable)  # right for every value but for rounding: no input breaks it
+    monkeypatch.setattr(decay, "between", unstable)  # right for every value but for rounding: no input breaks it
     check_strong_decay("no decay", per_key)  # the twin is right where decays are mild
     for pattern in patterns:
         with must_differ():
@@ -267,7 +308,7 @@ def test_strong_decay_twin(
 @UNCHECKED
 def test_factored_decay_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     """A factor per token is for mild decays: taken for any, it overflows."""
-    monkeypatch.setattr(kernels, "MILD", float("inf"))  # a bound on rounding, which nobody should be able to set
+    monkeypatch.setattr(decay, "MILD", float("inf"))  # a bound on rounding, which nobody should be able to set
     check_strong_decay("no decay", per_key=True)
     with must_differ():
         check_strong_decay("every token -50", per_key=True)

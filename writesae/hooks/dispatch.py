@@ -1,8 +1,8 @@
 """Stand-ins for the functions of a modeling file that run a recurrence.
 
 Mixers call functions of their modeling file (``torch_chunk_gated_delta_rule``, ...). `intercept` puts a stand-in in the
-place of each, which asks one question: is a tapped mixer running, with anything attached? If not, the native function
-runs as before. If so, the mixer's `Tap` does the call.
+place of each, which asks one question: is a tapped mixer running, with anything attached, or on our kernels? If not,
+the native function runs as before. If so, the mixer's `Tap` does the call.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _stand_in(function: Callable[..., Any], tapped: bool, fused: bool) -> Callab
     def dispatch(*args: Any, **kwargs: Any) -> Any:
         own = by_device(*args, **kwargs)
         here = running.get()
-        if here is None or not here.tap.busy:
+        if here is None or not here.tap.takes_calls:
             return own(*args, **kwargs)
         if fused:
             return None

@@ -58,16 +58,22 @@ class Attachment:
             point.listening for points in self.points for point in points.values()
         )
 
+    @property
+    def on_our_kernels(self) -> bool:
+        """Whether its recurrences run on the kernels of `writesae.recurrence`."""
+        return any(tap.kernels != "native" for tap in self.taps)
+
     @torch.compiler.disable(reason=graphs.REASON)
     def begin(self, text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before each pass of the text model."""
         if given(text_model):
             return
         busy = self.busy
+        ours = busy or self.on_our_kernels
         mask = kwargs.get("attention_mask")
-        if busy and (mask is None or getattr(mask, "ndim", 0) == 2):  # another does not say which tokens are padding
+        if ours and (mask is None or getattr(mask, "ndim", 0) == 2):  # another does not say which tokens are padding
             check_no_packing(kwargs)
-        graphs.begin(text_model, busy)
+        graphs.begin(text_model, ours)
         for owner in self.blocks.all():
             owner.note(complete=False)
         self.clock.begin(args, kwargs, lambda: _calls_under_way(text_model) > 1, check=busy)
@@ -79,7 +85,7 @@ class Attachment:
             return
         graphs.end(text_model)
         if self.clock.end(output):
-            graphs.begin(text_model, self.busy)
+            graphs.begin(text_model, self.busy or self.on_our_kernels)
         if output is not None:
             for owner in self.blocks.all():
                 owner.note(complete=True)

@@ -43,6 +43,17 @@ class Running:
     shape: tuple[int, ...] = ()
 
 
+KERNELS = ("native", "writesae")
+"""What may compute a recurrence: the model's own function, or `writesae.recurrence.kernels`."""
+
+
+def check_kernels(kernels: object) -> None:
+    """Raise ValueError if there is nothing by that name to compute recurrences with."""
+    if kernels not in KERNELS:
+        allowed = " and ".join(map(repr, KERNELS))
+        raise ValueError(f"kernels={kernels!r}: allowed are {allowed} (the model's own functions, and ours in torch)")
+
+
 running: ContextVar[Running | None] = ContextVar("running_mixer", default=None)
 """The mixer that is running in this thread or task, if any."""
 
@@ -69,6 +80,7 @@ class Tap:
         attached: interventions.
         state_requests: the positions at which somebody wants to see states.
         recorders: called with the `Record` of every call.
+        kernels: what computes the recurrence, one of `KERNELS`.
     """
 
     site: Site
@@ -78,6 +90,7 @@ class Tap:
     attached: Owned[Attached] = field(default_factory=Owned)
     state_requests: Owned[PositionSet] = field(default_factory=Owned)
     recorders: Owned[Callable[[Record], None]] = field(default_factory=Owned)
+    kernels: str = "native"
 
     @property
     def busy(self) -> bool:
@@ -85,6 +98,11 @@ class Tap:
         return bool(
             self.attached or self.state_requests or self.recorders or any(p.listening for p in self.points.values())
         )
+
+    @property
+    def takes_calls(self) -> bool:
+        """Whether a call of the recurrence is the tap's, and not the native function's alone."""
+        return self.kernels != "native" or self.busy
 
     def run(self, native: Callable[..., Any], arguments: dict[str, Any], here: Running) -> Any:
         """The native call, with hooks and edits."""
@@ -111,7 +129,8 @@ class Tap:
         kept = kept_of(write, record.edits) if write else None
         if kept is not None:
             call.set("v", call.get("v") * kept[..., None])
-        o, state = call.run(native)
+        ours = self.kernels == "writesae" and call.get("v").shape[1] > 1  # for one token there is nothing to gain
+        o, state = call.compute() if ours else call.run(native)
         here.shape = o.shape
         if write:
             with full_precision(o.device):

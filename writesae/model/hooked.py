@@ -19,6 +19,7 @@ from writesae.hooks.positions import Positions
 from writesae.hooks.quantities import QUANTITIES
 from writesae.hooks.residual import Stopped, stop_at
 from writesae.hooks.scope import owning
+from writesae.hooks.tap import check_kernels
 from writesae.model.attaching import Hooks, Names, check_fired
 from writesae.model.continuing import positions_behind
 from writesae.model.generating import GeneratingModel
@@ -43,9 +44,11 @@ class HookedRecurrentModel(GeneratingModel):
         prepend_bos: whether texts begin with a BOS token, in everything that reads texts: stores, training, contexts,
             experiments; None: as the tokenizer has it. See `to_tokens`.
         special_tokens: whether the tokenizer adds its special tokens to texts.
+        kernels: what computes the recurrences, ``"native"`` or ``"writesae"``, see `kernels`; None: as ``hf_model`` has
+            it, which is ``"native"`` unless another wrapper of it was given something else.
 
     Raises:
-        ValueError: no layer is of a known recurrent architecture, or nnsight has not loaded the weights yet.
+        ValueError: no such kernels, no layer of a known recurrent architecture, or nnsight has not loaded the weights.
 
     >>> model = HookedRecurrentModel.from_pretrained("tiny-gdn")
     >>> logits, cache = model.run_with_cache("The state of the Union")
@@ -60,7 +63,10 @@ class HookedRecurrentModel(GeneratingModel):
         model_id: str | None = None,
         prepend_bos: bool | None = None,
         special_tokens: bool = True,
+        kernels: str | None = None,
     ):
+        if kernels is not None:
+            check_kernels(kernels)
         if isinstance(hf_model, HookedRecurrentModel):
             model_id = model_id or hf_model.model_id
             prepend_bos = hf_model.prepend_bos if prepend_bos is None else prepend_bos
@@ -70,6 +76,8 @@ class HookedRecurrentModel(GeneratingModel):
             hf_model, own_tokenizer = unwrapped(hf_model)
         bare(hf_model)  # raises where PEFT puts virtual tokens before the text
         super().__init__(hf_model, own_tokenizer if tokenizer is None else tokenizer)
+        if kernels is not None:
+            self.kernels = kernels
         self.prepend_bos, self.special_tokens = prepend_bos, special_tokens
         self.model_id: str = model_id or str(getattr(hf_model, "name_or_path", "") or type(hf_model).__name__)
 
@@ -83,6 +91,7 @@ class HookedRecurrentModel(GeneratingModel):
         device: torch.device | str | None = None,
         prepend_bos: bool | None = None,
         special_tokens: bool = True,
+        kernels: str | None = None,
         **kwargs: Any,
     ) -> HookedRecurrentModel:
         """Load a shipped model (``"tiny-gdn"``), a hub id or a folder.
@@ -95,6 +104,7 @@ class HookedRecurrentModel(GeneratingModel):
                 and those of a text whole and in pieces differ by up to 0.13, in float32 by 4e-5.
             tokenizer: a tokenizer, None for the model's own, or False for none (token ids only).
             prepend_bos, special_tokens: how texts become tokens, see `HookedRecurrentModel`.
+            kernels: what computes the recurrences, see there.
             device: where to move it; None: where it is loaded (the CPU, or as ``device_map`` says).
             **kwargs: for ``from_pretrained`` (``device_map``, ``revision``, ``local_files_only``, ...).
 
@@ -103,6 +113,8 @@ class HookedRecurrentModel(GeneratingModel):
         """
         if "torch_dtype" in kwargs:
             raise TypeError("torch_dtype is called dtype here, as in transformers: from_pretrained(..., dtype=...)")
+        if kernels is not None:
+            check_kernels(kernels)
         if device is not None and kwargs.get("device_map") is not None:
             raise TypeError("device and device_map both say where the model goes: pass one of them")
         shipped = shipped_model(str(name))
@@ -121,8 +133,14 @@ class HookedRecurrentModel(GeneratingModel):
             tokenizer = None
         else:
             check_tokenizer(tokenizer, hf_model)
-        reading = {"prepend_bos": prepend_bos, "special_tokens": special_tokens}
-        model = cls(hf_model.eval(), tokenizer, model_id=str(name), **reading)
+        model = cls(
+            hf_model.eval(),
+            tokenizer,
+            model_id=str(name),
+            prepend_bos=prepend_bos,
+            special_tokens=special_tokens,
+            kernels=kernels,
+        )
         return model if device is None else model.to(device)
 
     # --- what there is ------------------------------------------------------------------------------------------------
@@ -147,6 +165,25 @@ class HookedRecurrentModel(GeneratingModel):
     @property
     def config(self) -> Any:
         return self.hf_model.config
+
+    @property
+    def kernels(self) -> str:
+        """What computes the recurrences: ``"native"``, the model's own functions, or ``"writesae"``, ours.
+
+        Ours are plain torch on any device, and their logits within rounding (1e-4) of the native ones. Without a GPU
+        they take less time and memory in every architecture (`docs/benchmarks.md`). They compute calls of several
+        tokens; single tokens, as in decoding, stay with the native function. May be set at any time; it belongs to
+        ``hf_model``, so to every wrapper of it.
+
+        >>> model.kernels = "writesae"
+        """
+        return self.taps[0].kernels
+
+    @kernels.setter
+    def kernels(self, kernels: str) -> None:
+        check_kernels(kernels)
+        for tap in self.taps:
+            tap.kernels = kernels
 
     def W_O(self, layer: int) -> Float[Tensor, "head d_value d_model"]:
         """The output projection of a recurrent layer, head by head; norm and gate before it are not in it."""

@@ -24,7 +24,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import slice_logits_to_keep
 
 from writesae.models.arguments import check_arguments
-from writesae.recurrence.kernels import chunked
 from writesae.recurrence.rules import Rule
 
 # Fields of flash-linear-attention's configs that choose between equal computations, or concern training alone.
@@ -113,8 +112,7 @@ def recur(
 ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"] | None]:
     """A rule's recurrence of canonical quantities, as models use it: outputs in the dtype of the reads, and the final
     state if asked for."""
-    get = values.__getitem__
-    o, state = chunked(rule.recurrence(get), rule.write(get), initial_state)
+    o, state = rule.run(values.__getitem__, initial_state)
     return o.to(values["q"].dtype), state if output_final_state else None
 
 

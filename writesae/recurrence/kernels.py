@@ -6,8 +6,12 @@ Within a chunk, write ``r_t = b_t^T S_{t-1}`` for what the erase reads. Then ``r
     r_t = b_t^T D(0..t-1) S_0 + sum_{j<t} b_t^T D(j..t-1) (a_j r_j + k_j v_j^T)
 
 The write keys enter only on the right, so they need not be the erase keys, and a token may write any number of rank-1
-terms. All exponents are sums of log decays over a later stretch, hence ``<= 0``: nothing overflows however strong the
-decay (or, for mild decays per key channel, at most 2 MILD in size). Memory per head is
+terms. Where the erase does write along the key (``a = c k``), ``v_j + c_j r_j`` solves a system of its own, with fewer
+scores. All exponents are sums of log decays over a later stretch, hence ``<= 0``: nothing overflows however strong the
+decay (or, for mild decays per key channel, at most 2 MILD in size).
+
+A CPU computes a stretch of a few chunks at a time, small enough for its cache: memory is then that of the result, and
+several times less work waits for memory. Elsewhere all chunks are one stretch; its memory per head is
 ``pos * (chunk + d_key + d_value)`` (``pos * chunk * d_key`` for strong decays per key channel, with a smaller chunk),
 and one matrix of a state's size per chunk.
 """
@@ -16,23 +20,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
-from torch._subclasses.fake_tensor import FakeTensor
 
+from writesae.recurrence.decay import CHUNK, Decay, between, chunks, cut, cut_decay
 from writesae.recurrence.spec import Read, Recurrence, Write, at_least_float32, check_dense, first_state
 
-CHUNK = 64  # tokens, with one decay per head
-CHUNK_SUM = 32  # tokens, for numbers that decay: their only work is within chunks
-CHUNK_MILD = 32  # tokens, with one decay per key channel, and no chunk that forgets more than exp(-2 MILD)
-CHUNK_PER_KEY = 16  # tokens, with stronger decays per key channel: scores need [chunk, chunk, d_key]
-MILD = 20.0  # exp(x) has x times the rounding error of x, so factors up to exp(20) are right to some 1e-6
+CACHED = 2**18  # numbers: what is computed at once on a CPU
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
 
@@ -59,16 +57,25 @@ def chunked(
     dense: Mapping[int, Float[Tensor, "batch head d_key d_value"]] | None = None,
     read: Read = "same",
     chunk: int | None = None,
+    strength: Float[Tensor, "batch pos head"] | None = None,
 ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"]]:
     """Outputs and final state of the recurrence; see `writesae.recurrence.step_loop` for the arguments.
 
-    ``chunk`` is the chunk length in tokens (default 64, or 32 or 16 for per-key decay); it changes speed, not results.
+    Args:
+        chunk: the chunk length in tokens (default 32, or 16 for strong decays per key channel).
+        strength: where the erase writes along the key of the write's first term, ``a_t = strength_t k_t`` as in delta
+            rules: this number. Erase and write are then computed as one, in two thirds of the time.
+
+    Neither changes results.
     """
     dense = check_dense(dense, rec.n_pos)
     S = first_state(rec, write, initial_state)
+    if read == "next":
+        strength = None  # the read sees the token's erase and not its write: these are not one
     outputs, start = [], 0
     for t, E in dense.items():  # a dense edit is a new initial state: cut the sequence after it
-        o, _, S = _scan(rec[:, start : t + 1], write[:, start : t + 1], S, read, chunk)
+        here = (slice(None), slice(start, t + 1))
+        o, _, S = _scan(rec[here], write[here], S, read, chunk, _of(strength, here))
         E = at_least_float32(E)
         if read == "same":
             seen = torch.einsum("bhk,bhkv->bhv", at_least_float32(rec.q[:, t]), E)
@@ -77,7 +84,9 @@ def chunked(
         outputs.append(o)
         start = t + 1
     if start < rec.n_pos:
-        o, _, S = _scan(rec[:, start:], write[:, start:], S, read, chunk)
+        o, _, S = _scan(
+            rec[:, start:], write[:, start:], S, read, chunk, _of(strength, (slice(None), slice(start, None)))
+        )
         outputs.append(o)
     return torch.cat(outputs, 1), S
 
@@ -189,164 +198,109 @@ def decayed_sum(
 
 def _decayed_sum(x: Tensor, log_decay: Tensor, first: Tensor) -> Tensor:
     n_pos = x.shape[1]
-    if n_pos <= CHUNK_SUM:
-        return (_between(log_decay) @ x).addcmul_(log_decay.cumsum(-1).exp()[..., None], first[:, None])
-    x, g = _chunks(x, CHUNK_SUM), _chunks(log_decay, CHUNK_SUM)
-    between = _between(g)
+    if n_pos <= CHUNK:
+        return (between(log_decay) @ x).addcmul_(log_decay.cumsum(-1).exp()[..., None], first[:, None])
+    x, g = chunks(x, CHUNK), chunks(log_decay, CHUNK)
+    within = between(g)
     # Sums at the chunks' ends are sums of the same kind, of what each chunk adds; the rest is one matmul for all.
-    ends = _decayed_sum((between[..., -1:, :] @ x)[:, :, 0], g.sum(-1), first)
+    ends = _decayed_sum((within[..., -1:, :] @ x)[:, :, 0], g.sum(-1), first)
     firsts = torch.cat([first[:, None], ends[:, :-1]], 1)
-    y = (between @ x).addcmul_(g.cumsum(-1).exp()[..., None], firsts[:, :, None])
+    y = (within @ x).addcmul_(g.cumsum(-1).exp()[..., None], firsts[:, :, None])
     return y.flatten(1, 2)[:, :n_pos]
 
 
 @_without_autocast
 def _scan(
-    rec: Recurrence, write: Write, S: Tensor, read: Read = "same", chunk: int | None = None, erased: bool = False
+    rec: Recurrence,
+    write: Write,
+    S: Tensor,
+    read: Read = "same",
+    chunk: int | None = None,
+    strength: Tensor | None = None,
+    erased: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Chunked recurrence from state ``S``: outputs, what the erase read (if ``erased``), final state."""
+    lead, S = S.shape[:2], S.flatten(0, 1)
+    outputs, reads = [], []
+    for here in stretches(rec.q, write.key, write.value):
+        o, r, S = _scan_stretch(rec[here], write[here], S, read, chunk, _of(strength, here))
+        outputs.append(o.unflatten(0, lead).transpose(1, 2))
+        if erased and r is not None:
+            reads.append(r.unflatten(0, lead).transpose(1, 2))
+    return torch.cat(outputs, 1), torch.cat(reads, 1) if reads else None, S.unflatten(0, lead)
+
+
+def stretches(*parts: Tensor) -> list[tuple[slice, slice]]:
+    """Indices ``[batch, pos]`` of the tokens to compute at once: on a CPU whole chunks of which these, ``[batch, pos,
+    ...]``, fit its cache, elsewhere all."""
+    n_pos = size = parts[0].shape[1]
+    if parts[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        size = CHUNK * max(1, CACHED // max(1, CHUNK * sum(x[:, :1].numel() for x in parts)))
+    return [(slice(None), slice(start, min(start + size, n_pos))) for start in range(0, n_pos, size)]
+
+
+def _scan_stretch(
+    rec: Recurrence, write: Write, S: Tensor, read: Read, chunk: int | None, strength: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The same for tokens computed at once, with sequences and heads as one dimension: ``[batch*head, pos, d]``."""
     n_pos = rec.n_pos
-    g, size, mild = _cut_decay(rec.log_decay, chunk)
-    q = _cut(rec.q, size)
-    p, u = (_cut(x, size) for x in write.factors())
-    rank = p.shape[-2]
-    p, u = (rearrange(x, "b h n c r d -> b h n (c r) d") for x in (p, u))  # writes of one chunk, token by token
+    g, size, mild = cut_decay(rec.log_decay, chunk)
+    decay = Decay(g, factored=mild)
+    q = cut(rec.q, size)
+    keys, values = write.factors()
+    wanted = None
+    if rec.a is not None and rec.b is not None:
+        a, b = rec.a, rec.b
+        if strength is not None:  # the erase is one write with the first term, of v_t + strength_t r_t
+            a, b, wanted = keys[..., 0, :], b * strength[..., None], cut(values[..., 0, :], size)
+            keys, values = keys[..., 1:, :], values[..., 1:, :]
+        a, b = cut(a, size), cut(b, size)
 
-    decay = _Decay(g, factored=mild)
-    own = decay.scores(q, p, read, rank) @ u  # output due to this chunk's own writes
-    q_first = q * decay.from_start  # ... and to its first state
-    # What is left at the chunk's end of the writes and of the first state.
-    gained = (p * decay.to_end.repeat_interleave(rank, 3)).mT @ u
-    left_first = decay.from_start[..., -1:, :].mT
+    # What each chunk reads of its own writes, and what they leave at its end.
+    own = gained = None
+    rank = keys.shape[-2]
+    if rank:
+        p, u = (rearrange(cut(x, size), "s n c r d -> s n (c r) d") for x in (keys, values))  # token by token
+        own = decay.scores(q, p, read, rank) @ u
+        gained = (p * decay.to_end.repeat_interleave(rank, 2)).mT @ u
+        if rec.a is not None:
+            wanted = _sum(wanted, decay.scores(b, p, "before", rank) @ u)
+    if wanted is not None:
+        solve = _inverse(decay.scores(b, a, "before"))
+        r_writes, r_first = solve @ wanted, solve @ (b * decay.before_from_start)
+        left_erased = (a * decay.to_end).mT
+    left = decay.from_start[..., -1:, :].mT
 
-    erase = rec.a is not None and rec.b is not None
-    if erase:
-        a, b = _cut(rec.a, size), _cut(rec.b, size)  # type: ignore[arg-type]
-        from_writes = decay.scores(b, p, "before", rank) @ u
-        r_first, r_writes = torch.linalg.solve_triangular(
-            -decay.scores(b, a, "before"),
-            torch.cat([b * decay.before_from_start, from_writes], -1),
-            upper=False,
-            unitriangular=True,
-        ).split([b.shape[-1], u.shape[-1]], -1)
-        scores_e = decay.scores(q, a, "same")
-        left_e = (a * decay.to_end).mT
-        # Fold the erase in, so that the loop over chunks needs two matmuls each for output and state.
-        own = own + scores_e @ r_writes
-        q_first = q_first + scores_e @ r_first
-        gained = gained + left_e @ r_writes
-        carry = left_e @ r_first
-
-    # From chunk to chunk only the state goes on; everything else waits and is one matmul for all chunks.
-    first_states = []
-    for n in range(q.shape[2]):
-        first_states.append(S)
-        gain = gained[:, :, n] + carry[:, :, n] @ S if erase else gained[:, :, n]
-        S = torch.addcmul(gain, left_first[:, :, n], S)
-    first = torch.stack(first_states, 2)
-    reads = _join(r_writes + r_first @ first, n_pos) if erase and erased else None
-    return _join(own + q_first @ first, n_pos), reads, S
-
-
-# Not inside `_scan`: where annotations are checked, a function is compiled anew whenever its `def` runs.
-def _cut(x: Tensor, size: int) -> Tensor:
-    """``[batch, pos, head, ...]`` to ``[batch, head, chunk, token, ...]``. Padding writes nothing, decays nothing."""
-    return _chunks(at_least_float32(x).transpose(1, 2), size, dim=2)
+    # From chunk to chunk only the state goes on, and what the erase writes; reads wait and are one matmul for all.
+    firsts, erased = [], []
+    for n in range(q.shape[1]):
+        firsts.append(S)
+        decayed = left[:, n] * S if gained is None else torch.addcmul(gained[:, n], left[:, n], S)
+        if wanted is not None:
+            erased.append(torch.baddbmm(r_writes[:, n], r_first[:, n], S))
+            decayed = torch.baddbmm(decayed, left_erased[:, n], erased[-1])
+        S = decayed
+    outputs, r = _sum(own, (q * decay.from_start) @ _stacked(firsts)), None
+    if wanted is not None:
+        r = _stacked(erased)
+        outputs = outputs + decay.scores(q, a, "same") @ r
+        r = r.flatten(1, 2)[:, :n_pos]
+    return outputs.flatten(1, 2)[:, :n_pos], r, S
 
 
-def _join(x: Tensor, n_pos: int) -> Tensor:
-    """``[batch, head, chunk, token, ...]`` to ``[batch, pos, head, ...]``, without the padding."""
-    return x.flatten(2, 3)[:, :, :n_pos].transpose(1, 2)
+def _sum(x: Tensor | None, y: Tensor) -> Tensor:
+    return y if x is None else x + y
 
 
-def _chunks(x: Tensor, size: int, dim: int = 1) -> Tensor:
-    """Split ``dim`` into ``[n_chunks, size]``, zero-padded at the end."""
-    pad = -x.shape[dim] % size
-    if pad:
-        x = F.pad(x, [0, 0] * (x.ndim - dim - 1) + [0, pad])
-    return x.unflatten(dim, (-1, size))
+def _inverse(x: Tensor) -> Tensor:
+    """``(1 - x)^-1`` for matrices that are 0 on and above the diagonal."""
+    one = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
+    return torch.linalg.solve_triangular(-x, one, upper=False, unitriangular=True)
 
 
-# --- decay within a chunk ---------------------------------------------------------------------------------------------
+def _of(x: Tensor | None, index: tuple[slice, ...]) -> Tensor | None:
+    return None if x is None else x[index]
 
 
-def _cut_decay(log_decay: Tensor, chunk: int | None) -> tuple[Tensor, int, bool]:
-    """Log decays in chunks, ``[batch, head, chunk, token, d_key or 1]``; the size of a chunk; whether these decays, one
-    per key channel, are mild: ``exp`` of half a chunk's whole decay, and its inverse, are accurate. See `_Decay`."""
-    per_key, n_pos = log_decay.ndim == 4, log_decay.shape[1]
-    if not per_key:
-        log_decay = log_decay[..., None]
-    for size in (chunk,) if chunk else (CHUNK_MILD, CHUNK_PER_KEY) if per_key else (CHUNK,):
-        size = min(size, n_pos)
-        g = _cut(log_decay, size)
-        mild = per_key and _values_are_known(g) and bool(g.sum(3).amin() >= -2 * MILD)
-        if mild:
-            break
-    return g, size, mild
-
-
-def _values_are_known(x: Tensor) -> bool:
-    """Whether code may branch on numbers: not while torch.export traces, nor under torch.func, whose vmap has many, nor
-    where tensors are shapes alone.
-
-    There decays are taken to be strong, which is right for all and slower for mild ones.
-    """
-    if torch.compiler.is_exporting() or isinstance(x, FakeTensor):
-        return False
-    return torch.compiler.is_compiling() or maybe_current_level() is None
-
-
-class _Decay:
-    """Decay within each chunk, from log decays ``g [batch, head, chunk, token, d_key or 1]``.
-
-    Between two tokens it is one number if there is one decay per head. With one per key channel it is the product of a
-    factor for each token, ``exp(G_t - R) exp(R - G_j)``, if ``factored``, as mild decays may be, and otherwise a number
-    for each channel, which is much slower.
-    """
-
-    def __init__(self, g: Tensor, factored: bool):
-        G = g.cumsum(-2)  # from the chunk's start through token t
-        G_before = torch.cat([torch.zeros_like(G[..., :1, :]), G[..., :-1, :]], -2)
-        self.from_start, self.before_from_start = G.exp(), G_before.exp()
-        self.per_key = g.shape[-1] > 1
-        self.factored = factored
-        if factored:
-            R = G[..., -1:, :] / 2
-            self.reads, self.reads_before, self.writes = (G - R).exp(), (G_before - R).exp(), (R - G).exp()
-            self.to_end = self.writes * R.exp()
-        else:
-            self.between = _between(g.mT if self.per_key else g[..., 0])
-            self.to_end = self.between[..., -1, :].mT if self.per_key else self.between[..., -1, :, None]
-
-    def scores(self, x: Tensor, y: Tensor, read: Literal["same", "next", "before"], rank: int = 1) -> Tensor:
-        """``sum_d x[t, d] y[j, d] D[t, j, d]``, ``D`` the decay from ``j``'s write to ``t``; ``rank`` writes per token.
-
-        The read at ``t`` sees writes up to its own token's (``same``), or up to the token's before it (``next``);
-        ``before`` is what ``t``'s erase reads, before ``t`` decays.
-        """
-        if self.factored:
-            reads = self.reads_before if read == "before" else self.reads
-            scores = (x * reads) @ (y * self.writes.repeat_interleave(rank, -2)).mT
-            seen = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).tril(-(read != "same"))
-            return scores.masked_fill(~seen.repeat_interleave(rank, -1), 0)
-        between = self.between
-        if read == "next":
-            between = between.tril(-1)
-        elif read == "before":
-            between = F.pad(between[..., :-1, :], (0, 0, 1, 0))
-        between = between.repeat_interleave(rank, -1)
-        if self.per_key:
-            return torch.einsum("...td,...jd,...dtj->...tj", x, y, between)
-        return (x @ y.mT) * between
-
-
-def _between(g: Tensor) -> Tensor:
-    """The decay from ``j`` to ``t``, ``[..., t, j]``, 0 for ``j > t``.
-
-    A sum over the tokens between, and not the difference of two sums from the chunk's start: one strong decay before
-    them would take the last digits of both.
-    """
-    later = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).tril(-1)
-    between = torch.where(later, g[..., :, None], 0).cumsum(-2)
-    # Mask before the exponential, as -inf: an exact 0 that has no gradient.
-    return between.masked_fill(later.mT, -torch.inf).exp()
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts, 1) if len(parts) > 1 else parts[0][:, None]  # without a copy

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from writesae.recurrence.kernels import chunked, stretches
 from writesae.recurrence.spec import Recurrence
 from writesae.recurrence.write import Write
 
@@ -32,6 +34,8 @@ class Rule:
         decay_per_key: ``log_decay`` is ``[batch, pos, head, d_key]``, one number per key channel.
         delta_rank: rank of what a token's state gains beyond its decay: 1 if the erase writes along the key or nothing
             is erased, otherwise 2.
+        strength: where the erase writes along the key, ``a = strength k``: this number ``[batch, pos, head]``, from
+            canonical quantities. See `kernels.chunked`.
     """
 
     name: str
@@ -40,6 +44,20 @@ class Rule:
     write: Callable[[Get], Write]
     decay_per_key: bool = False
     delta_rank: int = 1
+    strength: Callable[[Get], Tensor] | None = None
+
+    def run(
+        self, get: Get, initial_state: Float[Tensor, "batch head d_key d_value"] | None = None
+    ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"]]:
+        """Outputs and final state of the recurrence, from canonical quantities (`kernels.chunked`)."""
+        outputs, S = [], initial_state
+        for here in stretches(*map(get, self.inputs)):
+            some = lambda quantity, here=here: get(quantity)[here]  # noqa: E731
+            strength = None if self.strength is None else self.strength(some)
+            o, S = chunked(self.recurrence(some), self.write(some), S, strength=strength)
+            outputs.append(o)
+        assert S is not None
+        return torch.cat(outputs, 1), S
 
     @property
     def state_inputs(self) -> tuple[str, ...]:
@@ -77,16 +95,22 @@ def _delta(get: Get) -> Recurrence:
     return delta_recurrence(get, torch.zeros_like(get("beta")))
 
 
+def _minus_beta(get: Get) -> Tensor:
+    return -get("beta")
+
+
 def _rwkv7(get: Get) -> Recurrence:
     return Recurrence(get("q"), get("log_decay"), a=get("kappa") * get("iclr"), b=-get("kappa"))
 
 
 _WITH_STRENGTH = ("q", "k", "v", "beta", "log_decay")
 
-GATED_DELTA = Rule("gated_delta", _WITH_STRENGTH, _gated_delta, write_with_strength)
-KIMI_DELTA = Rule("kimi_delta", _WITH_STRENGTH, _gated_delta, write_with_strength, decay_per_key=True)
+GATED_DELTA = Rule("gated_delta", _WITH_STRENGTH, _gated_delta, write_with_strength, strength=_minus_beta)
+KIMI_DELTA = Rule(
+    "kimi_delta", _WITH_STRENGTH, _gated_delta, write_with_strength, decay_per_key=True, strength=_minus_beta
+)
 MAMBA2 = Rule("mamba2", _WITH_STRENGTH, nothing_erased, write_with_strength)
-DELTA = Rule("delta", ("q", "k", "v", "beta"), _delta, write_with_strength)
+DELTA = Rule("delta", ("q", "k", "v", "beta"), _delta, write_with_strength, strength=_minus_beta)
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), nothing_erased, plain_write, decay_per_key=True)
 RWKV7 = Rule(
     "rwkv7", ("q", "k", "v", "log_decay", "kappa", "iclr"), _rwkv7, plain_write, decay_per_key=True, delta_rank=2

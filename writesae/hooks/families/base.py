@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from writesae.hooks.sites import Site
 from writesae.models.gpu import plays_gpu
 from writesae.models.wrappers import weight
 from writesae.recurrence import Recurrence, Write, at_least_float32
+from writesae.recurrence.kernels import stretches
 from writesae.recurrence.rules import Rule
 
 
@@ -26,8 +29,8 @@ class KernelCall(ABC):
     `get` computes a quantity only when asked, in float32, heads expanded to value heads; `set` replaces one, and `run`
     calls the native function with the replacements. With nothing replaced, `run` changes no bit.
 
-    An adapter says what a quantity is in the arguments (`canonical`), where the state is (`initial_state`), how to call
-    the native function (`run`), and what the mixer expects back (`result`).
+    An adapter says what a quantity is in the arguments (`canonical`), which of them have tokens (`sequences`), where
+    the state is (`initial_state`), how to call the native function (`run`), and what the mixer expects back (`result`).
     """
 
     def __init__(self, family: Family, arguments: dict[str, Any]):
@@ -82,6 +85,40 @@ class KernelCall(ABC):
         self, native: Callable[..., Any]
     ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"] | None]:
         """Call the native function: reads in the model's dtype, and the final state if the model wants it."""
+
+    def compute(self) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"]]:
+        """The same on the kernels of `writesae.recurrence`: reads in the model's dtype, and the final state.
+
+        Some tokens at a time (`stretches`), so that canonical quantities of all are never made.
+        """
+        outputs, S = [], self.initial_state
+        parts = [self.arguments[name] for name in self.sequences]
+        for call in map(self._of, stretches(*parts)) if parts else [self]:
+            o, S = self.family.rule.run(call.get, S)
+            outputs.append(o.to(self.dtype))
+        assert S is not None
+        return torch.cat(outputs, 1), S
+
+    def _of(self, tokens: tuple[slice, slice]) -> KernelCall:
+        """A call of some tokens only. (Its initial state is not theirs.)"""
+        some = copy.copy(self)
+        # A convolution leaves the numbers of one token far apart in memory; in the copy they are close together.
+        pick = lambda x: x[tokens] if x.is_contiguous() else x[tokens].clone()  # noqa: E731
+        some.arguments = {name: pick(x) if name in self.sequences else x for name, x in self.arguments.items()}
+        some.changed, some._known = {name: x[tokens] for name, x in self.changed.items()}, {}
+        return some
+
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """The arguments that have tokens, ``[batch, pos, ...]``: those called like the rule's inputs, if all of these
+        are there. If none are known, all tokens are computed at once."""
+        inputs = self.family.rule.inputs
+        return inputs if all(name in self.arguments for name in inputs) else ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the reads that the mixer expects back: that of the arguments."""
+        return next(x.dtype for x in self.arguments.values() if isinstance(x, Tensor) and x.is_floating_point())
 
     def result(self, o: Tensor, state: Tensor | None) -> Any:
         """What the mixer expects back, for these reads and this final state."""

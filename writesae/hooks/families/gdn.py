@@ -49,6 +49,10 @@ class GatedDeltaCall(KernelCall):
         return self.arguments["query"].shape[-1] ** -0.5
 
     @property
+    def sequences(self) -> tuple[str, ...]:
+        return tuple(_ARGUMENT.values())
+
+    @property
     def initial_state(self) -> Tensor | None:
         return self.arguments.get("initial_state")
 

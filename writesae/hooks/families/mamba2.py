@@ -67,9 +67,17 @@ class ChunkScan(KernelCall):
         return dt * (A if heads is None else A[list(heads)])
 
     @property
+    def sequences(self) -> tuple[str, ...]:
+        return (*_ARGUMENT.values(), "dt")
+
+    @property
     def initial_state(self) -> Tensor | None:
         state = self.arguments.get(self.state_argument)
         return None if state is None else state.mT
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32  # as the torch function returns them
 
     def run(self, native: Callable[..., Any]) -> tuple[Tensor, Tensor | None]:
         if {"beta", "log_decay"} & self.changed.keys():  # the native function ties these two, and A to heads
