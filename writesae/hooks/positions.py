@@ -64,8 +64,9 @@ class PositionSet:
     asked: Positions
     wanted: Int[Tensor, "rows n"] | None = field(init=False, default=None)  # None: a slice or everything
     span: slice = field(init=False, default_factory=lambda: slice(0, None, 1))
-    # Which of them each sequence has reached, by the number of sequences in the batch; a slice counts as one.
-    reached: dict[int, Bool[Tensor, "batch n"]] = field(init=False, default_factory=dict)
+    # Which of them each sequence has reached, by the number of sequences in the batch and the device: read once the
+    # block ends, so that no pass waits for a device. A slice counts as one.
+    reached: dict[tuple[int, torch.device], Bool[Tensor, "batch n"]] = field(init=False, default_factory=dict)
     vouched: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +81,7 @@ class PositionSet:
                 )
             self.span = slice(start, asked.stop, step)
             return
-        wanted = torch.as_tensor(asked)
+        wanted = torch.as_tensor(asked, device="cpu")  # it is looked at here, before anything runs
         if wanted.dtype.is_floating_point or wanted.dtype == torch.bool or wanted.ndim > 2 or wanted.numel() == 0:
             raise ValueError(
                 f"positions={asked!r}: give an int, a list of ints, a slice, an integer tensor [n] or [batch, n], "
@@ -121,9 +122,9 @@ class PositionSet:
         return self.wanted[row_of_each(rows, batch, f"positions [{rows}, {n}]")]
 
     def _note(self, which: Bool[Tensor, "batch n"]) -> None:
-        which = which.cpu()
         with LOCK:  # several threads may run the edited model
-            self.reached[len(which)] = self.reached.get(len(which), torch.zeros_like(which)) | which
+            key = len(which), which.device
+            self.reached[key] = which if key not in self.reached else self.reached[key] | which
 
     def check_within(self, lengths: Int[Tensor, " batch"]) -> None:
         """Raise IndexError unless every sequence (``lengths`` real tokens each) has the positions asked for."""
@@ -149,5 +150,8 @@ class PositionSet:
         if self.asked is None or self.vouched:
             return []
         asked = torch.tensor([[self.span.start]]) if self.wanted is None else self.wanted
-        each = {batch: asked.repeat_interleave(batch // len(asked), 0) for batch in self.reached}
-        return sorted({p for batch, reached in self.reached.items() for p in each[batch][~reached].tolist()})
+        found: dict[int, Tensor] = {}
+        for (batch, _), reached in self.reached.items():  # a model may lie on several devices
+            found[batch] = found.get(batch, torch.zeros((), dtype=torch.bool)) | reached.cpu()
+        each = {batch: asked.repeat_interleave(batch // len(asked), 0) for batch in found}
+        return sorted({p for batch, reached in found.items() for p in each[batch][~reached].tolist()})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+ORDINARY = (Tensor, nn.Parameter)  # other classes of tensors hold codes
 
 
 def holds_codes(module: Any) -> bool:
@@ -42,7 +43,7 @@ def dequantized(module: Any) -> dict[str, Tensor] | None:
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # imports bitsandbytes: only if used
 
         found = dequantize_bnb_weight(weight, getattr(module, "state", None))  # type: ignore[arg-type]
-    elif isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter):
+    elif isinstance(weight, Tensor) and type(weight) not in ORDINARY:
         found = weight.dequantize()
     elif linear:
         found = _of_identity(module)
@@ -73,7 +74,7 @@ def _is_linear(module: Any) -> bool:
 
 
 def _plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, nn.Parameter) and x.dtype in PLAIN
+    return type(x) in ORDINARY and x.dtype in PLAIN
 
 
 def _of_identity(module: Any) -> Tensor:
