@@ -263,6 +263,7 @@ def accelerator(kind: str = "cuda") -> Iterator[Accelerator]:
     found = Accelerator(kind)
     with (
         patch("torch.cuda._lazy_init", lambda: None),
+        patch("torch.optim.Optimizer._accelerator_graph_capture_health_check", lambda _self: None),
         patch("writesae.models.quantized.ORDINARY", (Tensor, nn.Parameter, Elsewhere)),
         patch("torch.cuda.get_device_capability", lambda _device=None: (8, 0)),
         patch("torch.accelerator.current_accelerator", lambda check_available=False: torch.device(kind)),

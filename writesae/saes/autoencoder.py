@@ -308,12 +308,18 @@ class Autoencoder(nn.Module):
         )  # fmt: skip
 
     def _checked(self, x: Matrices) -> Matrices:
-        """``x`` in the parameters' dtype; ValueError if its matrices are of another size than the SAE's."""
+        """``x`` in the parameters' dtype; ValueError if they are of another size, or elsewhere."""
         given = size(x)[-2:]
         if given != (self.cfg.d_key, self.cfg.d_value):
             raise ValueError(
                 f"this SAE reads matrices [..., {self.cfg.d_key}, {self.cfg.d_value}]; "
                 f"got [..., {', '.join(map(str, given))}]"
+            )
+        where = (x.gain.key if isinstance(x, States) else x.key if isinstance(x, Write) else x).device
+        if where != self.b_enc.device:
+            raise ValueError(
+                f"this SAE is on {self.b_enc.device}, and what it is to read on {where}: move one of them, "
+                f"sae.to({str(where)!r}) or x.to({str(self.b_enc.device)!r})"
             )
         return x.to(self.b_enc.dtype)
 
