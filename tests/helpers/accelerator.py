@@ -257,6 +257,14 @@ class Accelerator:
         return self.waits.total()
 
 
+class _Event:
+    """Work of such a device is done when the call returns."""
+
+    def __init__(self, *_: Any, **__: Any):
+        self.record = self.synchronize = self.wait = lambda *_, **__: None
+        self.query = lambda: True
+
+
 @contextmanager
 def accelerator(kind: str = "cuda") -> Iterator[Accelerator]:
     """Let there be an accelerator of a kind, ``"cuda"`` or ``"mps"``, while the block runs."""
@@ -264,6 +272,7 @@ def accelerator(kind: str = "cuda") -> Iterator[Accelerator]:
     with (
         patch("torch.cuda._lazy_init", lambda: None),
         patch("torch.optim.Optimizer._accelerator_graph_capture_health_check", lambda _self: None),
+        patch("torch.Event", _Event),
         patch("writesae.models.quantized.ORDINARY", (Tensor, nn.Parameter, Elsewhere)),
         patch("torch.cuda.get_device_capability", lambda _device=None: (8, 0)),
         patch("torch.accelerator.current_accelerator", lambda check_available=False: torch.device(kind)),

@@ -30,7 +30,7 @@ class CommonRandomNumbers(LogitsProcessor):
     """
 
     def __init__(self, prompts: Int[Tensor, " batch"], temperature: float, seed: int):
-        distinct, self.rows = prompts.unique(return_inverse=True)
+        distinct, self.rows = prompts.cpu().unique(return_inverse=True)  # noise is made on the CPU, the same for any device
         self.temperature = temperature
         self.noise = [torch.Generator().manual_seed(1_000_003 * seed + p) for p in distinct.tolist()]
 

@@ -30,7 +30,7 @@ from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read, Write
-from writesae.recurrence.write import of_rank
+from writesae.recurrence.write import of_rank, wide, widest
 
 LOGITS = 2**27  # numbers: logits of one forward pass
 TOLERANCE = 1e-6  # nats: a future without an edit is at most so far from the native pass, in float32
@@ -162,7 +162,7 @@ class Replayer:
             self.way = self._find_way(native)
         n_conditions = next(iter(writes.values())).shape[1]
         shape = (len(position), n_conditions, self.horizon + 1 - self.first)
-        kl = torch.zeros(shape, dtype=torch.float64, device=position.device)
+        kl = torch.zeros(shape, dtype=widest(position.device), device=position.device)
         flips = torch.zeros(shape[:2], dtype=torch.bool, device=position.device)
         for firing, edited in self._each(native, window, position, writes):
             reference = self._native_logits(native, window[firing], position[firing]) if self.exact else edited[-1:]
@@ -276,8 +276,8 @@ def stacked(writes: Sequence[Write]) -> Write:
 def kl_from(
     edited: Float[Tensor, "condition step vocab"], native: Float[Tensor, "1 step vocab"]
 ) -> Float[Tensor, "condition step"]:
-    """``KL(edited || native)`` of distributions given by logits, nats, in float64."""
-    p, q = edited.double().log_softmax(-1), native.double().log_softmax(-1)
+    """``KL(edited || native)`` of distributions given by logits, nats, in the widest floats of their device."""
+    p, q = wide(edited).log_softmax(-1), wide(native).log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 

@@ -142,3 +142,13 @@ def memory_dtype(x: Tensor) -> torch.dtype:
 def at_least_float32(x: Tensor) -> Tensor:
     """float32, or float64 if it already is."""
     return x.to(memory_dtype(x))
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floats of a device, for sums that cancel: float64, but float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the widest floats of its device."""
+    return x.to(widest(x.device))

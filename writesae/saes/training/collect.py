@@ -89,6 +89,7 @@ def train_site(
         context: tokens of a sequence; what is left of a text after the last whole sequence is dropped.
         progress: show progress bars.
         **options: as for `train_store`: ``n_atoms``, ``k``, ``target``, ``variant``, ``steps``, ``checkpoint``, ...
+            Without ``device``, it is trained where the model is.
 
     Returns:
         The SAE; ``sae.cfg.training`` holds settings and measurements.
@@ -100,7 +101,7 @@ def train_site(
         Windows.of_rows(list(text), text.shape[1]) if isinstance(text, Tensor) else Windows.cut(model, text, context)
     )
     store = record(model, windows.enough(2).tokens, [(layer, head)], progress=progress)
-    return train_store(store, progress=progress, **options)[layer, head]
+    return train_store(store, progress=progress, **{"device": model.device, **options})[layer, head]
 
 
 def train_store(
