@@ -75,7 +75,7 @@ class Elsewhere(torch.Tensor):
         copy = kwargs.pop("copy", False)
         if len(args) > 3 or (len(args) == 3 and isinstance(args[1], torch.dtype)):
             *args, copy = args[:3] if len(args) > 3 else (*args, copy)
-        device, dtype, _, layout = torch._C._nn._parse_to(*args[:3], **kwargs)
+        device, dtype, _, _ = torch._C._nn._parse_to(*args[:3], **kwargs)
         device, dtype = _full(device or self.where), dtype or self.dtype
         if not copy and device == self.where and dtype == self.dtype:
             return self
@@ -100,7 +100,7 @@ class Elsewhere(torch.Tensor):
     def data_ptr(self) -> int:
         raise RuntimeError(f"the memory of a tensor of {self.where} was asked for")
 
-    def __deepcopy__(self, memo: dict) -> Elsewhere:
+    def __deepcopy__(self, memo: dict) -> Tensor:
         made = self.detach().clone().requires_grad_(self.requires_grad)
         if isinstance(self, nn.Parameter):
             made = nn.Parameter(made, self.requires_grad)
@@ -110,7 +110,7 @@ class Elsewhere(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Elsewhere({self.inside!r}, {self.where})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -207,7 +207,7 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
     def outside(x: Tensor) -> Tensor:
         if where.type == "mps" and x.dtype == torch.float64:
             raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
-        return own.get(id(x)) if id(x) in own else Elsewhere(x, where)
+        return own[id(x)] if id(x) in own else Elsewhere(x, where)
 
     return tree_map_only(Tensor, outside, found)
 
@@ -216,7 +216,9 @@ def _check_devices(func: Any, packet: Any, flat: list, there: list[Elsewhere]) -
     if not there:
         return
     beside = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, Elsewhere) and x.device.type != "meta"]
-    if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_) and isinstance(flat[0], Elsewhere):
+    if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_) and isinstance(
+        flat[0], Elsewhere
+    ):
         beside = [x for x in beside if x.dtype not in (torch.long, torch.int32, torch.bool, torch.uint8)]
     devices = {x.where for x in there if x.where != TORCH_SEES} | {x.device for x in beside if x.ndim}
     if len(devices) > 1:

@@ -34,7 +34,13 @@ SpecialTokens = Annotated[
         help="Whether the tokenizer adds special tokens to texts; without it, yes, or as the SAE's training had it.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
+Device = Annotated[
+    str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps, ...; auto is the accelerator, or else the CPU.")
+]
+DType = Annotated[
+    str, typer.Option(help="Dtype of the model's weights: float32, bfloat16, float16, or auto, the checkpoint's own.")
+]
+AUTO, FLOAT32 = "auto", "float32"  # their defaults
 
 
 def quiet() -> None:
@@ -76,7 +82,12 @@ def reading(prepend_bos: bool | None, special_tokens: bool | None, saes: Iterabl
 
 
 def sae_and_model(
-    sae: str, model: str | None, prepend_bos: bool | None = None, special_tokens: bool | None = None
+    sae: str,
+    model: str | None,
+    prepend_bos: bool | None = None,
+    special_tokens: bool | None = None,
+    device: str = AUTO,
+    dtype: str = FLOAT32,
 ) -> tuple[WriteSAE, HookedRecurrentModel]:
     """An SAE, and the model that was named or, without, the one that the SAE names.
 
@@ -85,11 +96,12 @@ def sae_and_model(
     from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
 
-    found = WriteSAE.from_pretrained(sae)
+    found = WriteSAE.from_pretrained(sae, device=device)
     name = model or found.cfg.model_id
     if name is None:
         raise ValueError(f"{sae} does not say which model it is of: give --model")
-    return found, HookedRecurrentModel.from_pretrained(name, **reading(prepend_bos, special_tokens, [found]))
+    how = reading(prepend_bos, special_tokens, [found])
+    return found, HookedRecurrentModel.from_pretrained(name, device=device, dtype=dtype, **how)
 
 
 def read_texts(path: Path | None) -> list[str]:

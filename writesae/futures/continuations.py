@@ -30,7 +30,8 @@ class CommonRandomNumbers(LogitsProcessor):
     """
 
     def __init__(self, prompts: Int[Tensor, " batch"], temperature: float, seed: int):
-        distinct, self.rows = prompts.cpu().unique(return_inverse=True)  # noise is made on the CPU, the same for any device
+        # Noise is made on the CPU: the same whatever the model's device.
+        distinct, self.rows = prompts.cpu().unique(return_inverse=True)
         self.temperature = temperature
         self.noise = [torch.Generator().manual_seed(1_000_003 * seed + p) for p in distinct.tolist()]
 

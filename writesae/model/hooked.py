@@ -24,6 +24,7 @@ from writesae.model.continuing import positions_behind
 from writesae.model.generating import GeneratingModel
 from writesae.model.tokens import Text, is_text, next_token_loss
 from writesae.models.arguments import arguments_of
+from writesae.models.devices import device_named, dtype_named
 from writesae.models.fingerprint import fingerprint_of
 from writesae.models.load import load_model
 from writesae.models.quantized import holds_codes
@@ -89,11 +90,18 @@ class HookedRecurrentModel(GeneratingModel):
 
         Args:
             name: what to load.
-            dtype: of the weights; ``"auto"`` for the checkpoint's own. Recurrences run in float32 with any of them.
+            dtype: of the weights, itself or its name; ``"auto"`` for the checkpoint's own. Recurrences run in float32
+                with any of them.
             tokenizer: a tokenizer, None for the model's own, or False for none (token ids only).
             prepend_bos, special_tokens: how texts become tokens, see `HookedRecurrentModel`.
-            device: where to move it; None: where it is loaded (the CPU, or as ``device_map`` says).
-            **kwargs: for ``from_pretrained`` (``device_map``, ``revision``, ``local_files_only``, ...).
+            device: where to move it: ``"cuda"``, ``"cuda:1"``, ``"mps"``, ...; ``"auto"`` for the accelerator that is
+                there, or else the CPU; None: where it is loaded (the CPU, or as ``device_map`` says).
+            **kwargs: for ``from_pretrained`` (``device_map``, ``quantization_config``, ``revision``,
+                ``local_files_only``, ...).
+
+        Raises:
+            OSError: there is no such checkpoint.
+            ValueError: no such device or dtype here, weights that do not fit, or a model without recurrent layers.
 
         Formats are those of transformers, of flash-linear-attention (RWKV-7, DeltaNet, GLA), and of the authors of
         RWKV-7 (the path of a ``.pth`` file) and Mamba-2; see `writesae.models.load`.
@@ -102,6 +110,10 @@ class HookedRecurrentModel(GeneratingModel):
             raise TypeError("torch_dtype is called dtype here, as in transformers: from_pretrained(..., dtype=...)")
         if device is not None and kwargs.get("device_map") is not None:
             raise TypeError("device and device_map both say where the model goes: pass one of them")
+        place = None if device is None else device_named(device)
+        dtype = dtype_named(dtype, place)
+        if place is not None and kwargs.get("quantization_config") is not None:
+            kwargs["device_map"], place = {"": place}, None  # some quantised layers cannot be moved afterwards
         source = shipped_model(str(name)) or str(name)
         try:
             hf_model = load_model(source, dtype=dtype, **kwargs)
@@ -118,7 +130,7 @@ class HookedRecurrentModel(GeneratingModel):
             check_tokenizer(tokenizer, hf_model)
         reading = {"prepend_bos": prepend_bos, "special_tokens": special_tokens}
         model = cls(hf_model.eval(), tokenizer, model_id=str(name), **reading)
-        return model if device is None else model.to(device)
+        return model if place is None else model.to(place)
 
     # --- what there is ------------------------------------------------------------------------------------------------
 

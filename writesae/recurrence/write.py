@@ -145,7 +145,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """The widest floats of a device, for sums that cancel: float64, but float32 on Apple's GPUs, which have no other."""
+    """The widest floats of a device, for sums that cancel: float64; float32 on Apple's GPUs, which have no other."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from writesae.hooks.sites import Head
+from writesae.models.devices import device_named
 from writesae.recurrence.matrices import Matrices
 from writesae.saes.config import SAEConfig, Target
 from writesae.saes.sae import WriteSAE
@@ -145,15 +146,15 @@ def train_store(
         checkpoint, log: of a single site, instead of those in ``out``.
         checkpoint_every, log_every, evaluate_every: in steps, see `train_sae`.
         also_log: is given each head's name (``"L2H0"``) and what is logged.
-        device: where to train.
+        device: where to train; ``"auto"`` for the accelerator that is there, or else the CPU.
         progress: show progress bars.
         **training: fields of `Settings`: ``steps``, ``batch_size``, ``lr``, ``seed``, ...
 
     Raises:
         IndexError: no such site in the store.
-        ValueError: a setting that cannot be, or a checkpoint of another training.
+        ValueError: a setting that cannot be, no such device, or a checkpoint of another training.
     """
-    recipe = dict(RECIPES[target])
+    recipe, device = dict(RECIPES[target]), device_named(device)
     settings = Settings(**{name: recipe[name] for name in recipe if name not in ("variant", "k")} | training)
     values = dict(n_atoms=n_atoms, k=recipe["k"] if k is None else k, target=target, sparsity=sparsity)
     places = {Head(*place).folder: Head(*place) for place in (store.sites if sites is None else sites)}
