@@ -33,6 +33,7 @@ import writesae
 
 OURS = str(Path(writesae.__file__).parent)
 KINDS = ("cuda", "mps")
+TORCH = str(Path(torch.__file__).parent)
 CPU = torch.device("cpu")
 TORCH_SEES = torch.device("lazy:0")
 aten = torch.ops.aten
@@ -234,17 +235,18 @@ def _full(device: Any) -> torch.device:
 
 def _waiting(what: str) -> None:
     for accelerator in _in_force:
-        accelerator.waits[f"{_place()} {what}"] += 1
+        if (place := _place()) is not None:
+            accelerator.waits[f"{place} {what}"] += 1
 
 
-def _place() -> str:
-    """The innermost line of ours in the running stack."""
+def _place() -> str | None:
+    """The line of ours that asked for it; None if another library did, transformers for instance."""
     frame = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_filename.startswith(OURS):
-            return f"{Path(frame.f_code.co_filename).relative_to(OURS)}:{frame.f_lineno}"
+    while frame is not None and frame.f_code.co_filename.startswith((TORCH, __file__)):
         frame = frame.f_back
-    return "outside"
+    if frame is None or not frame.f_code.co_filename.startswith(OURS):
+        return None
+    return f"{Path(frame.f_code.co_filename).relative_to(OURS)}:{frame.f_lineno}"
 
 
 class Accelerator:

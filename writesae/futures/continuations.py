@@ -95,4 +95,5 @@ def prompts_of(
     """Token ids, mask, lengths without padding, and the texts of prompts."""
     ids, mask = model.to_tokens(prompts)
     lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if mask is None else mask.sum(-1)
-    return ids, mask, lengths, [text_of(model, row[len(row) - int(n) :]) for row, n in zip(ids, lengths, strict=True)]
+    rows = zip(ids.cpu(), lengths.tolist(), strict=True)
+    return ids, mask, lengths, [text_of(model, row[len(row) - n :]) for row, n in rows]

@@ -164,17 +164,17 @@ class Replayer:
         shape = (len(position), n_conditions, self.horizon + 1 - self.first)
         kl = torch.zeros(shape, dtype=widest(position.device), device=position.device)
         flips = torch.zeros(shape[:2], dtype=torch.bool, device=position.device)
+        windows, positions = window.tolist(), position.tolist()  # a device is waited for here, not at each firing
         for firing, edited in self._each(native, window, position, writes):
-            reference = self._native_logits(native, window[firing], position[firing]) if self.exact else edited[-1:]
+            reference = self._native_logits(native, windows[firing], positions[firing]) if self.exact else edited[-1:]
             kl[firing] = kl_from(edited, reference)
             flips[firing] = edited[:, 0].argmax(-1) != reference[..., 0, :].argmax(-1)
         if not self.exact:
             kl, flips = kl[:, :-1], flips[:, :-1]
         return Futures(kl, flips)
 
-    def _native_logits(self, native: Native, window: Tensor, position: Tensor) -> Float[Tensor, "1 step vocab"]:
-        t = int(position)
-        return native.logits[int(window), None, t + self.first : t + self.horizon + 1]
+    def _native_logits(self, native: Native, window: int, position: int) -> Float[Tensor, "1 step vocab"]:
+        return native.logits[window, None, position + self.first : position + self.horizon + 1]
 
     def _groups(
         self, native: Native, window: Tensor, position: Tensor, n_conditions: int
@@ -222,8 +222,8 @@ class Replayer:
             few = self.model.logits_of_last(end - int(at.min()) - self.first)
             with short_chunks(), self._skipping(native, rows, start, end), editing:
                 logits = self.model(native.ids[rows, start:end], past_key_values=cache, **few)
-            for i, firing in enumerate(some.tolist()):  # slices, no copies
-                begin = int(at[i * n]) + self.first - end + logits.shape[1]  # as some models give all logits
+            for i, (firing, t) in enumerate(zip(some.tolist(), at[::n].tolist(), strict=True)):  # slices, no copies
+                begin = t + self.first - end + logits.shape[1]  # as some models give all logits
                 yield firing, logits[i * n : (i + 1) * n, begin : begin + self.horizon + 1 - self.first]
 
     def _skipping(
@@ -237,7 +237,8 @@ class Replayer:
     def _find_way(self, native: Native) -> tuple[bool, bool]:
         """The first of `WAYS` in which futures without an edit, after two pieces or more, are as in the native pass."""
         last = native.ids.shape[1] - 1 - self.horizon
-        position = torch.tensor([last // 2, last], device=native.ids.device)
+        positions = [last // 2, last]
+        position = torch.tensor(positions, device=native.ids.device)
         window, error = torch.zeros_like(position), 0.0
         try:
             for way in WAYS:
@@ -246,7 +247,7 @@ class Replayer:
                 self.way = way
                 try:
                     found = [
-                        kl_from(logits, self._native_logits(native, window[i], position[i]))
+                        kl_from(logits, self._native_logits(native, 0, positions[i]))
                         for i, logits in self._each(native, window, position, {})
                     ]
                 except torch.OutOfMemoryError:

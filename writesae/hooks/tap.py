@@ -26,6 +26,7 @@ from writesae.hooks.scope import Owned, private
 from writesae.hooks.sites import Site
 from writesae.recurrence import Read, Write, first_state
 from writesae.recurrence.kernels import chunked, full_precision
+from writesae.recurrence.write import index_of
 
 
 @dataclass(eq=False)
@@ -195,7 +196,8 @@ class Tap:
         matches = [(a, *a.positions.match(positions)) for a in by_state]
         asked = [(request, request.match(positions)[0]) for request in requests]
         masks = [mask for _, mask, _ in matches] + [mask for _, mask in asked]
-        events: Bool[Tensor, " pos"] = torch.stack([mask.any(0) for mask in masks]).any(0)
+        on_cpu = dict(zip(map(id, masks), torch.stack(masks).cpu(), strict=True))  # waited for once, not at each token
+        events: Bool[Tensor, " pos"] = torch.stack([mask.any(0) for mask in on_cpu.values()]).any(0)
 
         rec, native = call.recurrence(), call.write()
         total = total_write(native, record.edits)
@@ -208,9 +210,9 @@ class Tap:
             here = slice(t, t + 1)
             _, after = chunked(rec[:, here], total[:, here], S)
             for attached, mask, index in matches:
-                if not mask[:, t].any():
+                if not on_cpu[id(mask)][:, t].any():
                     continue
-                h = attached.heads
+                h = index_of(attached.heads)
                 now = Moment(
                     native[:, here][:, :, h],
                     rec[:, here][:, :, h],
@@ -223,10 +225,12 @@ class Tap:
                 write = now.write * 0.0 if write is None else write
                 made[id(attached)].append((t, write * there))
                 E = (write - now.write if attached.what.replaces else write) * there
-                after = after.index_add(1, torch.tensor(h, device=S.device), E.dense().squeeze(1))
+                after = after.clone()
+                after[:, h] += E.dense().squeeze(1)
             for request, mask in asked:
-                rows = mask[:, t].nonzero()[:, 0]
+                rows = on_cpu[id(mask)][:, t].nonzero()[:, 0]
                 if len(rows):
+                    rows = rows.to(S.device)
                     after = self._state_hook(request, after, rows, positions[rows, t], record, t)
             S, start = after, t + 1
         for attached, mask, _ in matches:
@@ -304,5 +308,5 @@ def device_of_call(values: Iterable[Any]) -> torch.device:
 
 
 def _first_column(mask: Bool[Tensor, "batch pos"]) -> int | None:
-    columns = mask.any(0)
-    return int(columns.int().argmax()) if bool(columns.any()) else None
+    columns = mask.any(0).tolist()
+    return columns.index(True) if True in columns else None

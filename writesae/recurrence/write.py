@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -152,3 +152,13 @@ def widest(device: torch.device) -> torch.dtype:
 def wide(x: Tensor) -> Tensor:
     """``x`` in the widest floats of its device."""
     return x.to(widest(x.device))
+
+
+def index_of(heads: Sequence[int] | None) -> slice | list[int]:
+    """What picks heads out of a dimension; None for all. Neighbours are a slice: a list would be copied to a device
+    wherever it is used, and that would wait for it."""
+    if heads is None:
+        return slice(None)
+    n = len(heads)
+    neighbours = n > 0 and list(heads) == list(range(heads[0], heads[0] + n))
+    return slice(heads[0], heads[0] + n) if neighbours else list(heads)
