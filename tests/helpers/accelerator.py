@@ -75,8 +75,8 @@ class Elsewhere(torch.Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
         copy = kwargs.pop("copy", False)
         if len(args) > 3 or (len(args) == 3 and isinstance(args[1], torch.dtype)):
-            *args, copy = args[:3] if len(args) > 3 else (*args, copy)
-        device, dtype, _, _ = torch._C._nn._parse_to(*args[:3], **kwargs)
+            args, copy = args[:3], args[3] if len(args) > 3 else copy
+        device, dtype, *_ = torch._C._nn._parse_to(*args[:3], **kwargs)  # type: ignore[attr-defined]
         device, dtype = _full(device or self.where), dtype or self.dtype
         if not copy and device == self.where and dtype == self.dtype:
             return self
@@ -276,6 +276,7 @@ def accelerator(kind: str = "cuda") -> Iterator[Accelerator]:
     with (
         patch("torch.cuda._lazy_init", lambda: None),
         patch("torch.optim.Optimizer._accelerator_graph_capture_health_check", lambda _self: None),
+        patch("torch.accelerator.device_count", lambda: 2),
         patch("torch.Event", _Event),
         patch("writesae.models.quantized.ORDINARY", (Tensor, nn.Parameter, Elsewhere)),
         patch("torch.cuda.get_device_capability", lambda _device=None: (8, 0)),

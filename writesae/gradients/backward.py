@@ -118,6 +118,7 @@ class LayerGradient:
             raise IndexError(
                 f"edits at positions {asked[0]} to {asked[1]}: allowed are 0 to {self.recurrence.n_pos - 1}"
             )
+        positions = positions.to(self.output.device)
         # Tokens before the first edit, and after the last that the number depends on, play no part.
         depends = [t for t, most in enumerate(self.output.abs().amax((0, 2, 3)).tolist()) if most]
         used = slice(asked[0], max([asked[0], *depends[-1:]]) + 1)

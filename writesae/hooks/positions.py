@@ -64,9 +64,8 @@ class PositionSet:
     asked: Positions
     wanted: Int[Tensor, "rows n"] | None = field(init=False, default=None)  # None: a slice or everything
     span: slice = field(init=False, default_factory=lambda: slice(0, None, 1))
-    # Which of them each sequence has reached, by the number of sequences in the batch and the device: read once the
-    # block ends, so that no pass waits for a device. A slice counts as one.
-    reached: dict[tuple[int, torch.device], Bool[Tensor, "batch n"]] = field(init=False, default_factory=dict)
+    # Which of them each sequence has reached, by the number of sequences in the batch; a slice counts as one.
+    reached: dict[int, Bool[Tensor, "batch n"]] = field(init=False, default_factory=dict)
     vouched: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
@@ -104,14 +103,17 @@ class PositionSet:
     def match(
         self, positions: Int[Tensor, "batch pos"]
     ) -> tuple[Bool[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
-        """Which tokens are meant, and for each the index of its position in what was asked (None for slices, all)."""
+        """Which tokens are meant, and for each the index of its position in what was asked (None for slices, all).
+
+        ``positions`` and both answers are on the CPU: what follows from them must not wait for a device.
+        """
         if self.wanted is None:
             p, s = positions, self.span
             hit = (p != PAD) & (p >= s.start) & ((p - s.start) % s.step == 0)
             hit = hit if s.stop is None else hit & (p < s.stop)
             self._note(hit.any(1, keepdim=True))
             return hit, None
-        wanted = self._per_row(positions.shape[0]).to(positions.device)
+        wanted = self._per_row(positions.shape[0])
         equal = positions[:, :, None] == wanted[:, None, :]
         self._note(equal.any(1))
         return equal.any(-1), equal.int().argmax(-1)
@@ -123,8 +125,7 @@ class PositionSet:
 
     def _note(self, which: Bool[Tensor, "batch n"]) -> None:
         with LOCK:  # several threads may run the edited model
-            key = len(which), which.device
-            self.reached[key] = which if key not in self.reached else self.reached[key] | which
+            self.reached[len(which)] = self.reached.get(len(which), torch.zeros_like(which)) | which
 
     def check_within(self, lengths: Int[Tensor, " batch"]) -> None:
         """Raise IndexError unless every sequence (``lengths`` real tokens each) has the positions asked for."""
@@ -150,8 +151,5 @@ class PositionSet:
         if self.asked is None or self.vouched:
             return []
         asked = torch.tensor([[self.span.start]]) if self.wanted is None else self.wanted
-        found: dict[int, Tensor] = {}
-        for (batch, _), reached in self.reached.items():  # a model may lie on several devices
-            found[batch] = found.get(batch, torch.zeros((), dtype=torch.bool)) | reached.cpu()
-        each = {batch: asked.repeat_interleave(batch // len(asked), 0) for batch in found}
-        return sorted({p for batch, reached in found.items() for p in each[batch][~reached].tolist()})
+        each = {batch: asked.repeat_interleave(batch // len(asked), 0) for batch in self.reached}
+        return sorted({p for batch, reached in self.reached.items() for p in each[batch][~reached].tolist()})

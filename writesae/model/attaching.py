@@ -267,9 +267,10 @@ class HookedModel(TokenModel):
             )
 
         def fn(x: Tensor, _hook: HookPoint) -> Tensor | None:
-            there, _ = where.match(self._installed.clock.positions().to(x.device))
+            there, _ = where.match(self._installed.clock.now.positions_on_cpu())
             if not there.any():
                 return None
+            there = tuple(i.to(x.device, non_blocking=True) for i in there.nonzero(as_tuple=True))
             new = x.clone()
             new[there] = edit(x[there])
             return new
