@@ -285,7 +285,10 @@ def accelerator(kind: str = "cuda") -> Iterator[Accelerator]:
         Mode(),
     ):
         _in_force.append(found)
+        overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(True)  # what is in `Elsewhere` is not in its memory
         try:
             yield found
         finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
             _in_force.remove(found)

@@ -1,7 +1,7 @@
 """Everything that is public, on an accelerator that is not there (`tests/helpers/accelerator.py`).
 
-The numbers are those of the CPU; what is tested is that no operation mixes devices or reads one in silence, and how often
-one is waited for. Whatever needs no generation by the million runs on the kind ``mps``, which refuses float64 as well.
+The numbers are those of the CPU; what is tested is that no operation mixes devices or reads one in silence, and how
+often one is waited for. Most of it runs on the kind ``mps``, which refuses what ``cuda`` refuses, and float64 as well.
 """
 
 import copy
@@ -19,7 +19,7 @@ from accelerator import Accelerator, Elsewhere, accelerator
 from architectures import Architecture, architecture_named, each_architecture
 from pages import part
 from writesae.cli import app
-from writesae.experiments.report.reproduction import EXPERIMENTS, Sizes
+from writesae.experiments.protocol import EXPERIMENTS, Asked, Sizes, tasks_of
 from writesae.models.devices import device_named, dtype_named
 from writesae.zoo import heldout_documents, shipped_saes
 
@@ -72,7 +72,7 @@ def new_sae(model: ws.HookedRecurrentModel, target: str, **changes) -> ws.WriteS
 def test_what_a_device_refuses(kind, wrong):
     with accelerator(kind) as found:
         x = torch.zeros(3, device=found.device)
-        with pytest.raises((RuntimeError, TypeError), match="device|memory"):
+        with pytest.raises((RuntimeError, TypeError), match=r"device|memory"):
             wrong(x)
 
 
@@ -152,16 +152,20 @@ def test_layers_on_two_devices(name):
         codes = [model.encode(sae, ids).values for sae in saes]
         found = ws.gradient(model, ids, ws.Logit(5))
         best = [found[layer].best([4]).norm() for layer in (0, last)]
-        return [edited, *codes, *best, *(found[layer].price(sae.atom(3)) for layer, sae in zip((0, last), saes))]
+        return [
+            edited,
+            *codes,
+            *best,
+            *(found[layer].price(sae.atom(3)) for layer, sae in zip((0, last), saes, strict=False)),
+        ]
 
     want = run()
-    with accelerator() as found:
+    with accelerator():
         split_in_two(model)
         assert [str(model.layer_device(layer)) for layer in (0, last)] == ["cuda:0", "cuda:1"]
         for one, other in zip(run(), want, strict=True):
             torch.testing.assert_close(one.detach().cpu(), other.detach(), rtol=1e-4, atol=1e-4)
         assert [str(sae.b_enc.device) for sae in saes] == ["cuda:0", "cuda:1"] * 2
-    assert found.waits
 
 
 # Reading and editing -------------------------------------------------------------------------------------------------
@@ -209,9 +213,9 @@ def test_hooks_caches_and_texts(model, device):
     with model.hooks([(("state", 0), lambda s, hook: where.append(hook.positions.device) or s * 1.1)],
                      state_positions=[1, 2]):  # fmt: skip
         model(TEXTS)
-    assert where == [device.device] * 2
+    assert set(where) == {device.device}
     _, cache = model.run_with_cache(TEXTS)
-    assert cache.state(0, [1, 3]).device == cache["k", 0].device == device.device
+    assert cache.state(0, [0, 2]).device == cache["k", 0].device == device.device
     assert model.run_with_cache(TEXTS, device="cpu")[1].state(0, [1]).device == torch.device("cpu")
     assert model.to_str_tokens("hello there") and model.to_string(model.to_tokens("hello")[0]) == ["hello"]
     assert all(isinstance(text, str) for text in model.generate(TEXTS, max_new_tokens=3, num_beams=2))
@@ -231,9 +235,9 @@ def test_reading_with_an_sae(model, device):
 
 
 def test_gradients(model, device):
-    found = ws.gradient(model, TEXTS[0], ws.Logit(" the", minus=" a"))
+    found = ws.gradient(model, TEXTS[0], ws.Logit(5, minus=7))
     layer = found[0]
-    assert layer.at_fixed_scale().output.device == layer.best([1, 2]).key.device == device.device
+    assert layer.at_fixed_scale.output.device == layer.best([1, 2]).key.device == device.device
     assert layer.effect(0, torch.tensor([[1, 2]]), layer.write[:, 1:3, 0]).device == device.device
     sae = new_sae(model, "write")
     assert layer.prices(0, sae.decoder).device == device.device
@@ -244,13 +248,13 @@ def test_gradients(model, device):
 def test_stores_and_training(target, model, device, tmp_path):
     ids = torch.cat([model.to_tokens(text)[0][0, :192].reshape(-1, 32) for text in heldout_documents()[:2]])
     store = ws.extract(model, ids, [(0, 0)], tmp_path / "store", progress=False)
-    few = dict(n_atoms=16, steps=3, progress=False, held_out=0.2)
+    few = dict(n_atoms=16, k=2, steps=2, progress=False, held_out=0.2)
     for sparsity in ("topk", "batch_topk", "jumprelu", "gated"):
         out = tmp_path / sparsity
-        made = ws.train_store(store, target=target, sparsity=sparsity, k=2, out=out, device=device.device, **few)
+        made = ws.train_store(store, target=target, sparsity=sparsity, out=out, device=device.device, **few)
         assert made[0, 0].b_enc.device == device.device
-    for variant in ("TiedSAE", "MatrixSAE", "FlatSAE"):
-        ws.train_store(store, target=target, variant=variant, k=2, device=device.device, **few)
+    for variant in ("TiedSAE", "FlatSAE"):
+        ws.train_store(store, target=target, variant=variant, device=device.device, **few)
     sae = ws.train_site(model, ids, 0, 0, target=target, **few)
     assert sae.b_enc.device == device.device  # without device=, where the model is
     loaded = ws.WriteSAE.from_pretrained(sae.save_pretrained(tmp_path / "sae"))
@@ -260,16 +264,23 @@ def test_stores_and_training(target, model, device, tmp_path):
 
 # What is made of them ------------------------------------------------------------------------------------------------
 
-TINY = Sizes(firings=4, population=2, classes=1500, logit=4, deletions=8, erase=3, signs=6, prompts=2, tokens=6)
+TINY = Sizes(firings=4, population=1, classes=1500, logit=4, deletions=8, erase=4, signs=6, prompts=1, tokens=8)
 
 
-def test_every_experiment_with_saes_on_the_cpu(model, tmp_path):
-    saes, texts = [part(shipped_saes("tiny-gdn")[0])], [text[:2500] for text in heldout_documents()[:6]]
-    saes, other = [copy.deepcopy(saes[0])], copy.deepcopy(saes[0])
-    outcomes = ws.reproduce(model, saes, texts, tmp_path, sizes=TINY, other_seeds=[other])
-    assert {outcome.experiment for outcome in outcomes} == set(EXPERIMENTS)
-    short = ("only", "too", "the text makes", "give more")  # a few tokens of a few atoms are little for some of them
-    assert [o.error for o in outcomes if o.error and not any(word in o.error for word in short)] == []
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_with_saes_on_the_cpu(name, model, device):
+    sae, texts = ws.WriteSAE.from_pretrained(shipped_saes("tiny-gdn")[0]), [text[:5000] for text in heldout_documents()]
+    task, *_ = tasks_of(Asked(model, [sae], texts[:6], TINY, other_seeds=[copy.deepcopy(sae)]), [name])
+    result = task.run(progress=None, **task.settings)
+    assert result.numbers and len(result.records())
+    if name not in ("seed_stability", "attribution_test", "sign_test", "install"):
+        assert sae.b_enc.device == device.device
+
+
+def test_the_report(model, tmp_path):
+    texts = [text[:2500] for text in heldout_documents()[:6]]
+    outcomes = ws.reproduce(model, [copy.deepcopy(part())], texts, tmp_path, sizes=TINY, only=["atom_classes"])
+    assert [outcome.error for outcome in outcomes] == [None] and (tmp_path / "report.html").exists()
 
 
 def test_pages(model, tmp_path):
@@ -294,9 +305,6 @@ def test_no_edit_waits_at_each_token(target, model, device):
 
 
 def test_a_test_of_many_firings_waits_no_longer_for_each(model, device):
-    from writesae.futures.replay import Native, Replayer
-
-    assert Native and Replayer
     sae, text = copy.deepcopy(part(shipped_saes("tiny-gdn")[0])), [text[:4000] for text in heldout_documents()[:6]]
     counts = []
     for n in (8, 24):
