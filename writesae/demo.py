@@ -29,7 +29,12 @@ SENTENCE = "The Congress of the United States has the power to declare war, and 
 
 
 def run(
-    name: str = "tiny-gdn", n_firings: int = 300, picture: Path | None = None, console: Console | None = None
+    name: str = "tiny-gdn",
+    n_firings: int = 300,
+    picture: Path | None = None,
+    console: Console | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = torch.float32,
 ) -> None:
     """Everything `writesae demo` shows.
 
@@ -38,6 +43,7 @@ def run(
         n_firings: firings tested by the replacement test, per SAE.
         picture: PNG file to write; None for none.
         console: where to print; None for the standard output.
+        device, dtype: of the model, see `HookedRecurrentModel.from_pretrained`.
 
     Raises:
         ValueError: not a shipped model that comes with SAEs.
@@ -47,8 +53,8 @@ def run(
     if name not in shipped_models():
         raise ValueError(f"the demo needs a shipped model with SAEs: {', '.join(shipped_models())}; got {name}")
     with console.status(f"loading {name}"):
-        model = HookedRecurrentModel.from_pretrained(name)
-        saes = [WriteSAE.from_pretrained(folder) for folder in shipped_saes(name)]
+        model = HookedRecurrentModel.from_pretrained(name, device=device, dtype=dtype)
+        saes = [WriteSAE.from_pretrained(folder, device=device) for folder in shipped_saes(name)]
     if not saes:
         raise ValueError(f"no SAEs are shipped with {name}")
     console.print(about(name, model, saes))

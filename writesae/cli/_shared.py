@@ -34,8 +34,17 @@ SpecialTokens = Annotated[
         help="Whether the tokenizer adds special tokens to texts; without it, yes, or as the SAE's training had it.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
-DTYPES = ("float32", "bfloat16", "float16", "auto")
+Device = Annotated[
+    str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps, ...; auto is the accelerator, or else the CPU.")
+]
+DType = Annotated[
+    str | None,
+    typer.Option(
+        help="Dtype of the model's weights: float32, bfloat16, float16; without it, as the checkpoint lies, the shipped "
+        "models in float32."
+    ),
+]
+AUTO = "auto"  # the default of --device
 
 
 def quiet() -> None:
@@ -77,7 +86,12 @@ def reading(prepend_bos: bool | None, special_tokens: bool | None, saes: Iterabl
 
 
 def sae_and_model(
-    sae: str, model: str | None, prepend_bos: bool | None = None, special_tokens: bool | None = None
+    sae: str,
+    model: str | None,
+    prepend_bos: bool | None = None,
+    special_tokens: bool | None = None,
+    device: str = AUTO,
+    dtype: str | None = None,
 ) -> tuple[WriteSAE, HookedRecurrentModel]:
     """An SAE, and the model that was named or, without, the one that the SAE names.
 
@@ -86,11 +100,12 @@ def sae_and_model(
     from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
 
-    found = WriteSAE.from_pretrained(sae)
+    found = WriteSAE.from_pretrained(sae, device=device)
     name = model or found.cfg.model_id
     if name is None:
         raise ValueError(f"{sae} does not say which model it is of: give --model")
-    return found, HookedRecurrentModel.from_pretrained(name, **reading(prepend_bos, special_tokens, [found]))
+    how = reading(prepend_bos, special_tokens, [found])
+    return found, HookedRecurrentModel.from_pretrained(name, device=device, dtype=dtype, **how)
 
 
 def read_texts(path: Path | None) -> list[str]:

@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli._shared import Device, ModelName, plainly, quiet
+from writesae.cli._shared import AUTO, Device, DType, ModelName, plainly, quiet
 
 ORDER = 2.5
 
 
 def check(
     model: ModelName,
-    device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, or auto.")] = "float32",
+    device: Device = AUTO,
+    dtype: DType = None,
     text: Annotated[str | None, typer.Option(help="A text to run it on; without it, random token ids.")] = None,
     all_layers: Annotated[
         bool, typer.Option("--all-layers", help="Look into every recurrent layer, not the first, middle and last.")
@@ -31,14 +31,11 @@ def check(
     from rich.console import Console
 
     from writesae.checking import check as run
-    from writesae.cli._shared import DTYPES
     from writesae.model import HookedRecurrentModel
 
     quiet()
     console = Console(stderr=True)
     with plainly():
-        if dtype not in DTYPES:
-            raise ValueError(f"--dtype {dtype}: allowed are {', '.join(DTYPES)}")
         with console.status(f"loading {model}"):
             tokenizer = None if text is not None else False
             hooked = HookedRecurrentModel.from_pretrained(model, dtype=dtype, device=device, tokenizer=tokenizer)

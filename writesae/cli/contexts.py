@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 
 from writesae.cli._shared import (
+    AUTO,
+    Device,
+    DType,
     HeldOutText,
     ModelOfSAE,
     PrependBos,
@@ -31,6 +34,8 @@ def contexts(
     n: Annotated[int, typer.Option("-n", help="Places shown per atom.", min=1)] = 10,
     context: Annotated[int, typer.Option(help="Tokens read at once, from an empty memory.", min=1)] = 512,
     batch: Annotated[int, typer.Option(help="Sequences run at once.", min=1)] = 8,
+    device: Device = AUTO,
+    dtype: DType = None,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
 ) -> None:
@@ -41,7 +46,7 @@ def contexts(
 
         from writesae.saes import top_contexts
 
-        found, hooked = sae_and_model(sae, model, prepend_bos, special_tokens)
+        found, hooked = sae_and_model(sae, model, prepend_bos, special_tokens, device, dtype)
         top = top_contexts(hooked, found, read_texts(text), n=n, atoms=atom, context=context, batch_size=batch)
     console = Console()
     for i in atom or top.most_frequent(5):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli._shared import plainly, quiet
+from writesae.cli._shared import AUTO, Device, DType, plainly, quiet
 
 ORDER = 1
 
@@ -15,6 +15,8 @@ ORDER = 1
 def demo(
     model: Annotated[str, typer.Option(help="A shipped model: tiny-gdn, tiny-mamba2 or tiny-rwkv7.")] = "tiny-gdn",
     firings: Annotated[int, typer.Option(help="Firings tested by the replacement test, per SAE.", min=1)] = 300,
+    device: Device = AUTO,
+    dtype: DType = None,
     picture: Annotated[Path, typer.Option(help="Where to save the picture.")] = Path("writesae-demo.png"),
 ) -> None:
     """See what a model writes to memory, an atom that replaces a write, and an atom that steers a generation."""
@@ -22,4 +24,4 @@ def demo(
 
     quiet()
     with plainly():
-        run(model, firings, picture)
+        run(model, firings, picture, device=device, dtype=dtype)

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from writesae.cli._shared import ModelName, PrependBos, SpecialTokens, plainly, quiet, reading
+from writesae.cli._shared import (
+    AUTO,
+    Device,
+    DType,
+    ModelName,
+    PrependBos,
+    SpecialTokens,
+    plainly,
+    quiet,
+    reading,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +49,8 @@ def extract(
         typer.Option(help="Use at most this many tokens: spread over text files, the first ones of a data set."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the store: float16, bfloat16 or float32.")] = "float16",
+    device: Device = AUTO,
+    model_dtype: DType = None,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
 ) -> None:
@@ -63,9 +75,10 @@ def extract(
         if dtype not in making.DTYPES:
             raise ValueError(f"--dtype {dtype}: allowed are {', '.join(making.DTYPES)}")
         team = Processes.launched()
-        hooked = HookedRecurrentModel.from_pretrained(model, **reading(prepend_bos, special_tokens))
+        hooked = HookedRecurrentModel.from_pretrained(
+            model, device=device, dtype=model_dtype, **reading(prepend_bos, special_tokens)
+        )  # on several GPUs, accelerate has chosen each process's own
         sites = making.parse_sites(hooked, site)
-        hooked.to("cuda" if torch.cuda.is_available() else "cpu")  # accelerate has chosen each process's own
         if text is not None:
             ids, source = texts.from_files(hooked, text, context, max_tokens), f"text {text}"
         elif dataset is not None:

@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli._shared import ModelName, plainly, quiet
+from writesae.cli._shared import Device, DType, ModelName, plainly, quiet
 
 ORDER = 2
 
 
 def hooks(
     model: ModelName,
+    device: Device = "cpu",
+    dtype: DType = None,
     names: Annotated[bool, typer.Option("--names", help="Only the names, one per line.")] = False,
 ) -> None:
     """List a model's recurrent layers and its hook points."""
@@ -24,7 +26,7 @@ def hooks(
 
     quiet()
     with plainly():
-        hooked = HookedRecurrentModel.from_pretrained(model)
+        hooked = HookedRecurrentModel.from_pretrained(model, device=device, dtype=dtype)
     if names:
         print("\n".join(hooked.hook_names))
         return

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from writesae.cli._shared import (
+    AUTO,
     Device,
+    DType,
     HeldOutText,
     ModelOfSAE,
     PrependBos,
@@ -34,7 +36,8 @@ def pages(
         list[str] | None, typer.Option(help="A prompt to continue with each atom added; repeat for several.")
     ] = None,
     neuronpedia: Annotated[bool, typer.Option("--neuronpedia", help="Also write Neuronpedia's format.")] = False,
-    device: Device = "cpu",
+    device: Device = AUTO,
+    dtype: DType = None,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
     unchecked: Annotated[
@@ -54,14 +57,14 @@ def pages(
     with plainly():
         from writesae.pages import write_pages
 
-        found, hooked = sae_and_model(sae, model, prepend_bos, special_tokens)
+        found, hooked = sae_and_model(sae, model, prepend_bos, special_tokens, device, dtype)
         name = sae.removesuffix("/")
         folder = out or Path("runs") / f"pages-{Path(name).parent.name}-{Path(name).name}".replace("--", "-")
         # To be run in the site's folder, so that pages say the same wherever that is.
         again = ["writesae", "pages", anywhere(sae), *(["--model", anywhere(model)] if model else [])]
         again += [*(["--text", anywhere(str(text))] if text else []), "--out", "."]
         index = write_pages(
-            hooked.to(device), found.to(device), read_texts(text), folder, atoms=atoms, also=atom or (), prompts=prompt,
+            hooked, found, read_texts(text), folder, atoms=atoms, also=atom or (), prompts=prompt,
             name=name, source=str(text or "Shipped held-out documents"), neuronpedia=neuronpedia,
             command=shlex.join(again), check_model=not unchecked, console=Console(stderr=True),
         )  # fmt: skip

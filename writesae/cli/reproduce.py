@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli._shared import Device, HeldOutText, PrependBos, SpecialTokens, plainly, quiet, read_texts, reading
+from writesae.cli._shared import (
+    AUTO,
+    Device,
+    DType,
+    HeldOutText,
+    PrependBos,
+    SpecialTokens,
+    plainly,
+    quiet,
+    read_texts,
+    reading,
+)
 
 ORDER = 7
 
@@ -26,7 +37,8 @@ def reproduce(
         list[str] | None, typer.Option(help="SAEs of the same heads trained with other seeds.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small samples: a look in a minute or two.")] = False,
-    device: Device = "cpu",
+    device: Device = AUTO,
+    dtype: DType = None,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
@@ -55,10 +67,10 @@ def reproduce(
         if not names:
             raise ValueError(f"no SAEs are shipped with {model}: give --sae, a folder or a hub id, once for each head")
         texts = read_texts(text)
-        load = lambda names: [WriteSAE.from_pretrained(name).to(device) for name in names or ()]  # noqa: E731
+        load = lambda names: [WriteSAE.from_pretrained(name, device=device) for name in names or ()]  # noqa: E731
         saes = load(names)
         how = reading(prepend_bos, special_tokens, saes)
-        hooked = HookedRecurrentModel.from_pretrained(model, **how).to(device)
+        hooked = HookedRecurrentModel.from_pretrained(model, device=device, dtype=dtype, **how)
         folder = out or Path("runs") / f"reproduce-{Path(model).name}"
         outcomes = run(
             hooked, saes, texts, folder, only=only, sizes=Sizes.quick() if quick else None, flat=load(flat),

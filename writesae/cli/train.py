@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from writesae.cli._shared import Device, PrependBos, SpecialTokens, plainly, quiet, reading
+from writesae.cli._shared import AUTO, Device, DType, PrependBos, SpecialTokens, plainly, quiet, reading
 
 ORDER = 4
 
@@ -45,7 +45,8 @@ def train(
     max_tokens: Annotated[
         int, typer.Option(help="For a model: use at most this many tokens, spread over the texts.", min=1)
     ] = 500_000,
-    device: Device = "cpu",
+    device: Device = AUTO,
+    dtype: DType = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
@@ -79,7 +80,9 @@ def train(
 
             if text is None or not site:
                 raise ValueError(f"{source} is no store, so it is taken for a model: that needs --text and --site")
-            model = HookedRecurrentModel.from_pretrained(source, **reading(prepend_bos, special_tokens))
+            model = HookedRecurrentModel.from_pretrained(
+                source, device=device, dtype=dtype, **reading(prepend_bos, special_tokens)
+            )
             sites = parse_sites(model, site)
             store = record(model, from_files(model, text, context, max_tokens), sites, progress=first)
         given: dict[str, Any] = dict(steps=steps, seed=seed, batch_size=batch, lr=lr)

@@ -214,7 +214,7 @@ def amplify(
         own_mask = None if mask is None else mask[at]
         chance = CommonRandomNumbers(row, temperature, seed)
         new = go_on(model, ids[at], own_mask, n_tokens, edits, positions, chance=chance, whole=True)
-        texts += [text_of(model, r) for r in new]
+        texts += [text_of(model, r) for r in new.cpu()]
     by_condition = {name: tuple(texts[i * n : (i + 1) * n]) for i, name in enumerate(names)}
     scores = {
         label: {name: np.array([float(measure(t)) for t in found]) for name, found in by_condition.items()}

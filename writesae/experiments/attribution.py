@@ -13,6 +13,7 @@ from torch import Tensor
 
 from writesae.experiments.results.result import Figure, Number, Result, figure, frame
 from writesae.gradients import Gradient, LayerGradient, Logit, gradient
+from writesae.hooks.attachable import fit
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel, Text
 from writesae.saes import WriteSAE
@@ -153,7 +154,7 @@ def attribute(
     if len(ids) != 1:
         raise ValueError(f"attribute takes one text; got {len(ids)}")
     for sae in saes:
-        sae.check_fits(model, check_model=check_model)
+        fit(sae, model, check_model=check_model)
     n_pos = ids.shape[1]
     if not -n_pos <= position < n_pos:
         raise IndexError(f"position {position} is out of range: the text has {n_pos} tokens (0 to {n_pos - 1})")

@@ -273,14 +273,14 @@ def install(
                 found = dict(rank_after=ranks(after, wanted), log_p_after=log_p_after)
                 parts[condition].append(found | dict(included=included(new, wanted), new=new))
     edited, random = (joined(parts[condition]) for condition in CONDITIONS)
-    texts_after = tuple(text_of(model, row) for row in edited.pop("new"))
+    texts_after = tuple(text_of(model, row) for row in edited.pop("new").cpu())
     stratum = torch.bucketize(rank, torch.tensor(strata), right=True) - 1
     stratum = torch.where(stratum < 0, len(strata), stratum)
     once = dict(prompt=prompt, target=target, stratum=stratum, rank=rank, log_p=log_p[prompt, target])
     once["native"] = included(native[prompt], target)
     return InstallResult(
         layer, tuple(heads), n_positions, setting(direction), setting(key), max_new_tokens, scales, tuple(names),
-        tuple(texts), tuple(text_of(model, row) for row in native),
+        tuple(texts), tuple(text_of(model, row) for row in native.cpu()),
         scale=torch.tensor(scales, dtype=torch.float64).repeat_interleave(len(prompt)),
         targets=tuple(show_token(model, t) for t in target.tolist()) * len(scales), texts=texts_after,
         **{name: torch.stack([x, random[name]]) for name, x in edited.items()},

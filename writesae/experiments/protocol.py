@@ -26,6 +26,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from writesae.experiments.results.result import Result
+from writesae.hooks.attachable import fit
 from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
 from writesae.jobs.progress import Bar, Progress
@@ -68,7 +69,7 @@ class Run:
     def __post_init__(self) -> None:
         positive(batch_size=self.batch_size)
         for sae in self.saes:
-            sae.check_fits(self.model, check_model=self.check_model)
+            fit(sae, self.model, check_model=self.check_model)
         self.generator = torch.Generator().manual_seed(self.seed)
 
     def windows(self, context: int, n: int = 1, lower: str = "context") -> Windows:

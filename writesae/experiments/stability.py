@@ -173,7 +173,8 @@ def seed_stability(
         for i, atoms in enumerate(alive):
             if not len(atoms):
                 raise ValueError(f"no atom of SAE {i} is alive: give atom_classes more text, or lower min_firings")
-    atoms = [unit_norm(sae.decoder[own.to(sae.b_enc.device)]) for sae, own in zip(saes, alive, strict=True)]
+    where = saes[0].b_enc.device
+    atoms = [unit_norm(sae.decoder[own.to(sae.b_enc.device)]).to(where) for sae, own in zip(saes, alive, strict=True)]
     matches = []
     for i, j in permutations(range(len(saes)), 2):
         cosine, partner = _nearest(atoms[i], atoms[j])

@@ -33,7 +33,8 @@ class CommonRandomNumbers(LogitsProcessor):
     """
 
     def __init__(self, prompts: Int[Tensor, " batch"], temperature: float, seed: int):
-        distinct, self.rows = prompts.unique(return_inverse=True)
+        # Noise is made on the CPU: the same whatever the model's device.
+        distinct, self.rows = prompts.cpu().unique(return_inverse=True)
         self.temperature = temperature
         self.noise = [torch.Generator().manual_seed(1_000_003 * seed + p) for p in distinct.tolist()]
 
@@ -108,4 +109,5 @@ def prompts_of(
     """Token ids, mask, lengths without padding, and the texts of prompts."""
     ids, mask = model.to_tokens(prompts)
     lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if mask is None else mask.sum(-1)
-    return ids, mask, lengths, [text_of(model, row[len(row) - int(n) :]) for row, n in zip(ids, lengths, strict=True)]
+    rows = zip(ids.cpu(), lengths.tolist(), strict=True)
+    return ids, mask, lengths, [text_of(model, row[len(row) - n :]) for row, n in rows]

@@ -16,6 +16,7 @@ from torch import Tensor
 from writesae.futures.replay import Native
 from writesae.hooks.sites import Head
 from writesae.recurrence import Write
+from writesae.recurrence.write import wide, widest
 
 
 @torch.no_grad()
@@ -32,15 +33,15 @@ def divergence(
     edits of one layer. Where several are edited, what lower edits do to the inputs of upper layers is left out.
     """
     at = position[:, None] + torch.arange(horizon + 1, device=position.device)
-    moved2 = state2 = torch.zeros((), dtype=torch.float64, device=position.device)
+    moved2 = state2 = torch.zeros((), dtype=widest(position.device), device=position.device)
     for (layer, head), write in writes.items():
         dynamics = native.cache.dynamics(layer).heads([head])
         rec, own = dynamics.recurrence, dynamics.native[:, :, 0]
-        norm2 = torch.stack([S.double().square().sum((-1, -2))[:, 0] for S in dynamics.each_state()], 1)
+        norm2 = torch.stack([wide(S).square().sum((-1, -2))[:, 0] for S in dynamics.each_state()], 1)
         state2 = state2 + norm2[window[:, None], at][:, None]
-        pick = lambda x: x[:, :, 0][window[:, None], at].double()  # noqa: E731
+        pick = lambda x: wide(x[:, :, 0][window[:, None], at])  # noqa: E731
         edit = write - own[window, position][:, None]
-        keys, values = (x.double() for x in edit.factors())  # [firing, condition, rank, ...]
+        keys, values = (wide(x) for x in edit.factors())  # [firing, condition, rank, ...]
         gram, found = values @ values.mT, []
         decay = pick(rec.log_decay).exp().reshape(*at.shape, 1, 1, -1)
         a, b = (None if x is None else pick(x)[:, :, None, None] for x in (rec.a, rec.b))
@@ -50,4 +51,4 @@ def divergence(
                 keys = decay[:, step] * keys + erased
             found.append(((keys @ keys.mT) * gram).sum((-1, -2)).clamp_min(0))
         moved2 = moved2 + torch.stack(found, -1)
-    return (moved2 / state2.clamp_min(1e-60)).sqrt().float()
+    return (moved2 / state2.clamp_min(1e-37)).sqrt().float()

@@ -30,9 +30,9 @@ from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel, LateLogits, late_logits
 from writesae.recurrence import Read, Write
-from writesae.recurrence.write import of_rank
+from writesae.recurrence.write import of_rank, wide, widest
 
-LOGITS = 2**25  # numbers: logits scored at once
+LOGITS = 2**24  # numbers: logits scored at once
 STATES = 2**28  # bytes: states of the rows run at once
 KL = 2**22  # numbers: logits compared at once, in float64
 TOLERANCE = 1e-6  # nats: a future without an edit is at most so far from the native pass, in float32
@@ -160,7 +160,7 @@ class Replayer:
         ``tell`` is called with the number of firings done since the last time.
         """
         shape = (len(position), next(iter(writes.values())).shape[1], self.n_steps)
-        kl = torch.zeros(shape, dtype=torch.float64, device=position.device)
+        kl = torch.zeros(shape, dtype=widest(position.device), device=position.device)
         flips = torch.zeros(shape[:2], dtype=torch.bool, device=position.device)
         for firings, edited, reference in self.logits(native, window, position, writes):
             kl[firings] = kl_from(edited, reference)
@@ -288,7 +288,8 @@ class Replayer:
                 self.model(native.ids[rows, start:end], past_key_values=cache)
             each = torch.arange(len(rows), device=at.device).view(-1, n)
             scored = self._scored(each, at.view(-1, n) - start, end - start)
-            for few in torch.arange(len(some)).split(at_once):
+            for first in range(0, len(some), at_once):
+                few = slice(first, first + at_once)
                 yield some[few], late.at(*(x[few] for x in scored))
 
     def _skipping(
@@ -339,15 +340,15 @@ def stacked(writes: Sequence[Write]) -> Write:
 
 
 def kl_from(edited: Float[Tensor, "*#n vocab"], native: Float[Tensor, "*#n vocab"]) -> Float[Tensor, "..."]:
-    """``KL(edited || native)`` of distributions given by logits, nats, in float64, a few tokens at a time.
+    """``KL(edited || native)`` of distributions given by logits, nats, a few tokens at a time.
 
-    Sizes of 1 broadcast.
+    In the widest floats of their device. Sizes of 1 broadcast.
     """
     edited, native = torch.broadcast_tensors(edited, native)
     lead, n = edited.shape[:-1], max(1, KL // edited.shape[-1])
     found = []
     for p, q in zip(edited.flatten(0, -2).split(n), native.flatten(0, -2).split(n), strict=True):
-        p, q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        p, q = wide(p).log_softmax(-1), wide(q).log_softmax(-1)
         found.append((p.exp() * (p - q)).sum(-1).clamp_min(0))
     return torch.cat(found).view(lead)
 

@@ -34,6 +34,7 @@ from writesae.recurrence import Read, Recurrence, Write, at_least_float32, memor
 from writesae.recurrence.dynamics import Dynamics
 from writesae.recurrence.kernels import adjoint, carried, chunked, states_at
 from writesae.recurrence.matrices import Atoms, project
+from writesae.recurrence.write import index_of
 
 if TYPE_CHECKING:
     from writesae.hooks import ActivationCache
@@ -121,15 +122,16 @@ class LayerGradient:
         Raises:
             IndexError: a position outside the pass.
         """
-        asked = (int(positions.min()), int(positions.max()))
+        asked = torch.stack(positions.aminmax()).tolist()
         if asked[0] < 0 or asked[1] >= self.recurrence.n_pos:
             raise IndexError(
                 f"edits at positions {asked[0]} to {asked[1]}: allowed are 0 to {self.recurrence.n_pos - 1}"
             )
+        positions = positions.to(self.output.device)
         # Tokens before the first edit, and after the last that the number depends on, play no part.
-        depends = self.output.abs().amax((0, 2, 3)).nonzero().flatten().tolist()
+        depends = [t for t, most in enumerate(self.output.abs().amax((0, 2, 3)).tolist()) if most]
         used = slice(asked[0], max([asked[0], *depends[-1:]]) + 1)
-        rec, positions, edits = self.recurrence[:, used, [head]], positions - used.start, self._beside(edits)
+        rec, positions, edits = self.recurrence[:, used, head : head + 1], positions - used.start, self._beside(edits)
         width = self.write.d_value if self.norm is None else self.norm.output.shape[-1]
         step = max(1, BLOCK // (rec.n_pos * len(positions) * width))
         parts = []
@@ -155,7 +157,7 @@ class LayerGradient:
         with one per key channel they are built, a few tokens at a time.
         """
         atoms = self._beside(atoms)
-        one = (slice(None), slice(None), [head])
+        one = (slice(None), slice(None), slice(head, head + 1))
         back, write = adjoint(self.recurrence[one]), self._write[one]
         gradients = Dynamics(back, write, write, delta_rank=2).states(0)
         if gradients.one_decay:
@@ -176,7 +178,7 @@ class LayerGradient:
         Raises:
             IndexError: a position outside the pass.
         """
-        which = (slice(None), slice(None), slice(None) if heads is None else list(heads))
+        which = (slice(None), slice(None), index_of(heads))
         n = self.recurrence.n_pos
         for t in positions:
             if not 0 <= t < n:

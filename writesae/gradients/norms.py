@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from writesae.recurrence.write import wide
+
 
 @dataclass(frozen=True, eq=False)
 class Norm:
@@ -65,9 +67,9 @@ class Norm:
             y = self.module(o, *self.inputs[1:])
             (found,) = torch.autograd.grad(y, o, self.gradient)
         with torch.no_grad():
-            parts = (self.gradient * (y - self.module(torch.zeros_like(o), *self.inputs[1:]))).double()
+            parts = wide(self.gradient * (y - self.module(torch.zeros_like(o), *self.inputs[1:])))
             # Linear now, so that the input times its gradient is what the output (without a bias) contributes.
-            left = float(((found * o).double().sum() - parts.sum()).abs())
+            left = float((wide(found * o).sum() - parts.sum()).abs())
             if left > max(1e-3, 16 * torch.finfo(o.dtype).eps) * float(parts.abs().sum()) + 1e-12:
                 raise ValueError(
                     f"the scale of {type(self.module).__name__} can't be held fixed: it is not computed by functions "

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+from torch import nn
+
 from writesae.hooks.interventions import Intervention
 
 
@@ -22,3 +25,24 @@ class AttachableSAE(Protocol):
     def read(self, model: Any, x: Any, *, check_model: bool = True, **kwargs: Any) -> Any:
         """Which atoms are active at every token of a text; ``model.encode(sae, x)`` is this."""
         ...
+
+
+def bring(sae: Any, device: torch.device) -> None:
+    """Move an SAE to where it is going to be used, if it is a module and elsewhere.
+
+    This is the one rule for an SAE and a model on different devices: the SAE goes to the layer, once, before anything
+    runs. What a model computes never travels to an SAE and back.
+    """
+    if isinstance(sae, nn.Module) and any(x.device != device for x in (*sae.parameters(), *sae.buffers())):
+        sae.to(device)
+
+
+def fit(sae: AttachableSAE, model: Any, *, check_model: bool = True) -> None:
+    """Check that an SAE belongs to a head of the model, and `bring` it to the device of that head's layer.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    sae.check_fits(model, check_model=check_model)
+    if (place := getattr(sae, "place", None)) is not None:
+        bring(sae, model.layer_device(place.layer))

@@ -67,6 +67,7 @@ class Pass:
     before: Fed | None = None
     _mask: tuple[Tensor | None] | None = None  # None: not asked for yet
     _positions: Tensor | None = None
+    _on_cpu: Tensor | None = None
     _padding: tuple[Tensor | None] | None = None
 
     def begin(self) -> None:
@@ -99,6 +100,11 @@ class Pass:
                 self._positions = (real.long().cumsum(-1) - 1).masked_fill(~real, PAD)[:, -n_pos:]
         return self._positions
 
+    def positions_on_cpu(self) -> Int[Tensor, "batch pos"]:
+        """The same on the CPU, fetched once: which tokens are meant is decided there, without waiting for a device."""
+        self._on_cpu = self.positions().cpu() if self._on_cpu is None else self._on_cpu
+        return self._on_cpu
+
     def padding(self) -> Bool[Tensor, "batch pos"] | None:
         """See `Clock.padding`."""
         if self._padding is None:
@@ -108,8 +114,7 @@ class Pass:
     def _find_padding(self) -> Tensor | None:
         if self._positions is None and self.mask() is None:
             return None
-        padding = self.positions() == PAD
-        return padding if bool(padding.any()) else None
+        return self.positions() == PAD if bool((self.positions_on_cpu() == PAD).any()) else None
 
     def check_padding(self) -> None:
         """Raise ValueError if the memory of a text would run through padding: no model keeps that apart."""

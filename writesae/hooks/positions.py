@@ -80,7 +80,7 @@ class PositionSet:
                 )
             self.span = slice(start, asked.stop, step)
             return
-        wanted = torch.as_tensor(asked)
+        wanted = torch.as_tensor(asked, device="cpu")  # it is looked at here, before anything runs
         if wanted.dtype.is_floating_point or wanted.dtype == torch.bool or wanted.ndim > 2 or wanted.numel() == 0:
             raise ValueError(
                 f"positions={asked!r}: give an int, a list of ints, a slice, an integer tensor [n] or [batch, n], "
@@ -103,14 +103,17 @@ class PositionSet:
     def match(
         self, positions: Int[Tensor, "batch pos"]
     ) -> tuple[Bool[Tensor, "batch pos"], Int[Tensor, "batch pos"] | None]:
-        """Which tokens are meant, and for each the index of its position in what was asked (None for slices, all)."""
+        """Which tokens are meant, and for each the index of its position in what was asked (None for slices, all).
+
+        ``positions`` and both answers are on the CPU: what follows from them must not wait for a device.
+        """
         if self.wanted is None:
             p, s = positions, self.span
             hit = (p != PAD) & (p >= s.start) & ((p - s.start) % s.step == 0)
             hit = hit if s.stop is None else hit & (p < s.stop)
             self._note(hit.any(1, keepdim=True))
             return hit, None
-        wanted = self._per_row(positions.shape[0]).to(positions.device)
+        wanted = self._per_row(positions.shape[0])
         equal = positions[:, :, None] == wanted[:, None, :]
         self._note(equal.any(1))
         return equal.any(-1), equal.int().argmax(-1)
@@ -121,7 +124,6 @@ class PositionSet:
         return self.wanted[row_of_each(rows, batch, f"positions [{rows}, {n}]")]
 
     def _note(self, which: Bool[Tensor, "batch n"]) -> None:
-        which = which.cpu()
         with LOCK:  # several threads may run the edited model
             self.reached[len(which)] = self.reached.get(len(which), torch.zeros_like(which)) | which
 

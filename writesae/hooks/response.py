@@ -21,6 +21,7 @@ from torch import Tensor
 
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32
 from writesae.recurrence.kernels import chunked
+from writesae.recurrence.write import index_of
 
 OfHeads: TypeAlias = Callable[[Sequence[int] | None], Recurrence]
 
@@ -47,7 +48,7 @@ class Edit:
     @property
     def index(self) -> tuple[Any, ...]:
         """Its heads and tokens, in something that has all of them ``[batch, pos, head]``."""
-        return slice(None), slice(self.start, None), slice(None) if self.heads is None else list(self.heads)
+        return slice(None), slice(self.start, None), index_of(self.heads)
 
     def to(self, device: torch.device | str) -> Edit:
         """The same on another device."""
@@ -140,13 +141,13 @@ def respond(
         responses.append((None, 0, *chunked(rec, native * 0.0, dense=record.dense)))
     dtype, o = o.dtype, at_least_float32(o).clone()  # rounded once, when all is added
     for heads, start, extra, extra_state in responses:
-        o[:, start:, slice(None) if heads is None else list(heads)] += extra
+        o[:, start:, index_of(heads)] += extra
         if state is not None and extra_state is not None:
-            state = (
-                state + extra_state
-                if heads is None
-                else state.index_add(1, torch.tensor(heads, device=state.device), extra_state.to(state.dtype))
-            )
+            if heads is None:
+                state = state + extra_state
+            else:
+                state = state.clone()
+                state[:, index_of(heads)] += extra_state.to(state.dtype)
     return o.to(dtype), state
 
 

@@ -26,6 +26,7 @@ from writesae.hooks.scope import Owned, private
 from writesae.hooks.sites import Site
 from writesae.recurrence import Read, Write, first_state
 from writesae.recurrence.kernels import chunked, full_precision
+from writesae.recurrence.write import index_of
 
 
 @dataclass(eq=False)
@@ -119,12 +120,15 @@ class Tap:
         hooked = self._write_hook(call)
         record = Record(initial, hooked, {}, hooked[0].write if hooked else None)
         if attached or requests:
+            positions = self.clock.now.positions_on_cpu()
             # Layers may lie on several devices, and the model's inputs on another.
-            positions = self.clock.positions().to(device_of_call(arguments.values()))
-            at_once = (self._edit(a, call, positions) for a in attached if not a.what.needs_state)
-            with full_precision(positions.device):
+            device = device_of_call(arguments.values())
+            at_once = (self._edit(a, call, positions, device) for a in attached if not a.what.needs_state)
+            with full_precision(device):
                 record.edits = hooked + [edit for edit in at_once if edit is not None]
-                self._walk_states([a for a in attached if a.what.needs_state], requests, call, positions, record)
+                self._walk_states(
+                    [a for a in attached if a.what.needs_state], requests, call, positions, device, record
+                )
         write = call.write() if record.edits or record.dense else None
         kept = kept_of(write, record.edits) if write else None
         if kept is not None:
@@ -185,12 +189,15 @@ class Tap:
             new = new * instead
         return [Edit(None, new, "same", 0, instead)]
 
-    def _edit(self, attached: Attached, call: KernelCall, positions: Int[Tensor, "batch pos"]) -> Edit | None:
+    def _edit(
+        self, attached: Attached, call: KernelCall, positions: Int[Tensor, "batch pos"], device: torch.device
+    ) -> Edit | None:
         """An edit that follows from the writes alone, all tokens at once; None if none of them is meant."""
         mask, index = attached.positions.match(positions)
         start = _first_column(mask)
         if start is None:
             return None
+        mask, index = _sent(mask, device), _sent(index, device)
         heads = None if attached.heads == list(range(self.site.n_heads)) else attached.heads
         rec, write = call.recurrence(heads)[:, start:], call.write(heads)[:, start:]
         index = None if index is None else index[:, start:]
@@ -206,6 +213,7 @@ class Tap:
         requests: Sequence[PositionSet],
         call: KernelCall,
         positions: Int[Tensor, "batch pos"],
+        device: torch.device,
         record: Record,
     ) -> None:
         """Edits that depend on the state, and ``hook_state``: from one such token to the next, states only there."""
@@ -215,6 +223,7 @@ class Tap:
         asked = [(request, request.match(positions)[0]) for request in requests]
         masks = [mask for _, mask, _ in matches] + [mask for _, mask in asked]
         events: Bool[Tensor, " pos"] = torch.stack([mask.any(0) for mask in masks]).any(0)
+        sent = {id(x): _sent(x, device) for x in (*masks, *(index for *_, index in matches))}  # once, not at each token
 
         rec, native = call.recurrence(), call.write()
         total = total_write(native, record.edits)
@@ -229,28 +238,32 @@ class Tap:
             for attached, mask, index in matches:
                 if not mask[:, t].any():
                     continue
-                h = attached.heads
+                h = index_of(attached.heads)
                 now = Moment(
                     native[:, here][:, :, h],
                     rec[:, here][:, :, h],
-                    None if index is None else index[:, here],
+                    None if index is None else sent[id(index)][:, here],
                     S[:, h],
                     self.family.rule.delta_rank,
                 )
-                there = mask[:, here, None].to(now.write.value.dtype)
+                there = sent[id(mask)][:, here, None].to(now.write.value.dtype)
                 write = attached.what.made(now)
                 write = now.write * 0.0 if write is None else write
                 made[id(attached)].append((t, write * there))
                 E = (write - now.write if attached.what.replaces else write) * there
-                after = after.index_add(1, torch.tensor(h, device=S.device), E.dense().squeeze(1))
+                after = after.clone()
+                after[:, h] += E.dense().squeeze(1)
             for request, mask in asked:
                 rows = mask[:, t].nonzero()[:, 0]
                 if len(rows):
-                    after = self._state_hook(request, after, rows, positions[rows, t], record, t)
+                    at = _sent(positions[rows, t], device)
+                    after = self._state_hook(request, after, _sent(rows, device), at, record, t)
             S, start = after, t + 1
         for attached, mask, _ in matches:
             if writes := made[id(attached)]:
-                record.edits.append(Edit.of_tokens(attached.heads, attached.read, writes, mask, attached.what.replaces))
+                record.edits.append(
+                    Edit.of_tokens(attached.heads, attached.read, writes, sent[id(mask)], attached.what.replaces)
+                )
 
     def _state_hook(
         self,
@@ -322,6 +335,11 @@ def device_of_call(values: Iterable[Any]) -> torch.device:
     return next(x.device for x in values if isinstance(x, Tensor))
 
 
+def _sent(x: Tensor | None, device: torch.device) -> Any:
+    """From the CPU to a device, without waiting for what that has still to do."""
+    return None if x is None else x.to(device, non_blocking=True)
+
+
 def _first_column(mask: Bool[Tensor, "batch pos"]) -> int | None:
-    columns = mask.any(0)
-    return int(columns.int().argmax()) if bool(columns.any()) else None
+    columns = mask.any(0).tolist()
+    return columns.index(True) if True in columns else None

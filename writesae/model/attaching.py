@@ -27,12 +27,14 @@ from writesae.hooks import (
     name_of,
     resolve,
 )
+from writesae.hooks.attachable import bring, fit
 from writesae.hooks.positions import Positions
 from writesae.hooks.quantities import RESIDUAL
 from writesae.hooks.residual_edits import is_residual_sae
 from writesae.hooks.scope import Owner, in_main_thread_alone, owning
 from writesae.model.blocks import block
 from writesae.model.tokens import TokenModel
+from writesae.models.wrappers import device_of
 from writesae.recurrence import Read
 
 Name: TypeAlias = str | tuple[str, int]
@@ -97,6 +99,10 @@ class HookedModel(TokenModel):
     def family(self, layer: int) -> Family:
         """The adapter of a layer's architecture; IndexError if that layer is not recurrent."""
         return self._tap(layer).family
+
+    def layer_device(self, layer: int) -> torch.device:
+        """Where a layer runs, recurrent or not: the model's device, unless its layers lie on several."""
+        return device_of(self._installed.layers[layer])
 
     def _tap(self, layer: int) -> Tap:
         if not isinstance(layer, int) or isinstance(layer, bool) or layer not in self._by_layer:
@@ -235,7 +241,7 @@ class HookedModel(TokenModel):
                 else:
                     fitted = what if isinstance(what, AttachableSAE) else edit.fitted
                     if fitted is not None:
-                        fitted.check_fits(self, check_model=check_model)
+                        fit(fitted, self, check_model=check_model)
                     site = self.site(edit.layer)
                     edit.check(site, where)
                     attached = Attached(edit, edit.heads(site), where, read)
@@ -253,6 +259,7 @@ class HookedModel(TokenModel):
         if read != "same":
             raise ValueError(f"read={read!r} is about the memory; an edit of the residual stream is seen at once")
         (point,) = self._select(edit.hook_name)
+        bring(edit.sae, self.layer_device(point.layer))
         if point.quantity not in RESIDUAL:
             names = ", ".join(name_of(quantity, point.layer) for quantity in RESIDUAL)
             raise ValueError(
@@ -260,9 +267,10 @@ class HookedModel(TokenModel):
             )
 
         def fn(x: Tensor, _hook: HookPoint) -> Tensor | None:
-            there, _ = where.match(self._installed.clock.positions().to(x.device))
+            there, _ = where.match(self._installed.clock.now.positions_on_cpu())
             if not there.any():
                 return None
+            there = tuple(i.to(x.device, non_blocking=True) for i in there.nonzero(as_tuple=True))
             new = x.clone()
             new[there] = edit(x[there])
             return new

@@ -84,9 +84,9 @@ class GeneratingModel(HookedModel):
             return out
         texts = [x] if isinstance(x, str) else list(x or ())
         per_text, ends = out.shape[0] // len(texts), self._ends(kwargs)
-        rows = []
-        for i, row in enumerate(out):
-            old, new = row[size[1] - int(mask[i // per_text].sum()) : size[1]], row[size[1] :]
+        rows, lengths, ends = [], mask.sum(-1).tolist(), ends.cpu()
+        for i, row in enumerate(out.cpu()):
+            old, new = row[size[1] - lengths[i // per_text] : size[1]], row[size[1] :]
             over = torch.isin(new, ends).nonzero()[:1, 0]  # what follows the end of one text is filling
             new = new[: int(over) + 1] if len(over) else new
             rows.append(self._tokenizer().decode(torch.cat([old, new]), skip_special_tokens=True))

@@ -25,6 +25,7 @@ from writesae.model.continuing import positions_behind
 from writesae.model.generating import GeneratingModel
 from writesae.model.tokens import Text, is_text, next_token_loss
 from writesae.models.arguments import arguments_of
+from writesae.models.devices import device_named, dtype_named
 from writesae.models.fingerprint import fingerprint_of
 from writesae.models.load import load_model
 from writesae.models.quantized import holds_codes
@@ -98,15 +99,21 @@ class HookedRecurrentModel(GeneratingModel):
 
         Args:
             name: what to load.
-            dtype: of the weights; None (or ``"auto"``): as the checkpoint lies, but shipped models, which lie in
-                bfloat16 to be small, in float32. Recurrences run in float32 with any of them. bfloat16 takes half the
-                memory and costs exactness: logits of the shipped models are then 0.01 off on average (0.18 at most),
-                and those of a text whole and in pieces differ by up to 0.13, in float32 by 4e-5.
+            dtype: of the weights, itself or its name; None (or ``"auto"``): as the checkpoint lies, but shipped models,
+                which lie in bfloat16 to be small, in float32. Recurrences run in float32 with any of them. bfloat16
+                takes half the memory and costs exactness: logits of the shipped models are then 0.01 off on average
+                (0.18 at most), and those of a text whole and in pieces differ by up to 0.13, in float32 by 4e-5.
             tokenizer: a tokenizer, None for the model's own, or False for none (token ids only).
             prepend_bos, special_tokens: how texts become tokens, see `HookedRecurrentModel`.
             kernels: what computes the recurrences, see there.
-            device: where to move it; None: where it is loaded (the CPU, or as ``device_map`` says).
-            **kwargs: for ``from_pretrained`` (``device_map``, ``revision``, ``local_files_only``, ...).
+            device: where to move it: ``"cuda"``, ``"cuda:1"``, ``"mps"``, ...; ``"auto"`` for the accelerator that is
+                there, or else the CPU; None: where it is loaded (the CPU, or as ``device_map`` says).
+            **kwargs: for ``from_pretrained`` (``device_map``, ``quantization_config``, ``revision``,
+                ``local_files_only``, ...).
+
+        Raises:
+            OSError: there is no such checkpoint.
+            ValueError: no such device or dtype here, weights that do not fit, or a model without recurrent layers.
 
         Formats are those of transformers, of flash-linear-attention (RWKV-7, DeltaNet, GLA), and of the authors of
         RWKV-7 (the path of a ``.pth`` file) and Mamba-2; see `writesae.models.load`.
@@ -119,7 +126,10 @@ class HookedRecurrentModel(GeneratingModel):
             raise TypeError("device and device_map both say where the model goes: pass one of them")
         shipped = shipped_model(str(name))
         source = shipped or str(name)
-        dtype = dtype or ("auto" if shipped is None else torch.float32)
+        place = None if device is None else device_named(device)
+        dtype = dtype_named(dtype or ("auto" if shipped is None else torch.float32), place)
+        if place is not None and kwargs.get("quantization_config") is not None:
+            kwargs["device_map"], place = {"": place}, None  # some quantised layers cannot be moved afterwards
         try:
             hf_model = load_model(source, dtype=dtype, **kwargs)
         except OSError as error:
@@ -141,7 +151,7 @@ class HookedRecurrentModel(GeneratingModel):
             special_tokens=special_tokens,
             kernels=kernels,
         )
-        return model if device is None else model.to(device)
+        return model if place is None else model.to(place)
 
     # --- what there is ------------------------------------------------------------------------------------------------
 

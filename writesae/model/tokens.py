@@ -65,7 +65,7 @@ class TokenModel(nn.Module):
                 raise ValueError(
                     f"token ids must be integers [pos] or [batch, pos]; got {text.dtype} {list(text.shape)}"
                 )
-            return self._check_ids(ids.to(self.device)), None
+            return self._check_ids(ids).to(self.device), None
         if isinstance(text, Sequence) and not isinstance(text, str | bytes) and len(text):
             if all(isinstance(x, int) and not isinstance(x, bool) for x in text):
                 return self.to_tokens(torch.tensor(text))
@@ -192,7 +192,8 @@ class TokenModel(nn.Module):
         return next((i for i in (self._tokenizer().pad_token_id, self._tokenizer().eos_token_id) if i is not None), 0)
 
     def _check_ids(self, ids: Tensor) -> Tensor:
-        if int(ids.min()) < 0 or int(ids.max()) >= self.n_vocab:
+        least, most = torch.stack(ids.aminmax()).tolist()  # a device is waited for once
+        if least < 0 or most >= self.n_vocab:
             bad = ids[(ids < 0) | (ids >= self.n_vocab)][0]
             raise ValueError(f"token id {int(bad)} is outside the model's vocabulary of {self.n_vocab}")
         return ids.long()

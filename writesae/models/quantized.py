@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from writesae.jobs.processes import is_sharded
 
 PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+ORDINARY = (Tensor, nn.Parameter)  # other classes of tensors hold codes
 
 
 def holds_codes(module: Any) -> bool:
@@ -44,7 +45,7 @@ def dequantized(module: Any) -> dict[str, Tensor] | None:
         from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # imports bitsandbytes: only if used
 
         found = dequantize_bnb_weight(weight, getattr(module, "state", None))  # type: ignore[arg-type]
-    elif isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter):
+    elif isinstance(weight, Tensor) and type(weight) not in ORDINARY:
         found = weight.dequantize()
     elif linear:
         found = _of_identity(module)
@@ -62,11 +63,15 @@ def check_finite(model: nn.Module) -> None:
     """
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)] + [model.get_output_embeddings()]  # type: ignore[operator]
     of_tokens = {id(x) for table in tables if table is not None for x in table.parameters()}
-    for name, x in model.named_parameters():
-        if id(x) not in of_tokens and _plain(x) and not x.is_meta and not bool((finite := x.isfinite()).all()):
+    looked_at = [(name, x) for name, x in model.named_parameters() if id(x) not in of_tokens and _plain(x)]
+    looked_at = [(name, x) for name, x in looked_at if not x.is_meta]
+    for device in {x.device for _, x in looked_at}:  # each is waited for once
+        here = [(name, x) for name, x in looked_at if x.device == device]
+        finite = torch.stack([x.isfinite().all() for _, x in here]).tolist()
+        for name, x in (one for one, fine in zip(here, finite, strict=True) if not fine):
             raise ValueError(
-                f"{name}: {int((~finite).sum())} of its {x.numel()} weights are NaN or infinite, so what the model "
-                f"computes is too. Load the checkpoint again, or look at the training that made it"
+                f"{name}: {int((~x.isfinite()).sum())} of its {x.numel()} weights are NaN or infinite, so what the "
+                f"model computes is too. Load the checkpoint again, or look at the training that made it"
             )
 
 
@@ -75,7 +80,7 @@ def _is_linear(module: Any) -> bool:
 
 
 def _plain(x: Tensor) -> bool:
-    return (type(x) in (Tensor, nn.Parameter) or is_sharded(x)) and x.dtype in PLAIN
+    return (type(x) in ORDINARY or is_sharded(x)) and x.dtype in PLAIN
 
 
 def _of_identity(module: Any) -> Tensor:

@@ -85,7 +85,8 @@ def _studied(
             )
         if model is None and sae.cfg.model_id is None:
             raise ValueError("this SAE does not say which model it is of: give model=")
-        hooked = HookedRecurrentModel.from_pretrained(str(sae.cfg.model_id)) if model is None else model
+        load = lambda: HookedRecurrentModel.from_pretrained(str(sae.cfg.model_id), device=sae.b_enc.device)  # noqa: E731
+        hooked = load() if model is None else model
         read = zoo.heldout_documents() if texts is None else texts
         read = list(read) if not isinstance(read, str | Tensor) else read
         _last.clear()

@@ -21,6 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from writesae.hooks.attachable import fit
 from writesae.jobs.disk import remove_halves, write_whole
 from writesae.jobs.progress import Bars
 from writesae.jobs.resumable import Kept
@@ -164,7 +165,7 @@ def study(
         IndexError: no such atom.
         ValueError: no text; an SAE that does not say its head, or one of another model.
     """
-    sae.check_fits(model, check_model=check_model)
+    fit(sae, model, check_model=check_model)
     sae.atom(torch.tensor(list(also), dtype=torch.long))  # raises for one out of range
     windows = cut_windows(model, texts)
     starts = _prompts(model, windows, prompts)

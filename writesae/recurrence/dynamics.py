@@ -17,7 +17,7 @@ from torch import Tensor
 from writesae.recurrence.kernels import chunked, decayed_sum, erase_reads, states_at
 from writesae.recurrence.rules import Rule
 from writesae.recurrence.spec import Recurrence, states
-from writesae.recurrence.write import Write, at_least_float32
+from writesae.recurrence.write import Write, at_least_float32, index_of
 
 Target = Literal["write", "delta", "state"]
 """What of a memory an SAE may read."""
@@ -202,15 +202,16 @@ class Dynamics:
 
     def heads(self, heads: Sequence[int]) -> Dynamics:
         """The same, for some heads only."""
-        some = (slice(None), slice(None), list(heads))
+        where = index_of(heads)
+        some = (slice(None), slice(None), where)
         native = self.native[some]
         return Dynamics(
             self.recurrence[some],
             native,
             native if self.total is self.native else self.total[some],
-            None if self.initial is None else self.initial[:, list(heads)],
+            None if self.initial is None else self.initial[:, where],
             self.delta_rank,
-            {t: E[:, list(heads)] for t, E in self.dense.items()},
+            {t: E[:, where] for t, E in self.dense.items()},
         )
 
     def delta(self) -> Write:

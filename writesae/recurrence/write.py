@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -142,3 +142,23 @@ def memory_dtype(x: Tensor) -> torch.dtype:
 def at_least_float32(x: Tensor) -> Tensor:
     """float32, or float64 if it already is."""
     return x.to(memory_dtype(x))
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floats of a device, for sums that cancel: float64; float32 on Apple's GPUs, which have no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the widest floats of its device."""
+    return x.to(widest(x.device))
+
+
+def index_of(heads: Sequence[int] | None) -> slice | list[int]:
+    """What picks heads out of a dimension; None for all. Neighbours are a slice: a list would be copied to a device
+    wherever it is used, and that would wait for it."""
+    if heads is None:
+        return slice(None)
+    n = len(heads)
+    neighbours = n > 0 and list(heads) == list(range(heads[0], heads[0] + n))
+    return slice(heads[0], heads[0] + n) if neighbours else list(heads)

@@ -123,13 +123,14 @@ class Autoencoder(nn.Module):
 
         Raises IndexError for a number outside ``0`` to ``n_atoms - 1``.
         """
-        index = torch.as_tensor(index, device=self.b_enc.device)
+        index = torch.as_tensor(index)  # looked at where it is: of a number, no device is waited for
         if index.dtype.is_floating_point or index.dtype == torch.bool:
             raise TypeError(f"an atom is asked for by a whole number or a tensor of them; got {index.dtype}")
-        bad = index[(index < 0) | (index >= self.cfg.n_atoms)]
-        if bad.numel():
-            raise IndexError(f"atom {bad.flatten()[0].item()}: this SAE has atoms 0 to {self.cfg.n_atoms - 1}")
-        return self.dictionary.atom(index)
+        least, most = torch.stack(index.aminmax()).tolist() if index.numel() else (0, 0)
+        if least < 0 or most >= self.cfg.n_atoms:
+            bad = least if least < 0 else most
+            raise IndexError(f"atom {bad}: this SAE has atoms 0 to {self.cfg.n_atoms - 1}")
+        return self.dictionary.atom(index.to(self.b_enc.device))
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -259,7 +260,7 @@ class Autoencoder(nn.Module):
 
     def decode_write(self, values: Float[Tensor, "... m"], indices: Int[Tensor, "... m"]) -> Write:
         """The reconstruction in factors, from `topk`'s pair. Mean and bias are not in it."""
-        atoms = self.atom(indices) * values
+        atoms = self.dictionary.atom(indices) * values
         if indices.shape[-1] == 1:
             return atoms[(slice(None),) * (indices.ndim - 1) + (0,)]
         v, w = (f.flatten(-3, -2) for f in atoms.factors())
@@ -308,12 +309,18 @@ class Autoencoder(nn.Module):
         )  # fmt: skip
 
     def _checked(self, x: Matrices) -> Matrices:
-        """``x`` in the parameters' dtype; ValueError if its matrices are of another size than the SAE's."""
+        """``x`` in the parameters' dtype; ValueError if they are of another size, or elsewhere."""
         given = size(x)[-2:]
         if given != (self.cfg.d_key, self.cfg.d_value):
             raise ValueError(
                 f"this SAE reads matrices [..., {self.cfg.d_key}, {self.cfg.d_value}]; "
                 f"got [..., {', '.join(map(str, given))}]"
+            )
+        where = (x.gain.key if isinstance(x, States) else x.key if isinstance(x, Write) else x).device
+        if where != self.b_enc.device:
+            raise ValueError(
+                f"this SAE is on {self.b_enc.device}, and what it is to read on {where}: move one of them, "
+                f"sae.to({str(where)!r}) or x.to({str(self.b_enc.device)!r})"
             )
         return x.to(self.b_enc.dtype)
 

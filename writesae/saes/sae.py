@@ -13,6 +13,7 @@ from torch import Tensor
 
 from writesae.hooks.interventions import Add
 from writesae.jobs.late import given
+from writesae.models.devices import device_named
 from writesae.recurrence.matrices import norm2
 from writesae.saes import files, formats, hub
 from writesae.saes.activity.reading import encode
@@ -100,17 +101,19 @@ class WriteSAE(Autoencoder):
             folder_or_hub_id: a folder wins over a hub id of the same name.
             subfolder: where in it the SAE lies.
             revision: branch, tag or commit on the hub.
-            device: where to move it.
+            device: where to move it; ``"auto"`` for the accelerator that is there, or else the CPU. Used with a model,
+                it goes where the model's layer is in any case.
 
         Raises:
             FileNotFoundError: no such folder or hub repository, or a file is missing in it.
-            ValueError: a file is damaged, of another kind, or the two files do not fit together.
+            ValueError: a file is damaged, of another kind, or the two files do not fit together; no such device here.
         """
+        place = device_named(device)
         root = formats.locate(folder_or_hub_id, subfolder, revision)
         folder = root / subfolder if subfolder else root
         format = formats.recognised(folder)
         cfg, tensors = format.load(folder, root)
-        return cls.from_tensors(cfg, tensors, *format.names(folder)).to(device)
+        return cls.from_tensors(cfg, tensors, *format.names(folder)).to(place)
 
     @classmethod
     def from_tensors(

@@ -60,7 +60,7 @@ class Substitute(Intervention):
         fires = value > 0
         if self.atom is not None:
             fires = fires & (top == self.atom)
-        atom = self.sae.atom(top)
+        atom = self.sae.dictionary.atom(top)
         atom = atom * (value if self.norm == "code" else now.write.norm() / atom.norm().clamp_min(1e-30))
         rank = max(atom.rank, now.write.rank)
         pairs = zip(of_rank(atom, rank).factors(), of_rank(now.write, rank).factors(), strict=True)

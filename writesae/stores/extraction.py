@@ -29,6 +29,7 @@ from writesae.jobs.progress import Bars
 from writesae.jobs.resumable import check_same
 from writesae.jobs.versions import versions
 from writesae.models.quantized import check_finite
+from writesae.recurrence.write import index_of
 from writesae.stores.shards import (
     DTYPES,
     HEADER,
@@ -196,7 +197,7 @@ def _run(
 
         def keep(x: Tensor, point: HookPoint, rows: slice = rows) -> None:
             layer, quantity = point.layer, point.quantity
-            given = x[:, :, heads[layer]]
+            given = x[:, :, index_of(heads[layer])]
             kept = given.to(dtype).cpu()
             if not bool(kept.isfinite().all()):
                 raise _not_finite(given.cpu(), kept, layer, heads[layer], quantity, first + rows.start)

@@ -13,6 +13,7 @@ from torch import Tensor
 from writesae.experiments.protocol import Run, several
 from writesae.futures.divergence import divergence
 from writesae.futures.replay import Native, Replayer, stacked
+from writesae.hooks.attachable import fit
 from writesae.hooks.sites import Head
 from writesae.recurrence import Read, Write, at_least_float32, memory_dtype
 from writesae.saes import WriteSAE
@@ -48,7 +49,7 @@ def check_conditions(
     if "flat_svd" in asked and flat is None:
         raise ValueError("the condition 'flat_svd' and flat=, an SAE of the same head, come together")
     for sae in flats.values():
-        sae.check_fits(run.model, check_model=False)
+        fit(sae, run.model, check_model=False)
     for head in (sae.place for sae in run.saes):
         if flats and head not in flats:
             raise ValueError(f"no flat SAE for {head.words}: flat= has {', '.join(x.words for x in flats)}")

@@ -18,6 +18,7 @@ from writesae.experiments.protocol import EXPERIMENTS, Asked, Sizes, Task, one_e
 from writesae.experiments.report.outcome import Outcome, load_outcome, save_outcome
 from writesae.experiments.report.report import write_report
 from writesae.experiments.results.result import Result
+from writesae.hooks.attachable import fit
 from writesae.jobs.progress import Bars, Progress
 from writesae.model import HookedRecurrentModel
 from writesae.saes import WriteSAE
@@ -64,7 +65,7 @@ def reproduce(
     if unknown:
         raise ValueError(f"no experiment {sorted(unknown)[0]!r}: there are {', '.join(EXPERIMENTS)}")
     for sae in (*saes, *flat, *other_seeds):
-        sae.check_fits(model, check_model=check_model)
+        fit(sae, model, check_model=check_model)
     one_each(saes)
     sizes = sizes or Sizes()
     texts = _some(model, texts, sizes.text)

@@ -21,6 +21,7 @@ from writesae.models.wrappers import weight
 from writesae.recurrence import Recurrence, Write, at_least_float32
 from writesae.recurrence.kernels import stretches
 from writesae.recurrence.rules import Rule
+from writesae.recurrence.write import index_of
 
 
 class KernelCall(ABC):
@@ -136,7 +137,7 @@ def of_heads(
     is copied for each of them only after ``then``."""
     served = n_heads // x.shape[2]
     if heads is not None:
-        return then(at_least_float32(x[:, :, [h // served for h in heads]]))
+        return then(at_least_float32(x[:, :, index_of([h // served for h in heads])]))
     x = then(at_least_float32(x))
     if served == 1:
         return x

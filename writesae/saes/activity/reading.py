@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from writesae.hooks.attachable import fit
 from writesae.hooks.clock import cache_in
 from writesae.hooks.names import inputs
 from writesae.hooks.positions import PAD
@@ -111,7 +112,7 @@ def encode(
         ValueError: the SAE does not say its layer and head, or is for another model; text without a tokenizer; a
             batch_topk SAE without a threshold; the mask does not say which tokens are padding.
     """
-    sae.check_fits(model, check_model=check_model)
+    fit(sae, model, check_model=check_model)
     if set(kwargs) - {"attention_mask"}:
         return _pass(model, sae, x, model.to_tokens(x)[0], **kwargs)
     ids, mask = model.to_tokens(x)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from writesae.hooks.attachable import fit
 from writesae.hooks.positions import PAD
 from writesae.jobs.progress import track
 from writesae.saes.activity.contexts import EDGES, Contexts
@@ -63,7 +64,7 @@ def top_contexts(
     ):  # fmt: skip
         if number < least:
             raise ValueError(f"{name}={number}: must be at least {least}")
-    sae.check_fits(model, check_model=check_model)
+    fit(sae, model, check_model=check_model)
     chosen = torch.tensor(list(range(sae.cfg.n_atoms) if atoms is None else dict.fromkeys(atoms)))
     if not len(chosen):
         raise ValueError("atoms=[]: name at least one, or None for all")

@@ -120,7 +120,7 @@ def choose_atoms(
         if where == "before":
             inside = inside.roll(-1, 1)
             usable[:, -1] = False
-        values, indices = codes.values.double().cpu(), codes.indices.cpu()
+        values, indices = codes.values.cpu().double(), codes.indices.cpu()
         for side in (0, 1):
             here = usable & (inside == side)
             counts[side] += here.sum()

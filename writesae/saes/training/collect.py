@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from writesae.hooks.sites import Head
+from writesae.models.devices import device_named
 from writesae.recurrence.matrices import Matrices
 from writesae.saes.config import SAEConfig, Target
 from writesae.saes.sae import WriteSAE
@@ -89,6 +90,7 @@ def train_site(
         context: tokens of a sequence; what is left of a text after the last whole sequence is dropped.
         progress: show progress bars.
         **options: as for `train_store`: ``n_atoms``, ``k``, ``target``, ``variant``, ``steps``, ``checkpoint``, ...
+            Without ``device``, it is trained where the model is.
 
     Returns:
         The SAE; ``sae.cfg.training`` holds settings and measurements.
@@ -100,7 +102,7 @@ def train_site(
         Windows.of_rows(list(text), text.shape[1]) if isinstance(text, Tensor) else Windows.cut(model, text, context)
     )
     store = record(model, windows.enough(2).tokens, [(layer, head)], progress=progress)
-    return train_store(store, progress=progress, **options)[layer, head]
+    return train_store(store, progress=progress, **{"device": model.device, **options})[layer, head]
 
 
 def train_store(
@@ -144,15 +146,15 @@ def train_store(
         checkpoint, log: of a single site, instead of those in ``out``.
         checkpoint_every, log_every, evaluate_every: in steps, see `train_sae`.
         also_log: is given each head's name (``"L2H0"``) and what is logged.
-        device: where to train.
+        device: where to train; ``"auto"`` for the accelerator that is there, or else the CPU.
         progress: show progress bars.
         **training: fields of `Settings`: ``steps``, ``batch_size``, ``lr``, ``seed``, ...
 
     Raises:
         IndexError: no such site in the store.
-        ValueError: a setting that cannot be, or a checkpoint of another training.
+        ValueError: a setting that cannot be, no such device, or a checkpoint of another training.
     """
-    recipe = dict(RECIPES[target])
+    recipe, device = dict(RECIPES[target]), device_named(device)
     settings = Settings(**{name: recipe[name] for name in recipe if name not in ("variant", "k")} | training)
     values = dict(n_atoms=n_atoms, k=recipe["k"] if k is None else k, target=target, sparsity=sparsity)
     places = {Head(*place).folder: Head(*place) for place in (store.sites if sites is None else sites)}

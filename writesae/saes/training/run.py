@@ -268,6 +268,7 @@ class Run:
         tensors |= {"silent": self.silent, "weight": self.weight}
         for name, p in self.sae.named_parameters():
             tensors |= {f"adam.{name}.{key}": value for key, value in self.adam.state.get(p, {}).items()}
+        tensors = {name: x.cpu() for name, x in tensors.items()}
         about = self._identity() | {"step": self.step, "n_resampled": self.n_resampled, "seconds": self.seconds}
         about |= {"tensors": checksum(tensors)}
         write_whole(self.path, safetensors.torch.save(tensors, {"training": json.dumps(sealed(about))}))
