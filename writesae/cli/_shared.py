@@ -40,8 +40,8 @@ Device = Annotated[
 DType = Annotated[
     str | None,
     typer.Option(
-        help="Dtype of the model's weights: float32, bfloat16, float16; without it, as the checkpoint lies, the shipped "
-        "models in float32."
+        help="Dtype of the model's weights: float32, bfloat16, float16; without it, as the checkpoint lies, but the "
+        "shipped models in float32."
     ),
 ]
 AUTO = "auto"  # the default of --device

@@ -26,13 +26,13 @@ def in_batches(model: nn.Module, n_rows: int, run: Callable[[slice], T]) -> Iter
     Yields:
         Which rows, and what ``run`` returned.
     """
-    weights = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *model.buffers()]}
+    weights = {x.untyped_storage()._cdata for x in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 
     def count(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        storage = x.untyped_storage()._cdata  # views share it
+        if storage not in weights:
+            kept[storage] = max(kept.get(storage, 0), x.numel() * x.element_size())
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
