@@ -37,7 +37,7 @@ def test_targets_are_tokens_that_there_are(model):
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("amplify", "population_test")])
 def test_every_experiment_runs(name, model):
-    """(Amplifying needs atoms of a class, which random ones are not; the population test replaces as the other does.)"""
+    """(Amplifying needs atoms of a class, which random ones are not; the population test replaces as the other.)"""
     site = model.sites[1]
     cfg = ws.SAEConfig(d_key=site.d_key, d_value=site.d_value, n_atoms=16, k=1, target="write", encoder="tied", layer=1,
                        head=0)  # fmt: skip
