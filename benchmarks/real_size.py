@@ -199,7 +199,7 @@ def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
             lambda: ws.replacement_test(model, sae, two_texts, n_firings=16, per_window=2),
         ),
         "population test, 4 atoms x 3 firings": (
-            2 * count(two_texts) + 4 * 3 * 3 * 17,
+            2 * count(two_texts) + 4 * 3 * 3 * 96,
             lambda: ws.population_test(model, sae, two_texts, n_atoms=4, min_firings=3, max_firings=3),
         ),
         "atom classes, 4,096 tokens": (4096, lambda: ws.atom_classes(model, sae, texts, max_tokens=4096)),

@@ -34,7 +34,7 @@ def run(
     picture: Path | None = None,
     console: Console | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
 ) -> None:
     """Everything `writesae demo` shows.
 

@@ -56,6 +56,11 @@ class Native:
     cache: ActivationCache
     below: Any
 
+    def first_window(self) -> Native:
+        """The same of the first window alone; its logits are still those of all."""
+        below = None if self.below is None else map_tensors(lambda x: x[:1], self.below)
+        return Native(self.ids[:1], self.end, self.cache, below)
+
     def write(self, place: Head, window: Int[Tensor, " firing"], position: Int[Tensor, " firing"]) -> Write:
         """The native writes of a head at some tokens, ``[firing]``."""
         layer, head = place
@@ -304,7 +309,7 @@ class Replayer:
         """The first of `WAYS` in which futures without an edit, after two pieces or more, are as in the native pass."""
         last = native.ids.shape[1] - 1 - self.after
         position = torch.tensor([last // 2, last], device=native.ids.device)
-        window, error = torch.zeros_like(position), 0.0
+        window, error, native = torch.zeros_like(position), 0.0, native.first_window()
         try:
             for way in WAYS:
                 if way[1] and native.below is None:

@@ -37,8 +37,8 @@ def bring(sae: Any, device: torch.device) -> None:
         sae.to(device)
 
 
-def fit(sae: AttachableSAE, model: Any, *, check_model: bool = True) -> None:
-    """Check that an SAE belongs to a head of the model, and `bring` it to the device of that head's layer.
+def fit(sae: Any, model: Any, *, check_model: bool = True) -> None:
+    """Check that an SAE (its `check_fits`) belongs to a head of the model, and `bring` it to the device of that head's layer.
 
     Raises:
         ValueError: it does not fit.

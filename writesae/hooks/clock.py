@@ -122,9 +122,11 @@ class Pass:
             mask = self.mask()
         except ValueError:  # whoever needs to know it is told
             return
-        if mask is None or bool(mask.all()):
+        if mask is None:
             return
-        real = mask.bool()
+        real = mask.cpu().bool()  # looked at several times: fetched once
+        if bool(real.all()):
+            return
         begun, ends = real.cumsum(-1) > 0, real.flip(-1).cumsum(-1).flip(-1) == 0
         between = ~real & begun & ~ends
         if bool(between.any()):
