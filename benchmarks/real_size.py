@@ -118,7 +118,8 @@ def _set_gates(model: torch.nn.Module) -> None:
 
 # --- the walk ---------------------------------------------------------------------------------------------------------
 
-Row = tuple[int, Callable[[], Any]]  # tokens of the forward passes it needs by its definition; what is run
+# Tokens of the forward passes that it needs by its definition; what is run; tokens generated one by one.
+Row = tuple[int, Callable[[], Any]] | tuple[int, Callable[[], Any], int]
 
 
 def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
@@ -187,15 +188,17 @@ def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
             lambda: ws.sign_test(model, *sae.place, texts, n=16, direction="gradient"),
         ),
         "install, 2 prompts x 4 strata, 8 tokens": (
-            2 * (24 + 7) + 2 * 16 * (24 + 7),
+            (2 + 2 * 16) * 24,
             lambda: ws.install(model, *sae.place, prompts, max_new_tokens=8),
+            (2 + 2 * 16) * 7,
         ),
         "install by gradient": (
-            2 * (24 + 7) + 16 * (24 * back) + 2 * 16 * (24 + 7),
+            (2 + 2 * 16 + back * 16) * 24,
             lambda: ws.install(model, *sae.place, prompts, max_new_tokens=8, direction="gradient"),
+            (2 + 2 * 16) * 7,
         ),
         "replacement test, 16 firings, 4 conditions": (
-            96 * 8 + 16 * 4 * 17,
+            96 * (8 + 16 * 4),
             lambda: ws.replacement_test(model, sae, two_texts, n_firings=16, per_window=2),
         ),
         "population test, 4 atoms x 3 firings": (
@@ -204,8 +207,9 @@ def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
         ),
         "atom classes, 4,096 tokens": (4096, lambda: ws.atom_classes(model, sae, texts, max_tokens=4096)),
         "amplify, 2 prompts, 8 tokens, 3 conditions": (
-            count(two_texts) + 6 * (24 + 7),
+            count(two_texts) + 6 * 24,
             lambda: ws.amplify(model, chosen(), prompts, doses=[2.0], n_tokens=8),
+            6 * 7,
         ),
         "erase, 8 firings, one dose": (
             2048 + count(two_texts) + 64 * (8 + 8 + 8 + 3 * 4),
@@ -269,7 +273,7 @@ def walk(
     if not child:
         print(json.dumps({"names": list(all_rows)}))
         return
-    tokens, run = all_rows[child]
+    tokens, run, *generated = all_rows[child]
     some = torch.randint(1000, (4, 96), generator=torch.Generator().manual_seed(0))
 
     def plainly() -> float:
@@ -278,11 +282,22 @@ def walk(
             model.hf_model(some, use_cache=False, **model.logits_of_last(1))
         return time.process_time() - start
 
+    def one_by_one() -> float:
+        """Seconds of a token generated, in 16 rows at once."""
+        cache = transformers.DynamicCache(config=model.config)
+        rows = some[:, :24].repeat(4, 1)
+        with torch.no_grad():
+            model.hf_model(rows, past_key_values=cache, **model.logits_of_last(1))
+            start = time.process_time()
+            for t in range(4):
+                model.hf_model(some[:, t : t + 1].repeat(4, 1), past_key_values=cache, **model.logits_of_last(1))
+        return (time.process_time() - start) / (4 * len(rows))
+
     before = [plainly() for _ in range(3)][1:]
     start, spent = time.perf_counter(), time.process_time()
     gib = peak_memory(run) / 1024
     spent, wall = time.process_time() - spent, time.perf_counter() - start
-    needed = min(*before, plainly()) / some.numel() * tokens
+    needed = min(*before, plainly()) / some.numel() * tokens + (sum(generated) * one_by_one() if generated else 0)
     print(json.dumps({"seconds": spent, "wall": wall, "passes": needed, "ratio": spent / needed, "gib": gib}))
 
 
