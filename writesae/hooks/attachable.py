@@ -38,7 +38,7 @@ def bring(sae: Any, device: torch.device) -> None:
 
 
 def fit(sae: Any, model: Any, *, check_model: bool = True) -> None:
-    """Check that an SAE (its `check_fits`) belongs to a head of the model, and `bring` it to the device of that head's layer.
+    """Check that an SAE (`AttachableSAE`) belongs to a head of the model, and `bring` it to that head's layer.
 
     Raises:
         ValueError: it does not fit.
