@@ -38,7 +38,7 @@ def bring(sae: Any, device: torch.device) -> None:
 
 
 def fit(sae: Any, model: Any, *, check_model: bool = True) -> None:
-    """Check that an SAE belongs to a head of the model (its `check_fits`), and `bring` it to where that layer is.
+    """Check that an SAE (`AttachableSAE`) belongs to a head of the model, and `bring` it to that head's layer.
 
     Raises:
         ValueError: it does not fit.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -176,8 +176,9 @@ def survey(
     by_position, tokens_by_position = torch.zeros(n_atoms * n_bins, dtype=torch.long), torch.zeros(n_bins).long()
     for start in range(0, len(windows), batch_size):
         some = windows[start : start + batch_size]
-        ids, given = together([window.tokens for window in some])
-        _, cache = model.run_with_cache(ids, names=names, stop_at_layer=layer + 1, **given)
+        ids, mask = together([window.tokens for window in some])
+        given: Any = {**mask, "names": names, "stop_at_layer": layer + 1}  # nobody wants the rest
+        _, cache = model.run_with_cache(ids, **given)
         codes, write = codes_of(sae, cache, ids), cache.write(layer)[:, :, head]
         strongest.add(codes, torch.tensor([w.document for w in some]), torch.tensor([w.start for w in some]))
         row, pos, _ = at = (codes.values > 0).nonzero(as_tuple=True)
