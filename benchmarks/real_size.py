@@ -6,7 +6,8 @@
 
 Each row runs in a fresh process. Its processor seconds are given as a multiple of those of the forward passes that it
 needs by its definition: every text once as the model is, and once for every edit, whole passes, logits of the last
-token alone; ``passes`` says how many tokens these are. Memory is the peak above the loaded model.
+token alone; backward passes and generated tokens of the unwrapped model where it needs such. Memory is the peak above
+the loaded model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import transformers
@@ -118,8 +119,21 @@ def _set_gates(model: torch.nn.Module) -> None:
 
 # --- the walk ---------------------------------------------------------------------------------------------------------
 
-# Tokens of the forward passes that it needs by its definition; what is run; tokens generated one by one.
-Row = tuple[int, Callable[[], Any]] | tuple[int, Callable[[], Any], int]
+
+class Row(NamedTuple):
+    """A feature.
+
+    Attributes:
+        tokens: of the forward passes that it needs by its definition.
+        run: the feature.
+        generated: tokens generated one by one.
+        backward: tokens of backward passes through all layers. (One through the upper half counts as half a pass.)
+    """
+
+    tokens: float
+    run: Callable[[], Any]
+    generated: int = 0
+    backward: int = 0
 
 
 def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
@@ -162,61 +176,64 @@ def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
 
         return choose_atoms(model, sae, two_texts, lambda token: " t" in token, n=4)
 
-    back = 2  # a backward pass without gradients of weights is one more pass
+    above = 1 - layer / model.n_layers  # of the layers, those that a backward pass to ours goes through
     two_texts = texts[:2]
     count = lambda texts: sum(len(model.to_tokens(text)[0][0]) for text in texts)  # noqa: E731
     return {
-        "nothing attached": (2048, lambda: reading(four)),
-        "run_with_cache, inputs of a layer": (2048, lambda: cached([f"blocks.{layer}.mixer.hook_{q}" for q in "qkv"])),
-        "run_with_cache, everything": (2048, cached),
-        "an edit at every token, one head": (2048, lambda: reading(four, ws.Delete(layer, head))),
-        "encode": (2048, lambda: model.encode(sae, four)),
-        "gradient of a logit, one layer": (back * 143, lambda: logit([layer])),
-        "gradient of a logit, all layers": (back * 143, lambda: logit(None)),
-        "attribute": (back * 143, lambda: ws.attribute(model, one[0])),
-        "attribution test, 4 prompts x 8 deletions": (
-            4 * 96 * (back + 8),
-            lambda: ws.attribution_test(model, texts, n_prompts=4, n_deletions=32),
+        "nothing attached": Row(2048, lambda: reading(four)),
+        "run_with_cache, inputs of a layer": Row(
+            2048, lambda: cached([f"blocks.{layer}.mixer.hook_{q}" for q in "qkv"])
         ),
-        "logit change, 8 prompts, 2 atoms, context 64": (
-            8 * 64 * (1 + 2 * back + 2 * 4),
+        "run_with_cache, everything": Row(2048, cached),
+        "an edit at every token, one head": Row(2048, lambda: reading(four, ws.Delete(layer, head))),
+        "encode": Row(2048, lambda: model.encode(sae, four)),
+        "gradient of a logit, one layer": Row((1 + above) * 143, lambda: logit([layer])),
+        "gradient of a logit, all layers": Row(143, lambda: logit(None), backward=143),
+        "attribute": Row(143, lambda: ws.attribute(model, one[0]), backward=143),
+        "attribution test, 4 prompts x 8 deletions": Row(
+            4 * 96 * (2 + 8),
+            lambda: ws.attribution_test(model, texts, n_prompts=4, n_deletions=32),
+            backward=4 * 96,
+        ),
+        "logit change, 8 prompts, 2 atoms, context 64": Row(
+            8 * 64 * (1 + 2 * (1 + above) + 2 * 4),
             lambda: ws.logit_change(model, sae, texts, n_prompts=8, atoms=2, context=64),
         ),
         "sign test, n=16": (64 * (4 + 16), lambda: ws.sign_test(model, *sae.place, texts, n=16)),
-        "sign test by gradient, n=16": (
-            64 * (4 + (1 + back) * 16),
+        "sign test by gradient, n=16": Row(
+            64 * (4 + (2 + above) * 16),
             lambda: ws.sign_test(model, *sae.place, texts, n=16, direction="gradient"),
         ),
-        "install, 2 prompts x 4 strata, 8 tokens": (
+        "install, 2 prompts x 4 strata, 8 tokens": Row(
             (2 + 2 * 16) * 24,
             lambda: ws.install(model, *sae.place, prompts, max_new_tokens=8),
             (2 + 2 * 16) * 7,
         ),
-        "install by gradient": (
-            (2 + 2 * 16 + back * 16) * 24,
+        "install by gradient": Row(
+            (2 + 2 * 16 + (1 + above) * 16) * 24,
             lambda: ws.install(model, *sae.place, prompts, max_new_tokens=8, direction="gradient"),
             (2 + 2 * 16) * 7,
         ),
-        "replacement test, 16 firings, 4 conditions": (
+        "replacement test, 16 firings, 4 conditions": Row(
             96 * (8 + 16 * 4),
             lambda: ws.replacement_test(model, sae, two_texts, n_firings=16, per_window=2),
         ),
-        "population test, 4 atoms x 3 firings": (
+        "population test, 4 atoms x 3 firings": Row(
             2 * count(two_texts) + 4 * 3 * 3 * 96,
             lambda: ws.population_test(model, sae, two_texts, n_atoms=4, min_firings=3, max_firings=3),
         ),
-        "atom classes, 4,096 tokens": (4096, lambda: ws.atom_classes(model, sae, texts, max_tokens=4096)),
-        "amplify, 2 prompts, 8 tokens, 3 conditions": (
+        "atom classes, 4,096 tokens": Row(4096, lambda: ws.atom_classes(model, sae, texts, max_tokens=4096)),
+        "amplify, 2 prompts, 8 tokens, 3 conditions": Row(
             count(two_texts) + 6 * 24,
             lambda: ws.amplify(model, chosen(), prompts, doses=[2.0], n_tokens=8),
             6 * 7,
         ),
-        "erase, 8 firings, one dose": (
+        "erase, 8 firings, one dose": Row(
             2048 + count(two_texts) + 64 * (8 + 8 + 8 + 3 * 4),
             lambda: ws.erase(model, sae, often(), two_texts, n=8, doses=[1.0]),
         ),
-        "extract, 4 heads, 4,096 tokens": (4096, lambda: extracting(4096)),
-        "pages, 589 tokens, 4 atoms": (589 + 4 * 3 * 128, paging),
+        "extract, 4 heads, 4,096 tokens": Row(4096, lambda: extracting(4096)),
+        "pages, 589 tokens, 4 atoms": Row(589 + 4 * 3 * 128, paging),
     }
 
 
@@ -273,7 +290,7 @@ def walk(
     if not child:
         print(json.dumps({"names": list(all_rows)}))
         return
-    tokens, run, *generated = all_rows[child]
+    row = all_rows[child]
     some = torch.randint(1000, (4, 96), generator=torch.Generator().manual_seed(0))
 
     def plainly() -> float:
@@ -293,11 +310,22 @@ def walk(
                 model.hf_model(some[:, t : t + 1].repeat(4, 1), past_key_values=cache, **model.logits_of_last(1))
         return (time.process_time() - start) / (4 * len(rows))
 
+    def backwards() -> float:
+        """Seconds of a token in a backward pass without gradients of weights."""
+        model.hf_model.requires_grad_(False)
+        x = model.hf_model.get_input_embeddings()(some[:1]).detach().requires_grad_()
+        logits = model.hf_model(inputs_embeds=x, use_cache=False, **model.logits_of_last(1)).logits
+        start = time.process_time()
+        logits[:, -1, 11].sum().backward()
+        return (time.process_time() - start) / x.shape[1]
+
     before = [plainly() for _ in range(3)][1:]
     start, spent = time.perf_counter(), time.process_time()
-    gib = peak_memory(run) / 1024
+    gib = peak_memory(row.run) / 1024
     spent, wall = time.process_time() - spent, time.perf_counter() - start
-    needed = min(*before, plainly()) / some.numel() * tokens + (sum(generated) * one_by_one() if generated else 0)
+    needed = min(*before, plainly()) / some.numel() * row.tokens
+    needed += row.generated * one_by_one() if row.generated else 0
+    needed += row.backward * min(backwards(), backwards()) if row.backward else 0
     print(json.dumps({"seconds": spent, "wall": wall, "passes": needed, "ratio": spent / needed, "gib": gib}))
 
 

@@ -172,7 +172,7 @@ class Tester:
     ):
         self.run, self.windows, self.saes, self.conditions, self.flats = run, windows, saes, conditions, flats
         self.replayer = Replayer(run.model, [sae.place for sae in saes], horizon=horizon, read=read)
-        self.generators = Generators(run.seed)
+        self.generators, self.horizon = Generators(run.seed), horizon
         self.step = min(run.batch_size, self.replayer.rows)  # windows per pass, whose states fit as well
         at = torch.arange(windows.context)
         #: the positions with enough of a window before and after them
@@ -211,7 +211,7 @@ class Tester:
             pooled.append([activation.square(), own.norm().square(), first.norm().square(), first.inner(own)])
         activation2, native2, first2, inner = (torch.stack(parts).sum(0) for parts in zip(*pooled, strict=True))
         futures = self.replayer.futures(native, window, position, writes, self.run.tell)
-        moved = divergence(native, window, position, writes, self.replayer.horizon)
+        moved = divergence(native, window, position, writes, self.horizon)
         head = self.saes[0].place if len(self.saes) == 1 else Head(-1, -1)
         kept |= {
             "position": position,
