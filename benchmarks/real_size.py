@@ -199,7 +199,7 @@ def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
             8 * 64 * (1 + 2 * (1 + above) + 2 * 4),
             lambda: ws.logit_change(model, sae, texts, n_prompts=8, atoms=2, context=64),
         ),
-        "sign test, n=16": (64 * (4 + 16), lambda: ws.sign_test(model, *sae.place, texts, n=16)),
+        "sign test, n=16": Row(64 * (4 + 16), lambda: ws.sign_test(model, *sae.place, texts, n=16)),
         "sign test by gradient, n=16": Row(
             64 * (4 + (2 + above) * 16),
             lambda: ws.sign_test(model, *sae.place, texts, n=16, direction="gradient"),
