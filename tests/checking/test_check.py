@@ -25,6 +25,7 @@ from writesae.checking.subject import Subject
 from writesae.cli import app
 from writesae.gradients import LayerGradient
 from writesae.hooks import dispatch, tap
+from writesae.hooks.clock import Pass
 from writesae.hooks.detached import detached
 from writesae.hooks.families.base import KernelCall
 from writesae.hooks.families.gdn import GatedDeltaCall
@@ -198,8 +199,8 @@ def read_too_early(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_position_late(patch: pytest.MonkeyPatch) -> None:
-    own = tap.Clock.positions
-    patch.setattr(tap.Clock, "positions", lambda self: own(self) - 1)
+    own = Pass.positions
+    patch.setattr(Pass, "positions", lambda self: own(self) - 1)
 
 
 def stays_attached(patch: pytest.MonkeyPatch) -> None:
@@ -311,7 +312,7 @@ def test_models_that_cannot_be_checked(tmp_path: Path) -> None:
         result = runner.invoke(app, ["check", name])
         assert result.exit_code == 1 and text in result.output and "Traceback" not in result.output
     result = runner.invoke(app, ["check", "tiny-gdn", "--dtype", "int8"])
-    assert result.exit_code == 1 and "--dtype int8: allowed are float32, bfloat16" in result.output
+    assert result.exit_code == 1 and "dtype='int8': allowed are float32, bfloat16" in " ".join(result.output.split())
 
 
 def test_the_functions_that_ran_are_named() -> None:

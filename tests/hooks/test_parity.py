@@ -45,7 +45,7 @@ from edit_cases import (
 )
 from writesae import Add, Delete, HookedRecurrentModel, Substitute, Write
 from writesae.hooks import response, tap
-from writesae.hooks.clock import Clock
+from writesae.hooks.clock import Pass
 from writesae.hooks.families import gdn, mamba2
 from writesae.hooks.families.base import of_heads
 from writesae.hooks.families.mamba2 import ChunkScan, StepUpdate
@@ -469,16 +469,18 @@ def state_not_carried(recurrence: Any, native: Write, record: Any, o: Tensor, st
     return respond(recurrence, native, record, o, None)[0], state
 
 
-def padding_counted(clock: Clock) -> Tensor:
-    now = clock.now
+positions = Pass.positions
+
+
+def padding_counted(now: Pass) -> Tensor:
     shape, past = now.call["input_ids"].shape, now.past or 0
-    positions = torch.arange(past, past + shape[1]).expand(shape)
-    return positions.masked_fill(now.positions() == PAD, PAD)
+    counted = torch.arange(past, past + shape[1]).expand(shape)
+    return counted.masked_fill(positions(now) == PAD, PAD)
 
 
-def position_after(clock: Clock) -> Tensor:
+def position_after(now: Pass) -> Tensor:
     """Off by one."""
-    return (clock.now.positions() - 1).clamp_min(PAD)
+    return (positions(now) - 1).clamp_min(PAD)
 
 
 def write_without_strength(get: Callable[[str], Tensor]) -> Write:
@@ -563,9 +565,9 @@ TWINS = [
     Twin(bf.MAMBA2, ChunkScan, "result", skip_of_the_edited, prefill, "hook_v"),
     Twin(bf.MAMBA2, ChunkScan, "result", skip_of_the_edited, prefill, "interventions"),
     Twin(bf.MAMBA2, StepUpdate, "result", state_not_in_place, decode, "interventions"),
-    Twin(bf.GATED_DELTA, Clock, "positions", padding_counted, left_padded, SLICE),
-    Twin(bf.GATED_DELTA, Clock, "positions", padding_counted, left_padded_pieces, SLICE),
-    Twin(bf.GATED_DELTA, Clock, "positions", position_after, prefill, "interventions"),
+    Twin(bf.GATED_DELTA, Pass, "positions", padding_counted, left_padded, SLICE),
+    Twin(bf.GATED_DELTA, Pass, "positions", padding_counted, left_padded_pieces, SLICE),
+    Twin(bf.GATED_DELTA, Pass, "positions", position_after, prefill, "interventions"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,9 @@ def seen(folder: Path, store: Path, **kwargs) -> dict[str, list[float]]:
 
 def of_two(folder: Path, out: Path, *arguments: str) -> subprocess.CompletedProcess:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", __file__]
-    return subprocess.run([*launch, str(folder), str(out), *arguments], capture_output=True, text=True, timeout=100)
+    path = os.pathsep.join([*sys.path, str(Path(__file__).parents[1] / "helpers")])
+    command = [*launch, str(folder), str(out), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": path})
 
 
 def test_both_processes_see_edit_and_store_all_heads(folder, tmp_path):
