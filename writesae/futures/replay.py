@@ -11,8 +11,6 @@ what they have in common, and all of it is exact but for rounding:
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +21,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from writesae.hooks import ActivationCache, Intervention, Replace, find_mixers, short_chunks
+from writesae.futures.parts import by_token, layers_below, map_tensors, rows_of
+from writesae.hooks import ActivationCache, Intervention, Replace, short_chunks
 from writesae.hooks.names import inputs
 from writesae.hooks.residual import giving
 from writesae.hooks.scope import owning
@@ -286,7 +285,7 @@ class Replayer:
             rows, at = window[some].repeat_interleave(n), position[some].repeat_interleave(n)
             end = context if self.horizon is None else min(max(int(at.max()) + self.horizon + 1, start + 2), context)
             if cache is not None:
-                cache = _rows_of(cache, rows)
+                cache = rows_of(cache, rows)
             what = list(edits(some))
             editing = self.model.intervene(what, positions=at[:, None], read=self.read) if what else nullcontext()
             with short_chunks(), self._skipping(native, rows, start, end), editing, late_logits(self.model) as late:
@@ -356,39 +355,3 @@ def kl_from(edited: Float[Tensor, "*#n vocab"], native: Float[Tensor, "*#n vocab
         p, q = wide(p).log_softmax(-1), wide(q).log_softmax(-1)
         found.append((p.exp() * (p - q)).sum(-1).clamp_min(0))
     return torch.cat(found).view(lead)
-
-
-def _rows_of(cache: Any, rows: Int[Tensor, " row"]) -> Any:
-    """Some rows of a cache as a cache of their own; what is not taken is not copied."""
-    parts = [part for layer in cache.layers for part in vars(layer).values()]
-    parts += [x for part in parts if isinstance(part, dict) for x in part.values()]
-    parts += [x for part in parts if isinstance(part, list | tuple) for x in part]
-    taken = copy.deepcopy(cache, {id(x): x for x in parts if isinstance(x, Tensor)})
-    taken.reorder_cache(rows)
-    return taken
-
-
-# --- layers below -----------------------------------------------------------------------------------------------------
-
-
-def layers_below(model: HookedRecurrentModel, layer: int) -> list[nn.Module]:
-    """The layers that run before one; none where the stack is not a plain list."""
-    found = re.match(r"(.*\blayers)\.\d+\.", find_mixers(model.hf_model)[0][0])
-    if found is None:
-        return []
-    stack = model.hf_model.get_submodule(found[1])
-    below, rest = list(stack.children())[:layer], list(stack.children())[layer:]
-    return below if isinstance(stack, nn.ModuleList) and not any(x is y for x in below for y in rest) else []
-
-
-def map_tensors(fn: Any, x: Any) -> Any:
-    if isinstance(x, tuple | list):
-        return type(x)(map_tensors(fn, part) for part in x)
-    return fn(x) if isinstance(x, Tensor) else x
-
-
-def by_token(x: Any, shape: Sequence[int]) -> bool:
-    """Whether everything in a layer's output is one thing per token, so that rows and pieces can be taken."""
-    if isinstance(x, tuple | list):
-        return type(x) in (tuple, list) and all(by_token(part, shape) for part in x)
-    return x is None or (isinstance(x, Tensor) and x.ndim >= 2 and x.shape[:2] == tuple(shape))

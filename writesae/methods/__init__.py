@@ -1,5 +1,6 @@
 """Published ways to look into a recurrent memory, each one call."""
 
-from writesae.methods.activation_patching import Patching, patching
+from writesae.methods.activation_patching import patching
+from writesae.methods.patched import Patching
 
 __all__ = ["Patching", "patching"]
