@@ -18,6 +18,7 @@ from writesae.hooks.response import Record, total_write
 from writesae.hooks.tap import Tap
 from writesae.recurrence import Write
 from writesae.recurrence.dynamics import Dynamics
+from writesae.recurrence.kernels import chunked
 
 
 class ActivationCache(Mapping[str, Any]):
@@ -134,6 +135,37 @@ class ActivationCache(Mapping[str, Any]):
         found, with all edits before; edits at the token itself are not in its delta.
         """
         return self._shown(self.dynamics(layer).delta())
+
+    def pattern(self, layer: int, head: int | None = None) -> Float[Tensor, "... query key"]:
+        """Who reads whom: how much of what each token wrote is in what each token reads, erases and decays included.
+
+        ``pattern @ written == o`` for a text that began with an empty memory, with ``written`` the values of
+        ``cache.write(layer)`` and ``o`` what the head reads (``hook_o``), if nothing edits the memory. Known as hidden
+        or effective attention (Ali et al. 2403.01590); unlike attention it may be negative and need not sum to 1.
+        It is the recurrence run on values that are one-hot in the position, so no state is built beyond one a chunk.
+
+        Args:
+            layer: a recurrent layer, whose recurrence's inputs are in the cache.
+            head: a head, for ``[batch, query, key]``; None for all, ``[batch, head, query, key]``.
+
+        Raises:
+            IndexError: no such layer or head.
+            ValueError: the writes are not of rank 1, so a token's write has no one value.
+        """
+        tap = self._tap(layer)
+        if head is not None:
+            tap.site.check_head(head)
+        heads = range(tap.site.n_heads) if head is None else [head]
+        rule = tap.family.rule
+        here = slice(None), slice(None), list(heads)
+        rec = rule.recurrence(lambda quantity: self._value(name_of(quantity, layer)))[here]
+        write = self._records[layer].write or rule.write(lambda quantity: self._value(name_of(quantity, layer)))
+        if write.rank != 1:
+            raise ValueError(f"the writes of layer {layer} have rank {write.rank}: a pattern needs one value a token")
+        keys = write.key[here]
+        one_hot = torch.eye(rec.n_pos, device=keys.device)[None, :, None].expand(*keys.shape[:3], -1)
+        found = chunked(rec, Write(keys, one_hot))[0].transpose(1, 2)
+        return self._shown(found if head is None else found[:, 0])
 
     def state(
         self, layer: int, positions: Sequence[int], heads: Sequence[int] | None = None
