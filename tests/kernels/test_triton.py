@@ -3,7 +3,7 @@
 
 A process of its own runs this, since Triton reads what it is to do when it is imported::
 
-    WRITESAE_TRITON=1 pytest tests/kernels
+    WRITESAE_TRITON=1 pytest tests/kernels/test_triton.py
 
 It needs triton, fla-core, and for Mamba-2 the source of mamba-ssm: ``python tests/kernels/get_mamba_ssm.py FOLDER``,
 then ``MAMBA_SSM=FOLDER``. The interpreter shows that kernels are called right, with the right numbers coming back. It
@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 if not os.environ.get("WRITESAE_TRITON"):
-    pytest.skip("run in a process of its own, WRITESAE_TRITON=1 pytest tests/kernels", allow_module_level=True)
+    pytest.skip("run in a process of its own, WRITESAE_TRITON=1 pytest tests/kernels/test_triton.py", allow_module_level=True)
 for needed in ("triton", "fla"):
     if find_spec(needed) is None:  # importing it would be too early: see `triton_on_cpu`
         pytest.skip(f"needs {needed}", allow_module_level=True)
