@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 if not os.environ.get("WRITESAE_TRITON"):
-    pytest.skip("run in a process of its own, WRITESAE_TRITON=1 pytest tests/kernels/test_triton.py", allow_module_level=True)
+    pytest.skip("in its own process: WRITESAE_TRITON=1 pytest tests/kernels/test_triton.py", allow_module_level=True)
 for needed in ("triton", "fla"):
     if find_spec(needed) is None:  # importing it would be too early: see `triton_on_cpu`
         pytest.skip(f"needs {needed}", allow_module_level=True)
