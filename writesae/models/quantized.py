@@ -64,7 +64,8 @@ def check_finite(model: nn.Module) -> None:
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)] + [model.get_output_embeddings()]  # type: ignore[operator]
     of_tokens = {id(x) for table in tables if table is not None for x in table.parameters()}
     looked_at = [(name, x) for name, x in model.named_parameters() if id(x) not in of_tokens and _plain(x)]
-    looked_at = [(name, x) for name, x in looked_at if not x.is_meta]
+    # Of weights that are spread over processes, each looks at its own part.
+    looked_at = [(name, x.to_local() if is_sharded(x) else x) for name, x in looked_at if not x.is_meta]  # type: ignore[operator]
     for device in {x.device for _, x in looked_at}:  # each is waited for once
         here = [(name, x) for name, x in looked_at if x.device == device]
         finite = torch.stack([x.isfinite().all() for _, x in here]).tolist()
