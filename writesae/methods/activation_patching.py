@@ -114,8 +114,7 @@ def _answer(
     """What a run has at some points, and the number after it."""
     with late_logits(model) as end:
         _, cache = model.run_with_cache(ids, names=names)
-    last = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
-    found = metric(end.at(last, last - 1))
+    found = metric(end.of_last())
     if found.shape != (1,):
         raise ValueError(f"the metric gave {list(found.shape)} for one text: one number per text, [batch], is needed")
     return cache, float(found[0])
@@ -175,7 +174,6 @@ def _points(
     cells = torch.cartesian_prod(torch.arange(n_heads), torch.arange(len(pairs))).to(ids.device).view(-1, 2)
     for part in cells.split(batch_size):
         head, (start, at) = part[:, 0], pairs[part[:, 1]].T
-        rows = torch.arange(len(part), device=ids.device)
         if what == "state":
             distinct, where = start.unique(return_inverse=True)
             found = source.state(layer, distinct.tolist())[0, where, head]
@@ -195,10 +193,10 @@ def _points(
             return x
 
         asked = at[:, None] if what == "state" else None
-        skip = nullcontext() if below is None else giving(*below(rows))
+        skip = nullcontext() if below is None else giving(*below(part))
         with late_logits(model) as end, skip, model.hooks([(name, put)], state_positions=asked):
             model(ids.expand(len(part), -1))
-        value = metric(end.last().at(rows[:, None], torch.zeros_like(rows)[:, None]))
+        value = metric(end.of_last())
         yield head.cpu(), at.cpu(), value.float().cpu()
 
 
@@ -222,8 +220,7 @@ def _below(
         return None
     with giving(layers, seen[0]), late_logits(model) as again:
         model(ids)
-    last = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
-    difference = end.last().at(last, last) - again.last().at(last, last)
+    difference = end.of_last() - again.of_last()
     if not bool((difference.abs() < 1e-3).all()):
         return None
     return lambda rows: (layers, map_tensors(lambda x: x.expand(len(rows), *x.shape[1:]), seen[0]))
@@ -270,8 +267,7 @@ def _first_order(
     with torch.enable_grad(), frozen(model.hf_model), late_logits(model) as end:
         with model.hooks([(name_of(what, layer), probe) for layer in layers]):
             model(ids)
-        last = torch.zeros(1, 1, dtype=torch.long, device=ids.device)
-        value = metric(end.at(last, last - 1)).sum()
+        value = metric(end.of_last()).sum()
         slopes = torch.autograd.grad(value, list(probes.values()), allow_unused=True)
     made = []
     for (layer, zeros), slope in zip(probes.items(), slopes, strict=True):

@@ -62,6 +62,12 @@ class LateLogits:
             made = self.model(input_ids=tokens, use_cache=False).logits
         return made.reshape(*hidden.shape[:-1], -1)
 
+    def of_last(self) -> Float[Tensor, "batch 1 vocab"]:
+        """The logits after the last token of each sequence."""
+        hidden = self.output.last_hidden_state if self.logits is None else self.logits
+        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+        return self.at(rows, torch.full_like(rows, -1))
+
     def detach(self) -> LateLogits:
         """The same without its graph."""
         return self._map(lambda x: x.detach())
