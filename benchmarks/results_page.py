@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image
 
 from writesae.experiments.report.outcome import Outcome, load_outcome
-from writesae.experiments.results.result import Number
+from writesae.results.result import Number
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 Row = tuple[str, ...]

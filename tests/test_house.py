@@ -15,14 +15,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "writesae"
 
 FLOORS = [  # from the ground up
-    {"recurrence", "jobs", "zoo"},
+    {"recurrence", "jobs", "results", "zoo"},
     {"models"},
     {"hooks"},
     {"model"},
     {"stores", "gradients", "futures"},
     {"saes", "checking"},
-    {"experiments"},
-    {"methods"},
+    {"experiments", "methods"},
     {"pages"},
     {"saelens", "demo", "zoo.corpus", "zoo.evaluate"},
     {"zoo.train_lm", "zoo.train_saes"},

@@ -19,9 +19,9 @@ from writesae.experiments.report import report
 from writesae.experiments.report.outcome import load_outcome, save_outcome
 from writesae.experiments.report.paper import CELLS, TABLE, paper_value
 from writesae.experiments.report.report import write_report
-from writesae.experiments.results.result import Number, Result, figure
-from writesae.experiments.results.statistics import wilson
 from writesae.jobs.disk import read_json
+from writesae.results.result import Number, Result, figure
+from writesae.results.statistics import wilson
 
 NASTY = "<script>alert(1)</script> a|b *c* _d_ `e` [f](http://g) &amp; # 1. - \\"
 

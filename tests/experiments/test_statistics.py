@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from writesae.experiments.results.statistics import bootstrap, cliffs_delta, paired, r_squared, wilson
+from writesae.results.statistics import bootstrap, cliffs_delta, paired, r_squared, wilson
 
 RNG = np.random.default_rng(0)
 

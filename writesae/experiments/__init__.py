@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from writesae.experiments.protocol import EXPERIMENTS, Run, experiment
 from writesae.experiments.report.reproduction import reproduce
-from writesae.experiments.results.result import Number, Result, figure
-from writesae.experiments.results.statistics import Rate, wilson
+from writesae.results.result import Number, Result, figure
+from writesae.results.statistics import Rate, wilson
 
 if TYPE_CHECKING:  # for editors and the reference, which do not run what is below
     from writesae.experiments.amplifying import *

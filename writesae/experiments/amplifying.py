@@ -16,14 +16,14 @@ import numpy as np
 import torch
 
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
-from writesae.experiments.results.result import Figure, Number, Result, figure, intervals
-from writesae.experiments.results.statistics import Array, paired
 from writesae.futures.continuations import CommonRandomNumbers, go_on, prompts_of, text_of
 from writesae.futures.replay import stacked
 from writesae.hooks import Add
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel
 from writesae.model.tokens import Text as Prompts
+from writesae.results.result import Figure, Number, Result, figure, intervals
+from writesae.results.statistics import Array, paired
 from writesae.saes import WriteSAE
 from writesae.saes.activity.token_classes import ChosenAtoms, choose_atoms
 

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.experiments.results.result import Figure, Number, Result, figure, frame
 from writesae.gradients import Gradient, LayerGradient, Logit, gradient
 from writesae.hooks.attachable import fit
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel, Text
+from writesae.results.result import Figure, Number, Result, figure, frame
 from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import encode_matrices, target_of
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from writesae.experiments.engine.mixture import MIN_VALUES, Mixture, fit_mixture
 from writesae.experiments.protocol import Progress, Run, experiment, positive
-from writesae.experiments.results.result import Figure, Number, Result, figure
-from writesae.experiments.results.statistics import Array, cliffs_delta
 from writesae.model import HookedRecurrentModel
+from writesae.results.result import Figure, Number, Result, figure
+from writesae.results.statistics import Array, cliffs_delta
 from writesae.saes import SAEConfig, WriteSAE
 from writesae.saes.activity.firings import COLUMNS, Seen, firings
 from writesae.stores.windows import Texts

@@ -11,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.experiments.protocol import Progress, Run, experiment
-from writesae.experiments.results.result import Figure, Number, Result, figure, predicted_and_measured
-from writesae.experiments.results.statistics import bootstrap, r_squared
 from writesae.gradients import Gradient, Logit, gradient, in_batches
 from writesae.hooks import Delete, short_chunks
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel
+from writesae.results.result import Figure, Number, Result, figure, predicted_and_measured
+from writesae.results.statistics import bootstrap, r_squared
 from writesae.stores.windows import Texts
 
 __all__ = ["AttributionTest", "attribution_test"]

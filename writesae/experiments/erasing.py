@@ -16,11 +16,11 @@ from torch import Tensor
 
 from writesae.experiments.engine.targets import ranks, show_token
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
-from writesae.experiments.results.result import Figure, Number, Result, figure, frame, intervals
-from writesae.experiments.results.statistics import paired
 from writesae.hooks import Add, Delete, Intervention, short_chunks
 from writesae.model import HookedRecurrentModel, LateLogits, late_logits
 from writesae.recurrence import Read
+from writesae.results.result import Figure, Number, Result, figure, frame, intervals
+from writesae.results.statistics import paired
 from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import encode
 from writesae.stores.windows import Texts, Windows

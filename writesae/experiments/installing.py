@@ -21,12 +21,12 @@ from torch import Tensor
 from writesae.experiments.engine.directions import Direction, Key, Places, at_positions, choose_writes, setting
 from writesae.experiments.engine.targets import Targets, choose_targets, ranks, show_token
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
-from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, joined, share
 from writesae.futures.continuations import go_on, prompts_of, text_of
 from writesae.hooks import Add
 from writesae.model import HookedRecurrentModel
 from writesae.model.tokens import Text as Prompts
 from writesae.recurrence import Read, Write
+from writesae.results.result import Figure, Number, Result, figure, intervals, joined, share
 
 __all__ = ["InstallResult", "install"]
 

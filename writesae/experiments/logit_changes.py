@@ -28,13 +28,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.experiments.protocol import Progress, Run, experiment
-from writesae.experiments.results.result import Figure, Number, Result, figure, predicted_and_measured
-from writesae.experiments.results.statistics import r_squared
 from writesae.futures.replay import Replayer, stacked
 from writesae.gradients import Logit, gradient, in_batches
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Recurrence, Write, at_least_float32
 from writesae.recurrence.kernels import carried
+from writesae.results.result import Figure, Number, Result, figure, predicted_and_measured
+from writesae.results.statistics import r_squared
 from writesae.saes import WriteSAE
 from writesae.stores.windows import Texts
 

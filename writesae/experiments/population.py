@@ -22,10 +22,10 @@ from writesae.experiments.classes import atom_classes
 from writesae.experiments.engine.conditions import Tester, check_conditions, windows_of
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.experiments.replacement import ReplacementResult
-from writesae.experiments.results.result import Figure, Number, Result, figure, joined
-from writesae.experiments.results.statistics import Array, bootstrap, cliffs_delta
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
+from writesae.results.result import Figure, Number, Result, figure, joined
+from writesae.results.statistics import Array, bootstrap, cliffs_delta
 from writesae.saes import WriteSAE
 from writesae.saes.activity.firings import first_of_each
 from writesae.saes.activity.reading import encode

@@ -25,12 +25,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from writesae.experiments.results.result import Result
 from writesae.hooks.attachable import fit
 from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
 from writesae.jobs.progress import Bar, Progress
 from writesae.model import HookedRecurrentModel
+from writesae.results.result import Result
 from writesae.saes import WriteSAE
 from writesae.stores.windows import Texts, Windows
 

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from writesae.experiments.engine.conditions import CONDITIONS, DEFAULT, Tester, check_conditions, draw, windows_of
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment, one_each, positive, several
-from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, joined, share
-from writesae.experiments.results.statistics import Rate, cliffs_delta, paired
 from writesae.hooks.sites import Head
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
+from writesae.results.result import Figure, Number, Result, figure, intervals, joined, share
+from writesae.results.statistics import Rate, cliffs_delta, paired
 from writesae.saes import WriteSAE
 from writesae.stores.windows import Texts
 

@@ -23,11 +23,11 @@ from writesae.experiments.engine.directions import (
 )
 from writesae.experiments.engine.targets import Targets, ordinary_tokens, token_ids
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
-from writesae.experiments.results.result import Figure, Number, Result, figure, intervals, joined, share
-from writesae.experiments.results.statistics import r_squared
 from writesae.hooks import Add, short_chunks
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
+from writesae.results.result import Figure, Number, Result, figure, intervals, joined, share
+from writesae.results.statistics import r_squared
 from writesae.stores.windows import Texts
 
 __all__ = ["SignTest", "sign_test"]

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from writesae.experiments.classes import CLASSES, COLORS, AtomClasses
 from writesae.experiments.protocol import Asked, Task, experiment
-from writesae.experiments.results.result import Figure, Number, Result, figure, frame
-from writesae.experiments.results.statistics import Array
 from writesae.models.fingerprint import same_weights
 from writesae.recurrence.matrices import Atoms, project, size, unit_norm
+from writesae.results.result import Figure, Number, Result, figure, frame
+from writesae.results.statistics import Array
 from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import BLOCK
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from writesae.experiments.results.result import Figure, Number, Result, figure, predicted_and_measured
+from writesae.results.result import Figure, Number, Result, figure, predicted_and_measured
 
 
 @dataclass(frozen=True, eq=False)

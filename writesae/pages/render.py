@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from writesae.experiments.results.statistics import wilson
 from writesae.pages.effects import FOLLOWED
 from writesae.pages.study import Measured, Study, Tokens
 from writesae.pages.survey import BIN
+from writesae.results.statistics import wilson
 from writesae.saes.activity.contexts import Context
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from writesae.experiments.results.statistics import Array
+from writesae.results.statistics import Array
 
 MIN_VALUES = 10  # three components have eight parameters
 

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from writesae.experiments.results.result import Number, Result, png_of
 from writesae.hooks.sites import Head
 from writesae.jobs.disk import read_json, remove_halves, write_json, write_whole
 from writesae.jobs.versions import versions
+from writesae.results.result import Number, Result, png_of
 
 if TYPE_CHECKING:
     import pandas as pd

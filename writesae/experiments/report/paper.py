@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from writesae.experiments.results.result import id_of
+from writesae.results.result import id_of
 
 How: TypeAlias = Literal["same site", "another site", "another model"]
 

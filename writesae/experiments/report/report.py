@@ -10,8 +10,8 @@ from typing import Any
 
 from writesae.experiments.report.outcome import Outcome, load_outcome
 from writesae.experiments.report.paper import paper_value
-from writesae.experiments.results.result import Number
 from writesae.jobs.disk import write_whole
+from writesae.results.result import Number
 
 FIGURES = "figures"
 ELSEWHERE = "†"

@@ -17,10 +17,10 @@ from rich.console import Console
 from writesae.experiments.protocol import EXPERIMENTS, Asked, Sizes, Task, one_each, tasks_of
 from writesae.experiments.report.outcome import Outcome, load_outcome, save_outcome
 from writesae.experiments.report.report import write_report
-from writesae.experiments.results.result import Result
 from writesae.hooks.attachable import fit
 from writesae.jobs.progress import Bars, Progress
 from writesae.model import HookedRecurrentModel
+from writesae.results.result import Result
 from writesae.saes import WriteSAE
 
 __all__ = ["EXPERIMENTS", "Sizes", "reproduce"]

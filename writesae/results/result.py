@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from writesae.experiments.results.statistics import Array, Interval, Rate, Values, bootstrap, wilson
+from writesae.results.statistics import Array, Interval, Rate, Values, bootstrap, wilson
 
 if TYPE_CHECKING:
     import pandas as pd
