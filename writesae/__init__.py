@@ -40,7 +40,17 @@ if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
     from writesae.pages import write_pages
     from writesae.recurrence import Recurrence, States, Write
-    from writesae.saes import Codes, Contexts, SAEConfig, Substitute, WriteSAE, top_contexts, train_site, train_store
+    from writesae.saes import (
+        Codes,
+        Contexts,
+        Recode,
+        SAEConfig,
+        Substitute,
+        WriteSAE,
+        top_contexts,
+        train_site,
+        train_store,
+    )
     from writesae.stores import ActivationStore, extract, record, texts
 
 # Where each name lives. They load at first use, so that `writesae --help` need not wait for torch.
@@ -60,14 +70,15 @@ _HOME = {
     "writesae.pages": ("write_pages",),
     "writesae.recurrence": ("Recurrence", "States", "Write"),
     "writesae.saes": (
-        "Codes", "Contexts", "SAEConfig", "Substitute", "WriteSAE", "top_contexts", "train_site", "train_store",
+        "Codes", "Contexts", "Recode", "SAEConfig", "Substitute", "WriteSAE", "top_contexts", "train_site",
+        "train_store",
     ),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "Gradient", "HookPoint",
-    "HookedRecurrentModel", "Intervention", "Logit", "Patching", "Reconstruct", "Recurrence", "Replace",
+    "HookedRecurrentModel", "Intervention", "Logit", "Patching", "Recode", "Reconstruct", "Recurrence", "Replace",
     "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "Substitute", "Write", "WriteSAE", "amplify",
     "atom_classes", "attribute", "attribution_test", "check", "choose_atoms", "erase", "extract", "gradient",
     "install", "logit_change", "patching", "population_test", "record", "replacement_test", "reproduce",

@@ -124,6 +124,33 @@ def substitute(sae: Any, *, atom: int | None = None, norm: str = "code") -> Call
     return fn
 
 
+def recode(
+    sae: Any, ablate: Sequence[int] = (), scale: Any = None, clamp: Any = None, error_term: bool = False
+) -> Callable[[Now, int], Tensor]:
+    """The whole reconstruction for what the SAE reads, or only the change, by dense products over all atoms."""
+    V_enc, W_enc = (x.detach().double() for x in (sae.encoder.key, sae.encoder.value))
+    V, W, bias = (x.detach().double() for x in (sae.V_dec, sae.W_dec, sae.b_enc))
+    mean = 0.0 if sae.mean is None else sae.mean.double()
+    constant = 0.0 if sae.constant is None else sae.constant.detach().double()
+
+    def fn(now: Now, i: int) -> Tensor:
+        X = getattr(now, sae.cfg.target)
+        pre = torch.stack([v @ (X - mean) @ w for v, w in zip(V_enc, W_enc, strict=True)]) + bias
+        before = torch.where(pre >= pre.topk(sae.cfg.k).values[-1], pre.clamp_min(0), 0)
+        after = before.clone()
+        for atom in ablate:
+            after[atom] = 0
+        for atom, factor in (scale or {}).items():
+            after[atom] *= factor
+        for atom, value in (clamp or {}).items():
+            after[atom] = value if before[atom] > 0 else 0
+        if error_term:
+            return torch.einsum("a,ak,av->kv", after - before, V, W)
+        return torch.einsum("a,ak,av->kv", after, V, W) + constant - X
+
+    return fn
+
+
 # The rules -----------------------------------------------------------------------------------------------------------
 
 At = Mapping[str, Tensor]  # quantities of one token, [batch, head, ...]

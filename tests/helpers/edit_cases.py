@@ -16,8 +16,20 @@ from torch import Tensor
 import brute_force as bf
 from architectures import D_KEY, N_HEADS, N_VOCAB, Architecture
 from brute_force import DenseEdit
-from writesae import Add, Delete, HookedRecurrentModel, Intervention, Replace, SAEConfig, Substitute, Write, WriteSAE
+from writesae import (
+    Add,
+    Delete,
+    HookedRecurrentModel,
+    Intervention,
+    Recode,
+    Replace,
+    SAEConfig,
+    Substitute,
+    Write,
+    WriteSAE,
+)
 
+CHANGES: dict[str, Any] = {"ablate": [2, 7], "scale": {5: -1.5}, "clamp": {0: 0.3, 11: 0.2}}
 TOLERANCE = 1e-4  # max |Δlogit|; logits have a standard deviation of about 1
 
 
@@ -203,6 +215,15 @@ def interventions(a: Architecture, read: str) -> list[Case]:
              [0], None, read),
         edit("substitute deltas", Substitute(delta_sae), bf.substitute(delta_sae), [3], slice(1, None, 6), read),
         edit("substitute states", Substitute(state_sae), bf.substitute(state_sae), [2], [7, 8, 63, 64], read),
+        edit("recode writes", Recode(write_sae), bf.recode(write_sae), [0], slice(0, None, 3), read),
+        edit("recode writes, changed", Recode(write_sae, **CHANGES), bf.recode(write_sae, **CHANGES), [0], None, read),
+        edit("recode writes, the rest stays", Recode(write_sae, **CHANGES, error_term=True),
+             bf.recode(write_sae, **CHANGES, error_term=True), [0], None, read),
+        edit("recode deltas", Recode(delta_sae, ablate=[3]), bf.recode(delta_sae, ablate=[3]), [3],
+             slice(1, None, 6), read),
+        edit("recode deltas, the rest stays", Recode(delta_sae, scale={3: 2.5}, error_term=True),
+             bf.recode(delta_sae, scale={3: 2.5}, error_term=True), [3], slice(1, None, 6), read),
+        edit("recode states", Recode(state_sae), bf.recode(state_sae), [2], [7, 8, 63, 64], read),
         Case(
             f"several in a list, {read}",
             lambda model: model.intervene(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32
 from writesae.recurrence.kernels import chunked
-from writesae.recurrence.write import index_of
+from writesae.recurrence.write import index_of, of_rank
 
 OfHeads: TypeAlias = Callable[[Sequence[int] | None], Recurrence]
 
@@ -63,7 +63,9 @@ class Edit:
         mask: Bool[Tensor, "batch pos"],
         replaces: bool,
     ) -> Edit:
-        """Writes of single tokens ``(token, [batch, 1, head])``, as one edit from the first of them on."""
+        """Writes of single tokens ``(token, [batch, 1, head])``, of any ranks, as one edit from the first on."""
+        rank = max(write.rank for _, write in made)
+        made = [(t, of_rank(write, rank)) for t, write in made]
         start, first = made[0]
         where = torch.tensor([t - start for t, _ in made], device=mask.device)
 

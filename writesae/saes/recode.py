@@ -1,0 +1,159 @@
+"""A whole SAE in the place of what it reads, with some of its atoms changed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from writesae.hooks.interventions import Intervention, Moment
+from writesae.hooks.positions import row_of_each
+from writesae.recurrence import Write
+from writesae.recurrence.matrices import dense
+from writesae.saes.dictionary import in_factors
+from writesae.saes.sae import WriteSAE
+
+Strength: TypeAlias = float | int | Float[Tensor, " batch"]
+
+
+@dataclass(frozen=True, init=False)
+class Recode(Intervention):
+    """Read with the SAE, change activations, and put what the SAE makes of them in the place of what it read.
+
+    >>> with model.intervene(ws.Recode(sae)): ...                             # run with the SAE
+    >>> with model.intervene(ws.Recode(sae, ablate=[53], error_term=True)): ...   # take one atom out, leave the rest
+
+    All active atoms count, whatever ``k`` and the sparsity, and mean and bias if the SAE has them; where no atom is
+    active, they alone are written. `Substitute` is the paper's edit by the top atom.
+
+    What stands for what, by the SAE's target:
+
+    - ``"write"``: ``X^`` is written instead of the native write.
+    - ``"delta"``: ``X^ - X`` is added, so the state gains ``X^`` where it would have gained its delta ``X``.
+    - ``"state"``: ``X^ - X`` is added, so the state is ``X^`` after the token. That is a whole matrix a token: ask for
+      few positions.
+
+    With ``error_term`` only the change is added, ``sum_i (a'_i - a_i) A_i``, so that what the SAE misses stays.
+
+    Attributes:
+        sae: a `WriteSAE`; layer and head are its site's.
+        ablate: atoms whose activation becomes 0.
+        scale: atoms whose activation is multiplied, each by a number, or by one for each row of the batch, ``[batch]``.
+        clamp: atoms whose activation becomes this number (or one for each row) wherever they are active.
+        error_term: keep what the SAE misses.
+    """
+
+    sae: WriteSAE = None  # type: ignore[assignment]  # always given; the bases' defaults ask for one
+    ablate: tuple[int, ...] = ()
+    scale: Mapping[int, Strength] = field(default_factory=dict)
+    clamp: Mapping[int, Strength] = field(default_factory=dict)
+    error_term: bool = False
+
+    def __init__(
+        self,
+        sae: WriteSAE,
+        *,
+        ablate: Iterable[int] = (),
+        scale: Mapping[int, Strength] | None = None,
+        clamp: Mapping[int, Strength] | None = None,
+        error_term: bool = False,
+    ):
+        ablate, scale, clamp = tuple(ablate), dict(scale or {}), dict(clamp or {})
+        changed = [*ablate, *scale, *clamp]
+        for atom in changed:
+            sae.atom(atom)  # raises for an atom out of range
+            if changed.count(atom) > 1:
+                raise ValueError(
+                    f"atom {atom} is given twice in ablate=, scale= and clamp=: give it once, in one of them"
+                )
+        if error_term and not changed:
+            raise ValueError(
+                "Recode(sae, error_term=True) changes nothing: name atoms in ablate=, scale= or clamp=, or leave "
+                "error_term out to see what the SAE's reconstruction does"
+            )
+        for name, strengths in (("scale", scale), ("clamp", clamp)):
+            for atom, x in strengths.items():
+                if torch.as_tensor(x).ndim > 1:
+                    raise ValueError(
+                        f"{name}={{{atom}: ...}} has shape {list(torch.as_tensor(x).shape)}: give a number, or one for "
+                        f"each row of the batch, [batch]"
+                    )
+        values = {"layer": sae.cfg.layer, "head": sae.cfg.head, "sae": sae, "ablate": ablate, "scale": scale}
+        for name, value in {**values, "clamp": clamp, "error_term": error_term}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def fitted(self) -> WriteSAE:
+        return self.sae
+
+    @property
+    def needs_state(self) -> bool:
+        return self.sae.cfg.target != "write"
+
+    @property
+    def replaces(self) -> bool:
+        return self.sae.cfg.target == "write" and not self.error_term
+
+    def edit(self, now: Moment) -> Write | None:
+        x = now.target(self.sae.cfg.target)
+        values, indices = self.sae.topk(x)
+        if self.error_term:
+            return self._change(values, indices)
+        made = self._reconstruction(self._changed(values, indices), indices)
+        if self.replaces:
+            return made
+        return _small(made - x if isinstance(x, Write) else in_factors(made.dense() - x))
+
+    def _reconstruction(self, values: Float[Tensor, "... m"], indices: Int[Tensor, "... m"]) -> Write:
+        """``X^``, in as few terms as are needed."""
+        if self.sae.cfg.decoder == "dense":  # its atoms have no factors that are shorter
+            codes = values.new_zeros(*values.shape[:-1], self.sae.cfg.n_atoms).scatter(-1, indices, values)
+            return in_factors(self.sae.decode(codes))
+        made, constant = self.sae.decode_write(values, indices), self.sae.constant
+        if constant is not None:
+            made = made + _in_few_factors(constant).expand(*made.shape)
+        return _small(made)
+
+    def _change(self, values: Float[Tensor, "... m"], indices: Int[Tensor, "... m"]) -> Write:
+        """``sum_i (a'_i - a_i) A_i`` over the atoms that are changed."""
+        named = torch.tensor([*self.ablate, *self.scale, *self.clamp], device=values.device)
+        difference = self._changed(values, indices) - values
+        if len(named) < values.shape[-1]:
+            which = indices[..., None] == named
+            difference = (difference[..., None] * which).sum(-2)
+            indices = named.expand(*values.shape[:-1], -1)
+        return _small(self.sae.decode_write(difference, indices))
+
+    def _changed(self, values: Float[Tensor, "batch pos head m"], indices: Tensor) -> Float[Tensor, "batch pos head m"]:
+        """The activations as asked for. An atom that is not active is left alone."""
+        for atom in self.ablate:
+            values = values.masked_fill(indices == atom, 0)
+        for atom, factor in self.scale.items():
+            values = torch.where(indices == atom, values * self._of_rows(factor, values), values)
+        for atom, value in self.clamp.items():
+            fires: Bool[Tensor, "..."] = (indices == atom) & (values > 0)
+            values = torch.where(fires, self._of_rows(value, values), values)
+        return values
+
+    def _of_rows(self, strength: Strength, values: Tensor) -> Tensor:
+        """A number, or one for each row, to go with activations."""
+        x = torch.as_tensor(strength, dtype=values.dtype, device=values.device).reshape(-1)
+        rows = row_of_each(len(x), len(values), f"{len(x)} strengths")
+        return x[rows.to(x.device)].reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def _in_few_factors(matrix: Float[Tensor, "d_key d_value"]) -> Write:
+    """A matrix in as many terms as its rank."""
+    U, S, Vh = torch.linalg.svd(matrix.float(), full_matrices=False)
+    rank = max(1, int((1e-7 * S[0] < S).sum()))
+    key, value = U[:, :rank].T, S[:rank, None] * Vh[:rank]
+    return Write(key, value, rank) if rank > 1 else Write(key[0], value[0])
+
+
+def _small(write: Write) -> Write:
+    """The same in ``min(d_key, d_value)`` terms, if it has more."""
+    return write if write.rank <= min(write.d_key, write.d_value) else in_factors(dense(write))
