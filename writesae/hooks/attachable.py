@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from writesae.hooks.interventions import Intervention
 
@@ -18,7 +19,7 @@ class AttachableSAE(Protocol):
         """Raise ValueError unless it belongs to a head of this model, with these weights if ``check_model``."""
         ...
 
-    def adding(self, atom: int, scale: float | int) -> Intervention:
+    def adding(self, atom: int, scale: float | int | Float[Tensor, " batch"]) -> Intervention:
         """The intervention that adds an atom at ``scale`` times the native write's norm."""
         ...
 

@@ -121,13 +121,15 @@ class Add(Intervention):
     Attributes:
         write: what to add. Leading dimensions broadcast to ``[batch, positions asked]``: none for the same everywhere,
             ``[n]`` for one per position, ``[batch, 1]`` for one per sequence.
-        scale: the write is multiplied by it.
+        scale: the write is multiplied by it: a number, one for each row of the batch ``[batch]``, or for each row and
+            position asked for ``[batch, n]``.
         relative: if True, the write is first scaled to the native write's Frobenius norm at each token and head, so
-            that ``scale=3`` adds three times as much as the model writes there (paper, section 4).
+            that ``scale=3`` adds three times as much as the model writes there (paper, section 4). Whatever size
+            ``write`` has is lost then: strengths go into ``scale``.
     """
 
     write: Write
-    scale: float | int = 1.0
+    scale: float | int | Float[Tensor, "batch *n"] = 1.0
     relative: bool = False
 
     def check(self, site: Site, positions: PositionSet) -> None:
@@ -137,7 +139,12 @@ class Add(Intervention):
                 f"a write of {self.write.d_key} x {self.write.d_value} does not fit layer {site.layer}, whose states "
                 f"are {site.d_key} x {site.d_value}"
             )
-        lead = self.write.shape
+        lead, scales = self.write.shape, self._scales.shape
+        if len(scales) > 2 or scales[-1] not in (1, positions.distinct):
+            raise ValueError(
+                f"scale has shape {list(torch.as_tensor(self.scale).shape)} at positions={positions.asked!r}: give a "
+                f"number, one for each row of the batch [batch], or [batch, n] for n different positions"
+            )
         if len(lead) > 2 or (lead and lead[-1] != 1 and lead[-1] != positions.distinct):
             raise ValueError(
                 f"a write with leading dimensions {list(lead)} at positions={positions.asked!r}: give none (the same "
@@ -149,8 +156,21 @@ class Add(Intervention):
         write = self.write.to(now.write.key.device).to(now.write.key.dtype)
         if self.relative:
             write = write * (1 / write.norm().clamp_min(1e-30))
-        write = _place(write * self.scale, now)
+        write = _place(write, now) * self._at_each(now)
         return write * now.write.norm() if self.relative else write
+
+    @property
+    def _scales(self) -> Float[Tensor, "..."]:
+        """``[rows, positions]``, one of each if it does not depend on them."""
+        x = torch.as_tensor(self.scale) * 1.0
+        return x.reshape(-1, 1) if x.ndim < 2 else x
+
+    def _at_each(self, now: Moment) -> float | int | Float[Tensor, "batch pos 1"]:
+        """The scale of each token, for all heads."""
+        if not isinstance(self.scale, Tensor):
+            return self.scale
+        table = self._scales.to(now.write.key)
+        return table[_table_index(table.shape[0], table.shape[1], now, f"scale {list(self.scale.shape)}")][..., None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,11 +184,16 @@ class Replace(Add):
 
 def _place(write: Write, now: Moment) -> Write:
     """A write with leading dimensions ``[]``, ``[n]``, ``[batch, 1]`` or ``[batch, n]``, for all tokens and heads."""
-    batch, n_pos, _ = now.write.shape
     table = write[(None,) * (2 - len(write.shape))]
-    of_each = row_of_each(table.shape[0], batch, f"a write with leading dimensions {list(write.shape)}")
-    if table.shape[1] == 1 or now.index is None:
-        index = torch.zeros(batch, n_pos, dtype=torch.long, device=table.key.device)
-    else:
-        index = now.index
-    return table[of_each[:, None].to(index.device), index][:, :, None].expand(*now.write.shape)
+    rows, n = table.shape
+    index = _table_index(rows, n, now, f"a write with leading dimensions {list(write.shape)}")
+    return table[index][:, :, None].expand(*now.write.shape)
+
+
+def _table_index(rows: int, n: int, now: Moment, what: str) -> tuple[Int[Tensor, "batch 1"], Int[Tensor, "batch pos"]]:
+    """Where each token's entry is in a table ``[rows, n]``: a row for each sequence, a column for each position."""
+    batch, n_pos, _ = now.write.shape
+    of_each, device = row_of_each(rows, batch, what), now.write.key.device
+    if n == 1 or now.index is None:
+        return of_each[:, None].to(device), torch.zeros(batch, n_pos, dtype=torch.long, device=device)
+    return of_each[:, None].to(device), now.index

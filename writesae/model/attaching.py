@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.hooks import (
@@ -39,6 +39,7 @@ from writesae.recurrence import Read
 
 Name: TypeAlias = str | tuple[str, int]
 Names: TypeAlias = Name | Sequence[Name] | Callable[[str], bool] | None
+Strength: TypeAlias = float | int | Float[Tensor, " batch"]
 Hooks: TypeAlias = Sequence[tuple[Name | Callable[[str], bool], Callable[[Any, HookPoint], Any]]]
 
 
@@ -201,26 +202,28 @@ class HookedModel(TokenModel):
     @contextmanager
     def intervene(
         self,
-        what: Intervention | ResidualEdit | AttachableSAE | Any | Sequence[Intervention | ResidualEdit],
+        what: Intervention | ResidualEdit | AttachableSAE | Any | Sequence[Intervention | ResidualEdit | Any],
         *,
         positions: Positions = None,
         read: Read = "same",
-        atom: int | None = None,
-        scale: float | int | None = None,
+        atom: int | Sequence[int] | None = None,
+        scale: Strength | Sequence[Strength] | None = None,
         check_model: bool = True,
     ) -> Iterator[Any]:
         """Edit the memory while the block runs: in ``model(...)``, ``generate``, and calls of ``hf_model`` itself.
 
         Args:
             what: an intervention, several (their edits add up), or an SAE with ``atom`` and ``scale``: that atom is
-                added at ``scale`` times the native write's Frobenius norm. Edits of the residual stream
+                added at ``scale`` times the native write's Frobenius norm. In a list, an SAE stands with its atom and
+                scale, ``(sae, 53, 3)``, so SAEs of several layers act together. Edits of the residual stream
                 (`Reconstruct`, `Steer`) may be among them, and are made in the order given; with an SAE of SAELens,
                 ``atom`` and ``scale`` are those of `Steer`.
             positions: which tokens, counted over the whole sequence, prompt and generated tokens alike: None for all,
                 an int, a list, a slice, or an integer tensor ``[batch, n]`` with a row for each sequence.
             read: ``"same"``: an edit at ``t`` is seen by the read at ``t``. ``"next"``: from ``t + 1`` on (the paper's
                 cache-slot protocol).
-            atom, scale: for an SAE.
+            atom: for an SAE: an atom, or several.
+            scale: of each atom or of all: a number, or one for each row of the batch, ``[batch]``.
             check_model: refuse an SAE that was trained on other weights.
 
         Raises:
@@ -233,13 +236,12 @@ class HookedModel(TokenModel):
             raise ValueError(f"read={read!r}: allowed are 'same' and 'next'")
         with ExitStack() as stack:
             owner, places = stack.enter_context(self._block(in_main_thread_alone())), []
-            for edit in self._interventions(what, atom, scale):
+            for edit, fitted in self._interventions(what, atom, scale):
                 where = PositionSet(positions)
                 if isinstance(edit, ResidualEdit):
                     stack.enter_context(self._edit_stream(edit, where, read, owner))
                     place = edit.hook_name
                 else:
-                    fitted = what if isinstance(what, AttachableSAE) else edit.fitted
                     if fitted is not None:
                         fit(fitted, self, check_model=check_model)
                     site = self.site(edit.layer)
@@ -278,28 +280,38 @@ class HookedModel(TokenModel):
         with self._installed.ours.stream.added(where, owner), point.add_hook(fn, owner=owner):
             yield
 
-    def _interventions(
-        self, what: Any, atom: int | None, scale: float | int | None
-    ) -> list[Intervention | ResidualEdit]:
-        of_memory = isinstance(what, AttachableSAE)
-        if of_memory or is_residual_sae(what):  # an SAE
+    def _interventions(self, what: Any, atom: Any, scale: Any) -> list[tuple[Intervention | ResidualEdit, Any]]:
+        """What is to be attached, and the SAE of the memory that it comes from, None if there is none."""
+        if _is_sae(what):
             if atom is None or scale is None:
-                other = "Substitute(sae)" if of_memory else "Reconstruct(sae)"
+                other = "Substitute(sae)" if isinstance(what, AttachableSAE) else "Reconstruct(sae)"
                 raise TypeError(
                     "intervene(sae, ...) needs atom= and scale= (add that atom at scale x the norm of what is there); "
                     f"for the SAE's own atoms use intervene({other})"
                 )
-            return [what.adding(atom, scale) if of_memory else Steer(what, atom=atom, scale=scale)]
+            atoms = list(atom) if isinstance(atom, Sequence) else [atom]
+            scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(atoms)
+            if len(scales) != len(atoms) or not atoms:
+                raise ValueError(
+                    f"{len(atoms)} atoms and {len(scales)} scales: give one scale for all, or a list with one for each"
+                )
+            return [_adding(what, a, s) for a, s in zip(atoms, scales, strict=True)]
         if atom is not None or scale is not None:
             raise TypeError("atom= and scale= go with an SAE; an intervention carries its own")
-        edits = list(what) if isinstance(what, Sequence) else [what]
+        edits = [what] if isinstance(what, tuple) and what and _is_sae(what[0]) else what
+        edits = list(edits) if isinstance(edits, Sequence) else [edits]
+        made: list[tuple[Intervention | ResidualEdit, Any]] = []
         for edit in edits:
+            if isinstance(edit, tuple) and len(edit) == 3 and _is_sae(edit[0]):
+                made.append(_adding(*edit))
+                continue
             if not isinstance(edit, (Intervention, ResidualEdit)):
                 got = f"the class {edit.__name__}" if isinstance(edit, type) else type(edit).__name__
-                if isinstance(edit, AttachableSAE) or is_residual_sae(edit):
-                    got += " in a list, where its edits stand: Substitute(sae), Add(layer, head, write=sae.atom(53))"
+                if _is_sae(edit) or (isinstance(edit, tuple) and edit and _is_sae(edit[0])):
+                    got += " in a list, where an SAE stands with atom and scale, (sae, 53, 3.0), or as Substitute(sae)"
                 raise TypeError(f"intervene takes an intervention (Add, Delete, ...) or an SAE; got {got}")
-        return edits
+            made.append((edit, edit.fitted if isinstance(edit, Intervention) else None))
+        return made
 
     def _select(self, names: Names, also: Callable[[str], bool] = lambda _: True) -> list[HookPoint]:
         """The hook points meant by ``names``; ``also`` restricts what None means."""
@@ -333,6 +345,18 @@ class HookedModel(TokenModel):
     def _check_within(self, lengths: Int[Tensor, " batch"]) -> None:
         for positions in self._asked():
             positions.check_within(lengths)
+
+
+def _is_sae(what: object) -> bool:
+    """Whether it is an SAE, of the memory or of the residual stream."""
+    return isinstance(what, AttachableSAE) or is_residual_sae(what)
+
+
+def _adding(sae: Any, atom: int, scale: Strength) -> tuple[Intervention | ResidualEdit, Any]:
+    """The edit that adds an atom at ``scale`` times the norm of what is there, and the SAE if it is of the memory."""
+    return (
+        (sae.adding(atom, scale), sae) if isinstance(sae, AttachableSAE) else (Steer(sae, atom=atom, scale=scale), None)
+    )
 
 
 def _is_pair(name: object) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.hooks.interventions import Add
@@ -161,7 +161,7 @@ class WriteSAE(Autoencoder):
 
     # A model asks
 
-    def adding(self, atom: int, scale: float | int) -> Add:
+    def adding(self, atom: int, scale: float | int | Float[Tensor, " batch"]) -> Add:
         """The intervention that adds an atom at ``scale`` times the native write's norm (the paper, section 4)."""
         layer, head = self.place
         return Add(layer, head, write=self.atom(atom), scale=scale, relative=True)
