@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         Steer,
     )
     from writesae.methods import Patching, patching
-    from writesae.model import HookedRecurrentModel
+    from writesae.model import HookedRecurrentModel, Memory
     from writesae.pages import write_pages
     from writesae.recurrence import Recurrence, States, Write
     from writesae.saes import Codes, Contexts, SAEConfig, Substitute, WriteSAE, top_contexts, train_site, train_store
@@ -56,7 +56,7 @@ _HOME = {
     "writesae.hooks": (
         "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Reconstruct", "Replace", "Site", "Steer",
     ),
-    "writesae.model": ("HookedRecurrentModel",),
+    "writesae.model": ("HookedRecurrentModel", "Memory"),
     "writesae.pages": ("write_pages",),
     "writesae.recurrence": ("Recurrence", "States", "Write"),
     "writesae.saes": (
@@ -67,7 +67,7 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "Gradient", "HookPoint",
-    "HookedRecurrentModel", "Intervention", "Logit", "Patching", "Reconstruct", "Recurrence", "Replace",
+    "HookedRecurrentModel", "Intervention", "Logit", "Memory", "Patching", "Reconstruct", "Recurrence", "Replace",
     "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "Substitute", "Write", "WriteSAE", "amplify",
     "atom_classes", "attribute", "attribution_test", "check", "choose_atoms", "erase", "extract", "gradient",
     "install", "logit_change", "patching", "population_test", "record", "replacement_test", "reproduce",

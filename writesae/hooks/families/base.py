@@ -178,6 +178,7 @@ class Family:
         seen_at: ``{quantity: submodule}`` for what is no input of the recurrence but the output of a submodule that
             runs before it, in firing order. A mixer need not have them all.
         meanings: shape and meaning of quantities that are this architecture's own, see `writesae.hooks.quantities`.
+        transposed: the model keeps its states, in its cache and between calls, as ``[batch, head, d_value, d_key]``.
         letters: what canonical quantities are in the architecture's own words, where those differ.
         aliases: TransformerLens' names of quantities, less ``hook_``: what we call the same quantity.
     """
@@ -195,6 +196,7 @@ class Family:
     norms: tuple[str, ...] = ()
     seen_at: Mapping[str, str] = field(default_factory=dict)
     meanings: Mapping[str, Quantity] = field(default_factory=dict)
+    transposed: bool = False
     letters: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=lambda: SSM)
 
