@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import writesae as ws
@@ -52,7 +54,7 @@ def test_it_goes_on_as_the_unbroken_text(architecture: Architecture, tmp_path: P
     torch.testing.assert_close(logits, whole[:, N_READ:], **CLOSE)
     layer = model.sites[-1].layer
     expected = model.run_with_cache(IDS)[1].state(layer, [N_POS - 1])
-    torch.testing.assert_close(cache.state(layer, [N_POS - N_READ - 1]), expected, **CLOSE)
+    torch.testing.assert_close(cache.state(layer, [N_POS - 1]), expected, **CLOSE)
     found = model.generate(MORE, memory=memory, **SETTINGS)
     assert torch.equal(found, model.generate(IDS, **SETTINGS)[:, N_READ:])
     assert_same(memory, before)
@@ -126,12 +128,12 @@ def test_an_empty_memory(architecture: Architecture) -> None:
     assert (logits - whole).abs().max() > 1e-3
     found = cache.state(layer, [0])[:, 0]
     own = model.run_with_cache(IDS)[1]
-    rec, plain = own.recurrence(layer)[:, 0], own.state(layer, [0])[:, 0]
-    decayed = rec.decay[..., None] * S if rec.decay.ndim == 3 else rec.decay[..., None, None] * S
-    if rec.erase_write is not None:
-        read = torch.einsum("bhk,hkv->bhv", rec.erase_read, S)
-        decayed = decayed + rec.erase_write[..., None] * read[..., None, :]
-    torch.testing.assert_close(found - plain, decayed, **CLOSE)
+    rec, plain = own.dynamics(layer).recurrence, own.state(layer, [0])[:, 0]
+    decay = rec.log_decay[:, 0].exp()
+    kept = (decay[..., None] if decay.ndim == 3 else decay[..., None, None]) * S
+    if rec.a is not None and rec.b is not None:
+        kept = kept + rec.a[:, 0][..., None] * torch.einsum("bhk,hkv->bhv", rec.b[:, 0], S)[..., None, :]
+    torch.testing.assert_close(found - plain, kept, **CLOSE)
 
 
 # A trained model -----------------------------------------------------------------------------------------------------
@@ -155,34 +157,62 @@ def test_texts(name: str) -> None:
     torch.testing.assert_close(loss, whole[:, -1].mean(), **CLOSE)
 
 
+TREASURY = (
+    "The Treasury collected a revenue of ten million dollars. The Treasury paid five million dollars of the public "
+    "debt, and the revenue of the Treasury"
+)
+WAR = (
+    "The war with Mexico began. Our army crossed the river and defeated the army of Mexico, and the general of our "
+    "army took the city of Mexico. The army"
+)
+AFTER = " has since been increased, and I recommend to Congress that"
+
+
 @pytest.mark.parametrize("name", ["tiny-gdn", "tiny-mamba2", "tiny-rwkv7"])
 @torch.no_grad()
 def test_heads_of_another_memory(name: str) -> None:
-    """The more of a memory comes from another text, the more the model goes on as after that; all of it: exactly so."""
+    """With another text's states the model goes on nearly as after that; with all that is remembered, exactly so. The
+    model with an attention layer has it there instead."""
     model = ws.HookedRecurrentModel.from_pretrained(name)
-    ours = model.memory("The President has the power to make treaties with foreign nations, and")
-    other = model.memory("It is the duty of the Treasury to collect the revenue and to pay")
-    more = " the"
+    ours, other = model.memory(TREASURY), model.memory(WAR)
 
     def distance(memory: ws.Memory) -> float:
-        """From what follows the other text."""
-        wanted, found = (model(more, memory=x)[0, -1].log_softmax(-1) for x in (other, memory))
-        return float((wanted.exp() * (wanted - found)).sum())
+        """KL from what follows the war, per token, past the reach of convolutions."""
+        wanted, found = (model(AFTER, memory=x)[0, 4:].log_softmax(-1) for x in (other, memory))
+        return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+    def rest_of_other(memory: ws.Memory) -> ws.Memory:
+        return replace(memory, others=other.others, settings=other.settings, ids=other.ids)
 
     every = [(site.layer, head) for site in model.sites for head in range(site.n_heads)]
     swapped = ours.with_heads(other, every)
-    assert distance(swapped) < 0.5 * distance(ours)
-    reads = {head: distance(ours.with_heads(other, [head])) for head in every}
-    assert max(reads.values()) > distance(swapped)  # no single head will do
-    moved = replace(swapped, others=other.others, settings=other.settings, ids=other.ids)
-    assert torch.equal(model(more, memory=moved), model(more, memory=other))
-    assert distance(replace(ours, others=other.others, settings=other.settings, ids=other.ids)) > distance(swapped)
+    best = sorted(every, key=lambda head: distance(ours.with_heads(other, [head])))
+    some = len(every) // 4
+    right, wrong = (distance(ours.with_heads(other, heads)) for heads in (best[:some], best[-some:]))
+    if name == "tiny-gdn":
+        assert distance(swapped) > 0.9 * distance(ours) and distance(rest_of_other(ours)) < 0.1 * distance(ours)
+    else:
+        assert distance(swapped) < 0.15 * distance(ours) and distance(rest_of_other(ours)) > 0.7 * distance(ours)
+        assert right < 0.2 * distance(ours)
+        halfway = distance(ours.blend(other, 0.5))
+        assert distance(swapped) < halfway < distance(ours)
+    assert wrong > distance(ours)
+    assert torch.equal(model(AFTER, memory=rest_of_other(swapped)), model(AFTER, memory=other))
+
+
+def test_parts_of_two_memories() -> None:
+    model = wrapped(architecture_named("qwen3_5"))
+    ours, other = model.memory(READ), model.memory(MORE)
     assert_same(ours.with_heads(other, None), ours.blend(other, 1.0))
     assert_same(ours.blend(other, 0.0), ours)
-    halves = [ours.blend(other, 0.5).state(model.sites[0].layer), (ours.states[model.sites[0].layer] + other.states[model.sites[0].layer]) / 2]  # fmt: skip
-    torch.testing.assert_close(*halves)
-    some = ours.zeroed(every[:1]).states
-    assert not some[every[0][0]][:, every[0][1]].any() and torch.equal(some[every[-1][0]][:, -1], ours.states[every[-1][0]][:, -1])  # fmt: skip
+    assert_same(ours.with_heads(other, []), ours)
+    torch.testing.assert_close(ours.blend(other, 0.5).state(1), (ours.state(1) + other.state(1)) / 2)
+    one = ours.with_heads(other[1], [(1, 2)])  # a memory of one text serves all
+    assert torch.equal(one.state(1)[:, 2], other.state(1)[[1, 1], 2])
+    assert torch.equal(one.state(1)[:, :2], ours.state(1)[:, :2]) and torch.equal(one.state(0), ours.state(0))
+    zeroed = ours.zeroed([(1, 2), (3, 0)])
+    assert not zeroed.state(1)[:, 2].any() and not zeroed.state(3)[:, 0].any()
+    assert torch.equal(zeroed.state(1)[:, [0, 1, 3]], ours.state(1)[:, [0, 1, 3]])
 
 
 # States --------------------------------------------------------------------------------------------------------------
@@ -212,14 +242,12 @@ def test_files(tmp_path: Path) -> None:
     memory.save(path)
     data = bytearray(path.read_bytes())
     path.write_bytes(data[:-40])
-    with pytest.raises(ValueError, match="is not a whole memory file .*save the memory again"):
+    with pytest.raises(ValueError, match=r"is not a whole memory file .*save the memory again"):
         ws.Memory.load(path)
     data[-9] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match="its tensors were altered"):
         ws.Memory.load(path)
-    from safetensors.torch import save_file
-
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="is not a memory file"):
         ws.Memory.load(path)
@@ -249,12 +277,13 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="of the same size but with other weights: take both from one model"):
         memory.with_heads(changed.memory(READ), None)
     for name in ("rwkv7", "kimi_linear"):
-        with pytest.raises(ValueError, match="this is a memory of Qwen3_5ForCausalLM.*; the model is .*use the model"):
+        with pytest.raises(ValueError, match=r"this is a memory of Qwen3_5ForCausalLM.*; the model is .*use the model"):
             wrapped(architecture_named(name))(MORE, memory=memory)
-    del model, same, memory.origin._known  # the twin of a model that is gone
-    memory.origin._known = ()  # type: ignore[assignment]
+    lost = model.memory(READ)
+    del model
+    gc.collect()
     with pytest.raises(ValueError, match="the model that made this memory is gone"):
-        memory.save(tmp_path / "memory")
+        lost.save(tmp_path / "memory")
 
 
 # What cannot be ------------------------------------------------------------------------------------------------------
@@ -269,8 +298,6 @@ def test_errors() -> None:
         model(MORE, memory=memory, past_key_values=memory)
     with pytest.raises(TypeError, match="attention_mask"):
         model(MORE, memory=memory, attention_mask=torch.ones_like(MORE))
-    with pytest.raises(TypeError, match="memory= takes what model.memory"):
-        model(MORE, memory={})
     with pytest.raises(ValueError, match="with 3 beams"):
         model.generate(MORE, memory=memory, num_beams=3)
     with pytest.raises(IndexError, match="layer 2 is not recurrent"):
@@ -279,7 +306,7 @@ def test_errors() -> None:
         memory.zeroed([(0, 4)])
     with pytest.raises(IndexError, match="text 2 of a memory of 2"):
         memory[2]
-    with pytest.raises(ValueError, match="give .2, 4, 16, 12."):
+    with pytest.raises(ValueError, match=r"give \[2, 4, 16, 12\]"):
         memory.with_state(0, torch.zeros(4, 12, 16))
     with pytest.raises(ValueError, match="wants a gradient"):
         memory.with_state(0, torch.zeros(4, 16, 12, requires_grad=True))
@@ -290,7 +317,7 @@ def test_errors() -> None:
     text = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
     with pytest.raises(ValueError, match="texts of unequal length can't go on from a memory"):
         text(["a", "a longer text"], memory=text.memory("The"))
-    model.hf_model.gradient_checkpointing_enable()
+    model.hf_model.activation_checkpointing_enable()
     model.hf_model.train()
     with pytest.raises(ValueError, match="keeps no cache"):
         model(MORE, memory=memory)

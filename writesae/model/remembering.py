@@ -160,7 +160,7 @@ class RememberingModel(HookedModel):
             else:
                 setattr(layer, part, value)
         mask = None if here.mask is None else here.mask.to(self.device)
-        attach(cache, Fed(here.n_tokens, mask, ids=(here.ids.to(self.device),)))
+        attach(cache, Fed(here.n_tokens, mask, ids=(here.ids.to(self.device),), sure=True))
         return cache
 
     def _check_can_remember(self) -> None:
