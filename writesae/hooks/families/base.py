@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,8 @@ class KernelCall(ABC):
     An adapter says what a quantity is in the arguments (`canonical`), which of them have tokens (`sequences`), where
     the state is (`initial_state`), how to call the native function (`run`), and what the mixer expects back (`result`).
     """
+
+    state_argument: ClassVar[str] = "initial_state"  # which has the state before the call
 
     def __init__(self, family: Family, arguments: dict[str, Any]):
         self.family = family
@@ -63,6 +65,10 @@ class KernelCall(ABC):
     def set(self, quantity: str, value: Tensor) -> None:
         """Replace a quantity (all heads) by a canonical value."""
         self.changed[quantity] = value
+
+    def start_from(self, state: Float[Tensor, "batch head d_key d_value"]) -> None:
+        """Begin at a state, in the place of the one that the model gave."""
+        self.arguments = {**self.arguments, self.state_argument: state.mT if self.family.transposed else state}
 
     def recurrence(self, heads: Sequence[int] | None = None) -> Recurrence:
         """Decay, erase and reads of the given heads."""
