@@ -1,8 +1,8 @@
 """State tuning: an initial state of the memory, trained on texts while all weights stay as they are.
 
 A recurrent model begins every text with an empty memory. Another beginning, found by the gradient of the next-token
-loss, makes it go on in the style of the texts that it was trained on, or do their task (Xiao 2504.05097; the state files
-of the RWKV community). It costs nothing when the model runs, and is a `Memory` as any other.
+loss, makes it go on in the style of the texts that it was trained on, or do their task (2504.05097; the state files of
+the RWKV community). It costs nothing when the model runs, and is a `Memory` as any other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from writesae.jobs.disk import remove_halves
 from writesae.jobs.progress import Progress
 from writesae.jobs.resumable import check_same
 from writesae.jobs.tensors import checksum, read_tensors, write_tensors
-from writesae.model import HookedRecurrentModel, Memory, late_logits
+from writesae.model import HookedRecurrentModel, LateLogits, Memory, late_logits
 from writesae.results.result import Figure, Number, Result, figure
 from writesae.stores.windows import Texts, Windows
 
@@ -62,9 +62,9 @@ class TunedMemory(Result):
     def about(self) -> str:
         return (
             f"The initial states of {len(self.heads)} heads of {self.memory.origin.model_id} were trained by "
-            f"{len(self.loss)} steps of Adam on the next-token loss, all weights as they are (state tuning, 2504.05097). "
-            f"Perplexity is of {len(self.before)} held-out windows, each read from its first token on, with an empty "
-            f"memory and with the trained one; the interval of the difference is over texts."
+            f"{len(self.loss)} steps of Adam on the next-token loss, with all weights as they are (state tuning, "
+            f"2504.05097). Perplexity is of {len(self.before)} held-out windows, each read from its first token on, "
+            f"with an empty memory and with the trained one; the interval of the difference is over texts."
         )
 
     def numbers(self) -> Sequence[Number]:
@@ -96,7 +96,7 @@ def tune_memory(
     layers: Sequence[int] | None = None,
     heads: Sequence[tuple[int, int]] | None = None,
     steps: int = 200,
-    lr: float = 0.05,
+    lr: float = 1.0,
     batch_size: int = 8,
     context: int = 128,
     start: Memory | None = None,
@@ -121,7 +121,8 @@ def tune_memory(
         layers: recurrent layers whose states are trained; None for all.
         heads: pairs ``(layer, head)`` in their place, for some heads alone.
         steps: of Adam.
-        lr: peak learning rate, which falls to a tenth by a cosine.
+        lr: learning rate, which falls to a tenth by a cosine; in units of how large each layer's states are after a
+            window (root mean square), since architectures differ in that by a factor of a thousand.
         batch_size: windows in each step.
         context: tokens per window.
         start: an empty memory whose states to begin from; None for zeros.
@@ -150,7 +151,9 @@ def tune_memory(
         if start.n_tokens or len(start) != 1:
             raise ValueError(f"start= takes an empty memory, as model.memory() makes one; got {start!r}")
     base = {site.layer: (start or empty).state(site.layer)[0].float() for site in model.sites if site.layer in chosen}
-    run = _Run(model, chosen, base, learnt.tokens, lr, steps, batch_size, seed)
+    read = model.memory(learnt.tokens[:batch_size])
+    scale = {layer: float(read.states[layer].float().square().mean().sqrt()) or 1.0 for layer in chosen}
+    run = _Run(model, chosen, base, scale, learnt.tokens, lr, steps, batch_size, seed)
     if out is not None:
         run.open(Path(out), {"context": context, "texts": _hash(learnt.tokens), "start": checksum(_named(base))})
     before = losses(model, measured.tokens, {}, batch_size)
@@ -177,6 +180,7 @@ class _Run:
     model: HookedRecurrentModel
     chosen: Mapping[int, list[int]]
     base: Mapping[int, Float[Tensor, "head d_key d_value"]]
+    scale: Mapping[int, float]
     tokens: Int[Tensor, "window pos"]
     lr: float
     steps: int
@@ -187,7 +191,9 @@ class _Run:
     identity: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.trained = {layer: S[self.chosen[layer]].clone().requires_grad_() for layer, S in self.base.items()}
+        self.trained = {  # what is added to the base, in units of the scale
+            layer: torch.zeros_like(S[self.chosen[layer]]).requires_grad_() for layer, S in self.base.items()
+        }
         self.adam = torch.optim.Adam(self.trained.values(), lr=self.lr)
 
     @property
@@ -199,7 +205,7 @@ class _Run:
         made = {}
         for layer, S in self.base.items():
             where = torch.tensor(self.chosen[layer], device=S.device)
-            made[layer] = S.index_copy(0, where, self.trained[layer])
+            made[layer] = S.index_add(0, where, self.scale[layer] * self.trained[layer])
         return made
 
     def advance(self) -> None:
@@ -263,10 +269,11 @@ def backward(
     states: Mapping[int, Float[Tensor, "head d_key d_value"]],
 ) -> float:
     """The mean loss of the next tokens, in nats, from initial states, to which its gradient is added."""
-    with frozen(model.hf_model), starting_from(model, states, len(tokens)), late_logits(model) as end:
-        model(tokens, return_type=None)
+    with frozen(model.hf_model), starting_from(model, states, len(tokens)):
+        with late_logits(model) as end:
+            model(tokens, return_type=None)
         apart, total = end.apart(), 0.0
-        for _, _, loss in _pieces(model, tokens, apart):
+        for _, loss in _pieces(model, tokens, apart):
             loss.sum().backward()
             total += float(loss.detach().sum())
         n = tokens.shape[0] * (tokens.shape[1] - 1)
@@ -288,22 +295,22 @@ def losses(
         batch = tokens[start : start + batch_size]
         with starting_from(model, states, len(batch)), late_logits(model) as end:
             model(batch, return_type=None)
-            for rows, _, loss in _pieces(model, batch, end):
-                found.index_add_(0, start + rows.cpu(), loss.float().cpu())
+        for rows, loss in _pieces(model, batch, end):
+            found.index_add_(0, start + rows.cpu(), loss.cpu())
     return found / (tokens.shape[1] - 1)
 
 
 def _pieces(
-    model: HookedRecurrentModel, tokens: Int[Tensor, "batch pos"], end: Any
-) -> Iterator[tuple[Tensor, Tensor, Float[Tensor, " n"]]]:
-    """Rows, columns and losses of the next tokens, as many at once as their logits allow."""
+    model: HookedRecurrentModel, tokens: Int[Tensor, "batch pos"], end: LateLogits
+) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, " n"]]]:
+    """Losses of the next tokens and the row of each, as many at once as their logits allow."""
     tokens = tokens.to(end.kept.device)
     batch, n_pos = tokens.shape
     rows, columns = torch.meshgrid(torch.arange(batch), torch.arange(n_pos - 1), indexing="ij")
     pairs = torch.stack([rows.flatten(), columns.flatten()]).to(tokens.device)
     for row, column in (piece.unbind(0) for piece in pairs.split(max(1, LOGITS // model.n_vocab), dim=1)):
         logits = end.at(row, column).float()
-        yield row, column, F.cross_entropy(logits, tokens[row, column + 1].to(logits.device), reduction="none")
+        yield row, F.cross_entropy(logits, tokens[row, column + 1].to(logits.device), reduction="none")
 
 
 # --- what was asked ---------------------------------------------------------------------------------------------------
