@@ -274,11 +274,7 @@ def gradient(
     chosen = [site.layer for site in model.sites] if layers is None else [model.site(layer).layer for layer in layers]
     if at is None and isinstance(of, Logit):
         of, at = replace(of, at=0), of.at
-    if any(p.is_inference() for p in model.hf_model.parameters()):
-        raise ValueError(
-            "the model was loaded under torch.inference_mode(), so nothing can be differentiated through its weights: "
-            "load it outside of that block"
-        )
+    check_differentiable(model.hf_model)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -360,6 +356,15 @@ def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def check_differentiable(module: nn.Module) -> None:
+    """Raise ValueError if no gradient can go through a model."""
+    if any(p.is_inference() for p in module.parameters()):
+        raise ValueError(
+            "the model was loaded under torch.inference_mode(), so nothing can be differentiated through its weights: "
+            "load it outside of that block"
+        )
 
 
 @contextmanager

@@ -35,6 +35,7 @@ class Fed:
     mask: Tensor | None  # [batch, tokens], of the first of them; those after it are real
     known: bool = True  # False: some mask was given that does not say which tokens are padding
     ids: tuple[Tensor, ...] | None = None  # the tokens themselves, in pieces [batch, n]; None where they are not known
+    sure: bool = False  # the count holds even if nothing seems to be in the cache: a memory's states may all be zero
 
     def begins(self, ids: Int[Tensor, "batch pos"]) -> bool:
         """Whether these are the tokens that it has been fed, and maybe more; True where that cannot be known."""
@@ -373,6 +374,8 @@ def _length(cache: Any) -> int | None:
     except ValueError:  # no attention layer in it
         pass
     fed = attached_to(cache, Fed)
+    if fed is not None and fed.sure:
+        return fed.n_tokens
     filled = any(map(_filled, cache.layers)) if hasattr(cache, "layers") else fed is not None
     if not filled:
         return 0

@@ -81,6 +81,7 @@ class Tap:
         attached: interventions.
         state_requests: the positions at which somebody wants to see states.
         recorders: called with the `Record` of every call.
+        initial: states to begin each call at, in the place of the model's own.
         kernels: what computes the recurrence, one of `KERNELS`.
     """
 
@@ -91,14 +92,14 @@ class Tap:
     attached: Owned[Attached] = field(default_factory=Owned)
     state_requests: Owned[PositionSet] = field(default_factory=Owned)
     recorders: Owned[Callable[[Record], None]] = field(default_factory=Owned)
+    initial: Owned[Float[Tensor, "batch head d_key d_value"]] = field(default_factory=Owned)
     kernels: str = "native"
 
     @property
     def busy(self) -> bool:
         """Whether anybody would see or change anything in a call."""
-        return bool(
-            self.attached or self.state_requests or self.recorders or any(p.listening for p in self.points.values())
-        )
+        own = (self.attached, self.state_requests, self.recorders, self.initial)
+        return any(map(bool, own)) or any(p.listening for p in self.points.values())
 
     @property
     def takes_calls(self) -> bool:
@@ -108,6 +109,8 @@ class Tap:
     def run(self, native: Callable[..., Any], arguments: dict[str, Any], here: Running) -> Any:
         """The native call, with hooks and edits."""
         call = self.family.call(self.family, arguments)
+        for state in self.initial.here():
+            call.start_from(state)
         attached, requests, recorders = self.attached.here(), self.state_requests.here(), self.recorders.here()
         for quantity in self.family.raw + self.family.rule.inputs:
             if self.points[quantity].listening:

@@ -2,6 +2,7 @@
 
 from writesae.model.hooked import HookedRecurrentModel
 from writesae.model.late_logits import LateLogits, late_logits
+from writesae.model.memory import Memory
 from writesae.model.tokens import Text
 
-__all__ = ["HookedRecurrentModel", "LateLogits", "Text", "late_logits"]
+__all__ = ["HookedRecurrentModel", "LateLogits", "Memory", "Text", "late_logits"]

@@ -12,40 +12,24 @@ from torch import Tensor
 
 from writesae.hooks.clock import CACHES, cache_in
 from writesae.hooks.positions import several_of_each
-from writesae.model.attaching import HookedModel
 from writesae.model.continuing import cache_argument, check_continues, feed_in_pieces, going_on, knows_its_length
+from writesae.model.memory import Memory
+from writesae.model.remembering import RememberingModel
 from writesae.model.tokens import Text, is_text
 from writesae.models.arguments import arguments_of
 from writesae.models.wrappers import bare
 
 
-class GeneratingModel(HookedModel):
+class GeneratingModel(RememberingModel):
     """A transformers model with hook points that writes texts; its arguments are those of `HookedModel`."""
 
-    def _cache_renamed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments, with a cache under the model's own name for it."""
-        past = cache_in(kwargs)
-        others = {name: value for name, value in kwargs.items() if name not in CACHES}
-        if past is None:
-            return others
-        return {**others, cache_argument(self.hf_model): past}
-
-    def _tokens(self, x: Text | None, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor | None]:
-        """``input_ids`` or ``inputs_embeds``, and the mask: that of texts, or the one in ``kwargs``, which loses it."""
-        if x is None:
-            embeds = kwargs.pop("inputs_embeds")
-            if not isinstance(embeds, Tensor) or embeds.ndim != 3:
-                raise ValueError("inputs_embeds must be a tensor [batch, pos, d_model]")
-            return {"inputs_embeds": embeds.to(self.device)}, kwargs.pop("attention_mask", None)
-        ids, mask = self.to_tokens(x)
-        return {"input_ids": ids}, kwargs.pop("attention_mask", mask)
-
     @torch.no_grad()
-    def generate(self, x: Text | None = None, **kwargs: Any) -> Any:
+    def generate(self, x: Text | None = None, *, memory: Memory | None = None, **kwargs: Any) -> Any:
         """Continue a text. What is attached acts on every token, in the prompt and generated.
 
         Args:
             x: a text, several, or token ids.
+            memory: what the model remembers (`memory`): ``x`` is what comes after that. It stays as it is.
             **kwargs: for ``transformers`` generation: ``max_new_tokens``, ``do_sample``, ``temperature``, ... With a
                 filled cache, ``past_key_values=``, ``x`` is the whole text all the same, and only what the cache has
                 not been fed is run.
@@ -53,6 +37,10 @@ class GeneratingModel(HookedModel):
         Returns:
             Prompt and continuation: a text for a text, a list for several, token ids for token ids.
         """
+        given, before = x, 0
+        if memory is not None:
+            x, kwargs = self._whole_from(memory, x, kwargs)
+            before = memory.n_tokens
         x, kwargs = self._read_for_generation(x, kwargs)
         tokens, mask = self._tokens(x, kwargs)
         size = next(iter(tokens.values())).shape[:2]
@@ -60,6 +48,11 @@ class GeneratingModel(HookedModel):
             raise ValueError("generation needs padding on the left: the attention mask ends with padding")
         past = cache_in(kwargs)
         beams = max(self._setting("num_beams", kwargs) or 1, self._setting("num_return_sequences", kwargs) or 1)
+        if memory is not None and beams > 1:
+            raise ValueError(
+                f"memory= with {beams} beams or returned sequences: a memory goes on once for each text that is given; "
+                f"give the text {beams} times"
+            )
         if past is not None:
             check_continues(past, tokens, size[1] if mask is None else mask.shape[-1], beams)
         if mask is not None:
@@ -80,17 +73,19 @@ class GeneratingModel(HookedModel):
         if most is not None:  # positions past an early end of the text are no mistake
             for positions in self._asked():
                 positions.vouch()
-        if not is_text(x) or not isinstance(out, Tensor):
+        out = _without(out, before)
+        if not is_text(given) or not isinstance(out, Tensor):
             return out
-        texts = [x] if isinstance(x, str) else list(x or ())
+        texts = [given] if isinstance(given, str) else list(given or ())
+        n_prompt, lengths = size[1] - before, mask[:, before:].sum(-1).tolist()
         per_text, ends = out.shape[0] // len(texts), self._ends(kwargs)
-        rows, lengths, ends = [], mask.sum(-1).tolist(), ends.cpu()
+        rows, ends = [], ends.cpu()
         for i, row in enumerate(out.cpu()):
-            old, new = row[size[1] - lengths[i // per_text] : size[1]], row[size[1] :]
+            old, new = row[n_prompt - lengths[i // per_text] : n_prompt], row[n_prompt:]
             over = torch.isin(new, ends).nonzero()[:1, 0]  # what follows the end of one text is filling
             new = new[: int(over) + 1] if len(over) else new
             rows.append(self._tokenizer().decode(torch.cat([old, new]), skip_special_tokens=True))
-        return rows[0] if isinstance(x, str) and len(rows) == 1 else rows
+        return rows[0] if isinstance(given, str) and len(rows) == 1 else rows
 
     def _read_for_generation(self, x: Text | None, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """`read`, where only some arguments are the model's; transformers refuses those that it does not know."""
@@ -155,3 +150,13 @@ class GeneratingModel(HookedModel):
         """Token ids at which generation of a text ends."""
         found = self._setting("eos_token_id", kwargs)
         return torch.as_tensor([] if found is None else found, device=self.device).reshape(-1).long()
+
+
+def _without(out: Any, n: int) -> Any:
+    """What generation returned, without its first tokens."""
+    if not n:
+        return out
+    if isinstance(out, Tensor):
+        return out[:, n:]
+    out.sequences = out.sequences[:, n:]
+    return out

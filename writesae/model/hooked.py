@@ -23,14 +23,14 @@ from writesae.hooks.tap import check_kernels
 from writesae.model.attaching import Hooks, Names, check_fired
 from writesae.model.continuing import positions_behind
 from writesae.model.generating import GeneratingModel
+from writesae.model.memory import Memory
 from writesae.model.tokens import Text, is_text, next_token_loss
 from writesae.models.arguments import arguments_of
 from writesae.models.devices import device_named, dtype_named
-from writesae.models.fingerprint import fingerprint_of
+from writesae.models.fingerprint import fingerprint_of_module
 from writesae.models.load import load_model
-from writesae.models.quantized import holds_codes
 from writesae.models.tokenizers import check_tokenizer, load_tokenizer
-from writesae.models.wrappers import bare, unwrapped, weights
+from writesae.models.wrappers import bare, unwrapped
 from writesae.zoo import shipped_model, shipped_models
 
 
@@ -211,8 +211,7 @@ class HookedRecurrentModel(GeneratingModel):
         `writesae.models.fingerprint.same_weights`: loaded in float16 or quantised, a checkpoint has a string that is
         not equal and still the same.
         """
-        mixer = self._installed.mixers[self._tap(layer).site.layer]
-        return fingerprint_of(weights(mixer), quantised=any(map(holds_codes, mixer.modules())))
+        return fingerprint_of_module(self._installed.mixers[self._tap(layer).site.layer])
 
     # --- running ------------------------------------------------------------------------------------------------------
 
@@ -223,6 +222,7 @@ class HookedRecurrentModel(GeneratingModel):
         return_type: str | None = "logits",
         loss_per_token: bool = False,
         stop_at_layer: int | None = None,
+        memory: Memory | None = None,
         **kwargs: Any,
     ) -> Any:
         """Logits ``[batch, pos, vocab]`` for text or token ids, with all that is attached.
@@ -235,11 +235,14 @@ class HookedRecurrentModel(GeneratingModel):
             loss_per_token: the loss of each token instead of the mean, ``[batch, pos - 1]``, 0 at padding.
             stop_at_layer: run the layers before this one only, and return the residual stream that would enter it
                 ``[batch, pos, d_model]``. Negative ones count from the end; `n_layers` stops after the last layer.
+            memory: what the model remembers (`memory`): ``x`` goes on from there. It stays as it is.
             **kwargs: for the model: ``attention_mask`` (over the whole sequence), ``past_key_values`` (a
                 ``transformers.DynamicCache(config=model.config)``, updated in place: feed a sequence in pieces), ...
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type={return_type!r}: allowed are 'logits', 'loss', 'both' and None")
+        if memory is not None:
+            x, kwargs = self._going_on_from(memory, x, kwargs)
         x, kwargs = self.read(x, self._cache_renamed(kwargs))
         tokens, mask = self._tokens(x, kwargs)
         size = next(iter(tokens.values())).shape[:2]
@@ -270,6 +273,7 @@ class HookedRecurrentModel(GeneratingModel):
         logits = self.hf_model(**tokens, attention_mask=mask, **kwargs).logits
         if return_type in ("logits", None):
             return logits if return_type else None
+        mask = None if memory is not None else mask
         if logits.shape[1] != size[1] or (mask is not None and mask.shape != size):
             raise ValueError("a loss needs logits of all tokens: drop logits_to_keep and past_key_values")
         loss = next_token_loss(logits, tokens["input_ids"], mask, loss_per_token)

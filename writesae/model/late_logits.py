@@ -42,8 +42,12 @@ class LateLogits:
     @property
     def shape(self) -> tuple[int, int]:
         """Sequences and tokens of the pass."""
-        batch, n_pos, _ = (self.output.last_hidden_state if self.logits is None else self.logits).shape
-        return batch, n_pos
+        return self.kept.shape[0], self.kept.shape[1]
+
+    @property
+    def kept(self) -> Float[Tensor, "batch pos _"]:
+        """What logits are made of: the last hidden states, or all logits where there are those alone."""
+        return self.output.last_hidden_state if self.logits is None else self.logits
 
     def at(self, rows: Int[Tensor, "*n"], columns: Int[Tensor, "*n"]) -> Float[Tensor, "*n vocab"]:
         """The logits of some tokens; a gradient goes through them as through those of the pass.
@@ -64,13 +68,17 @@ class LateLogits:
 
     def of_last(self) -> Float[Tensor, "batch 1 vocab"]:
         """The logits after the last token of each sequence."""
-        hidden = self.output.last_hidden_state if self.logits is None else self.logits
-        rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+        rows = torch.arange(len(self.kept), device=self.kept.device)[:, None]
         return self.at(rows, torch.full_like(rows, -1))
 
     def detach(self) -> LateLogits:
         """The same without its graph."""
         return self._map(lambda x: x.detach())
+
+    def apart(self) -> LateLogits:
+        """The same as the beginning of a graph of its own: the backward pass can then go through the head in pieces,
+        and through the model once, from ``apart.kept.grad``."""
+        return self._map(lambda x: x.detach().requires_grad_())
 
     def last(self) -> LateLogits:
         """The last token of each sequence alone: what is kept of the others is let go."""

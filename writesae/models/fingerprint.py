@@ -18,7 +18,10 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from writesae.models.quantized import holds_codes
+from writesae.models.wrappers import weights
 
 N_NUMBERS = 16
 BLOCK, AT_ONCE = 4096, 256  # weights per block; blocks worked on at once
@@ -44,6 +47,11 @@ def fingerprint_of(weights: Iterable[tuple[str, Tensor]], *, quantised: bool = F
         sketch[:] = np.iinfo(np.int16).min * STEP  # not the fingerprint of any weights in order
     steps = np.clip(np.rint(sketch / STEP), -(2**15), 2**15 - 1).astype(">i2")
     return f"{digest.hexdigest()[:16] if exact else ''}-{steps.tobytes().hex()}{'q' * quantised}"
+
+
+def fingerprint_of_module(module: nn.Module) -> str:
+    """The fingerprint of a module's weights as they act, adapters of PEFT included."""
+    return fingerprint_of(weights(module), quantised=any(map(holds_codes, module.modules())))
 
 
 def same_weights(one: str, other: str) -> bool:

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,8 @@ class KernelCall(ABC):
     An adapter says what a quantity is in the arguments (`canonical`), which of them have tokens (`sequences`), where
     the state is (`initial_state`), how to call the native function (`run`), and what the mixer expects back (`result`).
     """
+
+    state_argument: ClassVar[str] = "initial_state"  # which has the state before the call
 
     def __init__(self, family: Family, arguments: dict[str, Any]):
         self.family = family
@@ -63,6 +65,10 @@ class KernelCall(ABC):
     def set(self, quantity: str, value: Tensor) -> None:
         """Replace a quantity (all heads) by a canonical value."""
         self.changed[quantity] = value
+
+    def start_from(self, state: Float[Tensor, "batch head d_key d_value"]) -> None:
+        """Begin at a state, in the place of the one that the model gave."""
+        self.arguments = {**self.arguments, self.state_argument: state.mT if self.family.transposed else state}
 
     def recurrence(self, heads: Sequence[int] | None = None) -> Recurrence:
         """Decay, erase and reads of the given heads."""
@@ -178,6 +184,7 @@ class Family:
         seen_at: ``{quantity: submodule}`` for what is no input of the recurrence but the output of a submodule that
             runs before it, in firing order. A mixer need not have them all.
         meanings: shape and meaning of quantities that are this architecture's own, see `writesae.hooks.quantities`.
+        transposed: the model keeps its states, in its cache and between calls, as ``[batch, head, d_value, d_key]``.
         letters: what canonical quantities are in the architecture's own words, where those differ.
         aliases: TransformerLens' names of quantities, less ``hook_``: what we call the same quantity.
     """
@@ -195,6 +202,7 @@ class Family:
     norms: tuple[str, ...] = ()
     seen_at: Mapping[str, str] = field(default_factory=dict)
     meanings: Mapping[str, Quantity] = field(default_factory=dict)
+    transposed: bool = False
     letters: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=lambda: SSM)
 

@@ -176,6 +176,7 @@ MAMBA2 = Family(
     fused=("mamba2_split_conv1d_scan_combined",),
     sizes=("num_heads", "ssm_state_size", "head_dim"),
     norms=("norm",),
+    transposed=True,
     call=_call,
     letters={
         "q": "C",
