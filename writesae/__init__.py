@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Delete,
         HookPoint,
         Intervention,
+        Knockout,
         Reconstruct,
         Replace,
         Site,
@@ -54,7 +55,8 @@ _HOME = {
     "writesae.methods": ("Patching", "patching"),
     "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
-        "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Reconstruct", "Replace", "Site", "Steer",
+        "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Knockout", "Reconstruct", "Replace", "Site",
+        "Steer",
     ),
     "writesae.model": ("HookedRecurrentModel",),
     "writesae.pages": ("write_pages",),
@@ -67,7 +69,7 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "Gradient", "HookPoint",
-    "HookedRecurrentModel", "Intervention", "Logit", "Patching", "Reconstruct", "Recurrence", "Replace",
+    "HookedRecurrentModel", "Intervention", "Knockout", "Logit", "Patching", "Reconstruct", "Recurrence", "Replace",
     "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "Substitute", "Write", "WriteSAE", "amplify",
     "atom_classes", "attribute", "attribution_test", "check", "choose_atoms", "erase", "extract", "gradient",
     "install", "logit_change", "patching", "population_test", "record", "replacement_test", "reproduce",
