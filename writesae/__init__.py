@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         Site,
         Steer,
     )
-    from writesae.methods import Patching, patching
+    from writesae.methods import DirectAttribution, Patching, direct_attribution, patching
     from writesae.model import HookedRecurrentModel
     from writesae.pages import write_pages
     from writesae.recurrence import Recurrence, States, Write
@@ -52,7 +52,7 @@ _HOME = {
         "install", "logit_change", "population_test", "replacement_test", "reproduce", "seed_stability", "sign_test",
     ),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
-    "writesae.methods": ("Patching", "patching"),
+    "writesae.methods": ("DirectAttribution", "Patching", "direct_attribution", "patching"),
     "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
         "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Knockout", "Reconstruct", "Replace", "Site",
@@ -68,12 +68,13 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "Gradient", "HookPoint",
-    "HookedRecurrentModel", "Intervention", "Knockout", "Logit", "Patching", "Reconstruct", "Recurrence", "Replace",
-    "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "Substitute", "Write", "WriteSAE", "amplify",
-    "atom_classes", "attribute", "attribution_test", "check", "choose_atoms", "erase", "extract", "gradient",
-    "install", "logit_change", "patching", "population_test", "record", "replacement_test", "reproduce",
-    "seed_stability", "sign_test", "texts", "top_contexts", "train_site", "train_store", "write_pages",
+    "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "DirectAttribution", "Gradient",
+    "HookPoint", "HookedRecurrentModel", "Intervention", "Knockout", "Logit", "Patching", "Reconstruct",
+    "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "Substitute", "Write",
+    "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test", "check", "choose_atoms",
+    "direct_attribution", "erase", "extract", "gradient", "install", "logit_change", "patching", "population_test",
+    "record", "replacement_test", "reproduce", "seed_stability", "sign_test", "texts", "top_contexts", "train_site",
+    "train_store", "write_pages",
 ]  # fmt: skip
 
 

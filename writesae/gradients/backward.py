@@ -271,6 +271,21 @@ def gradient(
     >>> found = gradient(model, "The state of the", Logit(token))
     >>> found[2].price(found.cache.write(2))        # what each write of layer 2 contributes, [batch, pos, head]
     """
+    return differentiate(model, x, of, layers, at=at, **kwargs)[0]
+
+
+def differentiate(
+    model: HookedRecurrentModel,
+    x: Text,
+    of: Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]],
+    layers: Sequence[int] | None,
+    others: Callable[[], list[Tensor]] = list,
+    *,
+    at: int | Int[Tensor, " batch"] | None = None,
+    **kwargs: Any,
+) -> tuple[Gradient, list[Tensor | None]]:
+    """`gradient`, and that with respect to other tensors of the same pass (``others()``, asked when it is over); None
+    for those that the number does not depend on."""
     chosen = [site.layer for site in model.sites] if layers is None else [model.site(layer).layer for layer in layers]
     if at is None and isinstance(of, Logit):
         of, at = replace(of, at=0), of.at
@@ -302,6 +317,7 @@ def gradient(
         if not value.requires_grad:
             raise ValueError("the number asked about does not depend on what these layers read: use the logits given")
         wanted = [tensor for probe in probes.values() for tensor in probe.tensors]
+        n, wanted = len(wanted), wanted + others()
         found = torch.autograd.grad(value.sum(), wanted, allow_unused=True)
     cache.detach()
     gradients = dict(zip(map(id, wanted), found, strict=True))
@@ -311,7 +327,7 @@ def gradient(
         rec = model.family(layer).rule.recurrence(lambda quantity, layer=layer: cache[quantity, layer])
         read = probe.read if cache.of_own_writes(layer) else None
         made[layer] = LayerGradient(rec, cache.write(layer), *probe.gradients(of_tensor), read)
-    return Gradient(value.detach(), end.detach(), cache, made)
+    return Gradient(value.detach(), end.detach(), cache, made), list(found[n:])
 
 
 def _differentiable(x: Any) -> Any:
