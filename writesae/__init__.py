@@ -37,7 +37,16 @@ if TYPE_CHECKING:
         Site,
         Steer,
     )
-    from writesae.methods import DirectAttribution, Patching, direct_attribution, patching
+    from writesae.methods import (
+        DirectAttribution,
+        KnockoutSweep,
+        Patching,
+        Pattern,
+        direct_attribution,
+        knockout_sweep,
+        patching,
+        pattern,
+    )
     from writesae.model import HookedRecurrentModel
     from writesae.pages import write_pages
     from writesae.recurrence import Recurrence, States, Write
@@ -52,7 +61,10 @@ _HOME = {
         "install", "logit_change", "population_test", "replacement_test", "reproduce", "seed_stability", "sign_test",
     ),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
-    "writesae.methods": ("DirectAttribution", "Patching", "direct_attribution", "patching"),
+    "writesae.methods": (
+        "DirectAttribution", "KnockoutSweep", "Patching", "Pattern", "direct_attribution", "knockout_sweep", "patching",
+        "pattern",
+    ),
     "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
         "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Knockout", "Reconstruct", "Replace", "Site",
@@ -69,12 +81,12 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "DirectAttribution", "Gradient",
-    "HookPoint", "HookedRecurrentModel", "Intervention", "Knockout", "Logit", "Patching", "Reconstruct",
-    "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "Substitute", "Write",
-    "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test", "check", "choose_atoms",
-    "direct_attribution", "erase", "extract", "gradient", "install", "logit_change", "patching", "population_test",
-    "record", "replacement_test", "reproduce", "seed_stability", "sign_test", "texts", "top_contexts", "train_site",
-    "train_store", "write_pages",
+    "HookPoint", "HookedRecurrentModel", "Intervention", "Knockout", "KnockoutSweep", "Logit", "Patching",
+    "Pattern", "Reconstruct", "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer",
+    "Substitute", "Write", "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test", "check",
+    "choose_atoms", "direct_attribution", "erase", "extract", "gradient", "install", "knockout_sweep",
+    "logit_change", "patching", "pattern", "population_test", "record", "replacement_test", "reproduce",
+    "seed_stability", "sign_test", "texts", "top_contexts", "train_site", "train_store", "write_pages",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from writesae.gradients import Logit
 from writesae.gradients.backward import LayerGradient, differentiate
 from writesae.hooks.sites import Head
 from writesae.methods.direct_paths import BIAS, direct_paths, mixer_names
-from writesae.methods.texts import one_text, strings_of
+from writesae.methods.questions import one_text, strings_of
 from writesae.model import HookedRecurrentModel, Text
 from writesae.results.result import Figure, Number, Result, figure
 

@@ -40,17 +40,19 @@ class Part:
         layer: its layer; None for the embedding.
         name: the module's name in its layer, such as ``linear_attn`` or ``mlp``.
         value: what it gave.
+        given: the same, with the graph of how it was made of what heads read.
         probe: zeros added to that; a gradient with respect to them is one with respect to the part.
     """
 
     layer: int | None
     name: str
     value: Float[Tensor, "batch pos ..."]
+    given: Float[Tensor, "batch pos ..."]
     probe: Float[Tensor, "batch pos ..."]
 
     @classmethod
     def of(cls, layer: int | None, name: str, value: Tensor) -> Part:
-        return cls(layer, name, value.detach(), torch.zeros_like(value).requires_grad_())
+        return cls(layer, name, value.detach(), value, torch.zeros_like(value).requires_grad_())
 
     def contribution(self, gradient: Tensor) -> Float[Tensor, " batch"]:
         """What it adds to the number that the gradient is of."""
