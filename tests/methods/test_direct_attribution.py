@@ -43,7 +43,7 @@ def test_parts_sum_to_the_logit(architecture: Architecture) -> None:
         assert (abs(rest) > 1e-4) if a.rule.name in OUTSIDE else rest == pytest.approx(0, abs=1e-4)
     grid = ws.pattern(model, ids, a.layers[-1], 1, of=OF)
     of_head = writes[(writes.layer == a.layers[-1]) & (writes["head"] == 1)].sort_values("position")
-    torch.testing.assert_close(grid.grid[-1].double(), torch.tensor(of_head.contribution.to_numpy()))
+    torch.testing.assert_close(grid.grid[-1], torch.tensor(of_head.contribution.to_numpy()).float())
     assert not model.busy and not any(p.grad is not None for p in model.hf_model.parameters())
 
 
@@ -154,6 +154,7 @@ def test_a_norm_that_is_not_held_is_noticed(model: ws.HookedRecurrentModel, monk
         ws.direct_attribution(model, TEXT, OF)
 
 
+@annotations_unchecked()
 def test_bad_input(model: ws.HookedRecurrentModel) -> None:
     for given, error, match in (
         (dict(by="heads"), ValueError, r"by='heads': allowed are 'layer', 'head' and 'token'"),
