@@ -160,9 +160,11 @@ def direct_attribution(
     if by != "token":
         rows = [(name, layer, head, -1, x) for name, layer, head, _, x in rows]
     rows.append((BIAS, -1, -1, -1, float(bias)))
-    name, layer, head, position, x = zip(*rows, strict=True)
-    where = [torch.tensor(column) for column in (layer, head, position)]
-    return DirectAttribution(by, strings_of(model, ids), value, name, *where, torch.tensor(x))
+    names, *where, amounts = zip(*rows, strict=True)
+    layer, head, position = (torch.tensor(column) for column in where)
+    return DirectAttribution(
+        by, strings_of(model, ids), value, names, layer, head, position, torch.tensor(amounts, dtype=torch.float64)
+    )
 
 
 @torch.no_grad()

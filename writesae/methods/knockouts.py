@@ -78,7 +78,7 @@ class KnockoutSweep(Result):
     def numbers(self) -> Sequence[Number]:
         made = [Number("uncut", self.uncut)]
         for layers, head, x in self.top(8):
-            where = f"layers {layers[0]} to {layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+            where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {min(layers)} to {max(layers)}"
             made.append(Number(where + ("" if head is None else f" head {head}") + ", change", x))
         return made
 
