@@ -177,5 +177,8 @@ def test_bad_input(model: ws.HookedRecurrentModel) -> None:
     def capped(_module: torch.nn.Module, _args: object, logits: Tensor) -> Tensor:
         return 3 * (logits / 3).tanh()
 
-    with model.hf_model.lm_head.register_forward_hook(capped), pytest.raises(ValueError, match="a softcap"):
-        ws.direct_attribution(model, TEXT, OF)
+    with model.hf_model.lm_head.register_forward_hook(capped):
+        with pytest.raises(ValueError, match="a softcap"):
+            ws.direct_attribution(model, TEXT, OF)
+        with pytest.raises(ValueError, match="logits are not linear in what the last layer gives"):
+            ws.pattern(model, TEXT, 2, 1, of=OF)

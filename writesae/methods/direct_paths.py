@@ -12,9 +12,10 @@ its way (multipliers, several lanes), and the gradient of a logit is the direct 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +23,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from writesae.futures.parts import map_tensors
+from writesae.gradients import Logit
 from writesae.gradients.norms import FixedScale
 from writesae.hooks import HookPoint, find_mixers, name_of
 from writesae.hooks.scope import Owner, owning
 from writesae.model import HookedRecurrentModel
+from writesae.model.late_logits import LateLogits
+from writesae.models.wrappers import bare
 from writesae.recurrence.write import wide
 
 EMBEDDING, BIAS = "embedding", "bias"
@@ -71,10 +75,17 @@ class DirectScale(FixedScale):
 
 @dataclass(eq=False)
 class Paths:
-    """The parts of a pass, and the biases behind the last layer, as tensors to differentiate by."""
+    """The parts of a pass, and the biases behind the last layer, as tensors to differentiate by.
+
+    Attributes:
+        parts: in the order in which they were added.
+        biases: those that are in no layer.
+        end: what the last layer gave, normalised.
+    """
 
     parts: list[Part]
     biases: list[nn.Parameter]
+    end: LateLogits
 
     def tensors(self) -> list[Tensor]:
         return [part.probe for part in self.parts] + list(self.biases)
@@ -95,7 +106,8 @@ def direct_paths(model: HookedRecurrentModel) -> Iterator[Paths]:
     inside = {id(p) for layer in layers for p in layer.parameters()}
     named = model.hf_model.named_parameters()
     biases = [p for name, p in named if name.endswith("bias") and p.ndim == 1 and id(p) not in inside]
-    paths, wanted = Paths([], biases), [p.requires_grad for p in biases]
+    whole: Any = bare(model.hf_model)
+    paths, wanted = Paths([], biases, LateLogits(whole)), [p.requires_grad for p in biases]
 
     def embedding(x: Tensor, hook: HookPoint) -> Tensor:
         for p in biases:
@@ -103,8 +115,13 @@ def direct_paths(model: HookedRecurrentModel) -> Iterator[Paths]:
         paths.parts.append(Part.of(None, EMBEDDING, x))
         return x.detach() + paths.parts[-1].probe
 
+    def keep(_stack: nn.Module, _args: Any, output: Any) -> None:
+        if call.here and paths.end.output is None:  # later calls make logits of it
+            paths.end.output = output
+
     with ExitStack() as stack:
         call = stack.enter_context(owning(everywhere=False))
+        stack.callback(whole.base_model.register_forward_hook(keep).remove)
         seen: set[int] = set()
         for index, layer in enumerate(layers):
             for name, module in _modules(layer, mixers):
@@ -118,6 +135,29 @@ def direct_paths(model: HookedRecurrentModel) -> Iterator[Paths]:
         finally:
             for p, before in zip(biases, wanted, strict=True):
                 p.requires_grad_(before)
+
+
+def reading(end: LateLogits, of: Logit) -> Float[Tensor, " d_model"]:
+    """The vector that reads a logit, or a difference, off the normalised stream behind the last layer.
+
+    Raises:
+        ValueError: there is none, since logits are not linear in it.
+    """
+    x = end.output.last_hidden_state[:1, -1:].detach()
+    points = torch.cat([x, 2 * x, torch.zeros_like(x)], 1).requires_grad_()
+    output = copy.copy(end.output)
+    output.last_hidden_state = points
+    columns = torch.arange(3, device=x.device)
+    with torch.enable_grad():
+        found = replace(of, at=0)(LateLogits(end.model, output).at(torch.zeros_like(columns), columns)[:, None])
+        (slopes,) = torch.autograd.grad(found.sum(), points)
+    here, twice, zero = found.detach()
+    if (twice - 2 * here + zero).abs() > max(1e-4, 16 * torch.finfo(x.dtype).eps) * (1 + twice.abs() + here.abs()):
+        raise ValueError(
+            "logits are not linear in what the last layer gives (a softcap), so no vector reads one off, and nothing "
+            "can be attributed to it directly"
+        )
+    return slopes[0, 0]
 
 
 def layers_of(model: HookedRecurrentModel) -> list[nn.Module]:

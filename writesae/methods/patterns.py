@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from writesae.gradients import Logit
 from writesae.gradients.backward import differentiate
 from writesae.hooks.names import name_of
 from writesae.hooks.sites import Head
-from writesae.methods.direct_paths import direct_paths, mixer_names
+from writesae.methods.direct_paths import direct_paths, mixer_names, reading
 from writesae.methods.questions import one_text, strings_of
 from writesae.model import HookedRecurrentModel, Text
 from writesae.results.result import Figure, Number, Result, figure
@@ -114,7 +114,8 @@ def pattern(
         **kwargs: arguments of the model.
 
     Raises:
-        ValueError: several texts, writes of higher rank, or a vector of another size than the stream.
+        ValueError: several texts, writes of higher rank, a vector of another size than the stream, or a model whose
+            logits are not linear in its last layer's output (a softcap).
         IndexError: no such layer or head.
     """
     model.site(layer).check_head(head)
@@ -128,10 +129,9 @@ def pattern(
     name = mixer_names(model)[layer]
     with direct_paths(model) as paths:
 
-        def number(logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
-            if isinstance(of, Logit):
-                each = replace(of, at=0)
-                return torch.stack([each(logits[:, t : t + 1]) for t in range(logits.shape[1])]).sum(0)
+        def number(_logits: Float[Tensor, "batch 1 vocab"]) -> Float[Tensor, " batch"]:
+            if isinstance(of, Logit):  # of every token, by the vector that reads it off: no logits are made for it
+                return (paths.end.output.last_hidden_state @ reading(paths.end, of)).sum(1)
             (part,) = (part for part in paths.parts if (part.layer, part.name) == (layer, name))
             if of.shape != part.value.shape[-1:]:
                 raise ValueError(
@@ -139,7 +139,7 @@ def pattern(
                 )
             return (part.given @ of.to(part.given)).sum(1)
 
-        found, _ = differentiate(model, ids, number, [layer], at=None if isinstance(of, Logit) else -1, **kwargs)
+        found, _ = differentiate(model, ids, number, [layer], at=-1, **kwargs)
     with torch.no_grad():
         fixed = found[layer].at_fixed_scale
         grid = found.cache.pattern(layer, head)[0]
