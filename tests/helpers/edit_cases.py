@@ -16,7 +16,18 @@ from torch import Tensor
 import brute_force as bf
 from architectures import D_KEY, N_HEADS, N_VOCAB, Architecture
 from brute_force import DenseEdit
-from writesae import Add, Delete, HookedRecurrentModel, Intervention, Replace, SAEConfig, Substitute, Write, WriteSAE
+from writesae import (
+    Add,
+    Delete,
+    HookedRecurrentModel,
+    Intervention,
+    Knockout,
+    Replace,
+    SAEConfig,
+    Substitute,
+    Write,
+    WriteSAE,
+)
 
 TOLERANCE = 1e-4  # max |Δlogit|; logits have a standard deviation of about 1
 
@@ -49,7 +60,7 @@ class Case:
 
     name: str
     attach: Attach
-    dense: list[DenseEdit]
+    dense: list[DenseEdit | bf.DenseKnockout]
 
     def __str__(self) -> str:
         return self.name
@@ -290,6 +301,11 @@ def at_any_length(a: Architecture) -> list[Case]:
                  slice(0, None, 3)),
             edit("replace", Replace(3, 0, write=one), bf.replace(one.dense()), [0], slice(0, None, 7), "next"),
             edit("state", Substitute(state_sae), bf.substitute(state_sae), [1], slice(0, None, 9)),
+            Case(
+                "knockout",
+                lambda model: model.intervene(Knockout(1, 3, sources=slice(0, None, 5))),
+                [bf.DenseKnockout(1, 3, tuple(range(0, 10**3, 5)), None)],
+            ),
         ]),
         together("hooks", [case for case in by_hooks if case.name != "hook_state"]),
     ]  # fmt: skip
