@@ -25,8 +25,28 @@ if TYPE_CHECKING:
         sign_test,
     )
     from writesae.gradients import Gradient, Logit, gradient
-    from writesae.hooks import ActivationCache, Add, Delete, HookPoint, Intervention, Reconstruct, Replace, Site, Steer
-    from writesae.methods import Patching, patching
+    from writesae.hooks import (
+        ActivationCache,
+        Add,
+        Delete,
+        HookPoint,
+        Intervention,
+        Knockout,
+        Reconstruct,
+        Replace,
+        Site,
+        Steer,
+    )
+    from writesae.methods import (
+        DirectAttribution,
+        KnockoutSweep,
+        Patching,
+        Pattern,
+        direct_attribution,
+        knockout_sweep,
+        patching,
+        pattern,
+    )
     from writesae.model import HookedRecurrentModel, Memory
     from writesae.pages import write_pages
     from writesae.recurrence import Recurrence, States, Write
@@ -50,25 +70,19 @@ _HOME = {
         "ReplacementResult", "amplify", "atom_classes", "attribute", "attribution_test", "choose_atoms", "erase",
         "install", "logit_change", "population_test", "replacement_test", "reproduce", "seed_stability", "sign_test",
     ),
-    "writesae.gradients": (
-        "Gradient", "Logit", "gradient",
-    ),
+    "writesae.gradients": ("Gradient", "Logit", "gradient"),
     "writesae.methods": (
-        "Patching", "patching",
+        "DirectAttribution", "KnockoutSweep", "Patching", "Pattern", "direct_attribution", "knockout_sweep",
+        "patching", "pattern",
     ),
-    "writesae.stores": (
-        "ActivationStore", "extract", "record", "texts",
-    ),
+    "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
-        "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Reconstruct", "Replace", "Site", "Steer",
+        "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Knockout", "Reconstruct", "Replace", "Site",
+        "Steer",
     ),
-    "writesae.model": (
-        "HookedRecurrentModel", "Memory",
-    ),
+    "writesae.model": ("HookedRecurrentModel", "Memory"),
     "writesae.pages": ("write_pages",),
-    "writesae.recurrence": (
-        "Recurrence", "States", "Write",
-    ),
+    "writesae.recurrence": ("Recurrence", "States", "Write"),
     "writesae.saes": (
         "Codes", "Contexts", "Recode", "SAEConfig", "Substitute", "WriteSAE", "top_contexts", "train_site",
         "train_store",
@@ -77,12 +91,13 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "Gradient", "HookPoint",
-    "HookedRecurrentModel", "Intervention", "Logit", "Memory", "Patching", "Recode", "Reconstruct", "Recurrence",
-    "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "Substitute", "Write", "WriteSAE",
-    "amplify", "atom_classes", "attribute", "attribution_test", "check", "choose_atoms", "erase", "extract",
-    "gradient", "install", "logit_change", "patching", "population_test", "record", "replacement_test", "reproduce",
-    "seed_stability", "sign_test", "texts", "top_contexts", "train_site", "train_store", "write_pages",
+    "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "DirectAttribution", "Gradient",
+    "HookPoint", "HookedRecurrentModel", "Intervention", "Knockout", "KnockoutSweep", "Logit", "Memory", "Patching",
+    "Pattern", "Recode", "Reconstruct", "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site", "States",
+    "Steer", "Substitute", "Write", "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test", "check",
+    "choose_atoms", "direct_attribution", "erase", "extract", "gradient", "install", "knockout_sweep", "logit_change",
+    "patching", "pattern", "population_test", "record", "replacement_test", "reproduce", "seed_stability",
+    "sign_test", "texts", "top_contexts", "train_site", "train_store", "write_pages",
 ]  # fmt: skip
 
 

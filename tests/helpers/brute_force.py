@@ -84,6 +84,16 @@ class DenseEdit:
         return list(self.positions).index(position) if position in self.positions else None
 
 
+@dataclass(frozen=True)
+class DenseKnockout:
+    """The reads of one head at ``targets`` (None: all) do not see what is left of what earlier ``sources`` wrote."""
+
+    layer: int
+    head: int
+    sources: tuple[int, ...]
+    targets: tuple[int, ...] | None
+
+
 # Edits ---------------------------------------------------------------------------------------------------------------
 
 
@@ -425,12 +435,15 @@ class BruteForce:
         edits: for each sequence of the batch.
     """
 
-    def __init__(self, a: Architecture, model: nn.Module, edits: Sequence[Sequence[DenseEdit]]):
+    def __init__(self, a: Architecture, model: nn.Module, edits: Sequence[Sequence[DenseEdit | DenseKnockout]]):
         self.a, self.model = a, model
         self.by_layer: dict[int, list[tuple[int, DenseEdit]]] = {layer: [] for layer in a.layers}
+        self.knockouts: dict[int, list[tuple[int, DenseKnockout]]] = {layer: [] for layer in a.layers}
+        self.left: dict[tuple[int, DenseKnockout], Tensor] = {}  # of what a knockout's sources wrote, in the state
         for row, items in enumerate(edits):
             for edit in items:
-                self.by_layer[edit.layer].append((row, edit))
+                kind: Any = self.knockouts if isinstance(edit, DenseKnockout) else self.by_layer
+                kind[edit.layer].append((row, edit))
         self.seen = dict.fromkeys(self.by_layer, 0)  # tokens that each layer has had
         self.n_rows = len(edits)
         self.layer = self.first = -1  # the running layer, and the position of its call's first token
@@ -498,6 +511,7 @@ class BruteForce:
                 if edit.stage == "state":
                     S[row, edit.head] = edit.fn(S[row, edit.head])
             o = read_along(at["q"], S)
+            self.knock_out(at, outer(key, value), o, self.first + t)
             for row, edit, _i in here:
                 if edit.stage == "o":
                     o[row, edit.head] = edit.fn(o[row, edit.head])
@@ -506,6 +520,15 @@ class BruteForce:
             outputs.append(o)
         self.seen[self.layer] += n_pos
         return call.answer(torch.stack(outputs, 1), S)
+
+    def knock_out(self, at: At, written: Tensor, o: Tensor, position: int) -> None:
+        """Take what the sources of knockouts wrote out of the reads of their targets, and keep it for later ones."""
+        for row, edit in self.knockouts[self.layer]:
+            left = self.left.get((row, edit), torch.zeros_like(written))
+            *_, left = self.a.rule.step(at, left)
+            if edit.targets is None or position in edit.targets:
+                o[row, edit.head] -= read_along(at["q"], left)[row, edit.head]
+            self.left[row, edit] = left + written if position in edit.sources else left
 
     def changed(self, stage: str, value: Tensor) -> Tensor:
         """A quantity outside of the recurrence; tokens, heads and channels may be flattened together."""
@@ -518,7 +541,9 @@ class BruteForce:
 
 
 @torch.no_grad()
-def brute_force(a: Architecture, model: Any, ids: Tensor, edits: Sequence[Sequence[DenseEdit]]) -> Tensor:
+def brute_force(
+    a: Architecture, model: Any, ids: Tensor, edits: Sequence[Sequence[DenseEdit | DenseKnockout]]
+) -> Tensor:
     """Logits ``[batch, pos, vocab]`` of whole sequences, each with its own edits."""
     with BruteForce(a, model, edits):
         return model(input_ids=ids, use_cache=False).logits

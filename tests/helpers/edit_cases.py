@@ -21,6 +21,7 @@ from writesae import (
     Delete,
     HookedRecurrentModel,
     Intervention,
+    Knockout,
     Recode,
     Replace,
     SAEConfig,
@@ -61,7 +62,7 @@ class Case:
 
     name: str
     attach: Attach
-    dense: list[DenseEdit]
+    dense: list[DenseEdit | bf.DenseKnockout]
 
     def __str__(self) -> str:
         return self.name
@@ -311,6 +312,11 @@ def at_any_length(a: Architecture) -> list[Case]:
                  slice(0, None, 3)),
             edit("replace", Replace(3, 0, write=one), bf.replace(one.dense()), [0], slice(0, None, 7), "next"),
             edit("state", Substitute(state_sae), bf.substitute(state_sae), [1], slice(0, None, 9)),
+            Case(
+                "knockout",
+                lambda model: model.intervene(Knockout(1, 3, sources=slice(0, None, 5))),
+                [bf.DenseKnockout(1, 3, tuple(range(0, 10**3, 5)), None)],
+            ),
         ]),
         together("hooks", [case for case in by_hooks if case.name != "hook_state"]),
     ]  # fmt: skip

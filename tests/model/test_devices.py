@@ -205,6 +205,31 @@ def test_every_edit(name, on_cpu, device):
         assert model.generate(ids, max_new_tokens=6, do_sample=False).device == device.device
 
 
+def test_knockouts_and_what_is_read(model, on_cpu, device):
+    cut = ws.Knockout(0, [0, 2], sources=[0, 1], targets=[3, 9])
+    ids = torch.arange(14).reshape(2, 7) + 40
+    out = []
+    for each in (model, on_cpu):
+        with each.intervene(cut), torch.no_grad():
+            out.append(each.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False).cpu())
+    assert torch.equal(*out)
+    waits = []
+    for targets in ([3], list(range(2, 7))):
+        with model.intervene(ws.Knockout(0, sources=[0, 1], targets=targets)), torch.no_grad():
+            before = device.n_waits
+            model(ids)
+            waits.append(device.n_waits - before)
+    assert waits[0] == waits[1] <= 2, device.waits
+    of = ws.Logit(5, minus=7)
+    for each in (
+        lambda m: ws.direct_attribution(m, TEXTS[0], of, by="token").contribution,
+        lambda m: ws.pattern(m, TEXTS[0], 0, 1, of=of).grid,
+        lambda m: ws.pattern(m, TEXTS[0], 0, 1).grid,
+        lambda m: ws.knockout_sweep(m, TEXTS[0], of, sources=0).grid,
+    ):
+        torch.testing.assert_close(each(model), each(on_cpu), rtol=1e-3, atol=1e-4)
+
+
 def test_hooks_caches_and_texts(model, device):
     double = lambda value, hook: 2 * value  # noqa: E731
     pairs = [(("k", 0), double), (("write", 1), lambda write, hook: write * 2.0), ("blocks.0.hook_resid_post", double)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from writesae import Delete, HookedRecurrentModel, Write
+from writesae import Delete, HookedRecurrentModel, Logit, Write, direct_attribution
 from writesae.models.load import load_model
 from writesae.zoo import shipped_model
 
@@ -315,3 +315,55 @@ def test_a_point_that_another_tool_goes_around_is_an_error() -> None:
         bridge(ids, use_cache=False)
     with model.hooks([(name, lambda x, hook: 2 * x)]):
         pass  # nothing ran
+
+
+# Who reads whom, and what it adds to a logit --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_effective_attention_leaves_the_erase_out() -> None:
+    """Theirs is the pattern of a memory that erases nothing, of keys before their norm; so it does not make what is
+    read, as the pattern does."""
+    model, bridge = HookedRecurrentModel.from_pretrained("tiny-gdn"), bridge_of("tiny-gdn")
+    ids = model.to_tokens(TEXT)[0]
+    _, theirs = bridge.run_with_cache(ids, use_cache=False)
+    _, cache = model.run_with_cache(ids)
+    effective = bridge.blocks[1].linear_attn.compute_effective_attention(theirs, 1)
+    beta, written, read = cache["beta", 1].mT[:, :, None], cache.write(1).value, cache["o", 1]
+    made = lambda pattern: torch.einsum("bhqk,bkhv->bqhv", pattern, written)  # noqa: E731
+    torch.testing.assert_close(made(cache.pattern(1)), read, rtol=1e-4, atol=1e-5)
+    assert (made(effective / beta) - read).abs().max() > 0.1 * read.abs().max()
+    assert (effective / beta - cache.pattern(1)).abs().max() > 0.1 * cache.pattern(1).abs().max()
+
+
+@torch.no_grad()
+def test_effective_attention_of_mamba2_is_the_pattern() -> None:
+    """Nothing is erased there, and both leave dt to what is written."""
+    model, bridge = HookedRecurrentModel.from_pretrained("tiny-mamba2"), bridge_of("tiny-mamba2")
+    ids = model.to_tokens(TEXT)[0]
+    for block in bridge.blocks:
+        block.mixer.eager_scan = True
+    _, theirs = bridge.run_with_cache(ids, use_cache=False)
+    _, cache = model.run_with_cache(ids)
+    mixer = bridge.blocks[1].mixer
+    torch.testing.assert_close(cache.pattern(1), mixer.compute_effective_attention(theirs, 1), rtol=1e-4, atol=1e-5)
+    with_dt = mixer.compute_effective_attention(theirs, 1, include_dt_scaling=True)
+    assert (cache.pattern(1) - with_dt).abs().max() > 0.1
+
+
+def test_direct_attribution_of_their_parts(pair: Any) -> None:
+    """Their layers' outputs, the scale of their final norm and their unembedding make our contributions."""
+    model, bridge, ids = pair
+    ours = direct_attribution(model, ids, Logit(5, minus=11)).records()
+    with torch.no_grad():
+        _, theirs = bridge.run_with_cache(ids, use_cache=False)
+        norm, W_U, scale = bridge.ln_final.original_component, bridge.W_U, theirs["ln_final.hook_scale"][0, -1]
+        weight = (1 + norm.weight) if "Qwen" in type(norm).__name__ else norm.weight
+        u = (W_U[:, 5] - W_U[:, 11]) * weight / scale
+        u = u - u.mean() if isinstance(norm, torch.nn.LayerNorm) else u  # it centres
+        for part, layer, contribution in zip(ours.part, ours.layer, ours.contribution, strict=True):
+            if layer >= 0:
+                name = "attn" if part == "self_attn" else part
+                expected = float(theirs[f"blocks.{layer}.{name}.hook_out"][0, -1] @ u)
+                assert contribution == pytest.approx(expected, abs=2e-5)
+                assert abs(contribution) > 1e-4

@@ -27,9 +27,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from writesae.gradients.norms import Norm
+from writesae.gradients.probes import Probe
 from writesae.gradients.questions import Logit, columns_of
 from writesae.hooks.names import name_of
-from writesae.hooks.scope import Owner, owning
+from writesae.hooks.scope import owning
 from writesae.model.late_logits import LateLogits, late_logits
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32, memory_dtype
 from writesae.recurrence.dynamics import Dynamics
@@ -271,6 +272,21 @@ def gradient(
     >>> found = gradient(model, "The state of the", Logit(token))
     >>> found[2].price(found.cache.write(2))        # what each write of layer 2 contributes, [batch, pos, head]
     """
+    return differentiate(model, x, of, layers, at=at, **kwargs)[0]
+
+
+def differentiate(
+    model: HookedRecurrentModel,
+    x: Text,
+    of: Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]],
+    layers: Sequence[int] | None,
+    others: Callable[[], list[Tensor]] = list,
+    *,
+    at: int | Int[Tensor, " batch"] | None = None,
+    **kwargs: Any,
+) -> tuple[Gradient, list[Tensor | None]]:
+    """`gradient`, and that with respect to other tensors of the same pass (``others()``, asked when it is over); None
+    for those that the number does not depend on."""
     chosen = [site.layer for site in model.sites] if layers is None else [model.site(layer).layer for layer in layers]
     if at is None and isinstance(of, Logit):
         of, at = replace(of, at=0), of.at
@@ -298,6 +314,7 @@ def gradient(
         if not value.requires_grad:
             raise ValueError("the number asked about does not depend on what these layers read: use the logits given")
         wanted = [tensor for probe in probes.values() for tensor in probe.tensors]
+        n, wanted = len(wanted), wanted + others()
         found = torch.autograd.grad(value.sum(), wanted, allow_unused=True)
     cache.detach()
     gradients = dict(zip(map(id, wanted), found, strict=True))
@@ -307,55 +324,12 @@ def gradient(
         rec = model.family(layer).rule.recurrence(lambda quantity, layer=layer: cache[quantity, layer])
         read = probe.read if cache.of_own_writes(layer) else None
         made[layer] = LayerGradient(rec, cache.write(layer), *probe.gradients(of_tensor), read)
-    return Gradient(value.detach(), end.detach(), cache, made)
+    return Gradient(value.detach(), end.detach(), cache, made), list(found[n:])
 
 
 def _differentiable(x: Any) -> Any:
     """A tensor made under ``inference_mode`` as one that a backward pass may keep; everything else as it is."""
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
-
-
-class Probe:
-    """Zeros added to what a layer reads and to what its norm returns, to get gradients with respect to them."""
-
-    def __init__(self, stack: ExitStack, model: HookedRecurrentModel, layer: int, owner: Owner):
-        self.owner = owner
-        self.tensors: list[Tensor] = []  # of the reads; of the norm
-        self.norm = model.norm(layer)
-        self.call: tuple[tuple[Tensor, ...], Tensor] | None = None
-        self.read: Tensor | None = None
-        stack.enter_context(model.hooks([(f"blocks.{layer}.mixer.hook_o", lambda value, hook: self._read(value))]))
-        if self.norm is not None:
-            stack.enter_context(_removed(self.norm.register_forward_hook(self._called)))
-
-    def _read(self, value: Tensor) -> Tensor:
-        self.read = value.detach()
-        return self._add(value)
-
-    def _add(self, value: Tensor) -> Tensor:
-        self.tensors.append(torch.zeros_like(value).requires_grad_())
-        return value + self.tensors[-1]
-
-    def _called(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if not self.owner.here:  # another thread runs the model
-            return None
-        self.call = (tuple(x.detach() for x in args), output.detach())
-        return self._add(output)
-
-    def gradients(self, of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Norm | None]:
-        """What `LayerGradient` holds of them."""
-        norm = None
-        if self.norm is not None and self.call is not None:
-            norm = Norm(self.norm, *self.call, of(self.tensors[1]))
-        return of(self.tensors[0]), norm
-
-
-@contextmanager
-def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def check_differentiable(module: nn.Module) -> None:

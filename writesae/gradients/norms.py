@@ -63,7 +63,7 @@ class Norm:
             ValueError: the module computes its scale in a way that is not known here (a fused kernel).
         """
         o = self.inputs[0].detach().clone().requires_grad_()
-        with torch.enable_grad(), _FixedScale():
+        with torch.enable_grad(), FixedScale():
             y = self.module(o, *self.inputs[1:])
             (found,) = torch.autograd.grad(y, o, self.gradient)
         with torch.no_grad():
@@ -78,7 +78,7 @@ class Norm:
         return found
 
 
-class _FixedScale(TorchFunctionMode):
+class FixedScale(TorchFunctionMode):
     """While it is active, no gradient passes through the scale of a norm."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -89,6 +89,8 @@ class _FixedScale(TorchFunctionMode):
             return _group_norm(*args, **kwargs)
         if func is F.rms_norm:
             return _rms_norm(*args, **kwargs)
+        if func is F.layer_norm:
+            return _layer_norm(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -99,6 +101,14 @@ def _rms_norm(
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     scale = (input.square().mean(dims, keepdim=True) + eps).detach().rsqrt()
     return input * scale if weight is None else input * scale * weight
+
+
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    centred = input - input.mean(tuple(range(-len(normalized_shape), 0)), keepdim=True)
+    y = _rms_norm(centred, normalized_shape, weight, eps)
+    return y if bias is None else y + bias
 
 
 def _group_norm(

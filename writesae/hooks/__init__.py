@@ -5,7 +5,7 @@ from writesae.hooks.cache import ActivationCache
 from writesae.hooks.dispatch import short_chunks
 from writesae.hooks.families import FAMILIES, Family, KernelCall, as_given, of_heads, register
 from writesae.hooks.installing import find_mixers, install
-from writesae.hooks.interventions import Add, Delete, Intervention, Moment, Replace
+from writesae.hooks.interventions import Add, Delete, Intervention, Knockout, Moment, Replace
 from writesae.hooks.names import name_of, resolve
 from writesae.hooks.points import HookPoint
 from writesae.hooks.positions import PositionSet
@@ -16,7 +16,7 @@ from writesae.hooks.tap import Attached, Tap
 
 __all__ = [
     "FAMILIES", "ActivationCache", "Add", "AttachableSAE", "Attached", "Delete", "Family", "Head", "HookPoint",
-    "Intervention", "KernelCall", "Moment", "PositionSet", "Quantity", "Reconstruct", "Replace", "ResidualEdit", "Site",
-    "Steer", "Tap", "as_given", "find_mixers", "install", "name_of", "of_heads", "register", "resolve",
-    "short_chunks",
+    "Intervention", "KernelCall", "Knockout", "Moment", "PositionSet", "Quantity", "Reconstruct", "Replace",
+    "ResidualEdit", "Site", "Steer", "Tap", "as_given", "find_mixers", "install", "name_of", "of_heads", "register",
+    "resolve", "short_chunks",
 ]  # fmt: skip

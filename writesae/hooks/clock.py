@@ -6,7 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
@@ -36,6 +36,7 @@ class Fed:
     known: bool = True  # False: some mask was given that does not say which tokens are padding
     ids: tuple[Tensor, ...] | None = None  # the tokens themselves, in pieces [batch, n]; None where they are not known
     sure: bool = False  # the count holds even if nothing seems to be in the cache: a memory's states may all be zero
+    unread: dict[Any, Tensor] = field(default_factory=dict)  # of each knockout, see `Pass.unread`
 
     def begins(self, ids: Int[Tensor, "batch pos"]) -> bool:
         """Whether these are the tokens that it has been fed, and maybe more; True where that cannot be known."""
@@ -59,6 +60,7 @@ class Pass:
         owners: those in force in the thread or task that began it.
         past: tokens before it, in the cache; None if that cannot be known.
         before: what its cache had been fed.
+        unread: of each knockout, what the tokens that are not to be read have left in the memory when it is over.
     """
 
     call: dict[str, Any]
@@ -66,6 +68,7 @@ class Pass:
     owners: frozenset[Owner] = frozenset()
     past: int | None = 0
     before: Fed | None = None
+    unread: dict[Any, Tensor] = field(default_factory=dict)
     _mask: tuple[Tensor | None] | None = None  # None: not asked for yet
     _positions: Tensor | None = None
     _on_cpu: Tensor | None = None
@@ -88,6 +91,8 @@ class Pass:
         made = cache_in(output)
         if made is not None and cache_in(self.call) is None:  # the model made the cache
             attach(made, self._after())
+        if made is None and cache_in(self.call) is None:
+            self.unread = {}  # nothing goes on from here
         self.call = {}  # positions stay: gradient checkpointing runs layers again after the pass
 
     def positions(self) -> Int[Tensor, "batch pos"]:
@@ -160,9 +165,15 @@ class Pass:
             return None
         total = self.past + self._shape()[1]
         try:
-            return Fed(total, self.mask(), ids=self._ids())
+            return Fed(total, self.mask(), ids=self._ids(), unread=self.unread)
         except ValueError:
             return Fed(total, None, known=False)
+
+    def unread_before(self, knockout: Any) -> Tensor | None:
+        """What the tokens that a knockout hides had left in the memory before this pass; None if that is not known."""
+        fed = self.before
+        found = None if fed is None or fed.n_tokens != self.past else fed.unread.get(knockout)
+        return None if found is None or len(found) != self._shape()[0] else found
 
     def _ids(self) -> tuple[Tensor, ...] | None:
         """All tokens so far, as far as they are known. Beams are exchanged for one another: theirs are not."""

@@ -127,6 +127,21 @@ class PositionSet:
         with LOCK:  # several threads may run the edited model
             self.reached[len(which)] = self.reached.get(len(which), torch.zeros_like(which)) | which
 
+    @property
+    def ends(self) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+        """The first and the last position asked for, of each row; the last of an open slice is beyond all others."""
+        if self.wanted is not None:
+            return self.wanted.min(-1).values, self.wanted.max(-1).values
+        last = torch.iinfo(torch.long).max if self.span.stop is None else self.span.stop - 1
+        return torch.tensor([self.span.start]), torch.tensor([last])
+
+    def outside(self, positions: Int[Tensor, "batch pos"]) -> tuple[bool, bool]:
+        """Whether any of them comes before these tokens of a sequence, and whether any may come after."""
+        real = positions != PAD
+        begin = positions.masked_fill(~real, torch.iinfo(torch.long).max).min(-1).values
+        first, last = (x[row_of_each(len(x), len(positions), f"positions {self.asked!r}")] for x in self.ends)
+        return bool((first < begin).any()), bool((last > positions.max(-1).values).any())
+
     def check_within(self, lengths: Int[Tensor, " batch"]) -> None:
         """Raise IndexError unless every sequence (``lengths`` real tokens each) has the positions asked for."""
         lengths = lengths.cpu()

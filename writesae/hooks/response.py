@@ -102,6 +102,46 @@ class Record:
         return Record(_moved(self.initial_state, device), edits, dense, _moved(self.write, device))
 
 
+@dataclass
+class Unread:
+    """What some reads of one call do not see of the memory: what certain tokens wrote, and what became of it.
+
+    Attributes:
+        heads: the heads of these reads, None for all.
+        start: the first token of ``o``.
+        o: what each read would have seen of it, zero at reads that see it.
+        state: what these writes have left in the state after the last of these tokens.
+    """
+
+    heads: tuple[int, ...] | None
+    start: int
+    o: Float[Tensor, "batch pos head d_value"]
+    state: Float[Tensor, "batch head d_key d_value"]
+
+    @classmethod
+    def of(
+        cls,
+        recurrence: OfHeads,
+        heads: tuple[int, ...] | None,
+        hidden: Write,
+        reads: Bool[Tensor, "batch pos"],
+        tokens: slice,
+        before: Float[Tensor, "batch head d_key d_value"] | None,
+    ) -> Unread:
+        """The recurrence run on the hidden writes alone: erased and decayed as they are in the memory itself.
+
+        Args:
+            recurrence: decay, erase and reads of the heads it is given, None for all.
+            heads: whose reads.
+            hidden: what is not to be read, all tokens and these heads; zero for what is.
+            reads: the tokens that do not read it.
+            tokens: from the first hidden write to the last such read.
+            before: what hidden writes of earlier calls have left in the state.
+        """
+        o, state = chunked(recurrence(heads)[:, tokens], hidden[:, tokens], before, read="next")
+        return cls(heads, tokens.start, o * reads[:, tokens, None, None], state)
+
+
 def kept_of(native: Write, edits: Sequence[Edit]) -> Float[Tensor, "batch pos head"] | None:
     """How much of each write is left by edits that come instead: 1, 0, or -1 if there are two. None if all is."""
     if all(edit.instead is None for edit in edits):
@@ -114,7 +154,7 @@ def kept_of(native: Write, edits: Sequence[Edit]) -> Float[Tensor, "batch pos he
 
 
 def respond(
-    recurrence: OfHeads, native: Write, record: Record, o: Tensor, state: Tensor | None
+    recurrence: OfHeads, native: Write, record: Record, o: Tensor, state: Tensor | None, unread: Sequence[Unread] = ()
 ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"] | None]:
     """Add the linear response of all edits to the outputs and final state of what is left of the native writes.
 
@@ -123,6 +163,7 @@ def respond(
         native: what the model itself writes, all heads and tokens.
         record: the edits of this call.
         o, state: what the native function returned for the writes that were left to it.
+        unread: what some reads do not see. It stays in the state.
     """
     groups: dict[tuple[Any, ...], list[Edit]] = {}
     responses: list[tuple[Any, int, Tensor, Tensor | None]] = []
@@ -141,9 +182,10 @@ def respond(
     if record.dense:
         rec = recurrence(None)
         responses.append((None, 0, *chunked(rec, native * 0.0, dense=record.dense)))
+    responses += [(part.heads, part.start, -part.o, None) for part in unread]
     dtype, o = o.dtype, at_least_float32(o).clone()  # rounded once, when all is added
     for heads, start, extra, extra_state in responses:
-        o[:, start:, index_of(heads)] += extra
+        o[:, start : start + extra.shape[1], index_of(heads)] += extra
         if state is not None and extra_state is not None:
             if heads is None:
                 state = state + extra_state

@@ -20,8 +20,8 @@ from writesae.hooks.families.base import Family, KernelCall
 from writesae.hooks.graphs import outside_graphs
 from writesae.hooks.interventions import Intervention, Moment
 from writesae.hooks.points import STATE_SHOWN, HookPoint, to_show
-from writesae.hooks.positions import PositionSet
-from writesae.hooks.response import Edit, Record, kept_of, respond, total_write
+from writesae.hooks.positions import PositionSet, beams
+from writesae.hooks.response import Edit, Record, Unread, kept_of, respond, total_write
 from writesae.hooks.scope import Owned, private
 from writesae.hooks.sites import Site
 from writesae.recurrence import Read, Write, first_state
@@ -61,12 +61,21 @@ running: ContextVar[Running | None] = ContextVar("running_mixer", default=None)
 
 @dataclass(eq=False)
 class Attached:
-    """An intervention in force: what, at which positions, and which read first sees it."""
+    """An intervention in force: what, at which positions, and which read first sees it; or which reads alone."""
 
     what: Intervention
     heads: list[int]
     positions: PositionSet
     read: Read
+    targets: PositionSet | None = None
+
+    @property
+    def places(self) -> list[PositionSet]:
+        """All positions that it is about."""
+        return [self.positions] if self.targets is None else [self.positions, self.targets]
+
+    def __deepcopy__(self, _memo: object) -> Attached:
+        return self  # copies of a cache know what was hidden for it
 
 
 @dataclass(eq=False)
@@ -112,6 +121,8 @@ class Tap:
         for state in self.initial.here():
             call.start_from(state)
         attached, requests, recorders = self.attached.here(), self.state_requests.here(), self.recorders.here()
+        knockouts = [a for a in attached if a.targets is not None]
+        attached = [a for a in attached if a.targets is None]
         for quantity in self.family.raw + self.family.rule.inputs:
             if self.points[quantity].listening:
                 new = self.show(quantity, *call.to_show(quantity))
@@ -122,18 +133,20 @@ class Tap:
             initial = initial.clone()  # the model's cache updates it in place
         hooked = self._write_hook(call)
         record = Record(initial, hooked, {}, hooked[0].write if hooked else None)
+        # Layers may lie on several devices, and the model's inputs on another.
+        device = device_of_call(arguments.values())
         if attached or requests:
             positions = self.clock.now.positions_on_cpu()
-            # Layers may lie on several devices, and the model's inputs on another.
-            device = device_of_call(arguments.values())
             at_once = (self._edit(a, call, positions, device) for a in attached if not a.what.needs_state)
             with full_precision(device):
                 record.edits = hooked + [edit for edit in at_once if edit is not None]
                 self._walk_states(
                     [a for a in attached if a.what.needs_state], requests, call, positions, device, record
                 )
-        write = call.write() if record.edits or record.dense else None
+        write = call.write() if record.edits or record.dense or knockouts else None
         kept = kept_of(write, record.edits) if write else None
+        with full_precision(device):
+            unread = [self._unread(a, call, record, len(hooked)) for a in knockouts]
         if kept is not None:
             call.set("v", call.get("v") * kept[..., None])
         ours = self.kernels == "writesae" and call.get("v").shape[1] > 1  # for one token there is nothing to gain
@@ -141,7 +154,7 @@ class Tap:
         here.shape = o.shape
         if write:
             with full_precision(o.device):
-                o, state = respond(call.recurrence, write, record, o, state)
+                o, state = respond(call.recurrence, write, record, o, state, [part for part in unread if part])
         for recorder in recorders:
             recorder(record)
         new = self.show("o", o) if self.points["o"].listening else None
@@ -201,14 +214,54 @@ class Tap:
         if start is None:
             return None
         mask, index = _sent(mask, device), _sent(index, device)
-        heads = None if attached.heads == list(range(self.site.n_heads)) else attached.heads
+        heads = self._some(attached.heads)
         rec, write = call.recurrence(heads)[:, start:], call.write(heads)[:, start:]
         index = None if index is None else index[:, start:]
         made = attached.what.made(Moment(write, rec, index, delta_rank=self.family.rule.delta_rank))
         there = mask[:, start:, None].to(write.value.dtype)
         instead = there.expand(write.shape) if attached.what.replaces else None
         made = None if made is None else made * there
-        return Edit(None if heads is None else tuple(heads), made, attached.read, start, instead)
+        return Edit(heads, made, attached.read, start, instead)
+
+    def _unread(self, knockout: Attached, call: KernelCall, record: Record, n_hooked: int) -> Unread | None:
+        """What the targets of a knockout do not see of the memory; None if no target is here or may still come."""
+        assert knockout.targets is not None
+        now = self.clock.now
+        positions = now.positions_on_cpu()
+        (sources, _), (targets, _) = (places.match(positions) for places in knockout.places)
+        (missed, _), (_, later) = (places.outside(positions) for places in knockout.places)
+        n_pos, before = positions.shape[1], now.unread_before(knockout)
+        end = n_pos if later else n_pos - (_first_column(targets.flip(1)) or 0) if targets.any() else 0
+        if not end:
+            return None
+        if missed and before is None:
+            raise ValueError(
+                f"{knockout.what}: its sources were fed in an earlier call, outside of this block or into another "
+                f"cache, so what they wrote can't be told from the rest of the memory. Feed sources and targets in the "
+                f"same block, with the same cache"
+            )
+        if before is not None and beams() > 1:
+            raise ValueError(
+                f"{knockout.what}: a target after the prompt, and several beams or sequences per text, which exchange "
+                f"their memories. Give targets in the prompt, or generate one sequence per text"
+            )
+        start = _first_column(sources) if before is None else 0
+        if start is None or start >= end:
+            return None
+        heads = self._some(knockout.heads)
+        own = record.write or call.write()
+        kept = kept_of(own, record.edits[n_hooked:])
+        device = own.value.device
+        there = _sent(sources, device)[..., None].to(own.value.dtype)
+        hidden = (own * (there.expand(own.shape) if kept is None else kept * there))[:, :, index_of(heads)]
+        made = Unread.of(call.recurrence, heads, hidden, _sent(targets, device), slice(start, end), before)
+        if later:
+            now.unread[knockout] = made.state
+        return made
+
+    def _some(self, heads: Sequence[int]) -> tuple[int, ...] | None:
+        """Heads, or None if these are all."""
+        return None if list(heads) == list(range(self.site.n_heads)) else tuple(heads)
 
     def _walk_states(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from writesae.futures.parts import by_token, layers_below, map_tensors
 from writesae.futures.replay import Replayer
-from writesae.gradients import Logit, gradient
+from writesae.gradients import gradient
 from writesae.gradients.backward import frozen
 from writesae.hooks import ActivationCache, HookPoint, Intervention
 from writesae.hooks.interventions import Moment
@@ -30,11 +30,11 @@ from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
 from writesae.jobs.progress import Progress
 from writesae.methods.patched import Patching
+from writesae.methods.questions import Metric, answer, check_metric, one_text, strings_of
 from writesae.model import HookedRecurrentModel, Text, late_logits
 from writesae.recurrence import Write
 
 STATES = 16  # positions whose states are compared at once
-Metric = Callable[[Float[Tensor, "batch 1 vocab"]], Float[Tensor, " batch"]]
 
 
 def patching(
@@ -77,14 +77,13 @@ def patching(
             the same, so there is nothing to restore; no layer has such a point.
         IndexError: no such layer or position.
     """
-    if isinstance(metric, Logit) and not (isinstance(metric.at, int) and metric.at == -1):
-        raise ValueError(f"at={metric.at} in the metric: patching is about what follows the last token; leave at= out")
-    ids, source_ids = (_one(model, text, name) for text, name in ((corrupted, "corrupted"), (clean, "clean")))
+    check_metric(metric)
+    ids, source_ids = (one_text(model, text, name) for text, name in ((corrupted, "corrupted"), (clean, "clean")))
     pairs = _aligned(source_ids.shape[1], ids.shape[1], positions, ids.device)
     chosen = _layers_with(model, what, layers)
     with owning(everywhere=False), torch.no_grad():
-        source, before = _answer(model, source_ids, metric, [x for layer in chosen for x in _names(model, what, layer)])
-        _, after = _answer(model, ids, metric, [])
+        source, before = answer(model, source_ids, metric, [x for layer in chosen for x in _names(model, what, layer)])
+        _, after = answer(model, ids, metric, [])
         if before == after:
             raise ValueError(
                 f"the number is {before:.4g} after both texts, so nothing can be restored: choose a metric that tells "
@@ -104,20 +103,7 @@ def patching(
         guess = torch.full_like(grid, after)
         for i, found in enumerate(_first_order(model, ids, source, chosen, pairs, metric, what)):
             guess[i, : len(found), pairs[:, 1].cpu()] += found.detach().float()
-    strings = [str(i) for i in ids[0].tolist()] if model.tokenizer is None else model.to_str_tokens(ids)
-    return Patching(what, tuple(chosen), tuple(strings), before, after, grid, guess)
-
-
-def _answer(
-    model: HookedRecurrentModel, ids: Int[Tensor, "1 pos"], metric: Metric, names: list[str]
-) -> tuple[ActivationCache, float]:
-    """What a run has at some points, and the number after it."""
-    with late_logits(model) as end:
-        _, cache = model.run_with_cache(ids, names=names)
-    found = metric(end.of_last())
-    if found.shape != (1,):
-        raise ValueError(f"the metric gave {list(found.shape)} for one text: one number per text, [batch], is needed")
-    return cache, float(found[0])
+    return Patching(what, tuple(chosen), strings_of(model, ids), before, after, grid, guess)
 
 
 def _writes(
@@ -280,13 +266,6 @@ def _first_order(
 
 
 # --- what was asked ---------------------------------------------------------------------------------------------------
-
-
-def _one(model: HookedRecurrentModel, text: Text, name: str) -> Int[Tensor, "1 pos"]:
-    ids, _ = model.to_tokens(text)
-    if len(ids) != 1:
-        raise ValueError(f"{name} holds {len(ids)} texts: patching takes one clean and one corrupted text")
-    return ids
 
 
 def _aligned(

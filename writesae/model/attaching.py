@@ -237,22 +237,21 @@ class HookedModel(TokenModel):
         with ExitStack() as stack:
             owner, places = stack.enter_context(self._block(in_main_thread_alone())), []
             for edit, fitted in self._interventions(what, atom, scale):
-                where = PositionSet(positions)
                 if isinstance(edit, ResidualEdit):
-                    stack.enter_context(self._edit_stream(edit, where, read, owner))
-                    place = edit.hook_name
+                    place, where = edit.hook_name, [PositionSet(positions)]
+                    stack.enter_context(self._edit_stream(edit, where[0], read, owner))
                 else:
                     if fitted is not None:
                         fit(fitted, self, check_model=check_model)
-                    site = self.site(edit.layer)
-                    edit.check(site, where)
-                    attached = Attached(edit, edit.heads(site), where, read)
+                    site, (written, targets) = self.site(edit.layer), edit.places(positions, read)
+                    edit.check(site, written)
+                    attached = Attached(edit, edit.heads(site), written, read, targets)
                     stack.enter_context(self._tap(edit.layer).attached.added(attached, owner))
-                    place = f"the recurrence of layer {edit.layer}"
+                    place, where = f"the recurrence of layer {edit.layer}", attached.places
                 places.append((place, where))
             yield self
-            check_fired([place for place, where in places if not where.reached], owner.passes)
-            _check_reached(where for _, where in places)
+            check_fired([place for place, where in places if not where[0].reached], owner.passes)
+            _check_reached(each for _, where in places for each in where)
         _warn_if_elsewhere(owner)
 
     @contextmanager
@@ -338,7 +337,7 @@ class HookedModel(TokenModel):
         of_taps = (
             positions
             for tap in self.taps
-            for positions in (*(a.positions for a in tap.attached.here()), *tap.state_requests.here())
+            for positions in (*(p for a in tap.attached.here() for p in a.places), *tap.state_requests.here())
         )
         return [*of_taps, *self._installed.ours.stream.here()]
 

@@ -1,0 +1,152 @@
+"""Who reads whom in one head: how much of each token's write is in each read, and what it adds to a logit by that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from writesae.gradients import Logit
+from writesae.gradients.backward import differentiate
+from writesae.hooks.names import name_of
+from writesae.hooks.sites import Head
+from writesae.methods.direct_paths import direct_paths, mixer_names, reading
+from writesae.methods.questions import one_text, strings_of
+from writesae.model import HookedRecurrentModel, Text
+from writesae.results.result import Figure, Number, Result, figure
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern(Result):
+    """What the reads of one head have from each token that wrote.
+
+    Attributes:
+        head: which head.
+        tokens: of the text, as strings.
+        of: what an entry is, in words.
+        grid: for the read at each token, the entry of each token that wrote; 0 for later ones.
+    """
+
+    head: Head
+    tokens: tuple[str, ...]
+    of: str
+    grid: Float[Tensor, "query key"]
+
+    @property
+    def title(self) -> str:
+        return f"Who reads whom, {self.head.words}: {self.of}"
+
+    @property
+    def about(self) -> str:
+        return (
+            f"Rows are tokens that read, columns tokens that wrote, both of one text of {len(self.tokens)} tokens. An "
+            f"entry is {self.of}, with all that the memory decayed and erased of it in between."
+        )
+
+    def top(self, n: int = 10, at: int | None = None) -> list[tuple[int, int, float]]:
+        """The ``n`` largest entries in size, ``(who reads, who wrote, entry)``; ``at``: of this read alone."""
+        rows = range(len(self.tokens)) if at is None else [range(len(self.tokens))[at]]
+        some = self.grid[list(rows)]
+        found = [divmod(i, len(self.tokens)) for i in some.abs().flatten().topk(min(n, some.numel())).indices.tolist()]
+        return [(rows[t], j, float(some[t, j])) for t, j in found]
+
+    def numbers(self) -> Sequence[Number]:
+        return [
+            Number(f"{self.tokens[t]!r} at {t} of {self.tokens[j]!r} at {j}", x, id=f"read/{t}/{j}")
+            for t, j, x in self.top(12)
+        ]
+
+    def columns(self) -> dict[str, Any]:
+        query, key = np.tril_indices(len(self.tokens))
+        return {
+            "query": query,
+            "key": key,
+            "query_token": [self.tokens[t] for t in query],
+            "key_token": [self.tokens[t] for t in key],
+            "entry": self.grid.numpy()[query, key],
+        }
+
+    def plot(self) -> Figure:
+        """The grid: who reads down, who wrote across."""
+        size = max(4.0, 0.19 * len(self.tokens) + 1.2)
+        made, (axis,) = figure(1, size + 0.8, size)
+        limit = float(self.grid.abs().max()) or 1.0
+        image = axis.imshow(self.grid.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        shown = [repr(token)[1:-1] for token in self.tokens]
+        axis.set_xticks(range(len(shown)), shown, rotation=90, fontsize=7, parse_math=False)
+        axis.set_yticks(range(len(shown)), shown, fontsize=7, parse_math=False)
+        axis.set(xlabel="who wrote", ylabel="who reads")
+        made.colorbar(image, ax=axis, label=self.of)
+        return made
+
+
+def pattern(
+    model: HookedRecurrentModel,
+    text: Text,
+    layer: int,
+    head: int,
+    *,
+    of: Logit | Float[Tensor, " d_model"] | None = None,
+    **kwargs: Any,
+) -> Pattern:
+    """Who reads whom in one head, with a picture (`ActivationCache.pattern`); or what they get from it.
+
+    >>> ws.pattern(model, "The state of the Union", 2, 1).plot()
+    >>> ws.pattern(model, text, 2, 1, of=ws.Logit(answer)).top(3, at=-1)     # (who reads, who wrote, how much)
+
+    What a head reads goes through the norm behind it, gates and the output projection into the residual stream, and
+    from there to the logits. With the scales of the norms as they were, all of this is linear, so each entry of the
+    pattern adds something of its own: ``pattern[t, j] * (written_j . g_t)``, where ``g_t`` is the gradient of the
+    number at ``t`` with respect to the read along the direct path. The row of a token sums to what the head adds there.
+
+    Args:
+        model: the model; hooks and edits that are attached act in the pass.
+        text: one text, or token ids ``[pos]``.
+        layer, head: which head.
+        of: None: entries are how much of each write is in each read. A `Logit`: what that adds to the logit (or
+            difference) after the token that reads, by the direct path; its ``at`` has no say, since every read is
+            asked. A vector: what it adds to the residual stream along that direction, as a scalar product.
+        **kwargs: arguments of the model.
+
+    Raises:
+        ValueError: several texts, writes of higher rank, a vector of another size than the stream, or a model whose
+            logits are not linear in its last layer's output (a softcap).
+        IndexError: no such layer or head.
+    """
+    model.site(layer).check_head(head)
+    ids = one_text(model, text)
+    if of is None:
+        names = [name_of(quantity, layer) for quantity in model.family(layer).rule.inputs]
+        with torch.no_grad():
+            _, cache = model.run_with_cache(ids, names=names, **kwargs)
+            grid = cache.pattern(layer, head)[0]
+        return _found(model, ids, layer, head, "share of the write in the read", grid)
+    name = mixer_names(model)[layer]
+    with direct_paths(model) as paths:
+
+        def number(_logits: Float[Tensor, "batch 1 vocab"]) -> Float[Tensor, " batch"]:
+            if isinstance(of, Logit):  # of every token, by the vector that reads it off: no logits are made for it
+                return (paths.end.output.last_hidden_state @ reading(paths.end, of)).sum(1)
+            (part,) = (part for part in paths.parts if (part.layer, part.name) == (layer, name))
+            if of.shape != part.value.shape[-1:]:
+                raise ValueError(
+                    f"of= a vector {list(of.shape)}: the residual stream has {part.value.shape[-1]} numbers"
+                )
+            return (part.given @ of.to(part.given)).sum(1)
+
+        found, _ = differentiate(model, ids, number, [layer], at=-1, **kwargs)
+    with torch.no_grad():
+        fixed = found[layer].at_fixed_scale
+        grid = found.cache.pattern(layer, head)[0]
+        seen = torch.einsum("qv,kv->qk", fixed.output[0, :, head].float(), fixed.write.value[0, :, head].float())
+    what = "what the write adds to the logit" if isinstance(of, Logit) else "what the write adds along the direction"
+    return _found(model, ids, layer, head, what, grid * seen)
+
+
+def _found(model: HookedRecurrentModel, ids: Tensor, layer: int, head: int, of: str, grid: Tensor) -> Pattern:
+    return Pattern(Head(layer, head), strings_of(model, ids), of, grid.detach().float().cpu())
