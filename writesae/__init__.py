@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from writesae.hooks import (
         ActivationCache,
         Add,
+        AddVector,
         Delete,
         HookPoint,
         Intervention,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
         Site,
         Steer,
     )
-    from writesae.methods import Patching, patching
+    from writesae.methods import LogitLens, Patching, TunedLens, logit_lens, patching, tune_lens
     from writesae.model import HookedRecurrentModel
     from writesae.pages import write_pages
     from writesae.recurrence import Recurrence, States, Write
@@ -51,10 +52,11 @@ _HOME = {
         "install", "logit_change", "population_test", "replacement_test", "reproduce", "seed_stability", "sign_test",
     ),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
-    "writesae.methods": ("Patching", "patching"),
+    "writesae.methods": ("LogitLens", "Patching", "TunedLens", "logit_lens", "patching", "tune_lens"),
     "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
-        "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Reconstruct", "Replace", "Site", "Steer",
+        "ActivationCache", "Add", "AddVector", "Delete", "HookPoint", "Intervention", "Reconstruct", "Replace", "Site",
+        "Steer",
     ),
     "writesae.model": ("HookedRecurrentModel",),
     "writesae.pages": ("write_pages",),
@@ -66,12 +68,12 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "Gradient", "HookPoint",
-    "HookedRecurrentModel", "Intervention", "Logit", "Patching", "Reconstruct", "Recurrence", "Replace",
-    "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "Substitute", "Write", "WriteSAE", "amplify",
-    "atom_classes", "attribute", "attribution_test", "check", "choose_atoms", "erase", "extract", "gradient",
-    "install", "logit_change", "patching", "population_test", "record", "replacement_test", "reproduce",
-    "seed_stability", "sign_test", "texts", "top_contexts", "train_site", "train_store", "write_pages",
+    "ActivationCache", "ActivationStore", "Add", "AddVector", "Codes", "Contexts", "Delete", "Gradient", "HookPoint",
+    "HookedRecurrentModel", "Intervention", "Logit", "LogitLens", "Patching", "Reconstruct", "Recurrence", "Replace",
+    "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "Substitute", "TunedLens", "Write", "WriteSAE",
+    "amplify", "atom_classes", "attribute", "attribution_test", "check", "choose_atoms", "erase", "extract", "gradient",
+    "install", "logit_change", "logit_lens", "patching", "population_test", "record", "replacement_test", "reproduce",
+    "seed_stability", "sign_test", "texts", "top_contexts", "train_site", "train_store", "tune_lens", "write_pages",
 ]  # fmt: skip
 
 
