@@ -37,7 +37,18 @@ if TYPE_CHECKING:
         Site,
         Steer,
     )
-    from writesae.methods import LogitLens, Patching, TunedLens, logit_lens, patching, tune_lens
+    from writesae.methods import (
+        DoseResponse,
+        LogitLens,
+        Patching,
+        SteeringVector,
+        TunedLens,
+        dose_response,
+        logit_lens,
+        patching,
+        steering_vector,
+        tune_lens,
+    )
     from writesae.model import HookedRecurrentModel
     from writesae.pages import write_pages
     from writesae.recurrence import Recurrence, States, Write
@@ -52,7 +63,10 @@ _HOME = {
         "install", "logit_change", "population_test", "replacement_test", "reproduce", "seed_stability", "sign_test",
     ),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
-    "writesae.methods": ("LogitLens", "Patching", "TunedLens", "logit_lens", "patching", "tune_lens"),
+    "writesae.methods": (
+        "DoseResponse", "LogitLens", "Patching", "SteeringVector", "TunedLens", "dose_response", "logit_lens",
+        "patching", "steering_vector", "tune_lens",
+    ),
     "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
         "ActivationCache", "Add", "AddVector", "Delete", "HookPoint", "Intervention", "Reconstruct", "Replace", "Site",
@@ -68,12 +82,13 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ActivationCache", "ActivationStore", "Add", "AddVector", "Codes", "Contexts", "Delete", "Gradient", "HookPoint",
-    "HookedRecurrentModel", "Intervention", "Logit", "LogitLens", "Patching", "Reconstruct", "Recurrence", "Replace",
-    "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "Substitute", "TunedLens", "Write", "WriteSAE",
-    "amplify", "atom_classes", "attribute", "attribution_test", "check", "choose_atoms", "erase", "extract", "gradient",
-    "install", "logit_change", "logit_lens", "patching", "population_test", "record", "replacement_test", "reproduce",
-    "seed_stability", "sign_test", "texts", "top_contexts", "train_site", "train_store", "tune_lens", "write_pages",
+    "ActivationCache", "ActivationStore", "Add", "AddVector", "Codes", "Contexts", "Delete", "DoseResponse", "Gradient",
+    "HookPoint", "HookedRecurrentModel", "Intervention", "Logit", "LogitLens", "Patching", "Reconstruct", "Recurrence",
+    "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "SteeringVector", "Substitute", "TunedLens",
+    "Write", "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test", "check", "choose_atoms",
+    "dose_response", "erase", "extract", "gradient", "install", "logit_change", "logit_lens", "patching",
+    "population_test", "record", "replacement_test", "reproduce", "seed_stability", "sign_test", "steering_vector",
+    "texts", "top_contexts", "train_site", "train_store", "tune_lens", "write_pages",
 ]  # fmt: skip
 
 

@@ -17,6 +17,6 @@ from writesae.hooks.tap import Attached, Tap
 __all__ = [
     "FAMILIES", "ActivationCache", "Add", "AddVector", "AttachableSAE", "Attached", "Delete", "Family", "Head",
     "HookPoint", "Intervention", "KernelCall", "Moment", "PositionSet", "Quantity", "Reconstruct", "Replace",
-    "ResidualEdit", "Site", "Steer", "Tap", "as_given", "find_mixers", "install", "name_of", "of_heads", "register", "resolve",
-    "short_chunks",
+    "ResidualEdit", "Site", "Steer", "Tap", "as_given", "find_mixers", "install", "name_of", "of_heads", "register",
+    "resolve", "short_chunks",
 ]  # fmt: skip
