@@ -40,11 +40,13 @@ if TYPE_CHECKING:
     from writesae.methods import (
         DoseResponse,
         LogitLens,
+        MemoryLength,
         Patching,
         SteeringVector,
         TunedLens,
         dose_response,
         logit_lens,
+        memory_length,
         patching,
         steering_vector,
         tune_lens,
@@ -64,8 +66,8 @@ _HOME = {
     ),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
     "writesae.methods": (
-        "DoseResponse", "LogitLens", "Patching", "SteeringVector", "TunedLens", "dose_response", "logit_lens",
-        "patching", "steering_vector", "tune_lens",
+        "DoseResponse", "LogitLens", "MemoryLength", "Patching", "SteeringVector", "TunedLens", "dose_response",
+        "logit_lens", "memory_length", "patching", "steering_vector", "tune_lens",
     ),
     "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
@@ -83,12 +85,13 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "ActivationCache", "ActivationStore", "Add", "AddVector", "Codes", "Contexts", "Delete", "DoseResponse", "Gradient",
-    "HookPoint", "HookedRecurrentModel", "Intervention", "Logit", "LogitLens", "Patching", "Reconstruct", "Recurrence",
-    "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "SteeringVector", "Substitute", "TunedLens",
-    "Write", "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test", "check", "choose_atoms",
-    "dose_response", "erase", "extract", "gradient", "install", "logit_change", "logit_lens", "patching",
-    "population_test", "record", "replacement_test", "reproduce", "seed_stability", "sign_test", "steering_vector",
-    "texts", "top_contexts", "train_site", "train_store", "tune_lens", "write_pages",
+    "HookPoint", "HookedRecurrentModel", "Intervention", "Logit", "LogitLens", "MemoryLength", "Patching",
+    "Reconstruct", "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer",
+    "SteeringVector", "Substitute", "TunedLens", "Write", "WriteSAE", "amplify", "atom_classes", "attribute",
+    "attribution_test", "check", "choose_atoms", "dose_response", "erase", "extract", "gradient", "install",
+    "logit_change", "logit_lens", "memory_length", "patching", "population_test", "record", "replacement_test",
+    "reproduce", "seed_stability", "sign_test", "steering_vector", "texts", "top_contexts", "train_site", "train_store",
+    "tune_lens", "write_pages",
 ]  # fmt: skip
 
 

@@ -4,11 +4,13 @@ from writesae.methods.activation_patching import patching
 from writesae.methods.dose import DoseResponse, dose_response
 from writesae.methods.lensed import LogitLens
 from writesae.methods.lenses import logit_lens
+from writesae.methods.memory import memory_length
 from writesae.methods.patched import Patching
+from writesae.methods.remembered import MemoryLength
 from writesae.methods.steering import SteeringVector, steering_vector
 from writesae.methods.tuned_lens import TunedLens, tune_lens
 
 __all__ = [
-    "DoseResponse", "LogitLens", "Patching", "SteeringVector", "TunedLens", "dose_response", "logit_lens", "patching",
-    "steering_vector", "tune_lens",
+    "DoseResponse", "LogitLens", "MemoryLength", "Patching", "SteeringVector", "TunedLens", "dose_response",
+    "logit_lens", "memory_length", "patching", "steering_vector", "tune_lens",
 ]  # fmt: skip
