@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from writesae.hooks import (
         ActivationCache,
         Add,
+        AddVector,
         Delete,
         HookPoint,
         Intervention,
@@ -39,13 +40,23 @@ if TYPE_CHECKING:
     )
     from writesae.methods import (
         DirectAttribution,
+        DoseResponse,
         KnockoutSweep,
+        LogitLens,
+        MemoryLength,
         Patching,
         Pattern,
+        SteeringVector,
+        TunedLens,
         direct_attribution,
+        dose_response,
         knockout_sweep,
+        logit_lens,
+        memory_length,
         patching,
         pattern,
+        steering_vector,
+        tune_lens,
     )
     from writesae.model import HookedRecurrentModel, Memory
     from writesae.pages import write_pages
@@ -72,13 +83,14 @@ _HOME = {
     ),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
     "writesae.methods": (
-        "DirectAttribution", "KnockoutSweep", "Patching", "Pattern", "direct_attribution", "knockout_sweep",
-        "patching", "pattern",
+        "DirectAttribution", "DoseResponse", "KnockoutSweep", "LogitLens", "MemoryLength", "Patching", "Pattern",
+        "SteeringVector", "TunedLens", "direct_attribution", "dose_response", "knockout_sweep", "logit_lens",
+        "memory_length", "patching", "pattern", "steering_vector", "tune_lens",
     ),
     "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
-        "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Knockout", "Reconstruct", "Replace", "Site",
-        "Steer",
+        "ActivationCache", "Add", "AddVector", "Delete", "HookPoint", "Intervention", "Knockout", "Reconstruct",
+        "Replace", "Site", "Steer",
     ),
     "writesae.model": ("HookedRecurrentModel", "Memory"),
     "writesae.pages": ("write_pages",),
@@ -91,13 +103,15 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "DirectAttribution", "Gradient",
-    "HookPoint", "HookedRecurrentModel", "Intervention", "Knockout", "KnockoutSweep", "Logit", "Memory", "Patching",
-    "Pattern", "Recode", "Reconstruct", "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site", "States",
-    "Steer", "Substitute", "Write", "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test", "check",
-    "choose_atoms", "direct_attribution", "erase", "extract", "gradient", "install", "knockout_sweep", "logit_change",
-    "patching", "pattern", "population_test", "record", "replacement_test", "reproduce", "seed_stability",
-    "sign_test", "texts", "top_contexts", "train_site", "train_store", "write_pages",
+    "ActivationCache", "ActivationStore", "Add", "AddVector", "Codes", "Contexts", "Delete", "DirectAttribution",
+    "DoseResponse", "Gradient", "HookPoint", "HookedRecurrentModel", "Intervention", "Knockout", "KnockoutSweep",
+    "Logit", "LogitLens", "Memory", "MemoryLength", "Patching", "Pattern", "Recode", "Reconstruct", "Recurrence",
+    "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "SteeringVector", "Substitute",
+    "TunedLens", "Write", "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test", "check",
+    "choose_atoms", "direct_attribution", "dose_response", "erase", "extract", "gradient", "install",
+    "knockout_sweep", "logit_change", "logit_lens", "memory_length", "patching", "pattern", "population_test",
+    "record", "replacement_test", "reproduce", "seed_stability", "sign_test", "steering_vector", "texts",
+    "top_contexts", "train_site", "train_store", "tune_lens", "write_pages",
 ]  # fmt: skip
 
 

@@ -10,13 +10,13 @@ from writesae.hooks.names import name_of, resolve
 from writesae.hooks.points import HookPoint
 from writesae.hooks.positions import PositionSet
 from writesae.hooks.quantities import Quantity
-from writesae.hooks.residual_edits import Reconstruct, ResidualEdit, Steer
+from writesae.hooks.residual_edits import AddVector, Reconstruct, ResidualEdit, Steer
 from writesae.hooks.sites import Head, Site
 from writesae.hooks.tap import Attached, Tap
 
 __all__ = [
-    "FAMILIES", "ActivationCache", "Add", "AttachableSAE", "Attached", "Delete", "Family", "Head", "HookPoint",
-    "Intervention", "KernelCall", "Knockout", "Moment", "PositionSet", "Quantity", "Reconstruct", "Replace",
+    "FAMILIES", "ActivationCache", "Add", "AddVector", "AttachableSAE", "Attached", "Delete", "Family", "Head",
+    "HookPoint", "Intervention", "KernelCall", "Knockout", "Moment", "PositionSet", "Quantity", "Reconstruct", "Replace",
     "ResidualEdit", "Site", "Steer", "Tap", "as_given", "find_mixers", "install", "name_of", "of_heads", "register",
     "resolve", "short_chunks",
 ]  # fmt: skip

@@ -63,21 +63,26 @@ def stream_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 @dataclass(eq=False)
 class Watch:
-    """Shows the stream to a point as a module takes or gives it. Its methods are hooks of torch on that module."""
+    """Shows the stream to a point as a module takes or gives it. Its methods are hooks of torch on that module.
+
+    A layer that does not run, since it is told what to give (`giving`), shows nothing: what it gives was shown before.
+    """
 
     point: HookPoint
 
     @outside_graphs
-    def taken(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    def taken(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """Before a layer."""
-        new = self._show(stream_in(args, kwargs))
+        new = None if given(layer) else self._show(stream_in(args, kwargs))
         if new is None:
             return None
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
 
     @outside_graphs
-    def given(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def given(self, module: nn.Module, _args: Any, output: Any) -> Any:
         """After a module, whose output is the stream, or a tuple whose first part is."""
+        if given(module):
+            return None
         if not isinstance(output, tuple):
             return self._show(output)
         new = self._show(output[0])

@@ -1,4 +1,4 @@
-"""Edits of the residual stream by sparse autoencoders of it: those of SAELens, or whatever reads and acts like one.
+"""Edits of the residual stream: by sparse autoencoders of it (those of SAELens, or what acts like one), or a vector.
 
 They stand in the same ``with`` as edits of the memory::
 
@@ -24,9 +24,54 @@ def is_residual_sae(what: object) -> bool:
     )
 
 
-@dataclass(frozen=True)
 class ResidualEdit(ABC):
-    """What an SAE does to the activations at one point of the residual stream.
+    """What is done to the activations at one point of the residual stream."""
+
+    @property
+    @abstractmethod
+    def hook_name(self) -> str:
+        """The hook point where it acts, by any of its names."""
+
+    @property
+    def fitted(self) -> Any:
+        """The SAE that has to be where the layer is; None if there is none."""
+        return None
+
+    @abstractmethod
+    def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        """What stands in the place of ``x``, in its dtype and on its device."""
+
+
+@dataclass(frozen=True)
+class AddVector(ResidualEdit):
+    """Add ``scale * vector`` to the activations (activation addition, Turner et al. 2308.10248).
+
+    Attributes:
+        vector: ``[d_model]``; where the stream has lanes, ``[lanes, d_model]``, or one vector for all of them.
+        at: the hook point, ``"blocks.9.hook_resid_post"`` or another name of it.
+        scale: how much of it.
+    """
+
+    vector: Float[Tensor, "*lanes d_model"]
+    at: str
+    scale: float | int = 1.0
+
+    @property
+    def hook_name(self) -> str:
+        return self.at
+
+    def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        shape = self.vector.shape
+        if x.shape[-len(shape) :] != shape:
+            raise ValueError(
+                f"a vector of shape {list(shape)} does not fit {self.at}, which has {x.shape[-1]} dimensions"
+            )
+        return x + self.scale * self.vector.to(x)
+
+
+@dataclass(frozen=True)
+class SAEEdit(ResidualEdit):
+    """What an SAE does to the activations.
 
     Attributes:
         sae: ``encode`` and ``decode`` of ``[..., d_model]``, ``W_dec [atom, d_model]``, ``cfg``, as in SAELens.
@@ -49,8 +94,11 @@ class ResidualEdit(ABC):
             )
 
     @property
+    def fitted(self) -> Any:
+        return self.sae
+
+    @property
     def hook_name(self) -> str:
-        """Where it acts."""
         metadata = getattr(self.sae.cfg, "metadata", None)
         at = self.at or getattr(metadata, "hook_name", None) or getattr(self.sae.cfg, "hook_name", None)
         if not at:
@@ -61,7 +109,6 @@ class ResidualEdit(ABC):
         return str(at)
 
     def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        """What stands in the place of ``x``, in its dtype; computed in the SAE's."""
         d_in = self.sae.W_dec.shape[-1]
         if x.shape[-1] != d_in:
             raise ValueError(f"an SAE of {d_in} dimensions does not fit {self.hook_name}, which has {x.shape[-1]}")
@@ -73,7 +120,7 @@ class ResidualEdit(ABC):
 
 
 @dataclass(frozen=True)
-class Reconstruct(ResidualEdit):
+class Reconstruct(SAEEdit):
     """What the SAE makes of the activations, in their place: SAELens' ``run_with_saes``.
 
     Attributes:
@@ -88,7 +135,7 @@ class Reconstruct(ResidualEdit):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steer(ResidualEdit):
+class Steer(SAEEdit):
     """Add an atom's decoder direction to the activations.
 
     Attributes:

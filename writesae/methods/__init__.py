@@ -2,11 +2,19 @@
 
 from writesae.methods.activation_patching import patching
 from writesae.methods.direct_attribution import DirectAttribution, direct_attribution
+from writesae.methods.dose import DoseResponse, dose_response
 from writesae.methods.knockouts import KnockoutSweep, knockout_sweep
+from writesae.methods.lensed import LogitLens
+from writesae.methods.lenses import logit_lens
+from writesae.methods.memory import memory_length
 from writesae.methods.patched import Patching
 from writesae.methods.patterns import Pattern, pattern
+from writesae.methods.remembered import MemoryLength
+from writesae.methods.steering import SteeringVector, steering_vector
+from writesae.methods.tuned_lens import TunedLens, tune_lens
 
 __all__ = [
-    "DirectAttribution", "KnockoutSweep", "Patching", "Pattern", "direct_attribution", "knockout_sweep", "patching",
-    "pattern",
+    "DirectAttribution", "DoseResponse", "KnockoutSweep", "LogitLens", "MemoryLength", "Patching", "Pattern",
+    "SteeringVector", "TunedLens", "direct_attribution", "dose_response", "knockout_sweep", "logit_lens",
+    "memory_length", "patching", "pattern", "steering_vector", "tune_lens",
 ]  # fmt: skip

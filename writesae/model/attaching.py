@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from writesae.hooks import (
     AttachableSAE,
@@ -82,6 +82,12 @@ class HookedModel(TokenModel):
     def n_layers(self) -> int:
         """The number of layers, recurrent or not."""
         return len(self._installed.layers)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The modules of the layers, as the model calls them."""
+        stack: Any = self._installed.text_model
+        return list(stack.layers)
 
     @property
     def taps(self) -> list[Tap]:
@@ -216,8 +222,8 @@ class HookedModel(TokenModel):
             what: an intervention, several (their edits add up), or an SAE with ``atom`` and ``scale``: that atom is
                 added at ``scale`` times the native write's Frobenius norm. In a list, an SAE stands with its atom and
                 scale, ``(sae, 53, 3)``, so SAEs of several layers act together. Edits of the residual stream
-                (`Reconstruct`, `Steer`) may be among them, and are made in the order given; with an SAE of SAELens,
-                ``atom`` and ``scale`` are those of `Steer`.
+                (`Reconstruct`, `Steer`, `AddVector`) may be among them, and are made in the order given; with an SAE
+                of SAELens, ``atom`` and ``scale`` are those of `Steer`.
             positions: which tokens, counted over the whole sequence, prompt and generated tokens alike: None for all,
                 an int, a list, a slice, or an integer tensor ``[batch, n]`` with a row for each sequence.
             read: ``"same"``: an edit at ``t`` is seen by the read at ``t``. ``"next"``: from ``t + 1`` on (the paper's
@@ -260,7 +266,7 @@ class HookedModel(TokenModel):
         if read != "same":
             raise ValueError(f"read={read!r} is about the memory; an edit of the residual stream is seen at once")
         (point,) = self._select(edit.hook_name)
-        bring(edit.sae, self.layer_device(point.layer))
+        bring(edit.fitted, self.layer_device(point.layer))
         if point.quantity not in RESIDUAL:
             names = ", ".join(name_of(quantity, point.layer) for quantity in RESIDUAL)
             raise ValueError(

@@ -199,6 +199,10 @@ class HookedRecurrentModel(GeneratingModel):
         """The output projection of a recurrent layer, head by head; norm and gate before it are not in it."""
         return self.family(layer).projection(self._installed.mixers[self._tap(layer).site.layer])
 
+    def out_proj(self, layer: int) -> nn.Module:
+        """The module that projects what the heads of a recurrent layer give, side by side, to the residual stream."""
+        return self.family(layer).out_proj(self._installed.mixers[self._tap(layer).site.layer])
+
     def norm(self, layer: int) -> nn.Module | None:
         """The module that normalises (and gates) what the heads of a recurrent layer read; None if there is none."""
         return self.family(layer).norm(self._installed.mixers[self._tap(layer).site.layer])

@@ -231,11 +231,14 @@ class Family:
         norm = self.norm(mixer)
         return norm if norm is not None and len(inspect.signature(norm.forward).parameters) > 1 else None
 
+    def out_proj(self, mixer: nn.Module) -> nn.Module:
+        """The mixer's output projection, which takes the heads side by side, after norm and gate."""
+        return next(getattr(mixer, name) for name in self.projections if hasattr(mixer, name))
+
     def projection(self, mixer: nn.Module) -> Float[Tensor, "head d_value d_model"]:
         """What the mixer's output projection makes of each head's output; norm and gate before it are left out."""
-        project = next(getattr(mixer, name) for name in self.projections if hasattr(mixer, name))
         n_heads, _, d_value = (int(getattr(mixer, name)) for name in self.sizes)
-        return weight(project).T.unflatten(0, (n_heads, d_value))
+        return weight(self.out_proj(mixer)).T.unflatten(0, (n_heads, d_value))
 
     def quantities(self, mixer: nn.Module) -> tuple[str, ...]:
         """All hook points of a mixer, in firing order."""
