@@ -313,7 +313,7 @@ def test_states_with_edits_and_in_pieces(architecture: Architecture, read: str) 
         assert first.positions[0].tolist() == list(range(66))
         _, second = model.run_with_cache(ids[:, 66:], past_key_values=hf_cache)
         torch.testing.assert_close(second.state(1, [69])[:, 0], a.slot(hf_cache, 1), rtol=0, atol=1e-5)
-    with pytest.raises(IndexError, match="state at position 65 of sequence 0: this pass has its positions 66 to 69"):
+    with pytest.raises(IndexError, match="position 65 of sequence 0: this pass has its positions 66 to 69"):
         second.state(1, [65])
     with pytest.raises(
         IndexError, match="layer 9 is not recurrent; recurrent layers are " + re.escape(str([*a.layers]))

@@ -289,9 +289,7 @@ def test_a_mask_that_does_not_say_what_is_padding(
 def test_positions_of_the_cache(model: HookedRecurrentModel, ids: Tensor) -> None:
     _, cache = model.run_with_cache(ids)
     for position in (12, -13):
-        with pytest.raises(
-            IndexError, match=f"state at position {position} of sequence 0: this pass has its positions 0 to 11"
-        ):
+        with pytest.raises(IndexError, match=f"position {position} of sequence 0: this pass has its positions 0 to 11"):
             cache.state(1, [3, position])
 
 

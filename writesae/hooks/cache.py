@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -78,6 +79,14 @@ class ActivationCache(Mapping[str, Any]):
         if first is not None and first.shape[0] != 1:
             raise ValueError(f"remove_batch_dim with {first.shape[0]} sequences: it is for one")
         self.has_batch_dim = False
+
+    def with_batch_dim(self) -> ActivationCache:
+        """The same cache with the batch dimension in everything."""
+        if self.has_batch_dim:
+            return self
+        whole = copy.copy(self)
+        whole.has_batch_dim = True
+        return whole
 
     def _shown(self, value: Any) -> Any:
         return value if self.has_batch_dim else value[0]
@@ -180,7 +189,7 @@ class ActivationCache(Mapping[str, Any]):
         dynamics = self.dynamics(layer)
         if heads is not None:
             dynamics = dynamics.heads(heads)
-        columns = self._columns(positions)
+        columns = self.columns(positions)
         wanted = sorted(set(columns.flatten().tolist()))
         found = dynamics.states_at(wanted)
         at = torch.tensor([[wanted.index(c) for c in row] for row in columns.tolist()], device=found.device)
@@ -203,8 +212,12 @@ class ActivationCache(Mapping[str, Any]):
         record = self._records[layer]
         return not (record.edits or record.dense) and record.initial_state is None
 
-    def _columns(self, positions: Sequence[int]) -> Int[Tensor, "batch n"]:
-        """Where in the pass each sequence's positions are."""
+    def columns(self, positions: Sequence[int]) -> Int[Tensor, "batch n"]:
+        """Where in the pass each sequence's positions are (negative ones count from each sequence's last token).
+
+        Raises:
+            IndexError: a sequence has no such position in this pass.
+        """
         if not all(isinstance(p, int) for p in positions):
             raise TypeError(f"positions={positions!r}: give a list of whole numbers")
         own = (self.positions if self.has_batch_dim else self.positions[None]).cpu()
@@ -213,7 +226,7 @@ class ActivationCache(Mapping[str, Any]):
         asked = torch.where(asked < 0, last[:, None] + 1 + asked, asked)
         for row, p in ((asked < first[:, None]) | (asked > last[:, None])).nonzero()[:1].tolist():
             raise IndexError(
-                f"state at position {list(positions)[p]} of sequence {row}: this pass has its positions "
+                f"position {list(positions)[p]} of sequence {row}: this pass has its positions "
                 f"{int(first[row])} to {int(last[row])}"
             )
         return (own[:, None, :] == asked[:, :, None]).int().argmax(-1)

@@ -222,7 +222,7 @@ class Add(Intervention):
         if not isinstance(self.scale, Tensor):
             return self.scale
         table = self._scales.to(now.write.key)
-        return table[_table_index(table.shape[0], table.shape[1], now, f"scale {list(self.scale.shape)}")][..., None]
+        return table[entries(table.shape[0], table.shape[1], now, f"scale {list(self.scale.shape)}")][..., None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,11 +238,11 @@ def _place(write: Write, now: Moment) -> Write:
     """A write with leading dimensions ``[]``, ``[n]``, ``[batch, 1]`` or ``[batch, n]``, for all tokens and heads."""
     table = write[(None,) * (2 - len(write.shape))]
     rows, n = table.shape
-    index = _table_index(rows, n, now, f"a write with leading dimensions {list(write.shape)}")
+    index = entries(rows, n, now, f"a write with leading dimensions {list(write.shape)}")
     return table[index][:, :, None].expand(*now.write.shape)
 
 
-def _table_index(rows: int, n: int, now: Moment, what: str) -> tuple[Int[Tensor, "batch 1"], Int[Tensor, "batch pos"]]:
+def entries(rows: int, n: int, now: Moment, what: str) -> tuple[Int[Tensor, "batch 1"], Int[Tensor, "batch pos"]]:
     """Where each token's entry is in a table ``[rows, n]``: a row for each sequence, a column for each position."""
     batch, n_pos, _ = now.write.shape
     of_each, device = row_of_each(rows, batch, what), now.write.key.device

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.hooks.attachable import AttachableSAE
+from writesae.hooks.positions import Positions, PositionSet, row_of_each
+
+Strength: TypeAlias = float | int | Float[Tensor, "batch *n"]
 
 
 def is_residual_sae(what: object) -> bool:
@@ -24,8 +28,40 @@ def is_residual_sae(what: object) -> bool:
     )
 
 
-class ResidualEdit(ABC):
-    """What is done to the activations at one point of the residual stream."""
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The tokens that an edit acts on.
+
+    Attributes:
+        batch: how many sequences run.
+        row: of each token, its sequence.
+        index: of each token, its place among the positions asked for; None where these are all tokens, or a slice.
+    """
+
+    batch: int
+    row: Int[Tensor, " n"]
+    index: Int[Tensor, " n"] | None
+
+    def entries(self, rows: int, n: int, what: str) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+        """Where each token's entry is in a table ``[rows, n]``: a row for each sequence, a column for each position.
+
+        Raises:
+            ValueError: so many rows do not fit the batch; ``what`` says what they are.
+        """
+        row = row_of_each(rows, self.batch, what).to(self.row.device)[self.row]
+        return row, torch.zeros_like(row) if n == 1 or self.index is None else self.index
+
+    def strength(self, scale: Strength, like: Tensor) -> float | int | Tensor:
+        """A scale for each token, to go with ``like [n, ...]``, from a number, ``[batch]`` or ``[batch, n]``."""
+        if not isinstance(scale, Tensor):
+            return scale
+        table = scale.reshape(len(scale), -1).to(like)
+        found = table[self.entries(*table.shape, f"scale {list(scale.shape)}")]
+        return found.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+class PointEdit(ABC):
+    """What is done to the values at one hook point, at the tokens asked for."""
 
     @property
     @abstractmethod
@@ -37,9 +73,17 @@ class ResidualEdit(ABC):
         """The SAE that has to be where the layer is; None if there is none."""
         return None
 
+    def places(self, positions: Positions) -> PositionSet:
+        """The tokens it acts on."""
+        return PositionSet(positions)
+
     @abstractmethod
-    def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    def __call__(self, x: Float[Tensor, "n ..."], tokens: Tokens) -> Float[Tensor, "n ..."]:
         """What stands in the place of ``x``, in its dtype and on its device."""
+
+
+class ResidualEdit(PointEdit):
+    """What is done to the activations at one point of the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +93,25 @@ class AddVector(ResidualEdit):
     Attributes:
         vector: ``[d_model]``; where the stream has lanes, ``[lanes, d_model]``, or one vector for all of them.
         at: the hook point, ``"blocks.9.hook_resid_post"`` or another name of it.
-        scale: how much of it.
+        scale: how much of it: a number, one for each row of the batch ``[batch]``, or for each row and position asked
+            for ``[batch, n]``.
     """
 
     vector: Float[Tensor, "*lanes d_model"]
     at: str
-    scale: float | int = 1.0
+    scale: Strength = 1.0
 
     @property
     def hook_name(self) -> str:
         return self.at
 
-    def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    def __call__(self, x: Float[Tensor, "n ..."], tokens: Tokens) -> Float[Tensor, "n ..."]:
         shape = self.vector.shape
         if x.shape[-len(shape) :] != shape:
             raise ValueError(
                 f"a vector of shape {list(shape)} does not fit {self.at}, which has {x.shape[-1]} dimensions"
             )
-        return x + self.scale * self.vector.to(x)
+        return x + tokens.strength(self.scale, x) * self.vector.to(x)
 
 
 @dataclass(frozen=True)
@@ -108,14 +153,14 @@ class SAEEdit(ResidualEdit):
             )
         return str(at)
 
-    def __call__(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    def __call__(self, x: Float[Tensor, "n ..."], tokens: Tokens) -> Float[Tensor, "n ..."]:
         d_in = self.sae.W_dec.shape[-1]
         if x.shape[-1] != d_in:
             raise ValueError(f"an SAE of {d_in} dimensions does not fit {self.hook_name}, which has {x.shape[-1]}")
-        return self.edit(x.to(self.sae.W_dec)).to(x)
+        return self.edit(x.to(self.sae.W_dec), tokens).to(x)
 
     @abstractmethod
-    def edit(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    def edit(self, x: Float[Tensor, "n ..."], tokens: Tokens) -> Float[Tensor, "n ..."]:
         """The same in the dtype and on the device of the SAE."""
 
 
@@ -129,7 +174,7 @@ class Reconstruct(SAEEdit):
 
     error_term: bool = False
 
-    def edit(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+    def edit(self, x: Float[Tensor, "n ..."], tokens: Tokens) -> Float[Tensor, "n ..."]:
         made = self.sae.decode(self.sae.encode(x))
         return made + (x - made).detach() if self.error_term else made
 
@@ -140,13 +185,14 @@ class Steer(SAEEdit):
 
     Attributes:
         atom: index into ``W_dec``.
-        scale: how much of it.
+        scale: how much of it: a number, one for each row of the batch ``[batch]``, or for each row and position asked
+            for ``[batch, n]``.
         relative: True: ``scale`` times as long as the activation it is added to, as ``intervene(sae, atom=, scale=)``
             does with a write. False: ``scale * W_dec[atom]``, as users of SAELens write it.
     """
 
     atom: int
-    scale: float | int = 1.0
+    scale: Strength = 1.0
     relative: bool = True
 
     def __post_init__(self) -> None:
@@ -155,9 +201,9 @@ class Steer(SAEEdit):
         if not 0 <= self.atom < n_atoms:
             raise IndexError(f"atom={self.atom}: this SAE has atoms 0 to {n_atoms - 1}")
 
-    def edit(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        direction = self.sae.W_dec[self.atom]
+    def edit(self, x: Float[Tensor, "n ..."], tokens: Tokens) -> Float[Tensor, "n ..."]:
+        direction, scale = self.sae.W_dec[self.atom], tokens.strength(self.scale, x)
         if not self.relative:
-            return x + self.scale * direction
+            return x + scale * direction
         unit = direction / direction.norm().clamp_min(1e-30)
-        return x + self.scale * x.norm(dim=-1, keepdim=True) * unit
+        return x + scale * x.norm(dim=-1, keepdim=True) * unit

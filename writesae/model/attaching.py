@@ -18,6 +18,8 @@ from writesae.hooks import (
     Family,
     HookPoint,
     Intervention,
+    Patch,
+    PointEdit,
     PositionSet,
     ResidualEdit,
     Site,
@@ -30,7 +32,7 @@ from writesae.hooks import (
 from writesae.hooks.attachable import bring, fit
 from writesae.hooks.positions import Positions
 from writesae.hooks.quantities import RESIDUAL
-from writesae.hooks.residual_edits import is_residual_sae
+from writesae.hooks.residual_edits import Tokens, is_residual_sae
 from writesae.hooks.scope import Owner, in_main_thread_alone, owning
 from writesae.model.blocks import block
 from writesae.model.tokens import TokenModel
@@ -208,7 +210,7 @@ class HookedModel(TokenModel):
     @contextmanager
     def intervene(
         self,
-        what: Intervention | ResidualEdit | AttachableSAE | Any | Sequence[Intervention | ResidualEdit | Any],
+        what: Intervention | PointEdit | Patch | AttachableSAE | Any | Sequence[Intervention | PointEdit | Any],
         *,
         positions: Positions = None,
         read: Read = "same",
@@ -243,9 +245,9 @@ class HookedModel(TokenModel):
         with ExitStack() as stack:
             owner, places = stack.enter_context(self._block(in_main_thread_alone())), []
             for edit, fitted in self._interventions(what, atom, scale):
-                if isinstance(edit, ResidualEdit):
-                    place, where = edit.hook_name, [PositionSet(positions)]
-                    stack.enter_context(self._edit_stream(edit, where[0], read, owner))
+                if isinstance(edit, PointEdit):
+                    place, where = edit.hook_name, [edit.places(positions)]
+                    stack.enter_context(self._edit_point(edit, where[0], read, owner))
                 else:
                     if fitted is not None:
                         fit(fitted, self, check_model=check_model)
@@ -261,31 +263,32 @@ class HookedModel(TokenModel):
         _warn_if_elsewhere(owner)
 
     @contextmanager
-    def _edit_stream(self, edit: ResidualEdit, where: PositionSet, read: Read, owner: Owner) -> Iterator[None]:
-        """``edit`` acts on the residual stream at the tokens of ``where`` while the block runs."""
+    def _edit_point(self, edit: PointEdit, where: PositionSet, read: Read, owner: Owner) -> Iterator[None]:
+        """``edit`` acts at a hook point, at the tokens of ``where``, while the block runs."""
         if read != "same":
-            raise ValueError(f"read={read!r} is about the memory; an edit of the residual stream is seen at once")
+            raise ValueError(f"read={read!r} is about the memory; an edit at a hook point is seen at once")
         (point,) = self._select(edit.hook_name)
         bring(edit.fitted, self.layer_device(point.layer))
-        if point.quantity not in RESIDUAL:
+        if isinstance(edit, ResidualEdit) and point.quantity not in RESIDUAL:
             names = ", ".join(name_of(quantity, point.layer) for quantity in RESIDUAL)
             raise ValueError(
                 f"{type(edit).__name__} acts on the residual stream ({names}); {point.name} is not a part of it"
             )
 
         def fn(x: Tensor, _hook: HookPoint) -> Tensor | None:
-            there, _ = where.match(self._installed.clock.now.positions_on_cpu())
-            if not there.any():
+            mask, index = where.match(self._installed.clock.now.positions_on_cpu())
+            if not mask.any():
                 return None
-            there = tuple(i.to(x.device, non_blocking=True) for i in there.nonzero(as_tuple=True))
+            index = None if index is None else index[mask].to(x.device, non_blocking=True)
+            there = tuple(i.to(x.device, non_blocking=True) for i in mask.nonzero(as_tuple=True))
             new = x.clone()
-            new[there] = edit(x[there])
+            new[there] = edit(x[there], Tokens(len(mask), there[0], index))
             return new
 
         with self._installed.ours.stream.added(where, owner), point.add_hook(fn, owner=owner):
             yield
 
-    def _interventions(self, what: Any, atom: Any, scale: Any) -> list[tuple[Intervention | ResidualEdit, Any]]:
+    def _interventions(self, what: Any, atom: Any, scale: Any) -> list[tuple[Intervention | PointEdit, Any]]:
         """What is to be attached, and the SAE of the memory that it comes from, None if there is none."""
         if _is_sae(what):
             if atom is None or scale is None:
@@ -305,12 +308,13 @@ class HookedModel(TokenModel):
             raise TypeError("atom= and scale= go with an SAE; an intervention carries its own")
         edits = [what] if isinstance(what, tuple) and what and _is_sae(what[0]) else what
         edits = list(edits) if isinstance(edits, Sequence) else [edits]
-        made: list[tuple[Intervention | ResidualEdit, Any]] = []
+        made: list[tuple[Intervention | PointEdit, Any]] = []
         for edit in edits:
             if isinstance(edit, tuple) and len(edit) == 3 and _is_sae(edit[0]):
                 made.append(_adding(*edit))
                 continue
-            if not isinstance(edit, (Intervention, ResidualEdit)):
+            edit = edit.edit() if isinstance(edit, Patch) else edit
+            if not isinstance(edit, (Intervention, PointEdit)):
                 got = f"the class {edit.__name__}" if isinstance(edit, type) else type(edit).__name__
                 if _is_sae(edit) or (isinstance(edit, tuple) and edit and _is_sae(edit[0])):
                     got += " in a list, where an SAE stands with atom and scale, (sae, 53, 3.0), or as Substitute(sae)"
@@ -357,7 +361,7 @@ def _is_sae(what: object) -> bool:
     return isinstance(what, AttachableSAE) or is_residual_sae(what)
 
 
-def _adding(sae: Any, atom: int, scale: Strength) -> tuple[Intervention | ResidualEdit, Any]:
+def _adding(sae: Any, atom: int, scale: Strength) -> tuple[Intervention | PointEdit, Any]:
     """The edit that adds an atom at ``scale`` times the norm of what is there, and the SAE if it is of the memory."""
     return (
         (sae.adding(atom, scale), sae) if isinstance(sae, AttachableSAE) else (Steer(sae, atom=atom, scale=scale), None)

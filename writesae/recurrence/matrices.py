@@ -178,6 +178,18 @@ def unit_norm(x: Write | Tensor) -> Write | Tensor:
     return x / x.norm(dim=(-1, -2), keepdim=True).clamp_min(1e-30)
 
 
+def in_factors(dense: Float[Tensor, "... d_key d_value"]) -> Write:
+    """A dense matrix as a `Write` of rank ``min(d_key, d_value)``: each row, or column, under its unit vector."""
+    d_key, d_value = dense.shape[-2:]
+    if d_key <= d_value:
+        key, value = torch.eye(d_key, dtype=dense.dtype, device=dense.device).expand(*dense.shape[:-2], -1, -1), dense
+    else:
+        key = dense.mT
+        value = torch.eye(d_value, dtype=dense.dtype, device=dense.device).expand(*dense.shape[:-2], -1, -1)
+    rank = min(d_key, d_value)
+    return Write(key, value, rank=rank) if rank > 1 else Write(key[..., 0, :], value[..., 0, :])
+
+
 def leading(
     x: Float[Tensor, "n d_key d_value"], rank: int = 1, rounds: int = 8
 ) -> tuple[Float[Tensor, "n rank d_key"], Float[Tensor, "n rank d_value"]]:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.recurrence import Write
-from writesae.recurrence.matrices import Atoms, dense, leading, norm2, unit_norm
+from writesae.recurrence.matrices import Atoms, dense, in_factors, leading, norm2, unit_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,18 +194,6 @@ def rank_parts(x: Write | Tensor, rank: int) -> tuple[Float[Tensor, "n rank d_ke
             for f in (keys, values)
         )
     return keys, values / values.norm(dim=(-1, -2), keepdim=True).clamp_min(1e-30)
-
-
-def in_factors(dense: Float[Tensor, "... d_key d_value"]) -> Write:
-    """A dense matrix as a `Write` of rank ``min(d_key, d_value)``: each row, or column, under its unit vector."""
-    d_key, d_value = dense.shape[-2:]
-    if d_key <= d_value:
-        key, value = torch.eye(d_key, dtype=dense.dtype, device=dense.device).expand(*dense.shape[:-2], -1, -1), dense
-    else:
-        key = dense.mT
-        value = torch.eye(d_value, dtype=dense.dtype, device=dense.device).expand(*dense.shape[:-2], -1, -1)
-    rank = min(d_key, d_value)
-    return Write(key, value, rank=rank) if rank > 1 else Write(key[..., 0, :], value[..., 0, :])
 
 
 def _keep_tangent(p: Tensor, dims: tuple[int, ...]) -> None:

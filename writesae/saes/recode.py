@@ -13,8 +13,7 @@ from torch import Tensor
 from writesae.hooks.interventions import Intervention, Moment
 from writesae.hooks.positions import row_of_each
 from writesae.recurrence import Write
-from writesae.recurrence.matrices import dense
-from writesae.saes.dictionary import in_factors
+from writesae.recurrence.matrices import dense, in_factors
 from writesae.saes.sae import WriteSAE
 
 Strength: TypeAlias = float | int | Float[Tensor, " batch"]
