@@ -93,12 +93,13 @@ def test_what_cannot_be_patched() -> None:
     for patch, given, kind, text in cases:
         with pytest.raises(kind, match=text), model.intervene(patch, **given):
             pass
-    with pytest.raises(IndexError, match="head 4 of blocks.1.mixer.hook_k: it has heads 0 to 3"):
-        with model.intervene(ws.Patch(cache, "k", 1, 4, at=3)):
-            model(OTHER)
-    with pytest.raises(ValueError, match="a cache of 1 sequences|patch between runs of one model"):
-        _, wide = model.run_with_cache(CLEAN.expand(2, -1))
-        with model.intervene(ws.Patch(wide, "k", 1, at=3)):
+    no_head = ws.Patch(cache, "k", 1, 4, at=3)
+    with pytest.raises(IndexError, match=r"head 4 of blocks.1.mixer.hook_k: it has heads 0"), model.intervene(no_head):
+        model(OTHER)
+    _, wide = model.run_with_cache(CLEAN.expand(2, -1))
+    for what in ("k", "write", "state"):
+        two = ws.Patch(wide, what, 1, at=3)
+        with pytest.raises(ValueError, match="a cache of 2 sequences for a batch of 3"), model.intervene(two):
             model(OTHER.expand(3, -1))
 
 

@@ -138,7 +138,7 @@ class PatchedWrite(_Patched):
 
     def edit(self, now: Moment) -> Write:
         table = self.table[:, :, self._heads(self.size[0])].to(now.write.key.device).to(now.write.key.dtype)
-        return table[entries(*table.shape[:2], now, f"a cache of {table.shape[0]} sequences")]
+        return table[entries(table.shape[0], table.shape[1], now, f"a cache of {table.shape[0]} sequences")]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,8 +157,10 @@ class PatchedState(_Patched):
 
     def edit(self, now: Moment) -> Write:
         table = self.table[:, :, self._heads(self.size[0])].to(now.write.key.device)
-        wanted = table[entries(*table.shape[:2], now, f"a cache of {table.shape[0]} sequences")]
-        return in_factors(wanted - now.target("state"))
+        wanted = table[entries(table.shape[0], table.shape[1], now, f"a cache of {table.shape[0]} sequences")]
+        state = now.target("state")
+        assert isinstance(state, Tensor)
+        return in_factors(wanted - state)
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +188,9 @@ class PatchedPoint(PointEdit):
         return self.where
 
     def __call__(self, x: Float[Tensor, "n ..."], tokens: Tokens) -> Float[Tensor, "n ..."]:
-        found = self.table.to(x)[tokens.entries(*self.table.shape[:2], f"a cache of {len(self.table)} sequences")]
+        found = self.table.to(x)[
+            tokens.entries(len(self.table), self.table.shape[1], f"a cache of {len(self.table)} sequences")
+        ]
         if found.shape != x.shape:
             raise ValueError(
                 f"{self.name} holds {list(x.shape[1:])} per token here and {list(found.shape[1:])} in the other run: "

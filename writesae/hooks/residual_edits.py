@@ -56,7 +56,7 @@ class Tokens:
         if not isinstance(scale, Tensor):
             return scale
         table = scale.reshape(len(scale), -1).to(like)
-        found = table[self.entries(*table.shape, f"scale {list(scale.shape)}")]
+        found = table[self.entries(len(table), table.shape[1], f"scale {list(scale.shape)}")]
         return found.reshape(-1, *(1,) * (like.ndim - 1))
 
 
