@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         Site,
         Steer,
     )
-    from writesae.methods import Patching, patching
+    from writesae.methods import Patching, TunedMemory, patching, tune_memory
     from writesae.model import HookedRecurrentModel, Memory
     from writesae.pages import write_pages
     from writesae.recurrence import Recurrence, States, Write
@@ -51,7 +51,7 @@ _HOME = {
         "install", "logit_change", "population_test", "replacement_test", "reproduce", "seed_stability", "sign_test",
     ),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
-    "writesae.methods": ("Patching", "patching"),
+    "writesae.methods": ("Patching", "TunedMemory", "patching", "tune_memory"),
     "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
         "ActivationCache", "Add", "Delete", "HookPoint", "Intervention", "Reconstruct", "Replace", "Site", "Steer",
@@ -68,10 +68,10 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "ActivationCache", "ActivationStore", "Add", "Codes", "Contexts", "Delete", "Gradient", "HookPoint",
     "HookedRecurrentModel", "Intervention", "Logit", "Memory", "Patching", "Reconstruct", "Recurrence", "Replace",
-    "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "Substitute", "Write", "WriteSAE", "amplify",
-    "atom_classes", "attribute", "attribution_test", "check", "choose_atoms", "erase", "extract", "gradient",
+    "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "Substitute", "TunedMemory", "Write", "WriteSAE",
+    "amplify", "atom_classes", "attribute", "attribution_test", "check", "choose_atoms", "erase", "extract", "gradient",
     "install", "logit_change", "patching", "population_test", "record", "replacement_test", "reproduce",
-    "seed_stability", "sign_test", "texts", "top_contexts", "train_site", "train_store", "write_pages",
+    "seed_stability", "sign_test", "texts", "top_contexts", "train_site", "train_store", "tune_memory", "write_pages",
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = dict(max_new_tokens=5, do_sample=False)
 N_POS, N_READ = 11, 7
 IDS = torch.randint(N_VOCAB, (2, N_POS), generator=torch.Generator().manual_seed(3))
 READ, MORE = IDS[:, :N_READ], IDS[:, N_READ:]
-CLOSE = dict(rtol=0, atol=1e-4)
+CLOSE: dict[str, Any] = dict(rtol=0, atol=1e-4)
 
 
 def wrapped(architecture: Architecture) -> ws.HookedRecurrentModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +92,7 @@ def tune_memory(
     model: HookedRecurrentModel,
     texts: Texts,
     *,
-    held_out: Texts,
+    held_out: str | Iterable[str] | Int[Tensor, "n_held_out pos_held_out"],
     layers: Sequence[int] | None = None,
     heads: Sequence[tuple[int, int]] | None = None,
     steps: int = 200,
@@ -143,14 +143,15 @@ def tune_memory(
         raise ValueError(f"context={context} and lr={lr}: give 2 tokens or more, and a learning rate above 0")
     check_differentiable(model.hf_model)
     chosen = _chosen(model, layers, heads)
-    learnt = Windows.cut(model, texts, context).enough(of="the texts")
+    learnt = Windows.cut(model, texts, context).enough(of="texts")
     measured = Windows.cut(model, held_out, context).enough(of="held_out")
-    empty = model.memory()  # raises if anything is attached
+    memory = model.memory()  # raises if anything is attached
     if start is not None:
         start.origin.check_fits(model)
         if start.n_tokens or len(start) != 1:
             raise ValueError(f"start= takes an empty memory, as model.memory() makes one; got {start!r}")
-    base = {site.layer: (start or empty).state(site.layer)[0].float() for site in model.sites if site.layer in chosen}
+        memory = start
+    base = {layer: memory.state(layer)[0].float().to(model.layer_device(layer)) for layer in chosen}
     read = model.memory(learnt.tokens[:batch_size])
     scale = {layer: float(read.states[layer].float().square().mean().sqrt()) or 1.0 for layer in chosen}
     run = _Run(model, chosen, base, scale, learnt.tokens, lr, steps, batch_size, seed)
@@ -163,14 +164,14 @@ def tune_memory(
             run.save()
         if progress is not None:
             progress(run.step)
-    memory = empty
     for layer, S in run.states().items():
         memory = memory.with_state(layer, S.detach())
-    after = losses(model, measured.tokens, {layer: memory.state(layer)[0] for layer in chosen}, batch_size)
+    trained = {layer: S[0].to(model.layer_device(layer)) for layer, S in memory.states.items()}
+    after = losses(model, measured.tokens, trained, batch_size)
     if out is not None:
         memory.save(Path(out) / MEMORY)
-    trained = tuple((layer, head) for layer, some in chosen.items() for head in some)
-    return TunedMemory(memory, trained, torch.tensor(run.losses), before, after, measured.document)
+    pairs = tuple((layer, head) for layer, some in chosen.items() for head in some)
+    return TunedMemory(memory, pairs, torch.tensor(run.losses), before, after, measured.document)
 
 
 @dataclass(eq=False)
