@@ -136,7 +136,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was begun otherwise: texts"):
         ws.tune_memory(model, IDS.flip(1), out=tmp_path, **SETTINGS)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"is not a whole tuning file .*delete it to start anew"):
+    with pytest.raises(ValueError, match=r"is not a whole checkpoint of state tuning .*delete it to start anew"):
         ws.tune_memory(model, IDS, out=tmp_path, **SETTINGS)
 
 

@@ -232,7 +232,9 @@ class _Run:
         remove_halves(folder, CHECKPOINT, MEMORY)
         if not (folder / CHECKPOINT).exists():
             return
-        tensors, there = read_tensors(folder / CHECKPOINT, "tuning", "delete it to start anew")
+        tensors, there = read_tensors(
+            folder / CHECKPOINT, "tuning", "checkpoint of state tuning", "delete it to start anew"
+        )
         check_same(folder, there, self.identity)
         self.losses = tensors["losses"].tolist()
         with torch.no_grad():
