@@ -12,7 +12,8 @@ from torch import Tensor
 
 import writesae as ws
 from architectures import N_VOCAB, Architecture, architecture_named, each_architecture, each_rule
-from writesae.methods.state_tuning import backward, losses, starting_from
+from writesae.methods.state_tuning import backward, losses
+from writesae.model.remembering import starting_from
 from writesae.stores.windows import Windows
 
 IDS = torch.randint(N_VOCAB, (3, 13), generator=torch.Generator().manual_seed(5))
@@ -65,11 +66,10 @@ def test_the_trained_state_is_that_of_a_memory(architecture: Architecture) -> No
     states, memory = random_states(model), model.memory()
     for layer, S in states.items():
         memory = memory.with_state(layer, S)
-    with starting_from(model, states, len(IDS)):
+    with starting_from(model, {layer: S.expand(3, *S.shape) for layer, S in states.items()}):
         expected = model(IDS)
     torch.testing.assert_close(model(IDS, memory=memory), expected, rtol=0, atol=1e-4)
-    turned = {layer: S.flip(1) for layer, S in states.items()}
-    with starting_from(model, turned, len(IDS)):
+    with starting_from(model, {layer: S.flip(1).expand(3, *S.shape) for layer, S in states.items()}):
         assert (model(IDS) - expected).abs().max() > 1e-2
 
 

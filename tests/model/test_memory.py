@@ -136,6 +136,21 @@ def test_an_empty_memory(architecture: Architecture) -> None:
     torch.testing.assert_close(found - plain, kept, **CLOSE)
 
 
+@each_architecture
+def test_gradients_go_through_what_follows(architecture: Architecture) -> None:
+    """Weights and edits get those of the unbroken text's tokens, also where a single token follows."""
+    model = wrapped(architecture)
+    layer = model.sites[0].layer
+    for n_read in (N_READ, N_POS - 1):
+        whole = ws.gradient(model, IDS, ws.Logit(5), [layer])[layer].output[:, n_read:]
+        memory = model.memory(IDS[:, :n_read])
+        found = ws.gradient(model, IDS[:, n_read:], ws.Logit(5), [layer], memory=memory)[layer].output
+        torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+        other = model.memory(IDS[:, :n_read].flip(1))
+        found = ws.gradient(model, IDS[:, n_read:], ws.Logit(5), [layer], memory=other)[layer].output
+        assert (found - whole).abs().max() > 1e-2 * whole.abs().max()
+
+
 # A trained model -----------------------------------------------------------------------------------------------------
 
 

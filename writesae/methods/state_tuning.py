@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.gradients.backward import check_differentiable, frozen
-from writesae.hooks.scope import owning
 from writesae.jobs.disk import remove_halves
 from writesae.jobs.progress import Progress
 from writesae.jobs.resumable import check_same
 from writesae.jobs.tensors import checksum, read_tensors, write_tensors
 from writesae.model import HookedRecurrentModel, LateLogits, Memory, late_logits
+from writesae.model.remembering import starting_from
 from writesae.results.result import Figure, Number, Result, figure
 from writesae.stores.windows import Texts, Windows
 
@@ -254,25 +253,13 @@ class _Run:
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def starting_from(
-    model: HookedRecurrentModel, states: Mapping[int, Float[Tensor, "head d_key d_value"]], batch: int
-) -> Iterator[None]:
-    """Passes of this thread, without a cache, begin with these states in the layers named. Gradients go to them."""
-    taps = {tap.site.layer: tap for tap in model.taps}
-    with owning(everywhere=False) as call, ExitStack() as stack:
-        for layer, S in states.items():
-            stack.enter_context(taps[layer].initial.added(S.expand(batch, *S.shape), call))
-        yield
-
-
 def backward(
     model: HookedRecurrentModel,
     tokens: Int[Tensor, "batch pos"],
     states: Mapping[int, Float[Tensor, "head d_key d_value"]],
 ) -> float:
     """The mean loss of the next tokens, in nats, from initial states, to which its gradient is added."""
-    with frozen(model.hf_model), starting_from(model, states, len(tokens)):
+    with frozen(model.hf_model), starting_from(model, _each(states, len(tokens))):
         with late_logits(model) as end:
             model(tokens, return_type=None)
         apart, total = end.apart(), 0.0
@@ -296,7 +283,7 @@ def losses(
     found = torch.zeros(len(tokens))
     for start in range(0, len(tokens), batch_size):
         batch = tokens[start : start + batch_size]
-        with starting_from(model, states, len(batch)), late_logits(model) as end:
+        with starting_from(model, _each(states, len(batch))), late_logits(model) as end:
             model(batch, return_type=None)
         for rows, loss in _pieces(model, batch, end):
             found.index_add_(0, start + rows.cpu(), loss.cpu())
@@ -335,6 +322,11 @@ def _chosen(
     if not chosen:
         raise ValueError("heads=[]: name one head at least, or leave it out for all")
     return chosen
+
+
+def _each(states: Mapping[int, Tensor], batch: int) -> dict[int, Tensor]:
+    """The same states for every text of a batch."""
+    return {layer: S.expand(batch, *S.shape) for layer, S in states.items()}
 
 
 def _named(states: Mapping[int, Tensor]) -> dict[str, Tensor]:
