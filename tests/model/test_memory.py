@@ -144,8 +144,10 @@ def test_gradients_go_through_what_follows(architecture: Architecture) -> None:
     for n_read in (N_READ, N_POS - 1):
         whole = ws.gradient(model, IDS, ws.Logit(5), [layer])[layer].output[:, n_read:]
         memory = model.memory(IDS[:, :n_read])
+        before = copy.deepcopy(memory)
         found = ws.gradient(model, IDS[:, n_read:], ws.Logit(5), [layer], memory=memory)[layer].output
         torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+        assert_same(memory, before)
         other = model.memory(IDS[:, :n_read].flip(1))
         found = ws.gradient(model, IDS[:, n_read:], ws.Logit(5), [layer], memory=other)[layer].output
         assert (found - whole).abs().max() > 1e-2 * whole.abs().max()
