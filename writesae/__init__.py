@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         Pattern,
         SteeringVector,
         TunedLens,
+        TunedMemory,
         direct_attribution,
         dose_response,
         knockout_sweep,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         pattern,
         steering_vector,
         tune_lens,
+        tune_memory,
     )
     from writesae.model import HookedRecurrentModel, Memory
     from writesae.pages import write_pages
@@ -85,8 +87,8 @@ _HOME = {
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
     "writesae.methods": (
         "DirectAttribution", "DoseResponse", "KnockoutSweep", "LogitLens", "MemoryLength", "Patching", "Pattern",
-        "SteeringVector", "TunedLens", "direct_attribution", "dose_response", "knockout_sweep", "logit_lens",
-        "memory_length", "patching", "pattern", "steering_vector", "tune_lens",
+        "SteeringVector", "TunedLens", "TunedMemory", "direct_attribution", "dose_response", "knockout_sweep",
+        "logit_lens", "memory_length", "patching", "pattern", "steering_vector", "tune_lens", "tune_memory",
     ),
     "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
@@ -108,11 +110,11 @@ __all__ = [
     "DoseResponse", "Gradient", "HookPoint", "HookedRecurrentModel", "Intervention", "Knockout", "KnockoutSweep",
     "Logit", "LogitLens", "Memory", "MemoryLength", "Patch", "Patching", "Pattern", "Recode", "Reconstruct",
     "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "SteeringVector",
-    "Substitute", "TunedLens", "Write", "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test",
-    "check", "choose_atoms", "direct_attribution", "dose_response", "erase", "extract", "gradient", "install",
-    "knockout_sweep", "logit_change", "logit_lens", "memory_length", "patching", "pattern", "population_test",
-    "record", "replacement_test", "reproduce", "seed_stability", "sign_test", "steering_vector", "texts",
-    "top_contexts", "train_site", "train_store", "tune_lens", "write_pages",
+    "Substitute", "TunedLens", "TunedMemory", "Write", "WriteSAE", "amplify", "atom_classes", "attribute",
+    "attribution_test", "check", "choose_atoms", "direct_attribution", "dose_response", "erase", "extract",
+    "gradient", "install", "knockout_sweep", "logit_change", "logit_lens", "memory_length", "patching", "pattern",
+    "population_test", "record", "replacement_test", "reproduce", "seed_stability", "sign_test", "steering_vector",
+    "texts", "top_contexts", "train_site", "train_store", "tune_lens", "tune_memory", "write_pages",
 ]  # fmt: skip
 
 

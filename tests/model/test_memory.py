@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = dict(max_new_tokens=5, do_sample=False)
 N_POS, N_READ = 11, 7
 IDS = torch.randint(N_VOCAB, (2, N_POS), generator=torch.Generator().manual_seed(3))
 READ, MORE = IDS[:, :N_READ], IDS[:, N_READ:]
-CLOSE = dict(rtol=0, atol=1e-4)
+CLOSE: dict[str, Any] = dict(rtol=0, atol=1e-4)
 
 
 def wrapped(architecture: Architecture) -> ws.HookedRecurrentModel:
@@ -134,6 +134,23 @@ def test_an_empty_memory(architecture: Architecture) -> None:
     if rec.a is not None and rec.b is not None:
         kept = kept + rec.a[:, 0][..., None] * torch.einsum("bhk,hkv->bhv", rec.b[:, 0], S)[..., None, :]
     torch.testing.assert_close(found - plain, kept, **CLOSE)
+
+
+@each_architecture
+def test_gradients_go_through_what_follows(architecture: Architecture) -> None:
+    """Weights and edits get those of the unbroken text's tokens, also where a single token follows."""
+    model = wrapped(architecture)
+    layer = model.sites[0].layer
+    for n_read in (N_READ, N_POS - 1):
+        whole = ws.gradient(model, IDS, ws.Logit(5), [layer])[layer].output[:, n_read:]
+        memory = model.memory(IDS[:, :n_read])
+        before = copy.deepcopy(memory)
+        found = ws.gradient(model, IDS[:, n_read:], ws.Logit(5), [layer], memory=memory)[layer].output
+        torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
+        assert_same(memory, before)
+        other = model.memory(IDS[:, :n_read].flip(1))
+        found = ws.gradient(model, IDS[:, n_read:], ws.Logit(5), [layer], memory=other)[layer].output
+        assert (found - whole).abs().max() > 1e-2 * whole.abs().max()
 
 
 # A trained model -----------------------------------------------------------------------------------------------------

@@ -29,26 +29,27 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def write_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+def write_tensors(path: Path, key: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write tensors and what they are to one safetensors file, whole or not at all.
 
     Args:
         path: the file.
-        kind: what it is, a word: `read_tensors` asks for it.
+        key: a word for what it is, under which ``about`` stands in its metadata.
         tensors: by name.
-        about: what JSON can say; `read_tensors` gives it back.
+        about: what JSON can say.
     """
-    kept = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}  # none shares memory
+    kept = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     described = json.dumps(sealed({**about, "tensors": checksum(kept)}))
-    write_whole(path, safetensors.torch.save(kept, {kind: described}))
+    write_whole(path, safetensors.torch.save(kept, {key: described}))
 
 
-def read_tensors(path: Path, kind: str, again: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path, key: str, what: str, again: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_tensors` wrote: the tensors, on the CPU, and what they are.
 
     Args:
         path: the file.
-        kind: what it should be.
+        key: the word for what it is.
+        what: the same for messages.
         again: what to do about a damaged one, for the message.
 
     Raises:
@@ -56,18 +57,18 @@ def read_tensors(path: Path, kind: str, again: str) -> tuple[dict[str, Tensor], 
         ValueError: the file is damaged, or something else.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         with safetensors.safe_open(path, "pt") as f:
-            described = (f.metadata() or {}).get(kind)
+            about = json.loads((f.metadata() or {}).get(key, "null"))
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        about = None if described is None else unsealed(json.loads(described))
+        about = None if about is None else unsealed(about)
         if about is not None and about.pop("tensors", None) not in (None, checksum(tensors)):
             raise ValueError("its tensors were altered")
     except (safetensors.SafetensorError, ValueError, RecursionError, AttributeError, OSError) as e:
-        raise ValueError(f"{path} is not a whole {kind} file ({e}); {again}") from e
+        raise ValueError(f"{path} is not a whole {what} ({e}); {again}") from e
     if about is None:
-        raise ValueError(f"{path} is not a {kind} file: its safetensors metadata has no {kind!r}; give another file")
+        raise ValueError(f"{path} is not a {what}; give another file")
     return tensors, about
 
 

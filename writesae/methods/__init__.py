@@ -10,11 +10,12 @@ from writesae.methods.memory import memory_length
 from writesae.methods.patched import Patching
 from writesae.methods.patterns import Pattern, pattern
 from writesae.methods.remembered import MemoryLength
+from writesae.methods.state_tuning import TunedMemory, tune_memory
 from writesae.methods.steering import SteeringVector, steering_vector
 from writesae.methods.tuned_lens import TunedLens, tune_lens
 
 __all__ = [
     "DirectAttribution", "DoseResponse", "KnockoutSweep", "LogitLens", "MemoryLength", "Patching", "Pattern",
-    "SteeringVector", "TunedLens", "direct_attribution", "dose_response", "knockout_sweep", "logit_lens",
-    "memory_length", "patching", "pattern", "steering_vector", "tune_lens",
+    "SteeringVector", "TunedLens", "TunedMemory", "direct_attribution", "dose_response", "knockout_sweep",
+    "logit_lens", "memory_length", "patching", "pattern", "steering_vector", "tune_lens", "tune_memory",
 ]  # fmt: skip

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.gradients.backward import check_differentiable, frozen
-from writesae.hooks.scope import owning
 from writesae.jobs.disk import remove_halves
 from writesae.jobs.progress import Progress
 from writesae.jobs.resumable import check_same
 from writesae.jobs.tensors import checksum, read_tensors, write_tensors
 from writesae.model import HookedRecurrentModel, LateLogits, Memory, late_logits
+from writesae.model.remembering import starting_from
 from writesae.results.result import Figure, Number, Result, figure
 from writesae.stores.windows import Texts, Windows
 
@@ -92,7 +91,7 @@ def tune_memory(
     model: HookedRecurrentModel,
     texts: Texts,
     *,
-    held_out: Texts,
+    held_out: str | Iterable[str] | Int[Tensor, "n_held_out pos_held_out"],
     layers: Sequence[int] | None = None,
     heads: Sequence[tuple[int, int]] | None = None,
     steps: int = 200,
@@ -143,14 +142,15 @@ def tune_memory(
         raise ValueError(f"context={context} and lr={lr}: give 2 tokens or more, and a learning rate above 0")
     check_differentiable(model.hf_model)
     chosen = _chosen(model, layers, heads)
-    learnt = Windows.cut(model, texts, context).enough(of="the texts")
+    learnt = Windows.cut(model, texts, context).enough(of="texts")
     measured = Windows.cut(model, held_out, context).enough(of="held_out")
-    empty = model.memory()  # raises if anything is attached
+    memory = model.memory()  # raises if anything is attached
     if start is not None:
         start.origin.check_fits(model)
         if start.n_tokens or len(start) != 1:
             raise ValueError(f"start= takes an empty memory, as model.memory() makes one; got {start!r}")
-    base = {site.layer: (start or empty).state(site.layer)[0].float() for site in model.sites if site.layer in chosen}
+        memory = start
+    base = {layer: memory.state(layer)[0].float().to(model.layer_device(layer)) for layer in chosen}
     read = model.memory(learnt.tokens[:batch_size])
     scale = {layer: float(read.states[layer].float().square().mean().sqrt()) or 1.0 for layer in chosen}
     run = _Run(model, chosen, base, scale, learnt.tokens, lr, steps, batch_size, seed)
@@ -163,14 +163,14 @@ def tune_memory(
             run.save()
         if progress is not None:
             progress(run.step)
-    memory = empty
     for layer, S in run.states().items():
         memory = memory.with_state(layer, S.detach())
-    after = losses(model, measured.tokens, {layer: memory.state(layer)[0] for layer in chosen}, batch_size)
+    trained = {layer: S[0].to(model.layer_device(layer)) for layer, S in memory.states.items()}
+    after = losses(model, measured.tokens, trained, batch_size)
     if out is not None:
         memory.save(Path(out) / MEMORY)
-    trained = tuple((layer, head) for layer, some in chosen.items() for head in some)
-    return TunedMemory(memory, trained, torch.tensor(run.losses), before, after, measured.document)
+    pairs = tuple((layer, head) for layer, some in chosen.items() for head in some)
+    return TunedMemory(memory, pairs, torch.tensor(run.losses), before, after, measured.document)
 
 
 @dataclass(eq=False)
@@ -231,7 +231,9 @@ class _Run:
         remove_halves(folder, CHECKPOINT, MEMORY)
         if not (folder / CHECKPOINT).exists():
             return
-        tensors, there = read_tensors(folder / CHECKPOINT, "tuning", "delete it to start anew")
+        tensors, there = read_tensors(
+            folder / CHECKPOINT, "tuning", "checkpoint of state tuning", "delete it to start anew"
+        )
         check_same(folder, there, self.identity)
         self.losses = tensors["losses"].tolist()
         with torch.no_grad():
@@ -251,25 +253,13 @@ class _Run:
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def starting_from(
-    model: HookedRecurrentModel, states: Mapping[int, Float[Tensor, "head d_key d_value"]], batch: int
-) -> Iterator[None]:
-    """Passes of this thread, without a cache, begin with these states in the layers named. Gradients go to them."""
-    taps = {tap.site.layer: tap for tap in model.taps}
-    with owning(everywhere=False) as call, ExitStack() as stack:
-        for layer, S in states.items():
-            stack.enter_context(taps[layer].initial.added(S.expand(batch, *S.shape), call))
-        yield
-
-
 def backward(
     model: HookedRecurrentModel,
     tokens: Int[Tensor, "batch pos"],
     states: Mapping[int, Float[Tensor, "head d_key d_value"]],
 ) -> float:
     """The mean loss of the next tokens, in nats, from initial states, to which its gradient is added."""
-    with frozen(model.hf_model), starting_from(model, states, len(tokens)):
+    with frozen(model.hf_model), starting_from(model, _each(states, len(tokens))):
         with late_logits(model) as end:
             model(tokens, return_type=None)
         apart, total = end.apart(), 0.0
@@ -293,7 +283,7 @@ def losses(
     found = torch.zeros(len(tokens))
     for start in range(0, len(tokens), batch_size):
         batch = tokens[start : start + batch_size]
-        with starting_from(model, states, len(batch)), late_logits(model) as end:
+        with starting_from(model, _each(states, len(batch))), late_logits(model) as end:
             model(batch, return_type=None)
         for rows, loss in _pieces(model, batch, end):
             found.index_add_(0, start + rows.cpu(), loss.cpu())
@@ -332,6 +322,11 @@ def _chosen(
     if not chosen:
         raise ValueError("heads=[]: name one head at least, or leave it out for all")
     return chosen
+
+
+def _each(states: Mapping[int, Tensor], batch: int) -> dict[int, Tensor]:
+    """The same states for every text of a batch."""
+    return {layer: S.expand(batch, *S.shape) for layer, S in states.items()}
 
 
 def _named(states: Mapping[int, Tensor]) -> dict[str, Tensor]:

@@ -274,7 +274,8 @@ class HookedRecurrentModel(GeneratingModel):
             raise RuntimeError(f"the model ran without its layer {stop_at_layer}")
         if return_type in ("loss", "both") and "input_ids" not in tokens:
             raise ValueError(f"return_type={return_type!r} needs the token ids that come next; inputs_embeds has none")
-        logits = self.hf_model(**tokens, attention_mask=mask, **kwargs).logits
+        with self._differentiable(memory, size[0]):
+            logits = self.hf_model(**tokens, attention_mask=mask, **kwargs).logits
         if return_type in ("logits", None):
             return logits if return_type else None
         mask = None if memory is not None else mask

@@ -242,7 +242,7 @@ class Memory:
             ValueError: the file is damaged, of another kind, or of a later version.
         """
         path = Path(path)
-        tensors, about = read_tensors(path, FILE, "save the memory again")
+        tensors, about = read_tensors(path, FILE, "memory file", "save the memory again")
         if about["version"] != VERSION:
             raise ValueError(
                 f"{path} is of version {about['version']} of memory files, and this writesae reads {VERSION}: update "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
@@ -15,6 +16,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from writesae.hooks import Family
 from writesae.hooks.attachment import attach
 from writesae.hooks.clock import CACHES, Fed, cache_in
+from writesae.hooks.scope import owning
 from writesae.model.attaching import HookedModel
 from writesae.model.continuing import cache_argument
 from writesae.model.memory import Memory
@@ -23,6 +25,19 @@ from writesae.model.tokens import Text
 from writesae.models.wrappers import bare
 
 STATE = "{}.recurrent_states.0"  # what transformers calls the state of a layer, by the names of `Memory.others`
+
+
+@contextmanager
+def starting_from(
+    model: HookedModel, states: Mapping[int, Float[Tensor, "batch head d_key d_value"]]
+) -> Iterator[None]:
+    """Passes of the running thread begin with these states in the layers named, whatever their cache holds. Gradients
+    go to them: a cache, which a pass changes in place, lets none through."""
+    taps = {tap.site.layer: tap for tap in model.taps}
+    with owning(everywhere=False) as call, ExitStack() as stack:
+        for layer, S in states.items():
+            stack.enter_context(taps[layer].initial.added(S, call))
+        yield
 
 
 class RememberingModel(HookedModel):
@@ -107,6 +122,13 @@ class RememberingModel(HookedModel):
         whole = torch.cat([before, torch.ones_like(ids)], 1)
         return ids, {**kwargs, cache_argument(self.hf_model): cache, "attention_mask": whole}
 
+    def _differentiable(self, memory: Memory | None, batch: int) -> AbstractContextManager[None]:
+        """While the block runs, a pass that goes on from a memory leaves what its backward pass needs as it is."""
+        if memory is None or not torch.is_grad_enabled():
+            return nullcontext()
+        states = {layer: S.to(self.layer_device(layer)) for layer, S in memory.states.items()}
+        return starting_from(self, {layer: S.expand(batch, *S.shape[1:]) for layer, S in states.items()})
+
     def _whole_from(self, memory: Memory, x: Text | None, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The same for generation, which takes the whole text with a filled cache."""
         ids, kwargs = self._going_on_from(memory, x, kwargs)
@@ -166,7 +188,7 @@ class RememberingModel(HookedModel):
     def _check_can_remember(self) -> None:
         """Raise ValueError where a model in training would leave its cache out."""
         model = bare(self.hf_model)
-        if model.training and getattr(model, "is_gradient_checkpointing", False):
+        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise ValueError(
                 "a model in training with gradient checkpointing keeps no cache, so it would forget what came before: "
                 "call model.eval()"

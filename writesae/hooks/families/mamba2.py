@@ -124,6 +124,16 @@ class StepUpdate(ChunkScan):
     or 0.001 in those there are), decoding and prefill differ in the model itself, and so they do here."""
 
     state_argument = "state"
+    given = False  # the state is not the cache's own: it must stay as it is, also for a backward pass
+
+    def start_from(self, state: Tensor) -> None:
+        super().start_from(state)
+        self.given = True
+
+    def run(self, native: Callable[..., Any]) -> tuple[Tensor, Tensor | None]:
+        if self.given:
+            return chunked(self.recurrence(), self.write(), self.initial_state)
+        return super().run(native)
 
     def sequence(self, name: str) -> Tensor:
         x = self.arguments[name].unsqueeze(1)
@@ -149,7 +159,8 @@ class StepUpdate(ChunkScan):
 
     def result(self, o: Tensor, state: Tensor | None) -> Tensor:
         assert state is not None
-        self.arguments["state"].copy_(state.mT)
+        if not self.given:
+            self.arguments["state"].copy_(state.mT)
         y = o.squeeze(1).to(self.arguments["hidden_states"].dtype)
         y = y if self.skip is None else (y + self.skip).to(y.dtype)
         z = self.arguments.get("z")
