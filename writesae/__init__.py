@@ -71,6 +71,8 @@ if TYPE_CHECKING:
         SAEConfig,
         Substitute,
         WriteSAE,
+        load_interventions,
+        save_interventions,
         top_contexts,
         train_site,
         train_store,
@@ -99,8 +101,8 @@ _HOME = {
     "writesae.pages": ("write_pages",),
     "writesae.recurrence": ("Recurrence", "States", "Write"),
     "writesae.saes": (
-        "Codes", "Contexts", "Recode", "SAEConfig", "Substitute", "WriteSAE", "top_contexts", "train_site",
-        "train_store",
+        "Codes", "Contexts", "Recode", "SAEConfig", "Substitute", "WriteSAE", "load_interventions",
+        "save_interventions", "top_contexts", "train_site", "train_store",
     ),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -112,9 +114,10 @@ __all__ = [
     "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "SteeringVector",
     "Substitute", "TunedLens", "TunedMemory", "Write", "WriteSAE", "amplify", "atom_classes", "attribute",
     "attribution_test", "check", "choose_atoms", "direct_attribution", "dose_response", "erase", "extract",
-    "gradient", "install", "knockout_sweep", "logit_change", "logit_lens", "memory_length", "patching", "pattern",
-    "population_test", "record", "replacement_test", "reproduce", "seed_stability", "sign_test", "steering_vector",
-    "texts", "top_contexts", "train_site", "train_store", "tune_lens", "tune_memory", "write_pages",
+    "gradient", "install", "knockout_sweep", "load_interventions", "logit_change", "logit_lens", "memory_length",
+    "patching", "pattern", "population_test", "record", "replacement_test", "reproduce", "save_interventions",
+    "seed_stability", "sign_test", "steering_vector", "texts", "top_contexts", "train_site", "train_store",
+    "tune_lens", "tune_memory", "write_pages",
 ]  # fmt: skip
 
 
