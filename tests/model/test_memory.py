@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import writesae as ws
+import docs_pages
 from architectures import N_VOCAB, Architecture, architecture_named, each_architecture, each_rule
 
 SETTINGS: dict[str, Any] = dict(max_new_tokens=5, do_sample=False)
@@ -192,25 +193,28 @@ def test_heads_of_another_memory(name: str) -> None:
     model with an attention layer has it there instead."""
     model = ws.HookedRecurrentModel.from_pretrained(name)
     ours, other = model.memory(TREASURY), model.memory(WAR)
+    wanted = model(AFTER, memory=other)[0, 4:].log_softmax(-1)
 
     def distance(memory: ws.Memory) -> float:
         """KL from what follows the war, per token, past the reach of convolutions."""
-        wanted, found = (model(AFTER, memory=x)[0, 4:].log_softmax(-1) for x in (other, memory))
+        found = model(AFTER, memory=memory)[0, 4:].log_softmax(-1)
         return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
     def rest_of_other(memory: ws.Memory) -> ws.Memory:
         return replace(memory, others=other.others, settings=other.settings, ids=other.ids)
 
-    every = [(site.layer, head) for site in model.sites for head in range(site.n_heads)]
-    swapped = ours.with_heads(other, every)
-    best = sorted(every, key=lambda head: distance(ours.with_heads(other, [head])))
-    some = len(every) // 4
-    right, wrong = (distance(ours.with_heads(other, heads)) for heads in (best[:some], best[-some:]))
+    def heads(layers: list[int]) -> list[tuple[int, int]]:
+        return [(layer, head) for layer in layers for head in range(model.site(layer).n_heads)]
+
+    swapped = ours.with_heads(other, heads([site.layer for site in model.sites]))
+    best = sorted((site.layer for site in model.sites), key=lambda x: distance(ours.with_heads(other, heads([x]))))
+    some = len(best) // 3
+    right, wrong = (distance(ours.with_heads(other, heads(layers))) for layers in (best[:some], best[-some:]))
     if name == "tiny-gdn":
         assert distance(swapped) > 0.9 * distance(ours) and distance(rest_of_other(ours)) < 0.1 * distance(ours)
     else:
         assert distance(swapped) < 0.15 * distance(ours) and distance(rest_of_other(ours)) > 0.7 * distance(ours)
-        assert right < 0.2 * distance(ours)
+        assert right < 0.55 * distance(ours)  # a third of the layers does half of it
         halfway = distance(ours.blend(other, 0.5))
         assert distance(swapped) < halfway < distance(ours)
     assert wrong > distance(ours)
@@ -338,3 +342,22 @@ def test_errors() -> None:
     model.hf_model.train()
     with pytest.raises(ValueError, match="keeps no cache"):
         model(MORE, memory=memory)
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_snippets_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run one after the other, and what a comment says comes of a line is what comes of it."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    checked = 0
+    for language, code in docs_pages.blocks((docs_pages.DOCS / "memories.md").read_text("utf-8")):
+        assert language == "python"
+        exec(code, names)
+        for line in code.splitlines():
+            code_of, _, said = line.partition("  # gives ")
+            if said:
+                assert repr(eval(code_of, names)) == said, line
+                checked += 1
+    assert checked >= 4 and names["tuned"].numbers()[1].value < names["tuned"].numbers()[0].value
