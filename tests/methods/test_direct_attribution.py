@@ -182,3 +182,37 @@ def test_bad_input(model: ws.HookedRecurrentModel) -> None:
             ws.direct_attribution(model, TEXT, OF)
         with pytest.raises(ValueError, match="logits are not linear in what the last layer gives"):
             ws.pattern(model, TEXT, 2, 1, of=OF)
+
+
+def parts_of(model: ws.HookedRecurrentModel, by: str) -> tuple[float, float, float]:
+    """The number, the sum of the parts, and what layer 2 adds beside its heads."""
+    records = (found := ws.direct_attribution(model, TEXT, OF, by=by)).records()
+    return found.value, records.contribution.sum(), records[records.part == "rest"].contribution.iloc[-1]
+
+
+def test_what_edits_do_to_parts(model: ws.HookedRecurrentModel) -> None:
+    """What an edit wrote is in the rest; what a knockout hides is missing from its head, and so from the rest of
+    writes."""
+    write = ws.Write(torch.ones(32), torch.ones(32))
+    for edit, positions in ((ws.Add(2, 0, write=write, scale=0.1), [14, 15]), (ws.Knockout(2, sources=14), None)):
+        with model.intervene(edit, positions=positions):
+            by_head, by_token = (parts_of(model, by) for by in ("head", "token"))
+        for value, total, _ in (by_head, by_token):
+            assert total == pytest.approx(value, abs=1e-4)
+        assert abs(by_token[2]) > 1e-2
+        assert abs(by_head[2]) > 1e-2 if positions else by_head[2] == pytest.approx(0, abs=1e-5)
+
+
+def test_in_other_ways(model: ws.HookedRecurrentModel) -> None:
+    expected = parts_of(model, "head")
+    with torch.inference_mode():
+        assert parts_of(model, "head") == pytest.approx(expected, abs=1e-4)
+        assert ws.pattern(model, TEXT, 2, 1, of=OF).grid.isfinite().all()
+    model.kernels = "writesae"
+    assert parts_of(model, "head") == pytest.approx(expected, abs=1e-4)
+    model.kernels = "native"
+    half = ws.HookedRecurrentModel.from_pretrained("tiny-gdn", dtype="bfloat16")
+    assert parts_of(half, "head") == pytest.approx(expected, abs=0.05)
+    compiled = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
+    compiled.hf_model.compile(backend="eager")
+    assert parts_of(compiled, "head") == pytest.approx(expected, abs=1e-4)

@@ -129,6 +129,7 @@ def direct_paths(model: HookedRecurrentModel) -> Iterator[Paths]:
                     seen.add(id(module))
                     _cut_off(stack, call, paths.parts, index, name, module)
         stack.enter_context(model.hooks([(name_of("resid_pre", 0), embedding)]))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # graphs know nothing of all this
         stack.enter_context(DirectScale())
         try:
             yield paths
