@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import writesae as ws
-from architectures import Architecture, each_architecture
+from architectures import Architecture, architecture_named, each_architecture
 from edit_cases import annotations_unchecked
 from writesae.methods import direct_paths
 
@@ -122,6 +122,21 @@ def test_along_a_direction(model: ws.HookedRecurrentModel) -> None:
     assert (fewer - total).abs().max() > 1e-2  # the twin: a head left out
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "rwkv7"])
+@annotations_unchecked()
+def test_lengths(name: str) -> None:
+    """The square of a length is the sum of squares along directions at right angles that hold all that a head adds."""
+    model, ids = ws.HookedRecurrentModel(architecture_named(name).build()), torch.arange(6)
+    along = lambda u: ws.pattern(model, ids, 1, 2, of=u).grid  # noqa: E731
+    lengths, (n, _) = ws.pattern(model, ids, 1, 2, of="stream").grid, model.W_O(1)[2].shape
+    every = torch.linalg.qr(model.W_O(1)[2].mT.detach(), mode="complete")[0].mT
+    squares = torch.stack([along(u).square() for u in every[:n]])
+    torch.testing.assert_close(lengths.square(), squares.sum(0), rtol=1e-3, atol=1e-6)
+    assert (squares[:-1].sum(0) - lengths.square()).abs().max() > 1e-3 * squares.max()  # the twin: one left out
+    assert along(every[n]).abs().max() < 1e-4 and lengths.abs().max() > 1e-2
+    assert (lengths.sign() == ws.pattern(model, ids, 1, 2).grid.sign()).all()
+
+
 def test_pattern(model: ws.HookedRecurrentModel) -> None:
     found = ws.pattern(model, TEXT, 2, 1)
     _, cache = model.run_with_cache(TEXT)
@@ -169,6 +184,7 @@ def test_bad_input(model: ws.HookedRecurrentModel) -> None:
     for given, error, match in (
         (dict(layer=3), IndexError, r"layer 3 is not recurrent"),
         (dict(head=7), IndexError, r"head 7 at layer 2"),
+        (dict(of="streams"), ValueError, r"of='streams': give a Logit, a vector, 'stream', or None"),
         (dict(of=torch.zeros(3)), ValueError, r"of= a vector \[3\]: the residual stream has"),
     ):
         with pytest.raises(error, match=match):
