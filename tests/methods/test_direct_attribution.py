@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import writesae as ws
-from architectures import Architecture, each_architecture
+from architectures import Architecture, architecture_named, each_architecture
 from edit_cases import annotations_unchecked
 from writesae.methods import direct_paths
 
@@ -122,6 +122,21 @@ def test_along_a_direction(model: ws.HookedRecurrentModel) -> None:
     assert (fewer - total).abs().max() > 1e-2  # the twin: a head left out
 
 
+@pytest.mark.parametrize("name", ["qwen3_5", "mamba2", "rwkv7"])
+@annotations_unchecked()
+def test_lengths(name: str) -> None:
+    """The square of a length is the sum of squares along directions at right angles that hold all that a head adds."""
+    model, ids = ws.HookedRecurrentModel(architecture_named(name).build()), torch.arange(6)
+    along = lambda u: ws.pattern(model, ids, 1, 2, of=u).grid  # noqa: E731
+    lengths, (n, _) = ws.pattern(model, ids, 1, 2, of="stream").grid, model.W_O(1)[2].shape
+    every = torch.linalg.qr(model.W_O(1)[2].mT.detach(), mode="complete")[0].mT
+    squares = torch.stack([along(u).square() for u in every[:n]])
+    torch.testing.assert_close(lengths.square(), squares.sum(0), rtol=1e-3, atol=1e-6)
+    assert (squares[:-1].sum(0) - lengths.square()).abs().max() > 1e-3 * squares.max()  # the twin: one left out
+    assert along(every[n]).abs().max() < 1e-4 and lengths.abs().max() > 1e-2
+    assert (lengths.sign() == ws.pattern(model, ids, 1, 2).grid.sign()).all()
+
+
 def test_pattern(model: ws.HookedRecurrentModel) -> None:
     found = ws.pattern(model, TEXT, 2, 1)
     _, cache = model.run_with_cache(TEXT)
@@ -169,6 +184,7 @@ def test_bad_input(model: ws.HookedRecurrentModel) -> None:
     for given, error, match in (
         (dict(layer=3), IndexError, r"layer 3 is not recurrent"),
         (dict(head=7), IndexError, r"head 7 at layer 2"),
+        (dict(of="streams"), ValueError, r"of='streams': give a Logit, a vector, 'stream', or None"),
         (dict(of=torch.zeros(3)), ValueError, r"of= a vector \[3\]: the residual stream has"),
     ):
         with pytest.raises(error, match=match):
@@ -182,3 +198,37 @@ def test_bad_input(model: ws.HookedRecurrentModel) -> None:
             ws.direct_attribution(model, TEXT, OF)
         with pytest.raises(ValueError, match="logits are not linear in what the last layer gives"):
             ws.pattern(model, TEXT, 2, 1, of=OF)
+
+
+def parts_of(model: ws.HookedRecurrentModel, by: str) -> tuple[float, float, float]:
+    """The number, the sum of the parts, and what layer 2 adds beside its heads."""
+    records = (found := ws.direct_attribution(model, TEXT, OF, by=by)).records()
+    return found.value, records.contribution.sum(), records[records.part == "rest"].contribution.iloc[-1]
+
+
+def test_what_edits_do_to_parts(model: ws.HookedRecurrentModel) -> None:
+    """What an edit wrote is in the rest; what a knockout hides is missing from its head, and so from the rest of
+    writes."""
+    write = ws.Write(torch.ones(32), torch.ones(32))
+    for edit, positions in ((ws.Add(2, 0, write=write, scale=0.1), [14, 15]), (ws.Knockout(2, sources=14), None)):
+        with model.intervene(edit, positions=positions):
+            by_head, by_token = (parts_of(model, by) for by in ("head", "token"))
+        for value, total, _ in (by_head, by_token):
+            assert total == pytest.approx(value, abs=1e-4)
+        assert abs(by_token[2]) > 1e-2
+        assert abs(by_head[2]) > 1e-2 if positions else by_head[2] == pytest.approx(0, abs=1e-5)
+
+
+def test_in_other_ways(model: ws.HookedRecurrentModel) -> None:
+    expected = parts_of(model, "head")
+    with torch.inference_mode():
+        assert parts_of(model, "head") == pytest.approx(expected, abs=1e-4)
+        assert ws.pattern(model, TEXT, 2, 1, of=OF).grid.isfinite().all()
+    model.kernels = "writesae"
+    assert parts_of(model, "head") == pytest.approx(expected, abs=1e-4)
+    model.kernels = "native"
+    half = ws.HookedRecurrentModel.from_pretrained("tiny-gdn", dtype="bfloat16")
+    assert parts_of(half, "head") == pytest.approx(expected, abs=0.05)
+    compiled = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
+    compiled.hf_model.compile(backend="eager")
+    assert parts_of(compiled, "head") == pytest.approx(expected, abs=1e-4)

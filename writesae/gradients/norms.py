@@ -62,8 +62,8 @@ class Norm:
         Raises:
             ValueError: the module computes its scale in a way that is not known here (a fused kernel).
         """
-        o = self.inputs[0].detach().clone().requires_grad_()
-        with torch.enable_grad(), FixedScale():
+        with torch.inference_mode(False), torch.enable_grad(), FixedScale():
+            o = self.inputs[0].detach().clone().requires_grad_()
             y = self.module(o, *self.inputs[1:])
             (found,) = torch.autograd.grad(y, o, self.gradient)
         with torch.no_grad():

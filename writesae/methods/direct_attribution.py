@@ -146,7 +146,8 @@ def direct_attribution(
         )
     parts, bias = paths.contributions(gradients)
     value = float(found.value)
-    _check_sum(value, torch.stack([x[0] for _, x in parts] + [bias.to(parts[0][1])]))
+    roundings = torch.finfo(parts[0][0].value.dtype).eps
+    _check_sum(value, torch.stack([x[0] for _, x in parts] + [bias.to(parts[0][1])]), max(TOLERANCE, 4 * roundings))
     rows: list[tuple[str, int, int, int, float]] = []
     mixers = mixer_names(model)
     for part, contribution in parts:
@@ -174,10 +175,10 @@ def _by_head(layer: LayerGradient, by: str) -> Float[Tensor, "pos head"]:
     return (fixed.of_output() if by == "head" else fixed.price(fixed.write)[0]).cpu().double()
 
 
-def _check_sum(value: float, parts: Float[Tensor, " n"]) -> None:
+def _check_sum(value: float, parts: Float[Tensor, " n"], tolerance: float) -> None:
     """Raise ValueError unless the parts sum to the number."""
     total = float(parts.sum())
-    if abs(total - value) > TOLERANCE * max(1.0, float(parts.abs().sum())):
+    if abs(total - value) > tolerance * max(1.0, float(parts.abs().sum())):
         raise ValueError(
             f"the parts sum to {total:.5g}, and the number is {value:.5g}: the model does something to its residual "
             f"stream or logits that is not a sum (a softcap, or an edit of the stream that is attached), so it can't "

@@ -90,6 +90,11 @@ class Paths:
     def tensors(self) -> list[Tensor]:
         return [part.probe for part in self.parts] + list(self.biases)
 
+    def of_mixer(self, model: HookedRecurrentModel, layer: int) -> list[Part]:
+        """What the recurrent mixer of a layer gave."""
+        name = mixer_names(model)[layer]
+        return [part for part in self.parts if (part.layer, part.name) == (layer, name)]
+
     def contributions(self, gradients: list[Tensor | None]) -> tuple[list[tuple[Part, Tensor]], Float[Tensor, ""]]:
         """What each part that reaches the number adds to it ``[batch]``, and what the biases do."""
         n = len(self.parts)
@@ -129,6 +134,7 @@ def direct_paths(model: HookedRecurrentModel) -> Iterator[Paths]:
                     seen.add(id(module))
                     _cut_off(stack, call, paths.parts, index, name, module)
         stack.enter_context(model.hooks([(name_of("resid_pre", 0), embedding)]))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # graphs know nothing of all this
         stack.enter_context(DirectScale())
         try:
             yield paths

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.gradients import Logit
-from writesae.gradients.backward import differentiate
+from writesae.gradients.backward import differentiate, frozen
+from writesae.hooks import HookPoint
 from writesae.hooks.names import name_of
 from writesae.hooks.sites import Head
-from writesae.methods.direct_paths import direct_paths, mixer_names, reading
+from writesae.methods.direct_paths import direct_paths, reading
 from writesae.methods.questions import one_text, strings_of
 from writesae.model import HookedRecurrentModel, Text
 from writesae.results.result import Figure, Number, Result, figure
@@ -91,7 +92,7 @@ def pattern(
     layer: int,
     head: int,
     *,
-    of: Logit | Float[Tensor, " d_model"] | None = None,
+    of: Logit | Float[Tensor, " d_model"] | Literal["stream"] | None = None,
     **kwargs: Any,
 ) -> Pattern:
     """Who reads whom in one head, with a picture (`ActivationCache.pattern`); or what they get from it.
@@ -110,7 +111,9 @@ def pattern(
         layer, head: which head.
         of: None: entries are how much of each write is in each read. A `Logit`: what that adds to the logit (or
             difference) after the token that reads, by the direct path; its ``at`` has no say, since every read is
-            asked. A vector: what it adds to the residual stream along that direction, as a scalar product.
+            asked. ``"stream"``: the length of the vector that it adds to the residual stream (with its sign), which takes
+            ``d_value`` backward passes through the end of the layer. A vector: what it adds along that direction, as a
+            scalar product.
         **kwargs: arguments of the model.
 
     Raises:
@@ -126,13 +129,17 @@ def pattern(
             _, cache = model.run_with_cache(ids, names=names, **kwargs)
             grid = cache.pattern(layer, head)[0]
         return _found(model, ids, layer, head, "share of the write in the read", grid)
-    name = mixer_names(model)[layer]
+    if isinstance(of, str):
+        if of != "stream":
+            raise ValueError(f"of={of!r}: give a Logit, a vector, 'stream', or None")
+        grid = _lengths(model, ids, layer, head, kwargs)
+        return _found(model, ids, layer, head, "length of what the write adds", grid)
     with direct_paths(model) as paths:
 
         def number(_logits: Float[Tensor, "batch 1 vocab"]) -> Float[Tensor, " batch"]:
             if isinstance(of, Logit):  # of every token, by the vector that reads it off: no logits are made for it
                 return (paths.end.output.last_hidden_state @ reading(paths.end, of)).sum(1)
-            (part,) = (part for part in paths.parts if (part.layer, part.name) == (layer, name))
+            (part,) = paths.of_mixer(model, layer)
             if of.shape != part.value.shape[-1:]:
                 raise ValueError(
                     f"of= a vector {list(of.shape)}: the residual stream has {part.value.shape[-1]} numbers"
@@ -146,6 +153,35 @@ def pattern(
         seen = torch.einsum("qv,kv->qk", fixed.output[0, :, head].float(), fixed.write.value[0, :, head].float())
     what = "what the write adds to the logit" if isinstance(of, Logit) else "what the write adds along the direction"
     return _found(model, ids, layer, head, what, grid * seen)
+
+
+def _lengths(
+    model: HookedRecurrentModel, ids: Int[Tensor, "1 pos"], layer: int, head: int, kwargs: dict[str, Any]
+) -> Float[Tensor, "query key"]:
+    """The length of what each write, through each read, adds to the residual stream.
+
+    A head adds to the space that its rows of the output projection span. So its additions are known from ``d_value``
+    directions, and a gradient for each, of all reads at once.
+    """
+    directions = torch.linalg.qr(model.W_O(layer)[head].mT.detach().float())[0].mT  # [d_value, d_model]
+    pattern(model, ids, layer, head, of=directions[0], **kwargs)  # raises where the norm's scale can't be held
+    reads: list[Tensor] = []
+
+    def read(o: Tensor, hook: HookPoint) -> Tensor:
+        reads.append(o.detach().requires_grad_())
+        return reads[-1]
+
+    names = [name_of(quantity, layer) for quantity in model.family(layer).rule.inputs]
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model.hf_model), direct_paths(model) as paths:
+        with model.hooks([(name_of("o", layer), read)]):
+            _, cache = model.run_with_cache(ids.clone(), names=names, stop_at_layer=layer + 1, **kwargs)
+        (part,) = paths.of_mixer(model, layer)
+        written = cache.write(layer).value[0, :, head].float()
+        squares = torch.zeros(len(written), len(written), device=written.device)
+        for u in directions:
+            (slope,) = torch.autograd.grad((part.given.float() @ u).sum(), reads[0], retain_graph=True)
+            squares += (slope[0, :, head].float() @ written.mT).square()
+    return cache.pattern(layer, head)[0].detach() * squares.sqrt()
 
 
 def _found(model: HookedRecurrentModel, ids: Tensor, layer: int, head: int, of: str, grid: Tensor) -> Pattern:
