@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import writesae as ws
 import docs_pages
+import writesae as ws
 from architectures import N_VOCAB, Architecture, architecture_named, each_architecture, each_rule
 
 SETTINGS: dict[str, Any] = dict(max_new_tokens=5, do_sample=False)
