@@ -36,7 +36,8 @@ LINK = re.compile(r"""(\]\(|src(?:set)?=")([^)"#\s:]+)""")  # Markdown, <img>, <
 
 
 def notebooks() -> list[str]:
-    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tutorials/*.ipynb"))
+    by_number = sorted(ROOT.glob("tutorials/*.ipynb"), key=lambda path: int(path.stem.partition("_")[0]))
+    return [path.relative_to(ROOT).as_posix() for path in by_number]
 
 
 def pages() -> dict[str, str]:

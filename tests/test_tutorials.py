@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
-NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"), key=lambda path: int(path.stem.partition("_")[0]))
 WIDTH = 100  # characters of code that a page shows without scrolling
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -51,8 +51,8 @@ def faults(notebook: Any) -> list[str]:
     return found
 
 
-def test_there_are_eight_in_order() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{i}_" for i in range(1, 9)]
+def test_there_are_ten_in_order() -> None:
+    assert [path.stem.partition("_")[0] for path in NOTEBOOKS] == [str(i) for i in range(1, 11)]
 
 
 @each
@@ -94,7 +94,7 @@ def test_faults_are_found() -> None:
 @each
 def test_begins_with_a_title_and_what_it_teaches(path: Path) -> None:
     title, about = (block for block in read(path).cells[0].source.split("\n\n")[:2])
-    assert re.fullmatch(rf"# {path.stem[0]}\. \S.*", title)
+    assert re.fullmatch(rf"# {path.stem.partition('_')[0]}\. \S.*", title)
     assert about.startswith("**What you will learn.** ") and len(about) > 150
 
 
@@ -118,7 +118,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 def test_the_table_of_contents() -> None:
     """Titles and files in tutorials/README.md are those of the notebooks."""
-    rows = re.findall(r"^\| (\d) \| \[(.+?)\]\((.+?)\)", (FOLDER / "README.md").read_text(), flags=re.M)
+    rows = re.findall(r"^\| (\d+) \| \[(.+?)\]\((.+?)\)", (FOLDER / "README.md").read_text(), flags=re.M)
     titles = [read(path).cells[0].source.splitlines()[0] for path in NOTEBOOKS]
     assert [(f"# {number}. {title}", name) for number, title, name in rows] == [
         (title, path.name) for title, path in zip(titles, NOTEBOOKS, strict=True)

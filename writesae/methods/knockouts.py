@@ -99,6 +99,7 @@ class KnockoutSweep(Result):
             limit = float(self.change.abs().max()) or 1.0
             image = axis.imshow(self.change.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
             axis.set_yticks(range(len(self.windows)), [str(layers[0]) for layers in self.windows], fontsize=7)
+            axis.set_xticks(range(self.change.shape[1]))
             axis.set(xlabel="head", ylabel="layer")
             made.colorbar(image, ax=axis, label="change")
             return made
