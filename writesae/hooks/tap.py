@@ -218,7 +218,9 @@ class Tap:
         asked = [(request, request.match(positions)[0]) for request in requests]
         masks = [mask for _, mask, _ in matches] + [mask for _, mask in asked]
         events: Bool[Tensor, " pos"] = torch.stack([mask.any(0) for mask in masks]).any(0)
-        sent = {id(x): sent(x, device) for x in (*masks, *(index for *_, index in matches))}  # once, not at each token
+        on_device = {
+            id(x): sent(x, device) for x in (*masks, *(index for *_, index in matches))
+        }  # once, not at each token
 
         rec, native = call.recurrence(), call.write()
         total = total_write(native, record.edits)
@@ -237,11 +239,11 @@ class Tap:
                 now = Moment(
                     native[:, here][:, :, h],
                     rec[:, here][:, :, h],
-                    None if index is None else sent[id(index)][:, here],
+                    None if index is None else on_device[id(index)][:, here],
                     S[:, h],
                     self.family.rule.delta_rank,
                 )
-                there = sent[id(mask)][:, here, None].to(now.write.value.dtype)
+                there = on_device[id(mask)][:, here, None].to(now.write.value.dtype)
                 write = attached.what.made(now)
                 write = now.write * 0.0 if write is None else write
                 made[id(attached)].append((t, write * there))
@@ -257,7 +259,7 @@ class Tap:
         for attached, mask, _ in matches:
             if writes := made[id(attached)]:
                 record.edits.append(
-                    Edit.of_tokens(attached.heads, attached.read, writes, sent[id(mask)], attached.what.replaces)
+                    Edit.of_tokens(attached.heads, attached.read, writes, on_device[id(mask)], attached.what.replaces)
                 )
 
     def _state_hook(
