@@ -5,7 +5,8 @@ from writesae.hooks.cache import ActivationCache
 from writesae.hooks.dispatch import short_chunks
 from writesae.hooks.families import FAMILIES, Family, KernelCall, as_given, of_heads, register
 from writesae.hooks.installing import find_mixers, install
-from writesae.hooks.interventions import Add, Delete, Intervention, Knockout, Moment, Replace
+from writesae.hooks.interventions import Add, Attached, Delete, Intervention, Moment, Replace
+from writesae.hooks.knockout import Knockout
 from writesae.hooks.names import name_of, resolve
 from writesae.hooks.patches import Patch
 from writesae.hooks.points import HookPoint
@@ -13,7 +14,7 @@ from writesae.hooks.positions import PositionSet
 from writesae.hooks.quantities import Quantity
 from writesae.hooks.residual_edits import AddVector, PointEdit, Reconstruct, ResidualEdit, Steer
 from writesae.hooks.sites import Head, Site
-from writesae.hooks.tap import Attached, Tap
+from writesae.hooks.tap import Tap
 
 __all__ = [
     "FAMILIES", "ActivationCache", "Add", "AddVector", "AttachableSAE", "Attached", "Delete", "Family", "Head",

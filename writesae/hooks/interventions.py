@@ -106,6 +106,25 @@ class Intervention(ABC):
         return list(self.head) if isinstance(self.head, Sequence) else [self.head]
 
 
+@dataclass(eq=False)
+class Attached:
+    """An intervention in force: what, at which positions, and which read first sees it; or which reads alone."""
+
+    what: Intervention
+    heads: list[int]
+    positions: PositionSet
+    read: Read
+    targets: PositionSet | None = None
+
+    @property
+    def places(self) -> list[PositionSet]:
+        """All positions that it is about."""
+        return [self.positions] if self.targets is None else [self.positions, self.targets]
+
+    def __deepcopy__(self, _memo: object) -> Attached:
+        return self  # copies of a cache know what was hidden for it
+
+
 @dataclass(frozen=True)
 class Delete(Intervention):
     """Take the native write out of the state. Decay and erase stay."""
@@ -113,54 +132,6 @@ class Delete(Intervention):
     @property
     def replaces(self) -> bool:
         return True
-
-    def edit(self, now: Moment) -> None:
-        return None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Knockout(Intervention):
-    """Some tokens do not read what some earlier tokens wrote. Everybody else reads as before, and the state stays as
-    it is.
-
-        o_t -= sum over sources j < t of pattern[t, j] written_j            (`ActivationCache.pattern`)
-
-    So what is missing at a target is all that is left of the sources' writes by then, after decays and erases. Nothing
-    else changes in the layer: what later tokens erase is still what they erased. This is attention knockout (Geva et
-    al. 2304.14767), which Mamba Knockout (Endy et al. 2505.24244) brought to recurrent models. `Delete` is the edit
-    that takes the write away from every later read.
-
-    It says itself at which tokens it acts, so `intervene` takes no ``positions`` with it. A target reads its own write
-    in any case. What is hidden is the native write, as hooks left it: what other interventions add to it is read, and
-    so is what they put in its place. Two knockouts of the same write and read subtract it twice.
-
-    Attributes:
-        sources: the tokens that are not read: what ``positions`` of `intervene` may be.
-        targets: the tokens that do not read them, likewise; None: every token after a source.
-    """
-
-    sources: Positions
-    targets: Positions = None
-
-    def places(self, positions: Positions, read: Read) -> tuple[PositionSet, PositionSet | None]:
-        if positions is not None or read != "same":
-            given = f"read={read!r}" if positions is None else f"positions={positions!r}"
-            raise ValueError(
-                f"{given} with a Knockout, which says itself who does not read whom: leave it out, and give "
-                f"sources= and targets= (open a block of its own for other edits)"
-            )
-        sources, targets = PositionSet(self.sources), PositionSet(self.targets)
-        (first, last), (first_read, last_read) = sources.ends, targets.ends
-        listed, listed_reads = sources.wanted is not None, targets.wanted is not None
-        if len(last) == len(last_read) or 1 in (len(last), len(last_read)):  # else, they can't be of one batch
-            never_read = (last if listed else first) >= last_read
-            nothing_hidden = (first_read if listed_reads else last_read) <= first
-            if bool((never_read | nothing_hidden).any()):
-                raise ValueError(
-                    f"sources={self.sources!r} and targets={self.targets!r}: a token reads what earlier ones wrote, so "
-                    f"each source needs a target after it, and each target a source before it"
-                )
-        return sources, targets
 
     def edit(self, now: Moment) -> None:
         return None
@@ -249,3 +220,8 @@ def entries(rows: int, n: int, now: Moment, what: str) -> tuple[Int[Tensor, "bat
     if n == 1 or now.index is None:
         return of_each[:, None].to(device), torch.zeros(batch, n_pos, dtype=torch.long, device=device)
     return of_each[:, None].to(device), now.index
+
+
+def some_of(heads: Sequence[int], n_heads: int) -> tuple[int, ...] | None:
+    """Heads, or None if these are all."""
+    return None if list(heads) == list(range(n_heads)) else tuple(heads)

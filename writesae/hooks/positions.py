@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Int
@@ -168,3 +168,14 @@ class PositionSet:
         asked = torch.tensor([[self.span.start]]) if self.wanted is None else self.wanted
         each = {batch: asked.repeat_interleave(batch // len(asked), 0) for batch in self.reached}
         return sorted({p for batch, reached in self.reached.items() for p in each[batch][~reached].tolist()})
+
+
+def sent(x: Tensor | None, device: torch.device) -> Any:
+    """From the CPU to a device, without waiting for what that has still to do."""
+    return None if x is None else x.to(device, non_blocking=True)
+
+
+def first_column(mask: Bool[Tensor, "batch pos"]) -> int | None:
+    """The first token that any sequence has; None if there is none."""
+    columns = mask.any(0).tolist()
+    return columns.index(True) if True in columns else None

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from writesae.hooks.clock import Clock
 from writesae.hooks.families.base import Family, KernelCall
 from writesae.hooks.graphs import outside_graphs
-from writesae.hooks.interventions import Intervention, Moment
+from writesae.hooks.interventions import Attached, Moment, some_of
+from writesae.hooks.knockout import unread
 from writesae.hooks.points import STATE_SHOWN, HookPoint, to_show
-from writesae.hooks.positions import PositionSet, beams
-from writesae.hooks.response import Edit, Record, Unread, kept_of, respond, total_write
+from writesae.hooks.positions import PositionSet, first_column, sent
+from writesae.hooks.response import Edit, Record, kept_of, respond, total_write
 from writesae.hooks.scope import Owned, private
 from writesae.hooks.sites import Site
-from writesae.recurrence import Read, Write, first_state
+from writesae.recurrence import Write, first_state
 from writesae.recurrence.kernels import chunked, full_precision
 from writesae.recurrence.write import index_of
 
@@ -57,25 +58,6 @@ def check_kernels(kernels: object) -> None:
 
 running: ContextVar[Running | None] = ContextVar("running_mixer", default=None)
 """The mixer that is running in this thread or task, if any."""
-
-
-@dataclass(eq=False)
-class Attached:
-    """An intervention in force: what, at which positions, and which read first sees it; or which reads alone."""
-
-    what: Intervention
-    heads: list[int]
-    positions: PositionSet
-    read: Read
-    targets: PositionSet | None = None
-
-    @property
-    def places(self) -> list[PositionSet]:
-        """All positions that it is about."""
-        return [self.positions] if self.targets is None else [self.positions, self.targets]
-
-    def __deepcopy__(self, _memo: object) -> Attached:
-        return self  # copies of a cache know what was hidden for it
 
 
 @dataclass(eq=False)
@@ -146,7 +128,7 @@ class Tap:
         write = call.write() if record.edits or record.dense or knockouts else None
         kept = kept_of(write, record.edits) if write else None
         with full_precision(device):
-            unread = [self._unread(a, call, record, len(hooked)) for a in knockouts]
+            hidden = [unread(a, call, record, len(hooked), self.clock.now) for a in knockouts]
         if kept is not None:
             call.set("v", call.get("v") * kept[..., None])
         ours = self.kernels == "writesae" and call.get("v").shape[1] > 1  # for one token there is nothing to gain
@@ -154,7 +136,7 @@ class Tap:
         here.shape = o.shape
         if write:
             with full_precision(o.device):
-                o, state = respond(call.recurrence, write, record, o, state, [part for part in unread if part])
+                o, state = respond(call.recurrence, write, record, o, state, [part for part in hidden if part])
         for recorder in recorders:
             recorder(record)
         new = self.show("o", o) if self.points["o"].listening else None
@@ -210,11 +192,11 @@ class Tap:
     ) -> Edit | None:
         """An edit that follows from the writes alone, all tokens at once; None if none of them is meant."""
         mask, index = attached.positions.match(positions)
-        start = _first_column(mask)
+        start = first_column(mask)
         if start is None:
             return None
-        mask, index = _sent(mask, device), _sent(index, device)
-        heads = self._some(attached.heads)
+        mask, index = sent(mask, device), sent(index, device)
+        heads = some_of(attached.heads, self.site.n_heads)
         rec, write = call.recurrence(heads)[:, start:], call.write(heads)[:, start:]
         index = None if index is None else index[:, start:]
         made = attached.what.made(Moment(write, rec, index, delta_rank=self.family.rule.delta_rank))
@@ -222,46 +204,6 @@ class Tap:
         instead = there.expand(write.shape) if attached.what.replaces else None
         made = None if made is None else made * there
         return Edit(heads, made, attached.read, start, instead)
-
-    def _unread(self, knockout: Attached, call: KernelCall, record: Record, n_hooked: int) -> Unread | None:
-        """What the targets of a knockout do not see of the memory; None if no target is here or may still come."""
-        assert knockout.targets is not None
-        now = self.clock.now
-        positions = now.positions_on_cpu()
-        (sources, _), (targets, _) = (places.match(positions) for places in knockout.places)
-        (missed, _), (_, later) = (places.outside(positions) for places in knockout.places)
-        n_pos, before = positions.shape[1], now.unread_before(knockout)
-        end = n_pos if later else n_pos - (_first_column(targets.flip(1)) or 0) if targets.any() else 0
-        if not end:
-            return None
-        if missed and before is None:
-            raise ValueError(
-                f"{knockout.what}: its sources were fed in an earlier call, outside of this block or into another "
-                f"cache, so what they wrote can't be told from the rest of the memory. Feed sources and targets in the "
-                f"same block, with the same cache"
-            )
-        if before is not None and beams() > 1:
-            raise ValueError(
-                f"{knockout.what}: a target after the prompt, and several beams or sequences per text, which exchange "
-                f"their memories. Give targets in the prompt, or generate one sequence per text"
-            )
-        start = _first_column(sources) if before is None else 0
-        if start is None or start >= end:
-            return None
-        heads = self._some(knockout.heads)
-        own = record.write or call.write()
-        kept = kept_of(own, record.edits[n_hooked:])
-        device = own.value.device
-        there = _sent(sources, device)[..., None].to(own.value.dtype)
-        hidden = (own * (there.expand(own.shape) if kept is None else kept * there))[:, :, index_of(heads)]
-        made = Unread.of(call.recurrence, heads, hidden, _sent(targets, device), slice(start, end), before)
-        if later:
-            now.unread[knockout] = made.state
-        return made
-
-    def _some(self, heads: Sequence[int]) -> tuple[int, ...] | None:
-        """Heads, or None if these are all."""
-        return None if list(heads) == list(range(self.site.n_heads)) else tuple(heads)
 
     def _walk_states(
         self,
@@ -279,7 +221,9 @@ class Tap:
         asked = [(request, request.match(positions)[0]) for request in requests]
         masks = [mask for _, mask, _ in matches] + [mask for _, mask in asked]
         events: Bool[Tensor, " pos"] = torch.stack([mask.any(0) for mask in masks]).any(0)
-        sent = {id(x): _sent(x, device) for x in (*masks, *(index for *_, index in matches))}  # once, not at each token
+        on_device = {
+            id(x): sent(x, device) for x in (*masks, *(index for *_, index in matches))
+        }  # once, not at each token
 
         rec, native = call.recurrence(), call.write()
         total = total_write(native, record.edits)
@@ -298,11 +242,11 @@ class Tap:
                 now = Moment(
                     native[:, here][:, :, h],
                     rec[:, here][:, :, h],
-                    None if index is None else sent[id(index)][:, here],
+                    None if index is None else on_device[id(index)][:, here],
                     S[:, h],
                     self.family.rule.delta_rank,
                 )
-                there = sent[id(mask)][:, here, None].to(now.write.value.dtype)
+                there = on_device[id(mask)][:, here, None].to(now.write.value.dtype)
                 write = attached.what.made(now)
                 write = now.write * 0.0 if write is None else write
                 made[id(attached)].append((t, write * there))
@@ -312,13 +256,13 @@ class Tap:
             for request, mask in asked:
                 rows = mask[:, t].nonzero()[:, 0]
                 if len(rows):
-                    at = _sent(positions[rows, t], device)
-                    after = self._state_hook(request, after, _sent(rows, device), at, record, t)
+                    at = sent(positions[rows, t], device)
+                    after = self._state_hook(request, after, sent(rows, device), at, record, t)
             S, start = after, t + 1
         for attached, mask, _ in matches:
             if writes := made[id(attached)]:
                 record.edits.append(
-                    Edit.of_tokens(attached.heads, attached.read, writes, sent[id(mask)], attached.what.replaces)
+                    Edit.of_tokens(attached.heads, attached.read, writes, on_device[id(mask)], attached.what.replaces)
                 )
 
     def _state_hook(
@@ -389,13 +333,3 @@ class Seen:
 def device_of_call(values: Iterable[Any]) -> torch.device:
     """Where the arguments of a call are."""
     return next(x.device for x in values if isinstance(x, Tensor))
-
-
-def _sent(x: Tensor | None, device: torch.device) -> Any:
-    """From the CPU to a device, without waiting for what that has still to do."""
-    return None if x is None else x.to(device, non_blocking=True)
-
-
-def _first_column(mask: Bool[Tensor, "batch pos"]) -> int | None:
-    columns = mask.any(0).tolist()
-    return columns.index(True) if True in columns else None

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from writesae.hooks.interventions import Knockout
+from writesae.hooks.knockout import Knockout
 from writesae.hooks.positions import Positions
 from writesae.hooks.scope import owning
 from writesae.jobs.progress import Progress

@@ -111,9 +111,9 @@ def pattern(
         layer, head: which head.
         of: None: entries are how much of each write is in each read. A `Logit`: what that adds to the logit (or
             difference) after the token that reads, by the direct path; its ``at`` has no say, since every read is
-            asked. ``"stream"``: the length of the vector that it adds to the residual stream (with its sign), which takes
-            ``d_value`` backward passes through the end of the layer. A vector: what it adds along that direction, as a
-            scalar product.
+            asked. ``"stream"``: the length of the vector that it adds to the residual stream, with the sign of the
+            share; this takes ``d_value`` backward passes through the end of the layer. A vector: what it adds along
+            that direction, as a scalar product.
         **kwargs: arguments of the model.
 
     Raises:
