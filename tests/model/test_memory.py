@@ -75,7 +75,7 @@ def test_it_goes_on_as_the_unbroken_text(architecture: Architecture, tmp_path: P
 @each_architecture
 @torch.no_grad()
 def test_what_is_left_out_is_missed(architecture: Architecture) -> None:
-    """The twins: a state turned over or forgotten, a convolution, keys and values, or the position."""
+    """The twins: a state turned over or forgotten, a convolution, keys or values."""
     model = wrapped(architecture)
     expected, memory = model(IDS)[:, N_READ:], model.memory(READ)
 
@@ -109,6 +109,15 @@ def test_positions_go_on_counting(name: str) -> None:
     memory = model.memory(READ)
     torch.testing.assert_close(edited(N_READ + 1, memory), edited(N_READ + 1, None), **CLOSE)
     assert (edited(N_READ + 2, memory) - edited(N_READ + 1, None)).abs().max() > 1e-3
+    late = replace(memory, ids=torch.nn.functional.pad(memory.ids, (1, 0)))  # the twin: a token more than were read
+    if name == "rwkv7":
+        assert (edited(N_READ + 1, late) - edited(N_READ + 1, None)).abs().max() > 1e-3
+    else:  # attention counts its own
+        with pytest.raises((ValueError, RuntimeError)):
+            edited(N_READ + 1, late)
+    if name == "qwen3_5":
+        shifted = model(MORE, memory=memory, position_ids=torch.arange(N_READ, N_POS)[None] + 1)
+        assert (shifted - model(IDS)[:, N_READ:]).abs().max() > 1e-3
     with model.intervene(ws.Delete(layer), positions=[2]):  # what is attached while it reads stays in it
         deleted = model.memory(READ)
     torch.testing.assert_close(model(MORE, memory=deleted), edited(2, None), **CLOSE)
@@ -336,6 +345,8 @@ def test_errors() -> None:
     with model.intervene(ws.Delete(0)), pytest.raises(ValueError, match="before anything is attached"):
         model.memory()
     text = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
+    with pytest.raises(ValueError, match="a memory needs padding on the left"):
+        model.memory({"input_ids": READ, "attention_mask": torch.ones_like(READ).index_fill(1, torch.tensor([6]), 0)})
     with pytest.raises(ValueError, match="texts of unequal length can't go on from a memory"):
         text(["a", "a longer text"], memory=text.memory("The"))
     model.hf_model.activation_checkpointing_enable()

@@ -68,11 +68,13 @@ class RememberingModel(HookedModel):
             whole = torch.cat([memory.ids.to(ids.device).expand(len(ids), -1), ids], 1)
         else:
             ids, mask = self.to_tokens(x)
+            if mask is not None and not bool(mask[:, -1].all()):
+                raise ValueError("a memory needs padding on the left: the attention mask ends with padding")
             whole, cache = ids, DynamicCache(config=bare(self.hf_model).config)
             given = {cache_argument(self.hf_model): cache, "attention_mask": mask}
         self._check_can_remember()
         self(ids, **given, **self.logits_of_last(1))
-        return self._memory_of(cache, whole, None if mask is None or bool(mask.all()) else mask)
+        return self._memory_of(cache, whole, None if mask is None or bool(mask.all()) else mask.long())
 
     def _empty(self) -> Memory:
         """The memory before the first token."""
