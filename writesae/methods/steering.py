@@ -28,6 +28,7 @@ from writesae.stores.windows import Texts
 
 CONFIG, WEIGHTS = "cfg.json", "steering_vector.safetensors"
 MEMORY = ("state", "write")
+SAME = 1e-5  # of a mean: a smaller difference is rounding
 Direction: TypeAlias = Tensor | Write
 At: TypeAlias = tuple[str, int] | tuple[str, int, int]
 
@@ -173,7 +174,7 @@ def steering_vector(
             raise ValueError(f"no {name} texts: give one at least")
         sides.append(torch.cat(parts))
     difference = sides[0].mean(0) - sides[1].mean(0)
-    if not float(difference.norm()) > 0:
+    if float(difference.norm()) <= SAME * float(sides[0].mean(0).norm()):
         raise ValueError("the two kinds of texts have the same mean: give texts that differ in what should be steered")
     direction, kept = _cut(difference, at, rank)
     shuffled = None

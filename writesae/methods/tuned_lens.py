@@ -101,6 +101,7 @@ class TunedLens:
         return cls(made, cfg["model_id"], cfg["fingerprint"], cfg["n_layers"], cfg["training"])
 
 
+@torch.inference_mode(False)
 def tune_lens(
     model: HookedRecurrentModel,
     texts: Texts,
