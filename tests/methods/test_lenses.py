@@ -154,6 +154,12 @@ def test_a_tuned_lens_beats_the_logit_lens(gdn: Any, windows: Tensor, tmp_path: 
     assert torch.equal(resumed.translate(x, "resid_pre", 2), whole.translate(x, "resid_pre", 2))
     with pytest.raises(ValueError, match=r"was begun otherwise: seed 0 there, 1 now"):
         ws.tune_lens(gdn, train, **settings, out=stopped, seed=1)
+    checkpoint = stopped / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-4] + b"abcd")
+    with pytest.raises(
+        ValueError, match=r"checkpoint.safetensors is not a whole checkpoint \(its tensors were altered"
+    ):
+        ws.tune_lens(gdn, train, **settings, out=stopped)
     (tmp_path / "b" / "tuned_lens.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match="is not a whole safetensors file"):
         ws.TunedLens.load(tmp_path / "b")

@@ -1,8 +1,9 @@
-"""Tensors in files: their checksums, and folders of a JSON file and the tensors that belong to it. No pickle."""
+"""Tensors in files: their checksums; a JSON file and the tensors that belong to it; both in one file. No pickle."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from writesae.jobs.disk import read_json, remove_halves, write_json, write_whole
+from writesae.jobs.disk import read_json, remove_halves, sealed, unsealed, write_json, write_whole
 from writesae.jobs.processes import gathered
 
 WEIGHTS_SHA256 = "weights_sha256"  # in the JSON file: which tensors belong to it
@@ -82,3 +83,30 @@ def read_folder(
     if described.get("type") != kind:
         raise ValueError(f"{folder / config} says type {described.get('type')!r}: {what} says {kind!r}")
     return described, read_tensors(folder / weights, str(described.pop(WEIGHTS_SHA256, "")), config)
+
+
+def write_checkpoint(path: Path, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write where a training is, in one file: what is known about it, and its tensors."""
+    data = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    described = json.dumps(sealed({**about, "tensors": checksum(data)}))
+    write_whole(path, safetensors.torch.save(data, {"training": described}))
+
+
+def read_checkpoint(path: Path, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_checkpoint` wrote; ``what`` it is a checkpoint of, for messages.
+
+    Raises:
+        ValueError: the file is damaged, or something else.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            about = json.loads((f.metadata() or {}).get("training", "null"))
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        about = None if about is None else unsealed(about)
+        if about is not None and about.pop("tensors", None) not in (None, checksum(tensors)):
+            raise ValueError("its tensors were altered")
+    except (safetensors.SafetensorError, ValueError, RecursionError, AttributeError, OSError) as e:
+        raise ValueError(f"{path} is not a whole checkpoint ({e}); delete it to start anew") from e
+    if about is None:
+        raise ValueError(f"{path} is not a checkpoint of {what}; give another file")
+    return about, tensors

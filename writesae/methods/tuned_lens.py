@@ -11,16 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from writesae.gradients.backward import frozen
-from writesae.jobs.disk import read_json, remove_halves, write_json, write_whole
+from writesae.jobs.disk import remove_halves
 from writesae.jobs.progress import Bars
 from writesae.jobs.resumable import check_same
-from writesae.jobs.tensors import checksum, read_folder, write_folder
+from writesae.jobs.tensors import checksum, read_checkpoint, read_folder, write_checkpoint, write_folder
 from writesae.methods.cells import Cells
 from writesae.methods.lensed import Place
 from writesae.methods.lenses import LOGITS, kl, read_points
@@ -29,7 +28,7 @@ from writesae.models.fingerprint import same_weights
 from writesae.stores.windows import Texts, Windows
 
 CONFIG, WEIGHTS = "cfg.json", "tuned_lens.safetensors"
-TRAINING, STATE = "training.json", "training.safetensors"  # where a stopped training goes on
+CHECKPOINT = "checkpoint.safetensors"  # where a stopped training goes on
 
 
 @dataclass(eq=False)
@@ -247,31 +246,27 @@ class _State:
     def save(self, step: int, translators: Mapping[int, nn.Linear], adam: torch.optim.Adam) -> None:
         if self.folder is None:
             return
-        if not (self.folder / TRAINING).exists():
-            write_json(self.folder / TRAINING, self.identity)
-        tensors = {**_tensors(translators), "step": torch.tensor(step)}
+        tensors = _tensors(translators)
         for i, values in adam.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": x for name, x in values.items()}
-        data = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        write_whole(self.folder / STATE, safetensors.torch.save(data))
+        write_checkpoint(self.folder / CHECKPOINT, {**self.identity, "step": step}, tensors)
 
     def restore(self, translators: Mapping[int, nn.Linear], adam: torch.optim.Adam) -> int:
         """Continue from what is there; the number of steps that are done.
 
         Raises:
-            ValueError: the folder was begun by another training, or is damaged.
+            ValueError: the folder was begun by another training, or its checkpoint is damaged.
         """
         if self.folder is None:
             return 0
-        remove_halves(self.folder, TRAINING, STATE, CONFIG, WEIGHTS)
-        if (self.folder / TRAINING).exists():
-            check_same(self.folder, read_json(self.folder / TRAINING), self.identity)
-        if not (self.folder / STATE).exists():
+        remove_halves(self.folder, CHECKPOINT, CONFIG, WEIGHTS)
+        if not (self.folder / CHECKPOINT).exists():
             return 0
-        tensors = safetensors.torch.load_file(self.folder / STATE)
+        about, tensors = read_checkpoint(self.folder / CHECKPOINT, "a lens in training")
+        check_same(self.folder, about, self.identity)
         _fill(translators, tensors)
         names = ("step", "exp_avg", "exp_avg_sq")
         n = sum(len(group["params"]) for group in adam.param_groups)
         moments = {i: {name: tensors[f"adam.{i}.{name}"] for name in names} for i in range(n)}
         adam.load_state_dict({**adam.state_dict(), "state": moments})
-        return int(tensors["step"])
+        return int(about["step"])

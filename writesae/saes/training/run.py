@@ -11,14 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from writesae.jobs.disk import remove_halves, sealed, unsealed, write_whole
 from writesae.jobs.processes import Processes
-from writesae.jobs.tensors import checksum
+from writesae.jobs.tensors import read_checkpoint, write_checkpoint
 from writesae.recurrence.dynamics import States
 from writesae.recurrence.matrices import Matrices, mean, norm2, size, unit_norm
 from writesae.saes.config import SAEConfig
@@ -268,23 +266,11 @@ class Run:
         tensors |= {"silent": self.silent, "weight": self.weight}
         for name, p in self.sae.named_parameters():
             tensors |= {f"adam.{name}.{key}": value for key, value in self.adam.state.get(p, {}).items()}
-        tensors = {name: x.cpu() for name, x in tensors.items()}
         about = self._identity() | {"step": self.step, "n_resampled": self.n_resampled, "seconds": self.seconds}
-        about |= {"tensors": checksum(tensors)}
-        write_whole(self.path, safetensors.torch.save(tensors, {"training": json.dumps(sealed(about))}))
+        write_checkpoint(self.path, about, tensors)
 
     def restore(self, path: Path) -> None:
-        try:
-            with safetensors.safe_open(path, "pt") as f:
-                about = json.loads((f.metadata() or {}).get("training", "null"))
-                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-            about = None if about is None else unsealed(about)
-            if about is not None and about.pop("tensors", None) not in (None, checksum(tensors)):
-                raise ValueError("its tensors were altered")
-        except (safetensors.SafetensorError, ValueError, RecursionError, AttributeError, OSError) as e:
-            raise ValueError(f"{path} is not a whole checkpoint ({e}); delete it to start anew") from e
-        if about is None:
-            raise ValueError(f"{path} is not a checkpoint of an SAE's training; give another file")
+        about, tensors = read_checkpoint(path, "an SAE's training")
         tensors = {name: x.to(self.device) for name, x in tensors.items()}
         different = [key for key, value in json.loads(json.dumps(self._identity())).items() if about[key] != value]
         if different:
