@@ -120,6 +120,9 @@ def test_result_and_ids_without_tokenizer(gdn: Any) -> None:
     table = named.records()
     assert len(table) == named.kl.numel() and set(table["what"]) == {"resid_post", "head_out"}
     assert len(named.numbers()) == 2 * (gdn.n_layers + 10) and len(named.plot().axes) == 2
+    assert len(named.plot(first=4).axes[0].texts) == 2 * len(named.places)
+    with pytest.raises(IndexError, match="sequence=0, first=6: there is no such token"):
+        named.plot(first=6)
     shifted = ws.logit_lens(gdn, ids, target=ids.roll(-1, 1))
     assert torch.equal(shifted.target, ids[0].roll(-1))
 

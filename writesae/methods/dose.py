@@ -215,7 +215,7 @@ def _by_replay(
     which = torch.arange(1, len(doses) + 1)
     for n in lengths.unique().tolist():
         for rows in (lengths == n).nonzero()[:, 0].split(batch_size):
-            windows = ids[rows] if mask is None else ids[rows][mask[rows].bool()].view(-1, n)
+            windows = ids[rows] if mask is None else ids[rows][mask[rows].bool()].view(len(rows), -1)
             native = replayer.native(windows)
             yield 0, rows, _asked(metric, rows, native.end.of_last())
 
@@ -223,7 +223,7 @@ def _by_replay(
                 here = Write(key, value, rank)[torch.arange(len(writes)).repeat(len(some)), None]
                 return [Add(layer, head, write=here)]
 
-            at = Cells.of(windows, None, positions).positions
+            at = Cells.of(windows, None, positions).positions.to(ids.device)
             window = torch.arange(len(rows), device=ids.device)
             for some, logits in replayer.replay(native, window, at, len(doses), edits):
                 prompts = rows[some.cpu()].repeat_interleave(len(doses))

@@ -192,7 +192,7 @@ def _backward(
     with torch.no_grad(), unembedding(model) as unembed, late_logits(model) as end:
         kept = read_points(model, ids, None, places, cells)
     with torch.enable_grad(), frozen(model.hf_model):
-        for some in torch.arange(len(cells), device=ids.device).split(max(1, LOGITS // model.n_vocab)):
+        for some in torch.arange(len(cells)).split(max(1, LOGITS // model.n_vocab)):
             with torch.no_grad():
                 final = end.at(cells.rows[some], cells.columns[some]).float().log_softmax(-1)
             for layer, translator in translators.items():
