@@ -159,11 +159,24 @@ def make_pth(folder: Path) -> None:
     torch.save({"a": torch.arange(64.0)}, folder / "model.pth")
 
 
+def make_vector(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.randn(2, 32, generator=generator)
+    ws.SteeringVector(("state", 2, 0), ws.Write(key, value), None, 0.5, "tiny-gdn", "abc").save(folder)
+
+
+def read_vector(folder: Path) -> Any:
+    found = ws.SteeringVector.load(folder)
+    return [found.at, found.kept, found.model_id, *found.direction]
+
+
 KINDS = [
     Kind("SAE, configuration", lambda f: sae().save_pretrained(f), "cfg.json",
          lambda f: ws.WriteSAE.from_pretrained(f).cfg),
     Kind("SAE, weights", lambda f: sae().save_pretrained(f), "sae_weights.safetensors",
          lambda f: ws.WriteSAE.from_pretrained(f).state_dict()),
+    Kind("steering vector, configuration", make_vector, "cfg.json", read_vector),
+    Kind("steering vector, tensors", make_vector, "steering_vector.safetensors", read_vector),
     Kind("store, header", make_store, "store.json", read_store),
     Kind("store, shard", make_store, "shard-00001.safetensors", read_store),
     Kind("store, report", make_store, "report.json", read_store),

@@ -120,6 +120,9 @@ def test_result_and_ids_without_tokenizer(gdn: Any) -> None:
     table = named.records()
     assert len(table) == named.kl.numel() and set(table["what"]) == {"resid_post", "head_out"}
     assert len(named.numbers()) == 2 * (gdn.n_layers + 10) and len(named.plot().axes) == 2
+    assert len(named.plot(first=4).axes[0].texts) == 2 * len(named.places)
+    with pytest.raises(IndexError, match="sequence=0, first=6: there is no such token"):
+        named.plot(first=6)
     shifted = ws.logit_lens(gdn, ids, target=ids.roll(-1, 1))
     assert torch.equal(shifted.target, ids[0].roll(-1))
 
@@ -149,13 +152,20 @@ def test_a_tuned_lens_beats_the_logit_lens(gdn: Any, windows: Tensor, tmp_path: 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ws.TunedLens, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         ws.tune_lens(gdn, train, **settings, out=stopped, save_every=10)
-    assert not (stopped / "cfg.json").exists()
+    assert not (stopped / "tuned_lens.safetensors").exists()
     resumed = ws.tune_lens(gdn, train, **settings, out=stopped)
     assert torch.equal(resumed.translate(x, "resid_pre", 2), whole.translate(x, "resid_pre", 2))
     with pytest.raises(ValueError, match=r"was begun otherwise: seed 0 there, 1 now"):
         ws.tune_lens(gdn, train, **settings, out=stopped, seed=1)
-    (tmp_path / "b" / "tuned_lens.safetensors").write_bytes(b"x")
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+    checkpoint = stopped / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-4] + b"abcd")
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint.safetensors is not a whole checkpoint of a lens in training \(its tensors were altered",
+    ):
+        ws.tune_lens(gdn, train, **settings, out=stopped)
+    (tmp_path / "b").write_bytes(b"x")
+    with pytest.raises(ValueError, match="is not a whole tuned lens"):
         ws.TunedLens.load(tmp_path / "b")
 
     other = ws.HookedRecurrentModel.from_pretrained("tiny-mamba2")

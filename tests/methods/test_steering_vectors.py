@@ -81,13 +81,15 @@ def test_doses_are_passes_with_the_intervention(architecture: Architecture) -> N
         vector = ws.steering_vector(model, tokens(1), tokens(2), at)
         found = ws.dose_response(model, vector, prompts, metric, scales=(1, -2), positions=[-2], batch_size=7)
         assert found.conditions == ("vector", "negated", "random", "shuffled")
-        shuffled = vector.as_shuffled()
-        assert shuffled is not None
-        for c, (one, scale) in enumerate(((vector, -2), (vector, 2), (vector.as_random(), -2), (shuffled, -2))):
-            assert one.norm == pytest.approx(vector.norm, rel=1e-4)
-            with model.intervene(one.intervention(scale), positions=4):
-                expected = metric(model(prompts))
-            torch.testing.assert_close(found.values[c, 1], expected, rtol=0, atol=2e-4)
+        for c, (drawn, scale) in enumerate(
+            (([vector], -2), ([vector], 2), *((x, -2) for x in vector.controls().values()))
+        ):
+            expected = []
+            for one in drawn:
+                assert one.norm == pytest.approx(vector.norm, rel=1e-4)
+                with model.intervene(one.intervention(scale), positions=4):
+                    expected.append(metric(model(prompts)))
+            torch.testing.assert_close(found.values[c, 1], torch.stack(expected).mean(0), rtol=0, atol=2e-4)
         torch.testing.assert_close(found.native, metric(model(prompts)), rtol=0, atol=2e-4)
         assert found.change.abs().amax((1, 2)).min() > 1e-3  # the twin: no row is that of another condition
         assert (found.values[:, 0] - found.values[:, 1]).abs().max() > 1e-3
@@ -123,7 +125,7 @@ def test_files_and_generation(gdn: Any, tmp_path: Path) -> None:
         vector = ws.steering_vector(gdn, POSITIVE, NEGATIVE, at)
         again = ws.SteeringVector.load(vector.save(tmp_path / at[0]))
         assert again.at == at and again.kept == vector.kept
-        for one, other in ((again, vector), (again.as_shuffled(), vector.as_shuffled())):
+        for one, other in ((again, vector), (again.controls()["shuffled"][2], vector.controls()["shuffled"][2])):
             with gdn.intervene(one.intervention(3), positions=[3]):
                 loaded = gdn(PROMPTS[0])
             with gdn.intervene(other.intervention(3), positions=[3]):
@@ -135,8 +137,9 @@ def test_files_and_generation(gdn: Any, tmp_path: Path) -> None:
         ValueError, match="this vector was made with tiny-gdn, which has other weights than tiny-mamba2"
     ):
         ws.dose_response(other, vector, PROMPTS, ws.Logit(1))
-    (tmp_path / "state" / "cfg.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"cfg\.json is missing: a steering vector is a folder with"):
+    whole = (tmp_path / "state").read_bytes()
+    (tmp_path / "state").write_bytes(whole[:-4] + b"abcd")
+    with pytest.raises(ValueError, match=r"state is not a whole steering vector \(its tensors were altered"):
         ws.SteeringVector.load(tmp_path / "state")
 
 

@@ -14,7 +14,7 @@ from writesae.hooks.positions import PAD
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """Tokens of a batch, sequence by sequence.
+    """Tokens of a batch, sequence by sequence; indices are on the CPU, since layers may lie on several devices.
 
     Attributes:
         rows: the sequence of each.
@@ -38,13 +38,13 @@ class Cells:
         Raises:
             IndexError: a sequence has no such position.
         """
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        real = torch.ones(ids.shape, dtype=torch.bool) if mask is None else mask.bool().cpu()
         own = (real.long().cumsum(-1) - 1).masked_fill(~real, PAD)
         if positions is None:
             rows, columns = (own != PAD).nonzero(as_tuple=True)
             return cls(rows, columns, own[rows, columns])
         lengths = real.sum(-1, keepdim=True)
-        asked = torch.tensor(list(positions), device=ids.device).long().expand(len(ids), -1)
+        asked = torch.tensor(list(positions)).long().expand(len(ids), -1)
         asked = torch.where(asked < 0, asked + lengths, asked)
         if not asked.numel():
             raise ValueError("positions=[] asks for nothing: give positions, or None for all")
@@ -54,7 +54,7 @@ class Cells:
                 f"(positions 0 to {int(lengths[row]) - 1})"
             )
         columns = (own[:, None] == asked[:, :, None]).int().argmax(-1)
-        rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(columns)
+        rows = torch.arange(len(ids))[:, None].expand_as(columns)
         return cls(rows.flatten(), columns.flatten(), asked.flatten())
 
     def __len__(self) -> int:

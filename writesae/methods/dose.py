@@ -32,8 +32,8 @@ class DoseResponse(Result):
     Attributes:
         at: where was steered.
         scales: how strongly.
-        conditions: ``vector``; its controls ``negated``, ``random`` and, where there is one, ``shuffled``.
-        values: the number.
+        conditions: ``vector``; its controls ``negated``, ``random`` and, where there are any, ``shuffled``.
+        values: the number; of ``random`` and ``shuffled`` the mean of several draws.
         native: the number without steering.
     """
 
@@ -51,8 +51,8 @@ class DoseResponse(Result):
     def about(self) -> str:
         return (
             "The number after each prompt when a steering vector is added at several scales, less the number without. "
-            "Controls have the same norm (and rank): the negated vector, a random one, and one from texts of which "
-            "half of each side have changed sides. Intervals are over prompts."
+            "Controls have the same norm (and rank): the negated vector, random ones, and ones from texts of which "
+            "half of each side have changed sides; of these the mean of several draws. Intervals are over prompts."
         )
 
     @property
@@ -129,7 +129,7 @@ def dose_response(
         scales: how strongly; the sign of a control that is negated is turned by itself.
         positions: at which tokens of each prompt the vector is added; negative ones count from its end; None: at all.
         batch_size: rows run at once.
-        seed: of the random vector.
+        seed: of the random vectors.
         progress: called with the number of passes' rows done.
 
     Raises:
@@ -141,10 +141,11 @@ def dose_response(
         raise ValueError(f"scales={list(scales)}: give one or more other than 0, which is measured anyway")
     if isinstance(metric, Logit) and not (isinstance(metric.at, int) and metric.at == -1):
         raise ValueError(f"at={metric.at} in the metric: it is about what follows the last token; leave at= out")
-    shuffled = vector.as_shuffled()
-    vectors = {"vector": (vector, 1), "negated": (vector, -1), "random": (vector.as_random(seed), 1)}
-    vectors |= {} if shuffled is None else {"shuffled": (shuffled, 1)}
-    doses = [(one, sign * float(scale)) for one, sign in vectors.values() for scale in scales]
+    controls = vector.controls(seed)
+    conditions = {"vector": [(vector, 1)], "negated": [(vector, -1)]}
+    conditions |= {name: [(one, 1) for one in drawn] for name, drawn in controls.items()}
+    each = [pair for drawn in conditions.values() for pair in drawn]
+    doses = [(one, sign * float(scale)) for one, sign in each for scale in scales]
     ids, mask = model.to_tokens(prompts)
     values, done = torch.zeros(1 + len(doses), len(ids)), 0
     one_token = isinstance(vector.direction, Write) and positions is not None and len(set(positions)) == 1
@@ -154,8 +155,9 @@ def dose_response(
         done += found.numel()
         if progress is not None:
             progress(done)
-    shape = (len(vectors), len(scales), len(ids))
-    return DoseResponse(vector.at, tuple(map(float, scales)), tuple(vectors), values[1:].view(shape), values[0])
+    of_each = values[1:].view(len(each), len(scales), len(ids)).split([len(drawn) for drawn in conditions.values()])
+    mean = torch.stack([drawn.mean(0) for drawn in of_each])
+    return DoseResponse(vector.at, tuple(map(float, scales)), tuple(conditions), mean, values[0])
 
 
 Dose = tuple[SteeringVector, float]
@@ -213,7 +215,7 @@ def _by_replay(
     which = torch.arange(1, len(doses) + 1)
     for n in lengths.unique().tolist():
         for rows in (lengths == n).nonzero()[:, 0].split(batch_size):
-            windows = ids[rows] if mask is None else ids[rows][mask[rows].bool()].view(-1, n)
+            windows = ids[rows] if mask is None else ids[rows][mask[rows].bool()].view(len(rows), -1)
             native = replayer.native(windows)
             yield 0, rows, _asked(metric, rows, native.end.of_last())
 
@@ -221,7 +223,7 @@ def _by_replay(
                 here = Write(key, value, rank)[torch.arange(len(writes)).repeat(len(some)), None]
                 return [Add(layer, head, write=here)]
 
-            at = Cells.of(windows, None, positions).positions
+            at = Cells.of(windows, None, positions).positions.to(ids.device)
             window = torch.arange(len(rows), device=ids.device)
             for some, logits in replayer.replay(native, window, at, len(doses), edits):
                 prompts = rows[some.cpu()].repeat_interleave(len(doses))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from writesae.results.result import Figure, Number, Result, figure
 
-SHOWN = 10  # heads in the table
+SHOWN, ACROSS = 10, 40  # heads in the table; tokens in the plot
 
 
 class Place(NamedTuple):
@@ -99,14 +99,21 @@ class LogitLens(Result):
         }
         return of_place | of_cell | top | of_both
 
-    def plot(self, sequence: int = 0) -> Figure:
-        """One text: places down, tokens across, the most likely token in each cell, coloured by its probability."""
-        here = self.sequence == sequence
-        p, n = self.top_probability[:, here, 0].numpy(), int(here.sum())
+    def plot(self, sequence: int = 0, first: int = 0) -> Figure:
+        """One text: places down, tokens across, the most likely token in each cell, coloured by its probability.
+
+        Args:
+            sequence: which text.
+            first: of its tokens looked at, the first to show; at most `ACROSS` are shown.
+        """
+        here = (self.sequence == sequence).nonzero()[first : first + ACROSS, 0]
+        if not len(here):
+            raise IndexError(f"sequence={sequence}, first={first}: there is no such token")
+        p, n = self.top_probability[:, here, 0].numpy(), len(here)
         made, (axis,) = figure(1, max(4.6, 0.62 * n + 1.5), max(2.6, 0.26 * len(self.places) + 1.2))
         image = axis.imshow(p, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         for i in range(len(self.places)):
-            for t, word in enumerate(self.words_at(i, sequence)):
+            for t, word in enumerate(self.words[int(x)] for x in self.top[i, here, 0]):
                 colour = "white" if p[i, t] > 0.6 else "black"
                 shown = repr(word)[1:-1]
                 axis.text(t, i, shown[:10], ha="center", va="center", fontsize=6, color=colour, parse_math=False)

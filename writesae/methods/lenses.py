@@ -90,7 +90,7 @@ def logit_lens(
     with torch.no_grad(), unembedding(model) as unembed, late_logits(model) as end:
         kept = read_points(model, ids, mask, places, cells)
     parts = []
-    for some in torch.arange(len(cells), device=ids.device).split(max(1, LOGITS // model.n_vocab)):
+    for some in torch.arange(len(cells)).split(max(1, LOGITS // model.n_vocab)):
         parts.append(_measure(model, unembed, end, kept, places, cells, some, wanted, k, lens))
         if progress is not None:
             progress(int(some[-1]) + 1)
@@ -98,8 +98,8 @@ def logit_lens(
     words = {i: str(i) if model.tokenizer is None else str(model.to_string(i)) for i in _distinct(top, goal, ids)}
     return LogitLens(
         places=tuple(places),
-        sequence=cells.rows.cpu(),
-        position=cells.positions.cpu(),
+        sequence=cells.rows,
+        position=cells.positions,
         token=cells.of_pass(ids).cpu(),
         target=goal,
         top=top,
@@ -241,7 +241,7 @@ def _targets(
         if found.shape != ids.shape:
             raise ValueError(f"target {list(found.shape)}: give one token for each of the text, {list(ids.shape)}")
         return cells.of_pass(found)
-    return torch.full_like(cells.rows, model.to_single_token(target))
+    return torch.full((len(cells),), model.to_single_token(target))
 
 
 def _distinct(*ids: Tensor) -> list[int]:

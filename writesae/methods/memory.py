@@ -185,14 +185,14 @@ def _reads_of_heads(
     rec: Recurrence, write: Write, n: int, ids: Int[Tensor, "batch pos"], delimiters: Int[Tensor, " m"] | None
 ) -> dict[str, Tensor]:
     """Of a read, a token has the share that its part has in the sum of all parts' lengths."""
-    n_pos = rec.n_pos
-    at = torch.tensor(spread(n_pos, n, n_pos // 2), device=ids.device)
+    n_pos, device = rec.n_pos, rec.q.device
+    at = torch.tensor(spread(n_pos, n, n_pos // 2), device=device)
     sizes = at_least_float32(write.norm() / write.key.norm(dim=-1).clamp_min(1e-30))
     share = read_from(rec, write, at.tolist()).abs() * sizes[..., None]  # [batch, pos, head, n]
     share = share / share.sum(1, keepdim=True).clamp_min(1e-30)
     near = (share.flip(1).cumsum(1) < 0.5).sum(1) - (n_pos - 1 - at)  # those after the read have no share
     # Of each write, in the later reads: in units of an equal share among all the tokens up to the read.
-    source = torch.arange(n_pos, device=ids.device)[:, None]
+    source = torch.arange(n_pos, device=device)[:, None]
     later = (at > source) & (source >= n_pos // 2)  # of writes before, the nearest reads are not looked at
     equal = share * (at + 1) * later[:, None]
     counts = later.sum(-1)[:, None]
@@ -205,7 +205,7 @@ def _reads_of_heads(
         "written": write.norm(),
     }
     if delimiters is not None:
-        there: Bool[Tensor, "batch pos"] = torch.isin(ids, delimiters.to(ids.device))
+        there: Bool[Tensor, "batch pos"] = torch.isin(ids, delimiters.to(ids.device)).to(device)
         made["delimiter"] = (share * there[..., None, None]).sum(1).mean(-1)[:, None]
     return {name: x.float() for name, x in made.items()}
 

@@ -160,7 +160,8 @@ class MemoryLength(Result):
         of_heads = self.columns()
         life = np.minimum(of_heads["half_life"], self.ids.shape[1] // 2)
         dots = right.scatter(life, of_heads["first_share"], c=of_heads["layer"], cmap="viridis", s=14)
-        right.set(xscale="log", xlabel="half-life of a write, tokens", ylabel="first token's share of reads")
+        right.set_xscale("log", base=2)
+        right.set(xlabel="half-life of a write, tokens", ylabel="first token's share of reads")
         made.colorbar(dots, ax=right, label="layer")
         return made
 

@@ -19,15 +19,17 @@ from torch import Tensor
 from writesae.hooks import Add, AddVector, Intervention, ResidualEdit
 from writesae.hooks.names import inputs, name_of
 from writesae.hooks.quantities import RESIDUAL
-from writesae.jobs.tensors import read_folder, write_folder
+from writesae.jobs.tensors import read_tensors, write_tensors
 from writesae.methods.cells import Cells
 from writesae.model import HookedRecurrentModel
 from writesae.models.fingerprint import same_weights
 from writesae.recurrence import Write
 from writesae.stores.windows import Texts
 
-CONFIG, WEIGHTS = "cfg.json", "steering_vector.safetensors"
+KEY = "steering_vector"
 MEMORY = ("state", "write")
+DRAWS = 4  # of each control
+SAME = 1e-5  # of a mean: a smaller difference is rounding
 Direction: TypeAlias = Tensor | Write
 At: TypeAlias = tuple[str, int] | tuple[str, int, int]
 
@@ -39,8 +41,8 @@ class SteeringVector:
     Attributes:
         at: ``("resid_post", 9)`` or another point of the stream; ``("state", 9, 4)`` or ``("write", 9, 4)``, of a head.
         direction: ``[d_model]``, or a `Write` without leading dimensions.
-        shuffled: the same from texts of which half of each side have changed sides, scaled to the same norm; None where
-            a side has a single text. What is left of an effect with it is not about the contrast.
+        shuffled: the same from texts of which half of each side have changed sides, scaled to the same norm, ``[draw]``
+            times over; None where a side has a single text. What they do is not about the contrast.
         kept: share of the squared norm of the difference that is in ``direction``; below 1 where its rank was cut.
         model_id, fingerprint: of the model; the fingerprint is of its last recurrent layer.
     """
@@ -74,9 +76,12 @@ class SteeringVector:
             return Add(*self.at[1:], write=self.direction, scale=scale)
         return AddVector(self.direction, name_of(*self.at[:2]), scale)
 
-    def as_shuffled(self) -> SteeringVector | None:
-        """The control from shuffled texts, as a vector of its own."""
-        return None if self.shuffled is None else replace(self, direction=self.shuffled, shuffled=None)
+    def controls(self, seed: int = 0) -> dict[str, list[SteeringVector]]:
+        """What to compare it with: ``random`` directions and, unless a side had a single text, ``shuffled`` ones."""
+        found = {"random": [self.as_random(seed + i) for i in range(DRAWS)]}
+        if self.shuffled is not None:
+            found["shuffled"] = [replace(self, direction=self.shuffled[i], shuffled=None) for i in range(DRAWS)]
+        return found
 
     def as_random(self, seed: int = 0) -> SteeringVector:
         """A random direction of the same norm; of a matrix, with the same singular values."""
@@ -99,8 +104,8 @@ class SteeringVector:
                 f"with this model, steering_vector(model, positive, negative, at={self.at})"
             )
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``cfg.json`` and ``steering_vector.safetensors``, each whole or not at all."""
+    def save(self, path: str | Path) -> Path:
+        """Write it into one safetensors file, whole or not at all."""
         described = {"at": list(self.at), "kept": self.kept, "model_id": self.model_id, "fingerprint": self.fingerprint}
         tensors = {}
         for name, x in (("direction", self.direction), ("shuffled", self.shuffled)):
@@ -108,18 +113,18 @@ class SteeringVector:
                 tensors[f"{name}.key"], tensors[f"{name}.value"] = x.factors()
             elif x is not None:
                 tensors[name] = x
-        write_folder(Path(folder), CONFIG, WEIGHTS, {"type": "steering_vector", **described}, tensors)
-        return Path(folder)
+        write_tensors(Path(path), KEY, tensors, described)
+        return Path(path)
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> SteeringVector:
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> SteeringVector:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: a file is damaged, or something else.
+            FileNotFoundError: no such file.
+            ValueError: the file is damaged, or something else.
         """
-        cfg, tensors = read_folder(Path(folder), CONFIG, WEIGHTS, "steering_vector", "a steering vector")
+        tensors, cfg = read_tensors(Path(path), KEY, "steering vector", "save or fetch it again")
         tensors = {name: x.to(device) for name, x in tensors.items()}
         found: dict[str, Any] = {
             name: _write(tensors[f"{name}.key"], tensors[f"{name}.value"])
@@ -173,18 +178,16 @@ def steering_vector(
             raise ValueError(f"no {name} texts: give one at least")
         sides.append(torch.cat(parts))
     difference = sides[0].mean(0) - sides[1].mean(0)
-    if not float(difference.norm()) > 0:
+    if float(difference.norm()) <= SAME * float(sides[0].mean(0).norm()):
         raise ValueError("the two kinds of texts have the same mean: give texts that differ in what should be steered")
     direction, kept = _cut(difference, at, rank)
     shuffled = None
     if min(map(len, sides)) > 1:
         generator = torch.Generator().manual_seed(seed)
-        mixed = [side[torch.randperm(len(side), generator=generator)] for side in sides]
-        first, second = (
-            torch.cat([one[: len(one) // 2], other[len(other) // 2 :]]) for one, other in (mixed, mixed[::-1])
-        )
-        control, _ = _cut(first.mean(0) - second.mean(0), at, rank)
-        shuffled = control * float(direction.norm() / control.norm().clamp_min(1e-30))
+        drawn = [_exchanged(sides, generator) for _ in range(DRAWS)]
+        cut = [_cut(x[0].mean(0) - x[1].mean(0), at, rank)[0] for x in drawn]
+        same: list[Any] = [x * float(direction.norm() / x.norm().clamp_min(1e-30)) for x in cut]
+        shuffled = torch.stack(same) if isinstance(direction, Tensor) else _stacked(same)
     return SteeringVector(at, direction, shuffled, kept, model.model_id, model.fingerprint(model.sites[-1].layer))
 
 
@@ -236,6 +239,19 @@ def _cut(difference: Tensor, at: At, rank: int) -> tuple[Direction, float]:
     return _write(U[:, :rank].T, Vh[:rank] * S[:rank, None]), kept
 
 
-def _write(keys: Float[Tensor, "rank d_key"], values: Float[Tensor, "rank d_value"]) -> Write:
-    """A write without leading dimensions, from its factors."""
-    return Write(keys[0], values[0]) if len(keys) == 1 else Write(keys, values, len(keys))
+def _exchanged(sides: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """The two sides, half of each on the other."""
+    mixed = [side[torch.randperm(len(side), generator=generator)] for side in sides]
+    halves = [(side[: len(side) // 2], side[len(side) // 2 :]) for side in mixed]
+    return [torch.cat([halves[0][0], halves[1][1]]), torch.cat([halves[1][0], halves[0][1]])]
+
+
+def _write(keys: Float[Tensor, "*lead rank d_key"], values: Float[Tensor, "*lead rank d_value"]) -> Write:
+    """Writes from their factors, which have a rank dimension even where it is 1."""
+    rank = keys.shape[-2]
+    return Write(keys[..., 0, :], values[..., 0, :]) if rank == 1 else Write(keys, values, rank)
+
+
+def _stacked(writes: Sequence[Write]) -> Write:
+    keys, values = zip(*(write.factors() for write in writes), strict=True)
+    return _write(torch.stack(keys), torch.stack(values))

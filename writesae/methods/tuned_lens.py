@@ -11,16 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from writesae.gradients.backward import frozen
-from writesae.jobs.disk import read_json, remove_halves, write_json, write_whole
+from writesae.jobs.disk import remove_halves
 from writesae.jobs.progress import Bars
 from writesae.jobs.resumable import check_same
-from writesae.jobs.tensors import checksum, read_folder, write_folder
+from writesae.jobs.tensors import checksum, read_tensors, write_tensors
 from writesae.methods.cells import Cells
 from writesae.methods.lensed import Place
 from writesae.methods.lenses import LOGITS, kl, read_points
@@ -28,8 +27,8 @@ from writesae.model import HookedRecurrentModel, late_logits, unembedding
 from writesae.models.fingerprint import same_weights
 from writesae.stores.windows import Texts, Windows
 
-CONFIG, WEIGHTS = "cfg.json", "tuned_lens.safetensors"
-TRAINING, STATE = "training.json", "training.safetensors"  # where a stopped training goes on
+LENS = "tuned_lens.safetensors"
+CHECKPOINT = "checkpoint.safetensors"  # where a stopped training goes on
 
 
 @dataclass(eq=False)
@@ -80,27 +79,28 @@ class TunedLens:
                 f"those of {model.model_id}: train one on this model, tune_lens(model, texts)"
             )
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``cfg.json`` and ``tuned_lens.safetensors``, each whole or not at all."""
+    def save(self, path: str | Path) -> Path:
+        """Write it into one safetensors file, whole or not at all."""
         described = {name: getattr(self, name) for name in ("model_id", "fingerprint", "n_layers", "training")}
-        write_folder(Path(folder), CONFIG, WEIGHTS, {"type": "tuned_lens", **described}, _tensors(self.translators))
-        return Path(folder)
+        write_tensors(Path(path), "tuned_lens", _tensors(self.translators), described)
+        return Path(path)
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> TunedLens:
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> TunedLens:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: a file is damaged, or something else.
+            FileNotFoundError: no such file.
+            ValueError: the file is damaged, or something else.
         """
-        cfg, tensors = read_folder(Path(folder), CONFIG, WEIGHTS, "tuned_lens", "a tuned lens")
+        tensors, about = read_tensors(Path(path), "tuned_lens", "tuned lens", "save or fetch it again")
         boundaries = sorted(int(name.split(".")[0]) for name in tensors if name.endswith(".weight"))
         made = _translators(boundaries, len(tensors[f"{boundaries[0]}.bias"]), torch.device(device))
         _fill(made, tensors)
-        return cls(made, cfg["model_id"], cfg["fingerprint"], cfg["n_layers"], cfg["training"])
+        return cls(made, about["model_id"], about["fingerprint"], about["n_layers"], about["training"])
 
 
+@torch.inference_mode(False)
 def tune_lens(
     model: HookedRecurrentModel,
     texts: Texts,
@@ -129,7 +129,8 @@ def tune_lens(
         batch_size: windows per step.
         lr: learning rate of the first step.
         seed: which windows are drawn.
-        out: folder for the lens, and for what a stopped training goes on from; None keeps nothing on disk.
+        out: folder for the lens (``tuned_lens.safetensors``) and for what a stopped training goes on from; None keeps
+            nothing on disk.
         save_every: steps from one saved state to the next.
         progress: show a bar.
 
@@ -178,7 +179,7 @@ def tune_lens(
     if out is None:
         return lens
     if first < steps:  # the lens first: a training that is said to be over has one
-        lens.save(out)
+        lens.save(Path(out) / LENS)
         state.save(steps, translators, adam)
     return TunedLens.load(out, model.device)
 
@@ -192,7 +193,7 @@ def _backward(
     with torch.no_grad(), unembedding(model) as unembed, late_logits(model) as end:
         kept = read_points(model, ids, None, places, cells)
     with torch.enable_grad(), frozen(model.hf_model):
-        for some in torch.arange(len(cells), device=ids.device).split(max(1, LOGITS // model.n_vocab)):
+        for some in torch.arange(len(cells)).split(max(1, LOGITS // model.n_vocab)):
             with torch.no_grad():
                 final = end.at(cells.rows[some], cells.columns[some]).float().log_softmax(-1)
             for layer, translator in translators.items():
@@ -246,31 +247,29 @@ class _State:
     def save(self, step: int, translators: Mapping[int, nn.Linear], adam: torch.optim.Adam) -> None:
         if self.folder is None:
             return
-        if not (self.folder / TRAINING).exists():
-            write_json(self.folder / TRAINING, self.identity)
-        tensors = {**_tensors(translators), "step": torch.tensor(step)}
+        tensors = _tensors(translators)
         for i, values in adam.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": x for name, x in values.items()}
-        data = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        write_whole(self.folder / STATE, safetensors.torch.save(data))
+        write_tensors(self.folder / CHECKPOINT, "training", tensors, {**self.identity, "step": step})
 
     def restore(self, translators: Mapping[int, nn.Linear], adam: torch.optim.Adam) -> int:
         """Continue from what is there; the number of steps that are done.
 
         Raises:
-            ValueError: the folder was begun by another training, or is damaged.
+            ValueError: the folder was begun by another training, or its checkpoint is damaged.
         """
         if self.folder is None:
             return 0
-        remove_halves(self.folder, TRAINING, STATE, CONFIG, WEIGHTS)
-        if (self.folder / TRAINING).exists():
-            check_same(self.folder, read_json(self.folder / TRAINING), self.identity)
-        if not (self.folder / STATE).exists():
+        remove_halves(self.folder, CHECKPOINT, LENS)
+        if not (self.folder / CHECKPOINT).exists():
             return 0
-        tensors = safetensors.torch.load_file(self.folder / STATE)
+        tensors, about = read_tensors(
+            self.folder / CHECKPOINT, "training", "checkpoint of a lens in training", "delete it to start anew"
+        )
+        check_same(self.folder, about, self.identity)
         _fill(translators, tensors)
         names = ("step", "exp_avg", "exp_avg_sq")
         n = sum(len(group["params"]) for group in adam.param_groups)
         moments = {i: {name: tensors[f"adam.{i}.{name}"] for name in names} for i in range(n)}
         adam.load_state_dict({**adam.state_dict(), "state": moments})
-        return int(tensors["step"])
+        return int(about["step"])

@@ -6,32 +6,40 @@ The two files are SAELens' too (version 6): beside our fields ``cfg.json`` has i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from writesae.jobs.disk import read_json
-from writesae.jobs.tensors import WEIGHTS_SHA256, read_weights, write_folder
+from writesae.jobs.disk import read_json, remove_halves, write_json, write_whole
 from writesae.saes.config import SAEConfig
 from writesae.saes.sparsities import sparsity_named
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
+CHECKSUM = "weights_sha256"  # in cfg.json: which weights belong to this configuration
 
 
 def save(
     folder: Path, cfg: SAEConfig, tensors: Mapping[str, Tensor], for_saelens: Mapping[str, Any] | None = None
 ) -> None:
-    """Write an SAE folder.
+    """Write an SAE folder. Weights go first: a crash in between leaves a checksum that fails, not a mixture.
 
     ``for_saelens`` are values of `saelens_fields` other than what follows from ``cfg``.
     """
     check_finite(tensors, cfg, "not saved")
-    described = saelens_fields(cfg) | dict(for_saelens or {}) | cfg.to_dict()
-    write_folder(folder, CONFIG, WEIGHTS, described, tensors)
+    remove_halves(folder, WEIGHTS, CONFIG)
+    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    described = (
+        saelens_fields(cfg) | dict(for_saelens or {}) | cfg.to_dict() | {CHECKSUM: hashlib.sha256(data).hexdigest()}
+    )
+    write_whole(folder / WEIGHTS, data)
+    write_json(folder / CONFIG, described)
 
 
 def load(folder: Path, or_instead: str = "") -> tuple[SAEConfig, dict[str, Tensor]]:
@@ -51,7 +59,18 @@ def load(folder: Path, or_instead: str = "") -> tuple[SAEConfig, dict[str, Tenso
             )
     cfg, checksum = _read_config(folder / CONFIG)
     path = folder / WEIGHTS
-    tensors = read_weights(path, checksum, CONFIG)
+    data = path.read_bytes()
+    try:
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, OverflowError, RuntimeError) as e:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({e}): cut off, or of another kind; fetch or save it again"
+        ) from e
+    if hashlib.sha256(data).hexdigest() != checksum:
+        raise ValueError(
+            f"{path} is not the file that {CONFIG} was written with ({CHECKSUM} differs): it was damaged or exchanged; "
+            f"fetch or save the folder again"
+        )
     check_finite(tensors, cfg, f"{path} is not usable")
     return cfg, tensors
 
@@ -107,9 +126,9 @@ def _read_config(path: Path) -> tuple[SAEConfig, str]:
     values = read_json(path, "fetch or save it again")
     if not isinstance(values.get("type"), str):
         raise ValueError(f'{path} does not say its "type": it is not an SAE configuration of this library')
-    if not isinstance(values.get(WEIGHTS_SHA256), str):
-        raise ValueError(f"{path} lacks {WEIGHTS_SHA256}, the checksum of {WEIGHTS}; save the SAE again")
-    checksum = values.pop(WEIGHTS_SHA256)
+    if not isinstance(values.get(CHECKSUM), str):
+        raise ValueError(f"{path} lacks {CHECKSUM}, the checksum of {WEIGHTS}; save the SAE again")
+    checksum = values.pop(CHECKSUM)
     if values["type"] != "write_sae":
         raise ValueError(f"{path} says type {values['type']!r}; this version can load: write_sae")
     try:
