@@ -183,7 +183,9 @@ def one_bit(output: Any, _tap: Any, _module: Any, _args: Any, given: Tensor) -> 
 
 def final_state_forgotten(patch: pytest.MonkeyPatch) -> None:
     own = tap.respond
-    patch.setattr(tap, "respond", lambda rec, write, record, o, state: (own(rec, write, record, o, state)[0], state))
+    patch.setattr(
+        tap, "respond", lambda rec, write, record, o, state, hidden: (own(rec, write, record, o, state)[0], state)
+    )
 
 
 def read_too_early(patch: pytest.MonkeyPatch) -> None:

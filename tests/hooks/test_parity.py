@@ -465,7 +465,7 @@ def read_ignored(*args: Any, **kwargs: Any) -> Any:
     return chunked(*args, **(kwargs | {"read": "same"}))
 
 
-def state_not_carried(recurrence: Any, native: Write, record: Any, o: Tensor, state: Tensor | None) -> Any:
+def state_not_carried(recurrence: Any, native: Write, record: Any, o: Tensor, state: Tensor | None, _: Any) -> Any:
     return respond(recurrence, native, record, o, None)[0], state
 
 

@@ -22,7 +22,7 @@ from writesae.hooks.interventions import Attached, Moment, some_of
 from writesae.hooks.knockout import unread
 from writesae.hooks.points import STATE_SHOWN, HookPoint, to_show
 from writesae.hooks.positions import PositionSet, first_column, sent
-from writesae.hooks.response import Edit, Record, kept_of, respond, total_write
+from writesae.hooks.response import Edit, Record, Unread, kept_of, respond, total_write
 from writesae.hooks.scope import Owned, private
 from writesae.hooks.sites import Site
 from writesae.recurrence import Write, first_state
@@ -127,8 +127,10 @@ class Tap:
                 )
         write = call.write() if record.edits or record.dense or knockouts else None
         kept = kept_of(write, record.edits) if write else None
-        with full_precision(device):
-            hidden = [unread(a, call, record, len(hooked), self.clock.now) for a in knockouts]
+        hidden: list[Unread | None] = []
+        if knockouts:
+            with full_precision(device):
+                hidden = [unread(a, call, record, len(hooked), self.clock.now) for a in knockouts]
         if kept is not None:
             call.set("v", call.get("v") * kept[..., None])
         ours = self.kernels == "writesae" and call.get("v").shape[1] > 1  # for one token there is nothing to gain
