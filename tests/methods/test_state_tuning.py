@@ -145,7 +145,8 @@ def test_some_heads_alone() -> None:
     memory = ws.tune_memory(model, IDS, heads=[(0, 1), (3, 2)], **SETTINGS).memory
     moved = {(layer, head) for layer, S in memory.states.items() for head in range(4) if bool(S[:, head].any())}
     assert moved == {(0, 1), (3, 2)}
-    further = ws.tune_memory(model, IDS, layers=[1], start=memory, **SETTINGS).memory
+    with torch.inference_mode():
+        further = ws.tune_memory(model, IDS, layers=[1], start=memory, **SETTINGS).memory
     assert bool(further.state(1).any()) and not further.state(2).any()
     assert torch.equal(further.state(0), memory.state(0)) and torch.equal(further.state(3), memory.state(3))
 

@@ -163,6 +163,15 @@ def test_gradients_go_through_what_follows(architecture: Architecture) -> None:
         assert (found - whole).abs().max() > 1e-2 * whole.abs().max()
 
 
+def test_a_memory_made_under_inference_mode() -> None:
+    model = wrapped(architecture_named("rwkv7"))
+    with torch.inference_mode():
+        memory = model.memory(READ)
+        assert torch.equal(model(MORE, memory=memory), model(MORE, memory=model.memory(READ)))
+    found = ws.gradient(model, MORE, ws.Logit(5), memory=memory)
+    assert torch.equal(found[0].output, ws.gradient(model, MORE, ws.Logit(5), memory=model.memory(READ))[0].output)
+
+
 # A trained model -----------------------------------------------------------------------------------------------------
 
 

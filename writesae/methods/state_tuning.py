@@ -87,6 +87,7 @@ class TunedMemory(Result):
         return made
 
 
+@torch.inference_mode(False)
 def tune_memory(
     model: HookedRecurrentModel,
     texts: Texts,
@@ -213,7 +214,7 @@ class _Run:
         drawn = torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
         rows = torch.randint(len(self.tokens), (self.batch_size,), generator=drawn)
         self.adam.zero_grad()
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             loss = backward(self.model, self.tokens[rows.to(self.tokens.device)], self.states())
         if not math.isfinite(loss):
             raise FloatingPointError(f"tuning diverged: the loss of step {self.step} is {loss}; lower lr={self.lr}")

@@ -44,6 +44,7 @@ class RememberingModel(HookedModel):
     """A transformers model with hook points that hands out what it remembers; its arguments are those of
     `HookedModel`."""
 
+    @torch.inference_mode(False)  # it may be used where gradients are wanted
     @torch.no_grad()
     def memory(self, x: Text | None = None, *, memory: Memory | None = None) -> Memory:
         """Everything that the model remembers after a text: recurrent states, convolution states, keys and values of

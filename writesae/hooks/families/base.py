@@ -31,7 +31,8 @@ class KernelCall(ABC):
     calls the native function with the replacements. With nothing replaced, `run` changes no bit.
 
     An adapter says what a quantity is in the arguments (`canonical`), which of them have tokens (`sequences`), where
-    the state is (`initial_state`), how to call the native function (`run`), and what the mixer expects back (`result`).
+    the state is (`initial_state`, and `state_argument` if it has another name), how to call the native function
+    (`run`), and what the mixer expects back (`result`).
     """
 
     state_argument: ClassVar[str] = "initial_state"  # which has the state before the call
