@@ -181,7 +181,7 @@ def tune_lens(
     if first < steps:  # the lens first: a training that is said to be over has one
         lens.save(Path(out) / LENS)
         state.save(steps, translators, adam)
-    return TunedLens.load(out, model.device)
+    return TunedLens.load(Path(out) / LENS, model.device)
 
 
 def _backward(
