@@ -3,6 +3,8 @@
 from writesae.methods.activation_patching import patching
 from writesae.methods.direct_attribution import DirectAttribution, direct_attribution
 from writesae.methods.dose import DoseResponse, dose_response
+from writesae.methods.evaluated import Evaluation
+from writesae.methods.evaluating import evaluate
 from writesae.methods.knockouts import KnockoutSweep, knockout_sweep
 from writesae.methods.lensed import LogitLens
 from writesae.methods.lenses import logit_lens
@@ -15,7 +17,8 @@ from writesae.methods.steering import SteeringVector, steering_vector
 from writesae.methods.tuned_lens import TunedLens, tune_lens
 
 __all__ = [
-    "DirectAttribution", "DoseResponse", "KnockoutSweep", "LogitLens", "MemoryLength", "Patching", "Pattern",
-    "SteeringVector", "TunedLens", "TunedMemory", "direct_attribution", "dose_response", "knockout_sweep",
-    "logit_lens", "memory_length", "patching", "pattern", "steering_vector", "tune_lens", "tune_memory",
+    "DirectAttribution", "DoseResponse", "Evaluation", "KnockoutSweep", "LogitLens", "MemoryLength", "Patching",
+    "Pattern", "SteeringVector", "TunedLens", "TunedMemory", "direct_attribution", "dose_response", "evaluate",
+    "knockout_sweep", "logit_lens", "memory_length", "patching", "pattern", "steering_vector", "tune_lens",
+    "tune_memory",
 ]  # fmt: skip

@@ -10,17 +10,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from writesae.hooks.interventions import Intervention, Moment
+from writesae.hooks.interventions import Moment
 from writesae.hooks.positions import row_of_each
 from writesae.recurrence import Write
 from writesae.recurrence.matrices import dense, in_factors
 from writesae.saes.sae import WriteSAE
+from writesae.saes.substitute import OfItsHead
 
 Strength: TypeAlias = float | int | Float[Tensor, " batch"]
 
 
 @dataclass(frozen=True, init=False)
-class Recode(Intervention):
+class Recode(OfItsHead):
     """Read with the SAE, change activations, and put what the SAE makes of them in the place of what it read.
 
     >>> with model.intervene(ws.Recode(sae)): ...                             # run with the SAE
@@ -46,7 +47,6 @@ class Recode(Intervention):
         error_term: keep what the SAE misses.
     """
 
-    sae: WriteSAE = None  # type: ignore[assignment]  # always given; the bases' defaults ask for one
     ablate: tuple[int, ...] = ()
     scale: Mapping[int, Strength] = field(default_factory=dict)
     clamp: Mapping[int, Strength] = field(default_factory=dict)
@@ -81,17 +81,7 @@ class Recode(Intervention):
                         f"{name}={{{atom}: ...}} has shape {list(torch.as_tensor(x).shape)}: give a number, or one for "
                         f"each row of the batch, [batch]"
                     )
-        values = {"layer": sae.cfg.layer, "head": sae.cfg.head, "sae": sae, "ablate": ablate, "scale": scale}
-        for name, value in {**values, "clamp": clamp, "error_term": error_term}.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def fitted(self) -> WriteSAE:
-        return self.sae
-
-    @property
-    def needs_state(self) -> bool:
-        return self.sae.cfg.target != "write"
+        self._set(sae, ablate=ablate, scale=scale, clamp=clamp, error_term=error_term)
 
     @property
     def replaces(self) -> bool:
@@ -102,20 +92,10 @@ class Recode(Intervention):
         values, indices = self.sae.topk(x)
         if self.error_term:
             return self._change(values, indices)
-        made = self._reconstruction(self._changed(values, indices), indices)
+        made = reconstruction(self.sae, self._changed(values, indices), indices)
         if self.replaces:
             return made
         return _small(made - x if isinstance(x, Write) else in_factors(made.dense() - x))
-
-    def _reconstruction(self, values: Float[Tensor, "... m"], indices: Int[Tensor, "... m"]) -> Write:
-        """``X^``, in as few terms as are needed."""
-        if self.sae.cfg.decoder == "dense":  # its atoms have no factors that are shorter
-            codes = values.new_zeros(*values.shape[:-1], self.sae.cfg.n_atoms).scatter(-1, indices, values)
-            return in_factors(self.sae.decode(codes))
-        made, constant = self.sae.decode_write(values, indices), self.sae.constant
-        if constant is not None:
-            made = made + _in_few_factors(constant).expand(*made.shape)
-        return _small(made)
 
     def _change(self, values: Float[Tensor, "... m"], indices: Int[Tensor, "... m"]) -> Write:
         """``sum_i (a'_i - a_i) A_i`` over the atoms that are changed."""
@@ -143,6 +123,17 @@ class Recode(Intervention):
         x = torch.as_tensor(strength, dtype=values.dtype, device=values.device).reshape(-1)
         rows = row_of_each(len(x), len(values), f"{len(x)} strengths")
         return x[rows.to(x.device)].reshape(-1, *(1,) * (values.ndim - 1))
+
+
+def reconstruction(sae: WriteSAE, values: Float[Tensor, "... m"], indices: Int[Tensor, "... m"]) -> Write:
+    """``X^`` from activations and their atoms, mean and bias included, in at most ``min(d_key, d_value)`` terms."""
+    if sae.cfg.decoder == "dense":  # its atoms have no factors that are shorter
+        codes = values.new_zeros(*values.shape[:-1], sae.cfg.n_atoms).scatter(-1, indices, values)
+        return in_factors(sae.decode(codes))
+    made, constant = sae.decode_write(values, indices), sae.constant
+    if constant is not None:
+        made = made + _in_few_factors(constant).expand(*made.shape)
+    return _small(made)
 
 
 def _in_few_factors(matrix: Float[Tensor, "d_key d_value"]) -> Write:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,7 +14,27 @@ from writesae.saes.sae import WriteSAE
 
 
 @dataclass(frozen=True, init=False)
-class Substitute(Intervention):
+class OfItsHead(Intervention):
+    """An intervention by an SAE, at the layer and head that the SAE is of."""
+
+    sae: WriteSAE = None  # type: ignore[assignment]  # always given; the bases' defaults ask for one
+
+    def _set(self, sae: WriteSAE, **values: Any) -> None:
+        """Be made with these attributes. An SAE that does not say its head is refused where it is attached."""
+        for name, value in {"layer": sae.cfg.layer, "head": sae.cfg.head, "sae": sae, **values}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def fitted(self) -> WriteSAE:
+        return self.sae
+
+    @property
+    def needs_state(self) -> bool:
+        return self.sae.cfg.target != "write"
+
+
+@dataclass(frozen=True, init=False)
+class Substitute(OfItsHead):
     """The replacement test's edit (paper, sections 2 and 3.2): native write out, the SAE's top atom in.
 
     The atom enters at its activation, ``a_i A_i``, whatever its rank (a dense atom takes ``min(d_key, d_value)`` terms
@@ -26,7 +46,6 @@ class Substitute(Intervention):
         norm: ``"code"``: the atom at its activation. ``"native"``: at the native write's norm (paper, appendix J).
     """
 
-    sae: WriteSAE = None  # type: ignore[assignment]  # always given; the bases' defaults ask for one
     atom: int | None = None
     norm: Literal["code", "native"] = "code"
 
@@ -37,18 +56,7 @@ class Substitute(Intervention):
             )
         if atom is not None:
             sae.atom(atom)  # raises for an atom out of range
-        cfg = sae.cfg  # one that does not say its head is refused where it is attached
-        values = {"layer": cfg.layer, "head": cfg.head, "sae": sae, "atom": atom, "norm": norm}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def fitted(self) -> WriteSAE:
-        return self.sae
-
-    @property
-    def needs_state(self) -> bool:
-        return self.sae.cfg.target != "write"
+        self._set(sae, atom=atom, norm=norm)
 
     @property
     def replaces(self) -> bool:
