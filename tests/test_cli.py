@@ -25,7 +25,18 @@ def test_a_file_is_a_command():
     files = {path.stem for path in Path(writesae.cli.__file__).parent.glob("*.py") if not path.stem.startswith("_")}
     found = [command.name for command in app.registered_commands]
     assert set(found) == files
-    assert found == ["demo", "hooks", "check", "extract", "train", "contexts", "pages", "reproduce", "convert"]
+    assert found == [
+        "demo",
+        "hooks",
+        "check",
+        "extract",
+        "train",
+        "evaluate",
+        "contexts",
+        "pages",
+        "reproduce",
+        "convert",
+    ]
     places = [runner.invoke(app, ["--help"]).output.index(f" {name} ") for name in found]
     assert places == sorted(places)
 

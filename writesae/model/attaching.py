@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from writesae.hooks import (
@@ -23,7 +23,6 @@ from writesae.hooks import (
     PositionSet,
     ResidualEdit,
     Site,
-    Steer,
     Tap,
     install,
     name_of,
@@ -32,8 +31,9 @@ from writesae.hooks import (
 from writesae.hooks.attachable import bring, fit
 from writesae.hooks.positions import Positions
 from writesae.hooks.quantities import RESIDUAL
-from writesae.hooks.residual_edits import Tokens, is_residual_sae
+from writesae.hooks.residual_edits import Tokens
 from writesae.hooks.scope import Owner, in_main_thread_alone, owning
+from writesae.model.asked import Strength, edits_of
 from writesae.model.blocks import block
 from writesae.model.tokens import TokenModel
 from writesae.models.wrappers import device_of
@@ -41,7 +41,6 @@ from writesae.recurrence import Read
 
 Name: TypeAlias = str | tuple[str, int]
 Names: TypeAlias = Name | Sequence[Name] | Callable[[str], bool] | None
-Strength: TypeAlias = float | int | Float[Tensor, " batch"]
 Hooks: TypeAlias = Sequence[tuple[Name | Callable[[str], bool], Callable[[Any, HookPoint], Any]]]
 
 
@@ -244,7 +243,7 @@ class HookedModel(TokenModel):
             raise ValueError(f"read={read!r}: allowed are 'same' and 'next'")
         with ExitStack() as stack:
             owner, places = stack.enter_context(self._block(in_main_thread_alone())), []
-            for edit, fitted in self._interventions(what, atom, scale):
+            for edit, fitted in edits_of(what, atom, scale):
                 if isinstance(edit, PointEdit):
                     place, where = edit.hook_name, [edit.places(positions)]
                     stack.enter_context(self._edit_point(edit, where[0], read, owner))
@@ -288,40 +287,6 @@ class HookedModel(TokenModel):
         with self._installed.ours.stream.added(where, owner), point.add_hook(fn, owner=owner):
             yield
 
-    def _interventions(self, what: Any, atom: Any, scale: Any) -> list[tuple[Intervention | PointEdit, Any]]:
-        """What is to be attached, and the SAE of the memory that it comes from, None if there is none."""
-        if _is_sae(what):
-            if atom is None or scale is None:
-                other = "Substitute(sae)" if isinstance(what, AttachableSAE) else "Reconstruct(sae)"
-                raise TypeError(
-                    "intervene(sae, ...) needs atom= and scale= (add that atom at scale x the norm of what is there); "
-                    f"for the SAE's own atoms use intervene({other})"
-                )
-            atoms = list(atom) if isinstance(atom, Sequence) else [atom]
-            scales = list(scale) if isinstance(scale, Sequence) else [scale] * len(atoms)
-            if len(scales) != len(atoms) or not atoms:
-                raise ValueError(
-                    f"{len(atoms)} atoms and {len(scales)} scales: give one scale for all, or a list with one for each"
-                )
-            return [_adding(what, a, s) for a, s in zip(atoms, scales, strict=True)]
-        if atom is not None or scale is not None:
-            raise TypeError("atom= and scale= go with an SAE; an intervention carries its own")
-        edits = [what] if isinstance(what, tuple) and what and _is_sae(what[0]) else what
-        edits = list(edits) if isinstance(edits, Sequence) else [edits]
-        made: list[tuple[Intervention | PointEdit, Any]] = []
-        for edit in edits:
-            if isinstance(edit, tuple) and len(edit) == 3 and _is_sae(edit[0]):
-                made.append(_adding(*edit))
-                continue
-            edit = edit.edit() if isinstance(edit, Patch) else edit
-            if not isinstance(edit, (Intervention, PointEdit)):
-                got = f"the class {edit.__name__}" if isinstance(edit, type) else type(edit).__name__
-                if _is_sae(edit) or (isinstance(edit, tuple) and edit and _is_sae(edit[0])):
-                    got += " in a list, where an SAE stands with atom and scale, (sae, 53, 3.0), or as Substitute(sae)"
-                raise TypeError(f"intervene takes an intervention (Add, Delete, ...) or an SAE; got {got}")
-            made.append((edit, edit.fitted if isinstance(edit, Intervention) else None))
-        return made
-
     def _select(self, names: Names, also: Callable[[str], bool] = lambda _: True) -> list[HookPoint]:
         """The hook points meant by ``names``; ``also`` restricts what None means."""
         if names is None:
@@ -354,18 +319,6 @@ class HookedModel(TokenModel):
     def _check_within(self, lengths: Int[Tensor, " batch"]) -> None:
         for positions in self._asked():
             positions.check_within(lengths)
-
-
-def _is_sae(what: object) -> bool:
-    """Whether it is an SAE, of the memory or of the residual stream."""
-    return isinstance(what, AttachableSAE) or is_residual_sae(what)
-
-
-def _adding(sae: Any, atom: int, scale: Strength) -> tuple[Intervention | PointEdit, Any]:
-    """The edit that adds an atom at ``scale`` times the norm of what is there, and the SAE if it is of the memory."""
-    return (
-        (sae.adding(atom, scale), sae) if isinstance(sae, AttachableSAE) else (Steer(sae, atom=atom, scale=scale), None)
-    )
 
 
 def _is_pair(name: object) -> bool:
