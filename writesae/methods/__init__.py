@@ -8,7 +8,7 @@ from writesae.methods.evaluating import evaluate
 from writesae.methods.knockouts import KnockoutSweep, knockout_sweep
 from writesae.methods.lensed import LogitLens
 from writesae.methods.lenses import logit_lens
-from writesae.methods.memory import memory_length
+from writesae.methods.memory_length import memory_length
 from writesae.methods.patched import Patching
 from writesae.methods.patterns import Pattern, pattern
 from writesae.methods.remembered import MemoryLength
