@@ -9,7 +9,7 @@ import torch
 
 import writesae as ws
 from architectures import Architecture, each_architecture
-from writesae.methods import memory_length as memory
+from writesae.methods import lengths as memory
 from writesae.recurrence import Recurrence, Write
 from writesae.recurrence.spec import states
 from writesae.zoo import heldout_documents

@@ -6,9 +6,9 @@ from writesae.methods.dose import DoseResponse, dose_response
 from writesae.methods.evaluated import Evaluation
 from writesae.methods.evaluating import evaluate
 from writesae.methods.knockouts import KnockoutSweep, knockout_sweep
+from writesae.methods.lengths import memory_length
 from writesae.methods.lensed import LogitLens
 from writesae.methods.lenses import logit_lens
-from writesae.methods.memory_length import memory_length
 from writesae.methods.patched import Patching
 from writesae.methods.patterns import Pattern, pattern
 from writesae.methods.remembered import MemoryLength
