@@ -162,12 +162,22 @@ def make_pth(folder: Path) -> None:
 def make_vector(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     key, value = torch.randn(2, 32, generator=generator)
-    ws.SteeringVector(("state", 2, 0), ws.Write(key, value), None, 0.5, "tiny-gdn", "abc").save(folder)
+    ws.SteeringVector(("state", 2, 0), ws.Write(key, value), None, 0.5, "tiny-gdn", "abc").save(folder / "a")
 
 
 def read_vector(folder: Path) -> Any:
-    found = ws.SteeringVector.load(folder)
+    found = ws.SteeringVector.load(folder / "a")
     return [found.at, found.kept, found.model_id, *found.direction]
+
+
+def read_memory(folder: Path) -> Any:
+    found = ws.Memory.load(folder / "a")
+    return [repr(found), *(found.state(layer) for layer in (0, 1, 2))]
+
+
+def read_edits(folder: Path) -> Any:
+    found = ws.load_interventions(folder / "a", model())
+    return [found["read"], found["positions"], found["what"][0].sae.cfg, found["what"][0].sae.state_dict()]
 
 
 KINDS = [
@@ -175,8 +185,9 @@ KINDS = [
          lambda f: ws.WriteSAE.from_pretrained(f).cfg),
     Kind("SAE, weights", lambda f: sae().save_pretrained(f), "sae_weights.safetensors",
          lambda f: ws.WriteSAE.from_pretrained(f).state_dict()),
-    Kind("steering vector, configuration", make_vector, "cfg.json", read_vector),
-    Kind("steering vector, tensors", make_vector, "steering_vector.safetensors", read_vector),
+    Kind("steering vector", make_vector, "a", read_vector),
+    Kind("memory", lambda f: model().memory("The state").save(f / "a"), "a", read_memory),
+    Kind("interventions", lambda f: ws.save_interventions(f / "a", model(), ws.Substitute(sae())), "a", read_edits),
     Kind("store, header", make_store, "store.json", read_store),
     Kind("store, shard", make_store, "shard-00001.safetensors", read_store),
     Kind("store, report", make_store, "report.json", read_store),
