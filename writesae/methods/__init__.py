@@ -1,6 +1,7 @@
 """Published ways to look into a recurrent memory, each one call."""
 
 from writesae.methods.activation_patching import patching
+from writesae.methods.corpus import EachText, each_text
 from writesae.methods.direct_attribution import DirectAttribution, direct_attribution
 from writesae.methods.dose import DoseResponse, dose_response
 from writesae.methods.evaluated import Evaluation
@@ -17,8 +18,8 @@ from writesae.methods.steering import SteeringVector, steering_vector
 from writesae.methods.tuned_lens import TunedLens, tune_lens
 
 __all__ = [
-    "DirectAttribution", "DoseResponse", "Evaluation", "KnockoutSweep", "LogitLens", "MemoryLength", "Patching",
-    "Pattern", "SteeringVector", "TunedLens", "TunedMemory", "direct_attribution", "dose_response", "evaluate",
-    "knockout_sweep", "logit_lens", "memory_length", "patching", "pattern", "steering_vector", "tune_lens",
-    "tune_memory",
+    "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "KnockoutSweep", "LogitLens", "MemoryLength",
+    "Patching", "Pattern", "SteeringVector", "TunedLens", "TunedMemory", "direct_attribution", "dose_response",
+    "each_text", "evaluate", "knockout_sweep", "logit_lens", "memory_length", "patching", "pattern",
+    "steering_vector", "tune_lens", "tune_memory",
 ]  # fmt: skip

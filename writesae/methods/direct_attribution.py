@@ -39,6 +39,7 @@ class DirectAttribution(Result):
     """
 
     ROWS = ("part", "layer", "head", "position", "contribution")
+    VALUE = "contribution"
 
     by: str
     tokens: tuple[str, ...]

@@ -35,6 +35,8 @@ class KnockoutSweep(Result):
         grid: the number with each window cut. ``head`` has one entry where all heads are cut together.
     """
 
+    KEYS, VALUE = ("first_layer", "last_layer", "head"), "change"
+
     windows: tuple[tuple[int, ...], ...]
     tokens: tuple[str, ...]
     sources: tuple[int, ...]

@@ -27,6 +27,8 @@ class Patching(Result):
         estimate: the same to first order; None where it was not asked for.
     """
 
+    VALUE = "restored"
+
     what: str
     layers: tuple[int, ...]
     tokens: tuple[str, ...]

@@ -33,6 +33,8 @@ class Pattern(Result):
         grid: for the read at each token, the entry of each token that wrote; 0 for later ones.
     """
 
+    KEYS, VALUE = ("query_token", "key_token"), "entry"
+
     head: Head
     tokens: tuple[str, ...]
     of: str

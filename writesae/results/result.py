@@ -112,9 +112,15 @@ class Number:
 
 
 class Result(ABC):
-    """The outcome of an experiment. Subclasses are frozen dataclasses of its records and settings."""
+    """The outcome of an experiment. Subclasses are frozen dataclasses of its records and settings.
+
+    ``ROWS`` names attributes that are columns of its records. ``VALUE`` is the column that it is about, and ``KEYS``
+    are those that say which part of the model an entry is of: over several texts, means are taken by these.
+    """
 
     ROWS: ClassVar[tuple[str, ...]] = ()
+    KEYS: ClassVar[tuple[str, ...]] = ("part", "layer", "head")
+    VALUE: ClassVar[str] = ""
 
     @property
     @abstractmethod
