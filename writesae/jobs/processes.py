@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +30,8 @@ class Processes:
             return ALONE
         from accelerate import PartialState
 
+        if not torch.distributed.is_initialized():  # who joins leaves, or threads that still run abort the process
+            atexit.register(_leave)
         # Processes may finish their shares far apart: hours are no reason to give up.
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
         return cls(state.num_processes, state.process_index)
@@ -73,6 +76,12 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def _leave() -> None:
+    """Take leave of the other processes, if they have not been left already."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def is_sharded(x: Tensor) -> bool:
