@@ -102,7 +102,7 @@ def test_quality_is_that_of_dense_matrices(model: HookedRecurrentModel, ids: Ten
         "n": len(X),
         "explained_variance": 1 - error / whole,
         "nmse": error / X.square().sum(),
-        "mse": (X - made_of).square().mean(),
+        "mse": (X - made_of).square().sum((-1, -2)).mean(),
         "cosine": torch.cosine_similarity(X.flatten(1), made_of.flatten(1)).mean(),
         "l0": (codes > 0).float().sum(1).mean(),
         "l1": codes.sum(1).mean(),

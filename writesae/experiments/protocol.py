@@ -168,7 +168,7 @@ class Sizes:
     @classmethod
     def quick(cls) -> Sizes:
         """For a look: a few seconds per experiment on a small model, and intervals that are wide."""
-        return cls(64, 6, 8_000, 16, 96, 24, 48, 4, 30, per_stratum=1, text=16_000)
+        return cls(64, 6, 8_000, 16, 32, 24, 48, 4, 30, per_stratum=1, text=16_000)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class Quality:
         n: matrices.
         explained_variance: ``1 - sum ||X - X^||^2 / sum ||X - mean||^2``; ``1 - fvu``.
         nmse: ``sum ||X - X^||^2 / sum ||X||^2``.
-        mse: mean squared error of one number.
+        mse: mean of ``||X - X^||^2``, summed over the entries of a matrix, as in SAELens.
         cosine: of ``X^`` and ``X``, mean.
         l0, l1: active atoms, and the sum of activations, per matrix.
         length_in, length_out: mean norm of ``X`` and of ``X^``.

@@ -188,7 +188,7 @@ class Sums:
             n=self.n,
             explained_variance=1 - mean["error2"] / max(variance, 1e-30),
             nmse=mean["error2"] / max(mean["x2"], 1e-30),
-            mse=mean["error2"] / self.total.numel(),
+            mse=mean["error2"],
             cosine=mean["cosine"],
             l0=mean["l0"],
             l1=mean["l1"],
