@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -71,27 +72,24 @@ class Patch:
         if self.at is None:
             own = self.cache.positions
             return list(range(int(own.max()) + 1))
-        return [self.at] if isinstance(self.at, int) else list(self.at)
+        return _listed(self.at)
 
     @property
     def _source(self) -> list[int]:
-        if self.source is None:
-            return self._at
-        return [self.source] if isinstance(self.source, int) else list(self.source)
+        return self._at if self.source is None else _listed(self.source)
 
     def edit(self) -> Intervention | PointEdit:
         """What it does, as an intervention in the memory or an edit at a hook point."""
         where, batch = PositionSet(self._at), self.cache.with_batch_dim()
-        if self.what == "write":
-            columns = batch.columns(self._source)
-            rows = torch.arange(len(columns))[:, None].to(columns.device)
-            return PatchedWrite(self.layer, self.head, table=batch.write(self.layer)[rows, columns], where=where)
         if self.what == "state":
             return PatchedState(self.layer, self.head, table=batch.state(self.layer, self._source), where=where)
-        value, columns = batch[self.what, self.layer], batch.columns(self._source)
-        rows = torch.arange(len(columns))[:, None].to(columns.device)
-        heads = None if self.head is None else [self.head] if isinstance(self.head, int) else list(self.head)
-        return PatchedPoint(name_of(self.what, self.layer), value[rows, columns], heads, where)
+        value: Any = batch.write(self.layer) if self.what == "write" else batch[self.what, self.layer]
+        columns = batch.columns(self._source)
+        table = value[torch.arange(len(columns))[:, None].to(columns.device), columns]
+        if self.what == "write":
+            return PatchedWrite(self.layer, self.head, table=table, where=where)
+        heads = None if self.head is None else _listed(self.head)
+        return PatchedPoint(name_of(self.what, self.layer), table, heads, where)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,7 +117,7 @@ class _Patched(Intervention):
         raise NotImplementedError
 
     def _heads(self, n: int) -> list[int]:
-        return list(range(n)) if self.head is None else [self.head] if isinstance(self.head, int) else list(self.head)
+        return list(range(n)) if self.head is None else _listed(self.head)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -204,6 +202,11 @@ class PatchedPoint(PointEdit):
         new = x.clone()
         new[:, self.heads] = found[:, self.heads]
         return new
+
+
+def _listed(x: int | Sequence[int]) -> list[int]:
+    """One or several, as a list."""
+    return [x] if isinstance(x, int) else list(x)
 
 
 def check_says_itself(positions: Positions) -> None:

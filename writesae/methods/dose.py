@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,11 @@ from writesae.hooks import Add, Intervention
 from writesae.hooks.sites import Head
 from writesae.jobs.progress import Progress
 from writesae.methods.cells import Cells
+from writesae.methods.questions import Metric, check_metric
 from writesae.methods.steering import SteeringVector
 from writesae.model import HookedRecurrentModel, Text, late_logits
 from writesae.recurrence import Write
 from writesae.results.result import Figure, Number, Result, figure, intervals
-
-Metric = Callable[[Float[Tensor, "batch 1 vocab"]], Float[Tensor, " batch"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +138,7 @@ def dose_response(
     vector.check_fits(model)
     if not scales or 0 in scales:
         raise ValueError(f"scales={list(scales)}: give one or more other than 0, which is measured anyway")
-    if isinstance(metric, Logit) and not (isinstance(metric.at, int) and metric.at == -1):
-        raise ValueError(f"at={metric.at} in the metric: it is about what follows the last token; leave at= out")
+    check_metric(metric)
     controls = vector.controls(seed)
     conditions = {"vector": [(vector, 1)], "negated": [(vector, -1)]}
     conditions |= {name: [(one, 1) for one in drawn] for name, drawn in controls.items()}
