@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import writesae.cli
 from writesae.cli import app
-from writesae.zoo import shipped_models
+from writesae.cli._shared import plainly
+from writesae.zoo import heldout_documents, shipped_models
 
 runner = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
 
@@ -53,6 +56,45 @@ def test_hooks_lists_sites_and_names():
     assert "[batch, pos, head, d_key]" in result.output, "shapes must not be taken for markup"
     result = runner.invoke(app, ["hooks", "tiny-gdn", "--names"])
     assert result.output.splitlines()[:2] == ["blocks.0.hook_resid_pre", "blocks.0.mixer.hook_q_raw"]
+
+
+def test_version():
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0 and result.output == f"writesae {version('writesae')}\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "meant"),
+    [("--target", "writ", "write"), ("--variant", "Tied", "TiedSAE"), ("--sparsity", "top_k", "topk")],
+)
+def test_a_wrong_name_is_said_before_a_model_is_looked_for(option, value, meant, tmp_path):
+    command = ["train", "no-such-model", str(tmp_path), "--text", "no-such-text", "--site", "0.0", option, value]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 1
+    assert repr(value) in result.output and f"did you mean {meant!r}" in result.output
+    assert "no-such" not in result.output
+
+
+def test_a_training_that_ended_says_so_and_its_folder_whole(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(heldout_documents()[:4]))
+    out = tmp_path / ("long" * 20)
+    command = ["train", "tiny-gdn", str(out), "--text", str(text), "--site", "2.0", "--context", "64"]
+    command += ["--atoms", "16", "--steps", "3", "--max-tokens", "4000"]
+    narrow = CliRunner(env={"COLUMNS": "80", "TERM": "dumb"})
+    first, again = narrow.invoke(app, command), narrow.invoke(app, command)
+    assert first.exit_code == again.exit_code == 0, first.output
+    assert str(out / "L2H0") in first.output, "the folder must not be cut or wrapped"
+    assert "trained already" in again.output and "trained already" not in first.output
+
+
+def test_ctrl_c_says_what_goes_on(capsys):
+    for goes_on in (True, False):
+        with pytest.raises(typer.Exit) as stopped, plainly(goes_on):
+            raise KeyboardInterrupt("training stopped: L2H0 after step 3 of 9")
+        assert stopped.value.exit_code == 130
+        said = " ".join(capsys.readouterr().err.split())
+        assert "after step 3 of 9" in said and ("the same command goes on" in said) == goes_on
 
 
 @pytest.mark.parametrize("command", [["hooks", "no-such-model"], ["demo", "--model", "no-such-model"]])

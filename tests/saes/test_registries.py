@@ -69,7 +69,7 @@ class Loud(Thresholds):
 
 
 def test_a_sparsity_of_ones_own(everything_as_it_was: None) -> None:
-    with pytest.raises(ValueError, match="sparsity must be one of topk, batch_topk, jumprelu, gated; got 'loud'"):
+    with pytest.raises(ValueError, match="no sparsity 'loud': allowed are topk, batch_topk, jumprelu, gated"):
         SAEConfig(**SIZES, sparsity="loud")
     register_sparsity("loud")(Loud)
     cfg = SAEConfig(**SIZES, sparsity="loud")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Annotated
 
 import typer
 
@@ -19,6 +20,25 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
+
+
+def _say_version(asked: bool) -> bool:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"writesae {version('writesae')}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say the version and exit.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Look inside recurrent language models, and change what they remember."""
+
 
 _commands = [
     import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__) if not found.name.startswith("_")

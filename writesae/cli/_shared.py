@@ -56,10 +56,24 @@ def quiet() -> None:
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
-    """Show an error that the user can fix as one line, without a traceback, and exit with 1."""
+def plainly(goes_on: bool = False) -> Iterator[None]:
+    """Show an error that the user can fix as one line, without a traceback, and exit with 1; with 130 after Ctrl-C.
+
+    Args:
+        goes_on: whether the same command goes on where Ctrl-C stopped it.
+    """
     try:
         yield
+    except KeyboardInterrupt as stopped:
+        from rich.console import Console
+
+        words = str(stopped) or "stopped"
+        Console(stderr=True).print(
+            f"writesae: {words}{'; the same command goes on from here' if goes_on else ''}",
+            markup=False,
+            highlight=False,
+        )
+        raise typer.Exit(130) from stopped
     except (OSError, ValueError, KeyError, IndexError, ImportError) as error:
         from rich.console import Console
 

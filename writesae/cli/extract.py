@@ -59,7 +59,7 @@ def extract(
     On several GPUs or processes: accelerate launch -m writesae.cli extract ...
     """
     quiet()
-    with plainly():
+    with plainly(goes_on=True):
         if sum(given is not None for given in (text, dataset, tokens)) != 1:
             raise ValueError("give one source: --text PATH, --dataset NAME or --tokens FILE")
         if tokens is not None and reading(prepend_bos, special_tokens):
@@ -98,6 +98,7 @@ def extract(
             f"{out}: {store.n_sequences:,} sequences of {store.context} tokens, {store.bytes_per_token:,.0f} bytes per "
             f"token, {store.times_smaller:.1f} times smaller than these heads' dense states in float16",
             highlight=False,
+            soft_wrap=True,
         )
 
 

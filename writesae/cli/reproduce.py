@@ -36,7 +36,9 @@ def reproduce(
     other_seed: Annotated[
         list[str] | None, typer.Option(help="SAEs of the same heads trained with other seeds.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small samples: a look in a minute or two.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small samples: a first look, in minutes instead of a quarter of an hour.")
+    ] = False,
     device: Device = AUTO,
     dtype: DType = None,
     prepend_bos: PrependBos = None,
@@ -62,7 +64,7 @@ def reproduce(
     from writesae.zoo import shipped_saes
 
     quiet()
-    with plainly():
+    with plainly(goes_on=True):
         names = sae or [str(folder) for folder in shipped_saes(model)]
         if not names:
             raise ValueError(f"no SAEs are shipped with {model}: give --sae, a folder or a hub id, once for each head")
@@ -85,6 +87,6 @@ def reproduce(
         table.add_row(*map(Text, (outcome.key, *what, f"{outcome.seconds or 0:.0f}")))
     console = Console()
     console.print(table)
-    console.print(f"Report: {folder / 'report.html'} and report.md beside it", highlight=False)
+    console.print(f"Report: {folder / 'report.html'} and report.md beside it", highlight=False, soft_wrap=True)
     if any(outcome.error is not None for outcome in outcomes):
         raise typer.Exit(1)

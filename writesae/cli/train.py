@@ -63,13 +63,19 @@ def train(
 
     from writesae.jobs.processes import Processes
     from writesae.saes import train_store
+    from writesae.saes.training.collect import planned
     from writesae.stores.extraction import parse_sites, record
     from writesae.stores.store import ActivationStore
     from writesae.stores.texts import from_files
 
     quiet()
-    with plainly():
+    with plainly(goes_on=True):
         first = Processes.launched().first
+        given: dict[str, Any] = dict(steps=steps, seed=seed, batch_size=batch, lr=lr)
+        given = {name: value for name, value in given.items() if value is not None}
+        given |= dict(target=target, variant=variant, sparsity=sparsity, n_atoms=atoms, k=k)
+        given["choices"] = {"rank": rank} if rank > 1 else None
+        planned(**given)
         if ActivationStore.is_at(source):
             if reading(prepend_bos, special_tokens):
                 raise ValueError(f"{source} is a store of tokens: --prepend-bos and --special-tokens are for a model")
@@ -85,24 +91,24 @@ def train(
             )
             sites = parse_sites(model, site)
             store = record(model, from_files(model, text, context, max_tokens), sites, progress=first)
-        given: dict[str, Any] = dict(steps=steps, seed=seed, batch_size=batch, lr=lr)
-        given = {name: value for name, value in given.items() if value is not None}
         with _tracked(tracker, {"source": source, "target": target, "variant": variant, "seed": seed}) as log:
             saes = train_store(
-                store, sites, target=target, variant=variant, sparsity=sparsity, n_atoms=atoms, k=k,  # type: ignore[arg-type]
-                choices={"rank": rank} if rank > 1 else None, out=out, held_out=held_out, device=device, also_log=log,
-                evaluate_every=evaluate_every, checkpoint_every=save_every, progress=first, **given,
+                store, sites, out=out, held_out=held_out, device=device, also_log=log, evaluate_every=evaluate_every,
+                checkpoint_every=save_every, progress=first, **given,
             )  # fmt: skip
     if not first:
         return
     table = Table(title=f"SAEs of {store.info.model_id}, on held-out sequences")
-    for column in ("head", "folder", "normalised MSE", "cosine of the top atom", "active atoms", "atoms ever active"):
-        table.add_column(column)
+    for column in ("head", "normalised MSE", "cosine of the top atom", "active atoms", "atoms ever active"):
+        table.add_column(column, justify="right")
     for sae in saes.values():
         found = sae.cfg.training.get("held_out", sae.cfg.training["train"])
         numbers = f"{found['nmse']:.3f}", f"{found['cosine']:.3f}", f"{found['l0']:.1f}", f"{found['alive']:.1%}"
-        table.add_row(str(sae.place), str(out / sae.place.folder), *numbers)
-    Console().print(table)
+        table.add_row(str(sae.place), *numbers)
+    console = Console()
+    console.print(table)
+    for sae in saes.values():
+        console.print(f"{out / sae.place.folder}", soft_wrap=True, highlight=False, markup=False)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from writesae.hooks.sites import Head
+from writesae.jobs.choices import one_of
 from writesae.models.fingerprint import same_weights
 from writesae.recurrence.dynamics import Target
 from writesae.saes.sparsities import sparsity_named
@@ -133,9 +134,7 @@ class SAEConfig:
         Raises:
             ValueError: no such name; the names are the keys of `VARIANTS`.
         """
-        if name not in VARIANTS:
-            raise ValueError(f"no variant {name!r}: allowed are {', '.join(VARIANTS)}")
-        return cls(**VARIANTS[name] | values)
+        return cls(**VARIANTS[one_of("variant", name, VARIANTS)] | values)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -170,8 +169,7 @@ def _check(values: Mapping[str, Any]) -> None:
         if not isinstance(values[name], str | None):
             raise ValueError(f"{name} must be text or None; got {values[name]!r}")
     for name, choices in _CHOICES.items():
-        if values[name] not in get_args(choices):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}; got {values[name]!r}")
+        one_of(name, values[name], get_args(choices))
     sparsity_named(values["sparsity"])
     for name in ("center", "decoder_bias", "unit_atoms"):
         if type(values[name]) is not bool and not (name == "center" and values[name] is None):

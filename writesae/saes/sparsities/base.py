@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from writesae.jobs.choices import one_of
 from writesae.recurrence.matrices import Matrices
 from writesae.saes.reconstruction import Activations, Batch
 
@@ -120,6 +121,4 @@ def register_sparsity(name: str) -> Callable[[type[S]], type[S]]:
 
 def sparsity_named(name: str) -> Sparsity:
     """The sparsity of that name; ValueError that lists those that exist."""
-    if name not in SPARSITIES:
-        raise ValueError(f"sparsity must be one of {', '.join(SPARSITIES)}; got {name!r}")
-    return SPARSITIES[name]
+    return SPARSITIES[one_of("sparsity", name, SPARSITIES)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from writesae.hooks.sites import Head
+from writesae.jobs.choices import one_of
 from writesae.models.devices import device_named
 from writesae.recurrence.matrices import Matrices
-from writesae.saes.config import SAEConfig, Target
+from writesae.saes.config import VARIANTS, SAEConfig, Target
 from writesae.saes.sae import WriteSAE
 from writesae.saes.training.data import FromStore
 from writesae.saes.training.run import Log, Run, Settings
@@ -26,7 +29,7 @@ from writesae.stores.windows import Windows
 if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
 
-RECIPES: dict[Target, dict[str, Any]] = {
+RECIPES: dict[str, dict[str, Any]] = {
     # One atom has to carry a write alone, as the replacement test asks of it.
     "write": dict(variant="TiedSAE", k=1, batch_size=2048, lr=5e-3),
     "delta": dict(variant="TiedSAE", k=1, batch_size=2048, lr=5e-3),
@@ -98,6 +101,8 @@ def train_site(
     Raises:
         ValueError: the text is shorter than two sequences.
     """
+    of_store = signature(train_store).parameters.keys() - signature(planned).parameters.keys()
+    planned(**{name: value for name, value in options.items() if name not in of_store})
     windows = (
         Windows.of_rows(list(text), text.shape[1]) if isinstance(text, Tensor) else Windows.cut(model, text, context)
     )
@@ -154,13 +159,14 @@ def train_store(
         IndexError: no such site in the store.
         ValueError: a setting that cannot be, no such device, or a checkpoint of another training.
     """
-    recipe, device = dict(RECIPES[target]), device_named(device)
-    settings = Settings(**{name: recipe[name] for name in recipe if name not in ("variant", "k")} | training)
-    values = dict(n_atoms=n_atoms, k=recipe["k"] if k is None else k, target=target, sparsity=sparsity)
+    device = device_named(device)
+    settings, values = planned(
+        target=target, variant=variant, sparsity=sparsity, n_atoms=n_atoms, k=k, choices=choices, **training
+    )
     places = {Head(*place).folder: Head(*place) for place in (store.sites if sites is None else sites)}
     runs: dict[str, Run] = {}
     for name, (layer, head) in places.items():
-        cfg = site_config(store, layer, head, variant or recipe["variant"], **values | dict(choices or {}))
+        cfg = site_config(store, layer, head, **values)
         data = FromStore(
             store, layer, head, target, held_out=held_out, stride=stride, buffer_tokens=buffer_tokens,
             seed=settings.seed, device=device,
@@ -179,11 +185,44 @@ def train_store(
     return {place: saes[name] for name, place in places.items()}
 
 
-def site_config(store: ActivationStore, layer: int, head: int, variant: str, **values: Any) -> SAEConfig:
+def planned(
+    *,
+    target: str = "write",
+    variant: str | None = None,
+    sparsity: str = "topk",
+    n_atoms: int = 1024,
+    k: int | None = None,
+    choices: Mapping[str, Any] | None = None,
+    **training: Any,
+) -> tuple[Settings, dict[str, Any]]:
+    """What a training will use, or its error, before anything is read or run. Arguments are those of `train_store`.
+
+    Returns:
+        Its settings, and what `SAEConfig.variant` is given for each head beside the head's own shape.
+
+    Raises:
+        ValueError: a target, variant, sparsity or setting that does not exist, or cannot be.
+    """
+    recipe = dict(RECIPES[one_of("target", target, RECIPES)])
+    for name in training:
+        if name == "encoder":
+            raise ValueError(f"an SAE's encoder comes with its variant: variant is one of {', '.join(VARIANTS)}")
+        one_of("setting of a training", name, (f.name for f in fields(Settings)))
+    for name in choices or {}:
+        one_of("field of an SAE", name, (f.name for f in fields(SAEConfig)))
+    settings = Settings(**{name: recipe[name] for name in recipe if name not in ("variant", "k")} | training)
+    values = dict(
+        name=variant or recipe["variant"], n_atoms=n_atoms, k=recipe["k"] if k is None else k, target=target,
+        sparsity=sparsity, **dict(choices or {}),
+    )  # fmt: skip
+    SAEConfig.variant(**values, d_key=2**30, d_value=2**30)  # of a shape that no rank exceeds
+    return settings, values
+
+
+def site_config(store: ActivationStore, layer: int, head: int, **values: Any) -> SAEConfig:
     """The configuration of an SAE for one head of a store, see `SAEConfig.variant`."""
     site, info = store.site(layer, head), store.info
     return SAEConfig.variant(
-        variant,
         d_key=site.d_key,
         d_value=site.d_value,
         layer=layer,

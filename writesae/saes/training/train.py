@@ -75,7 +75,10 @@ def train_runs(runs: Mapping[str, Run], progress: bool = True) -> dict[str, Writ
     """Several trainings side by side, a step of each in turn; see `train_sae`."""
     # A notebook may have switched gradients off.
     with Bars(progress) as bars, _interrupts_wait() as interrupted, torch.enable_grad():
-        lines = {name: bars.add(f"training {name}", run.settings.steps, run.step) for name, run in runs.items()}
+        lines = {
+            name: bars.add(f"training {name}" if run.left else f"{name}, trained already", run.settings.steps, run.step)
+            for name, run in runs.items()
+        }
         while any(run.left for run in runs.values()):
             for name, run in runs.items():
                 if run.left:
