@@ -20,6 +20,7 @@ from writesae.futures.continuations import CommonRandomNumbers, go_on, prompts_o
 from writesae.futures.replay import stacked
 from writesae.hooks import Add
 from writesae.hooks.sites import Head
+from writesae.jobs.arguments import named_kinds
 from writesae.model import HookedRecurrentModel
 from writesae.model.tokens import Text as Prompts
 from writesae.results.result import Figure, Number, Result, figure, intervals
@@ -146,6 +147,7 @@ def _plan(asked: Asked) -> Iterator[Task]:
         yield Task(partial(run, sae), [sae], {"n_tokens": asked.sizes.tokens, **asked.common})
 
 
+@named_kinds
 @experiment("a class of atoms amplified while generating (section 4)", order=9, plan=_plan)
 @torch.no_grad()
 def amplify(

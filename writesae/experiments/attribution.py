@@ -14,6 +14,7 @@ from torch import Tensor
 from writesae.gradients import Gradient, LayerGradient, Logit, gradient
 from writesae.hooks.attachable import fit
 from writesae.hooks.sites import Head
+from writesae.jobs.arguments import named_kinds
 from writesae.model import HookedRecurrentModel, Text
 from writesae.results.result import Figure, Number, Result, figure, frame
 from writesae.saes import WriteSAE
@@ -125,6 +126,7 @@ class Attribution(Result):
         return made
 
 
+@named_kinds
 def attribute(
     model: HookedRecurrentModel,
     text: Text,

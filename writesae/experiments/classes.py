@@ -20,6 +20,7 @@ from torch import Tensor
 
 from writesae.experiments.engine.mixture import MIN_VALUES, Mixture, fit_mixture
 from writesae.experiments.protocol import Progress, Run, experiment, positive
+from writesae.jobs.arguments import named_kinds
 from writesae.model import HookedRecurrentModel
 from writesae.results.result import Figure, Number, Result, figure
 from writesae.results.statistics import Array, cliffs_delta
@@ -216,6 +217,7 @@ def _median(name: str, values: Array) -> Number:
     return Number.median(name, values, n_resamples=1000)
 
 
+@named_kinds
 @experiment("registers and bundles (section 3.1)", order=3, settings=lambda sizes: {"max_tokens": sizes.classes})
 @torch.no_grad()
 def atom_classes(

@@ -14,6 +14,7 @@ from writesae.experiments.protocol import Progress, Run, experiment
 from writesae.gradients import Gradient, Logit, gradient, in_batches
 from writesae.hooks import Delete, short_chunks
 from writesae.hooks.sites import Head
+from writesae.jobs.arguments import named_kinds
 from writesae.model import HookedRecurrentModel
 from writesae.results.result import Figure, Number, Result, figure, predicted_and_measured
 from writesae.results.statistics import bootstrap, r_squared
@@ -100,6 +101,7 @@ class AttributionTest(Result):
     order=10,
     settings=lambda sizes: {"n_deletions": sizes.deletions},
 )
+@named_kinds
 def attribution_test(
     model: HookedRecurrentModel,
     text: Texts,

@@ -17,6 +17,7 @@ from torch import Tensor
 from writesae.experiments.engine.targets import ranks, show_token
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.hooks import Add, Delete, Intervention, short_chunks
+from writesae.jobs.arguments import named_kinds
 from writesae.model import HookedRecurrentModel, LateLogits, late_logits
 from writesae.recurrence import Read
 from writesae.results.result import Figure, Number, Result, figure, frame, intervals
@@ -165,6 +166,7 @@ def _plan(asked: Asked) -> Iterator[Task]:
         yield Task(partial(run, sae), [sae], {"n": asked.sizes.erase, **asked.common})
 
 
+@named_kinds
 @experiment("an atom taken out where it fires (section 4)", order=6, plan=_plan)
 @torch.no_grad()
 def erase(

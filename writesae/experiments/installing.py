@@ -23,6 +23,7 @@ from writesae.experiments.engine.targets import Targets, choose_targets, ranks, 
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.futures.continuations import go_on, prompts_of, text_of
 from writesae.hooks import Add
+from writesae.jobs.arguments import named_kinds
 from writesae.model import HookedRecurrentModel
 from writesae.model.tokens import Text as Prompts
 from writesae.recurrence import Read, Write
@@ -184,6 +185,7 @@ def _plan(asked: Asked) -> Iterator[Task]:
                 yield Task(run, [sae], {"scale": scale, **given}, name)
 
 
+@named_kinds
 @experiment("a token written into the memory (section 4)", order=8, plan=_plan)
 @torch.no_grad()
 def install(

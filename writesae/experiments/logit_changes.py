@@ -30,6 +30,7 @@ from torch import Tensor
 from writesae.experiments.protocol import Progress, Run, experiment
 from writesae.futures.replay import Replayer, stacked
 from writesae.gradients import Logit, gradient, in_batches
+from writesae.jobs.arguments import named_kinds
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Recurrence, Write, at_least_float32
 from writesae.recurrence.kernels import carried
@@ -174,6 +175,7 @@ class LogitChange(Result):
     order=5,
     settings=lambda sizes: {"n_prompts": sizes.logit, "atoms": max(4, sizes.logit // 4)},
 )
+@named_kinds
 @torch.no_grad()
 def logit_change(
     model: HookedRecurrentModel,

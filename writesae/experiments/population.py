@@ -22,6 +22,7 @@ from writesae.experiments.classes import atom_classes
 from writesae.experiments.engine.conditions import Tester, check_conditions, windows_of
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.experiments.replacement import ReplacementResult
+from writesae.jobs.arguments import named_kinds
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
 from writesae.results.result import Figure, Number, Result, figure, joined
@@ -171,6 +172,7 @@ def _plan(asked: Asked) -> Iterator[Task]:
         yield Task(partial(run, sae), [sae], given)
 
 
+@named_kinds
 @experiment("the same, atom by atom (App. F.2)", order=2, plan=_plan)
 @torch.no_grad()
 def population_test(

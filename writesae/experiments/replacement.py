@@ -22,6 +22,7 @@ from torch import Tensor
 from writesae.experiments.engine.conditions import CONDITIONS, DEFAULT, Tester, check_conditions, draw, windows_of
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment, one_each, positive, several
 from writesae.hooks.sites import Head
+from writesae.jobs.arguments import named_kinds
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
 from writesae.results.result import Figure, Number, Result, figure, intervals, joined, share
@@ -275,6 +276,7 @@ def _plan(asked: Asked) -> Iterator[Task]:
         yield Task(partial(replacement_test, asked.model, saes, asked.texts), saes, {**given, **more}, name)
 
 
+@named_kinds
 @experiment("an atom in place of what is written (section 3.2), both protocols", order=1, plan=_plan)
 @torch.no_grad()
 def replacement_test(

@@ -24,6 +24,7 @@ from writesae.experiments.engine.directions import (
 from writesae.experiments.engine.targets import Targets, ordinary_tokens, token_ids
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.hooks import Add, short_chunks
+from writesae.jobs.arguments import named_kinds
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
 from writesae.results.result import Figure, Number, Result, figure, intervals, joined, share
@@ -126,6 +127,7 @@ def _plan(asked: Asked) -> Iterator[Task]:
             yield Task(run, [sae], given, name)
 
 
+@named_kinds
 @experiment("a direction chosen for a token (section 4)", order=7, plan=_plan)
 @torch.no_grad()
 def sign_test(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from writesae.experiments.classes import CLASSES, COLORS, AtomClasses
 from writesae.experiments.protocol import Asked, Task, experiment
+from writesae.jobs.arguments import named_kinds
 from writesae.models.fingerprint import same_weights
 from writesae.recurrence.matrices import Atoms, project, size, unit_norm
 from writesae.results.result import Figure, Number, Result, figure, frame
@@ -140,6 +141,7 @@ def _plan(asked: Asked) -> Iterator[Task]:
             yield Task(lambda progress, saes=saes: seed_stability(saes), saes)
 
 
+@named_kinds
 @experiment("atoms of SAEs trained with other seeds (section 3.1); needs --other-seed", order=4, plan=_plan)
 @torch.no_grad()
 def seed_stability(

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from writesae.gradients.norms import Norm
 from writesae.gradients.probes import Probe
-from writesae.gradients.questions import Logit, columns_of
+from writesae.gradients.questions import Logit, columns_of, in_ids
 from writesae.hooks.names import name_of
 from writesae.hooks.scope import owning
+from writesae.jobs.arguments import named_kinds
 from writesae.model.late_logits import LateLogits, late_logits
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32, memory_dtype
 from writesae.recurrence.dynamics import Dynamics
@@ -240,10 +241,11 @@ class Gradient:
         return self.layers[layer]
 
 
+@named_kinds
 def gradient(
     model: HookedRecurrentModel,
     x: Text,
-    of: Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]],
+    of: str | Callable[[Float[Tensor, "batch pos vocab"]], Float[Tensor, " batch"]],
     layers: Sequence[int] | None = None,
     *,
     at: int | Int[Tensor, " batch"] | None = None,
@@ -258,7 +260,7 @@ def gradient(
         model: the model.
         x: a text, several, or token ids, as for ``model(x)``.
         of: what to differentiate: logits -> one number per sequence (a `Logit`, a log-probability, ...), which must
-            depend on its own sequence alone.
+            depend on its own sequence alone. A text stands for the logit of that token, after the last one.
         layers: recurrent layers; None for all.
         at: the column that ``of`` depends on, one for all sequences or one per sequence: it then gets the logits of
             that column alone, ``[batch, 1, vocab]``, and no others are made. None: it gets all of them, unless it is a
@@ -272,7 +274,7 @@ def gradient(
     >>> found = gradient(model, "The state of the", Logit(token))
     >>> found[2].price(found.cache.write(2))        # what each write of layer 2 contributes, [batch, pos, head]
     """
-    return differentiate(model, x, of, layers, at=at, **kwargs)[0]
+    return differentiate(model, x, in_ids(of, model), layers, at=at, **kwargs)[0]
 
 
 def differentiate(

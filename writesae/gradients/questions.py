@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -14,14 +15,15 @@ class Logit:
     """The number to ask about: the logit of a token, or a difference of two logits.
 
     Attributes:
-        token: token id, one for all sequences or one per sequence, ``[batch]``.
+        token: token id, one for all sequences or one per sequence, ``[batch]``; or a text of one token, whose id the
+            function that gets the question asks its model for.
         at: column of the pass, one for all sequences or one per sequence; -1 is the last.
-        minus: token id (or ids) whose logit is subtracted; None for none.
+        minus: token id (or ids, or text) whose logit is subtracted; None for none.
     """
 
-    token: int | Int[Tensor, " batch"]
+    token: int | str | Int[Tensor, " batch"]
     at: int | Int[Tensor, " batch"] = -1
-    minus: int | Int[Tensor, " batch"] | None = None
+    minus: int | str | Int[Tensor, " batch"] | None = None
 
     def of(self, rows: slice | Int[Tensor, " n"]) -> Logit:
         """The same question about some of the sequences."""
@@ -37,6 +39,28 @@ class Logit:
         return found if self.minus is None else found - logits[rows, at, token(self.minus)]
 
 
+@runtime_checkable
+class Knows(Protocol):
+    """What a question is asked of: a model with a tokenizer."""
+
+    def to_single_token(self, token: str | int) -> int: ...
+
+
+def in_ids(of: Any, model: Knows) -> Any:
+    """A question with ids where it had texts; a text alone is the logit of that token. Others are as they were.
+
+    Raises:
+        ValueError: a text that is not one token.
+    """
+    question = Logit(of) if isinstance(of, str) else of
+    if not isinstance(question, Logit):
+        return question
+    if isinstance(question.at, str):
+        raise TypeError(f"at={question.at!r}: a column; for the difference of two logits, Logit(token, minus=other)")
+    id_of = lambda x: model.to_single_token(x) if isinstance(x, str) else x  # noqa: E731
+    return replace(question, token=id_of(question.token), minus=id_of(question.minus))
+
+
 def columns_of(
     at: int | Int[Tensor, " batch"], batch: int, n_pos: int, device: torch.device
 ) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
@@ -44,7 +68,9 @@ def columns_of(
     return torch.arange(batch, device=device), _of_rows(at, batch, -n_pos, n_pos - 1, "position").to(device)
 
 
-def _of_rows(given: int | Tensor, batch: int, first: int, last: int, what: str) -> Tensor:
+def _of_rows(given: int | str | Tensor, batch: int, first: int, last: int, what: str) -> Tensor:
+    if isinstance(given, str):
+        raise TypeError(f"{what} {given!r}: only a model knows its id, model.to_single_token({given!r})")
     x = torch.as_tensor(given)
     bad = x[(x < first) | (x > last)]
     if bad.numel():

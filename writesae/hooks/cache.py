@@ -177,15 +177,19 @@ class ActivationCache(Mapping[str, Any]):
         return self._shown(found if head is None else found[:, 0])
 
     def state(
-        self, layer: int, positions: Sequence[int], heads: Sequence[int] | None = None
+        self, layer: int, positions: int | Sequence[int], heads: int | Sequence[int] | None = None
     ) -> Float[Tensor, "... n_positions head d_key d_value"]:
         """The states after the tokens at ``positions`` (negative ones count from each sequence's last token).
+
+        One position or head is taken for a list of one.
 
         Rebuilt from the cached factors, edits included; costs ``d_key * d_value`` for what is asked, nothing else.
 
         Raises:
             IndexError: a sequence has no such position in this pass.
         """
+        positions = [positions] if isinstance(positions, int) else positions
+        heads = [heads] if isinstance(heads, int) else heads
         dynamics = self.dynamics(layer)
         if heads is not None:
             dynamics = dynamics.heads(heads)

@@ -67,6 +67,11 @@ def resolve(name: str, known: Collection[str], aliases: Mapping[int, Mapping[str
 def unknown_name(name: object, known: Iterable[str]) -> UnknownHookError:
     """The error for a hook name that does not exist, with the nearest that do."""
     known = list(known)
+    of_layers = [full for full in known if full.endswith(f".hook_{name}")]
+    if of_layers:
+        return UnknownHookError(
+            f"{name!r} of which layer? {of_layers[0]!r} is one of {len(of_layers)}; of a cache, cache[{name!r}, layer]"
+        )
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5) or known[:3]
     return UnknownHookError(f"no hook point named {name!r}; nearest: {', '.join(near)} (all: model.hook_names)")
 

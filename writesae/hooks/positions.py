@@ -80,6 +80,8 @@ class PositionSet:
                 )
             self.span = slice(start, asked.stop, step)
             return
+        if isinstance(asked, str):
+            raise ValueError(f"positions={asked!r}: leave positions out, or give None, for every position")
         wanted = torch.as_tensor(asked, device="cpu")  # it is looked at here, before anything runs
         if wanted.dtype.is_floating_point or wanted.dtype == torch.bool or wanted.ndim > 2 or wanted.numel() == 0:
             raise ValueError(

@@ -28,20 +28,22 @@ from writesae.hooks.quantities import RESIDUAL
 from writesae.hooks.residual import giving
 from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.progress import Progress
 from writesae.methods.patched import Patching
-from writesae.methods.questions import Metric, answer, check_metric, one_text, strings_of
+from writesae.methods.questions import Metric, answer, checked_metric, one_text, strings_of
 from writesae.model import HookedRecurrentModel, Text, late_logits
 from writesae.recurrence import Write
 
 STATES = 16  # positions whose states are compared at once
 
 
+@named_kinds
 def patching(
     model: HookedRecurrentModel,
     clean: Text,
     corrupted: Text,
-    metric: Metric,
+    metric: Metric | str,
     what: str = "write",
     *,
     layers: Sequence[int] | None = None,
@@ -77,7 +79,7 @@ def patching(
             the same, so there is nothing to restore; no layer has such a point.
         IndexError: no such layer or position.
     """
-    check_metric(metric)
+    metric = checked_metric(metric, model)
     ids, source_ids = (one_text(model, text, name) for text, name in ((corrupted, "corrupted"), (clean, "clean")))
     pairs = _aligned(source_ids.shape[1], ids.shape[1], positions, ids.device)
     chosen = _layers_with(model, what, layers)

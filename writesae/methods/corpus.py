@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.progress import Progress
 from writesae.results.result import Figure, Number, Result, figure, frame
 
@@ -116,6 +117,7 @@ class EachText(Result):
         return made
 
 
+@named_kinds
 def each_text(
     method: Callable[..., Result],
     model: Any,

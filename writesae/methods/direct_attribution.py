@@ -13,7 +13,9 @@ from torch import Tensor
 
 from writesae.gradients import Logit
 from writesae.gradients.backward import LayerGradient, differentiate
+from writesae.gradients.questions import in_ids
 from writesae.hooks.sites import Head
+from writesae.jobs.arguments import named_kinds
 from writesae.methods.direct_paths import BIAS, direct_paths, mixer_names
 from writesae.methods.questions import one_text, strings_of
 from writesae.model import HookedRecurrentModel, Text
@@ -108,6 +110,7 @@ class DirectAttribution(Result):
         return made
 
 
+@named_kinds
 def direct_attribution(
     model: HookedRecurrentModel, text: Text, of: Logit, *, by: By = "layer", **kwargs: Any
 ) -> DirectAttribution:
@@ -138,6 +141,7 @@ def direct_attribution(
     """
     if by not in ("layer", "head", "token"):
         raise ValueError(f"by={by!r}: allowed are 'layer', 'head' and 'token'")
+    of = in_ids(of, model)
     if not isinstance(of, Logit):
         raise TypeError(f"of={of!r}: give a ws.Logit(token, minus=other_token); other numbers are not sums of parts")
     ids = one_text(model, text)

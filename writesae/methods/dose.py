@@ -15,9 +15,10 @@ from writesae.futures.replay import Replayer
 from writesae.gradients import Logit
 from writesae.hooks import Add, Intervention
 from writesae.hooks.sites import Head
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.progress import Progress
 from writesae.methods.cells import Cells
-from writesae.methods.questions import Metric, check_metric
+from writesae.methods.questions import Metric, checked_metric
 from writesae.methods.steering import SteeringVector
 from writesae.model import HookedRecurrentModel, Text, late_logits
 from writesae.recurrence import Write
@@ -98,12 +99,13 @@ class DoseResponse(Result):
         return made
 
 
+@named_kinds
 @torch.no_grad()
 def dose_response(
     model: HookedRecurrentModel,
     vector: SteeringVector,
     prompts: Text,
-    metric: Metric,
+    metric: Metric | str,
     scales: Sequence[float | int] = (0.5, 1, 2, 4),
     *,
     positions: Sequence[int] | None = (-1,),
@@ -138,7 +140,7 @@ def dose_response(
     vector.check_fits(model)
     if not scales or 0 in scales:
         raise ValueError(f"scales={list(scales)}: give one or more other than 0, which is measured anyway")
-    check_metric(metric)
+    metric = checked_metric(metric, model)
     controls = vector.controls(seed)
     conditions = {"vector": [(vector, 1)], "negated": [(vector, -1)]}
     conditions |= {name: [(one, 1) for one in drawn] for name, drawn in controls.items()}

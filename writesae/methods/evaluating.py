@@ -16,6 +16,7 @@ from torch import Tensor
 from writesae.hooks import Delete, Intervention
 from writesae.hooks.attachable import fit
 from writesae.hooks.names import inputs
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.progress import Progress
 from writesae.methods.evaluated import Evaluation, Quality
 from writesae.model import HookedRecurrentModel, LateLogits, late_logits
@@ -30,6 +31,7 @@ STRIDE = 8  # of states, which have d_key * d_value numbers each, one in so many
 LOGITS = 2**24  # made at once
 
 
+@named_kinds
 @torch.no_grad()
 def evaluate(
     model: HookedRecurrentModel,

@@ -17,8 +17,9 @@ from torch import Tensor
 from writesae.hooks.knockout import Knockout
 from writesae.hooks.positions import Positions
 from writesae.hooks.scope import owning
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.progress import Progress
-from writesae.methods.questions import Metric, answer, check_metric, one_text, strings_of
+from writesae.methods.questions import Metric, answer, checked_metric, one_text, strings_of
 from writesae.model import HookedRecurrentModel, Text
 from writesae.results.result import Figure, Number, Result, figure
 
@@ -111,10 +112,11 @@ class KnockoutSweep(Result):
         return made
 
 
+@named_kinds
 def knockout_sweep(
     model: HookedRecurrentModel,
     text: Text,
-    metric: Metric,
+    metric: Metric | str,
     *,
     sources: Positions,
     targets: Positions = -1,
@@ -145,7 +147,7 @@ def knockout_sweep(
         ValueError: several texts, a window that does not fit, or tokens that no target reads anyway.
         IndexError: no such layer or position.
     """
-    check_metric(metric)
+    metric = checked_metric(metric, model)
     chosen = [s.layer for s in model.sites] if layers is None else [model.site(layer).layer for layer in layers]
     if not isinstance(window, int) or not 1 <= window <= len(chosen):
         raise ValueError(f"window={window!r}: give a number of layers, 1 to {len(chosen)}")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from writesae.hooks.names import inputs, name_of
 from writesae.hooks.sites import Head
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.progress import Bars
 from writesae.methods.remembered import MemoryLength
 from writesae.model import HookedRecurrentModel, late_logits
@@ -29,6 +30,7 @@ BLOCK = 2**24  # numbers: parts of reads worked on at once
 UNREAD = 0.1  # of an equal share: a write that no read gives more than this is unread
 
 
+@named_kinds
 @torch.no_grad()
 def memory_length(
     model: HookedRecurrentModel,

@@ -19,6 +19,7 @@ from writesae.hooks import HookPoint
 from writesae.hooks.names import name_of
 from writesae.hooks.quantities import RESIDUAL
 from writesae.hooks.scope import LOCK, Owner, owning
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.progress import Progress
 from writesae.methods.cells import Cells
 from writesae.methods.lensed import LogitLens, Place
@@ -41,6 +42,7 @@ class Lens(Protocol):
         ...
 
 
+@named_kinds
 def logit_lens(
     model: HookedRecurrentModel,
     text: Text,

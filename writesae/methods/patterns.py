@@ -13,9 +13,11 @@ from torch import Tensor
 
 from writesae.gradients import Logit
 from writesae.gradients.backward import differentiate, frozen
+from writesae.gradients.questions import in_ids
 from writesae.hooks import HookPoint
 from writesae.hooks.names import name_of
 from writesae.hooks.sites import Head
+from writesae.jobs.arguments import named_kinds
 from writesae.methods.direct_paths import direct_paths, reading
 from writesae.methods.questions import one_text, strings_of
 from writesae.model import HookedRecurrentModel, Text
@@ -88,6 +90,7 @@ class Pattern(Result):
         return made
 
 
+@named_kinds
 def pattern(
     model: HookedRecurrentModel,
     text: Text,
@@ -136,11 +139,13 @@ def pattern(
             raise ValueError(f"of={of!r}: give a Logit, a vector, 'stream', or None")
         grid = _lengths(model, ids, layer, head, kwargs)
         return _found(model, ids, layer, head, "length of what the write adds", grid)
+    logit = in_ids(of, model) if isinstance(of, Logit) else None
     with direct_paths(model) as paths:
 
         def number(_logits: Float[Tensor, "batch 1 vocab"]) -> Float[Tensor, " batch"]:
-            if isinstance(of, Logit):  # of every token, by the vector that reads it off: no logits are made for it
-                return (paths.end.output.last_hidden_state @ reading(paths.end, of)).sum(1)
+            if logit is not None:  # of every token, by the vector that reads it off: no logits are made for it
+                return (paths.end.output.last_hidden_state @ reading(paths.end, logit)).sum(1)
+            assert not isinstance(of, Logit)
             (part,) = paths.of_mixer(model, layer)
             if of.shape != part.value.shape[-1:]:
                 raise ValueError(

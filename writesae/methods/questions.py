@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.gradients import Logit
+from writesae.gradients.questions import in_ids
 from writesae.hooks import ActivationCache
 from writesae.model import HookedRecurrentModel, Text, late_logits
 
@@ -29,10 +30,12 @@ def strings_of(model: HookedRecurrentModel, ids: Int[Tensor, "1 pos"]) -> tuple[
     return tuple([str(i) for i in ids[0].tolist()] if model.tokenizer is None else model.to_str_tokens(ids))
 
 
-def check_metric(metric: Metric) -> None:
-    """Raise ValueError if a number is about another token than the last."""
-    if isinstance(metric, Logit) and not (isinstance(metric.at, int) and metric.at == -1):
-        raise ValueError(f"at={metric.at} in the metric: it is about what follows the last token; leave at= out")
+def checked_metric(metric: Metric | str, model: HookedRecurrentModel) -> Metric:
+    """The metric, with ids for texts (see `Logit`). Raises ValueError if it is about another token than the last."""
+    asked: Metric = in_ids(metric, model)
+    if isinstance(asked, Logit) and not (isinstance(asked.at, int) and asked.at == -1):
+        raise ValueError(f"at={asked.at} in the metric: it is about what follows the last token; leave at= out")
+    return asked
 
 
 def answer(

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.gradients.backward import check_differentiable, frozen
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.disk import remove_halves
 from writesae.jobs.progress import Progress
 from writesae.jobs.resumable import check_same
@@ -87,6 +88,7 @@ class TunedMemory(Result):
         return made
 
 
+@named_kinds
 @torch.inference_mode(False)
 def tune_memory(
     model: HookedRecurrentModel,

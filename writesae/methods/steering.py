@@ -19,6 +19,7 @@ from torch import Tensor
 from writesae.hooks import Add, AddVector, Intervention, ResidualEdit
 from writesae.hooks.names import inputs, name_of
 from writesae.hooks.quantities import RESIDUAL
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.tensors import read_tensors, write_tensors
 from writesae.methods.cells import Cells
 from writesae.model import HookedRecurrentModel
@@ -137,6 +138,7 @@ class SteeringVector:
         )
 
 
+@named_kinds
 @torch.no_grad()
 def steering_vector(
     model: HookedRecurrentModel,

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from writesae.gradients.backward import frozen
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.disk import remove_halves
 from writesae.jobs.progress import Bars
 from writesae.jobs.resumable import check_same
@@ -100,6 +101,7 @@ class TunedLens:
         return cls(made, about["model_id"], about["fingerprint"], about["n_layers"], about["training"])
 
 
+@named_kinds
 @torch.inference_mode(False)
 def tune_lens(
     model: HookedRecurrentModel,

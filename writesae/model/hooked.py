@@ -20,6 +20,7 @@ from writesae.hooks.quantities import QUANTITIES
 from writesae.hooks.residual import Stopped, stop_at
 from writesae.hooks.scope import owning
 from writesae.hooks.tap import check_kernels
+from writesae.jobs.arguments import named_kinds
 from writesae.model.attaching import Hooks, Names, check_fired
 from writesae.model.continuing import positions_behind
 from writesae.model.generating import GeneratingModel
@@ -75,6 +76,11 @@ class HookedRecurrentModel(GeneratingModel):
             hf_model, own_tokenizer = hf_model.hf_model, hf_model.tokenizer
         else:
             hf_model, own_tokenizer = unwrapped(hf_model)
+        if isinstance(hf_model, str | Path):
+            raise TypeError(
+                f"HookedRecurrentModel wraps a model that is loaded; to load one: "
+                f"HookedRecurrentModel.from_pretrained({str(hf_model)!r})"
+            )
         bare(hf_model)  # raises where PEFT puts virtual tokens before the text
         super().__init__(hf_model, own_tokenizer if tokenizer is None else tokenizer)
         if kernels is not None:
@@ -370,6 +376,7 @@ class HookedRecurrentModel(GeneratingModel):
         with self._attaching(hooks, fwd_hooks, bwd_hooks, state_positions, everywhere=False):
             return self(x, **kwargs)
 
+    @named_kinds
     def encode(self, sae: AttachableSAE, x: Text, *, check_model: bool = True, **kwargs: Any) -> Any:
         """Which atoms of an SAE are active at every token, and how strongly; see `WriteSAE.read`.
 

@@ -171,7 +171,10 @@ class TokenModel(nn.Module):
 
         Raises:
             ValueError: the text is not one token (the message shows its tokens), or the id is outside the vocabulary.
+            TypeError: neither a text nor an id.
         """
+        if not isinstance(token, str | int):
+            raise TypeError(f"a token is a text of one token, or an id; got a {type(token).__name__}")
         if isinstance(token, int):
             return int(self._check_ids(torch.tensor([token]))[0])
         split = lambda text: self._tokenizer()(text, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731

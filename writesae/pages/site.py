@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.disk import read_json, remove_halves, write_json, write_whole
 from writesae.jobs.progress import track
 from writesae.pages.neuronpedia import export
@@ -26,6 +27,7 @@ PAGES = "pages.json"  # in it: the sha256 of every page
 AGAIN = "the same `writesae pages` again writes it anew"
 
 
+@named_kinds
 def write_pages(
     model: HookedRecurrentModel,
     sae: WriteSAE,

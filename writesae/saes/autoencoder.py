@@ -123,6 +123,8 @@ class Autoencoder(nn.Module):
 
         Raises IndexError for a number outside ``0`` to ``n_atoms - 1``.
         """
+        if isinstance(index, str):
+            raise TypeError(f"an atom is asked for by a whole number or a tensor of them; got {index!r}")
         index = torch.as_tensor(index)  # looked at where it is: of a number, no device is waited for
         if index.dtype.is_floating_point or index.dtype == torch.bool:
             raise TypeError(f"an atom is asked for by a whole number or a tensor of them; got {index.dtype}")
@@ -251,6 +253,8 @@ class Autoencoder(nn.Module):
     def decode(self, codes: Float[Tensor, "... n_atoms"]) -> Float[Tensor, "... d_key d_value"]:
         """The dense reconstruction from activations of all atoms, mean and bias included. Costs ``n_atoms`` per matrix;
         `decode_write` only the active ones."""
+        if not isinstance(codes, Tensor):
+            raise TypeError(f"decode takes activations [..., n_atoms], as encode gives them; got {codes!r:.60}")
         found, constant = combined(codes, self.decoder), self.constant
         return found if constant is None else found + constant
 
@@ -310,6 +314,10 @@ class Autoencoder(nn.Module):
 
     def _checked(self, x: Matrices) -> Matrices:
         """``x`` in the parameters' dtype; ValueError if they are of another size, or elsewhere."""
+        if not isinstance(x, Tensor | Write | States):
+            raise TypeError(
+                f"an SAE reads matrices; got {x!r:.60}. For a text: model.encode(sae, text), or sae.read(model, text)"
+            )
         given = size(x)[-2:]
         if given != (self.cfg.d_key, self.cfg.d_value):
             raise ValueError(

@@ -96,9 +96,10 @@ def locate(folder_or_hub_id: str | Path, subfolder: str | None = None, revision:
     model, _, site = name.partition("/")
     if shipped_model(model):
         folder = ZOO / model / "saes" / site
-        if not folder.is_dir():
+        if not site or not folder.is_dir():
             have = ", ".join(f"{model}/{saes.name}" for saes in shipped_saes(model)) or "none"
-            raise FileNotFoundError(f"no SAE {name} is shipped; shipped with {model}: {have}")
+            wrong = f"no SAE {name} is shipped" if site else f"{name} is a model, not an SAE"
+            raise FileNotFoundError(f"{wrong}; shipped with {model}: {have}")
         return folder
     within = f"{subfolder}/" if subfolder else ""
     for format in FORMATS:

@@ -18,6 +18,7 @@ from writesae.experiments.protocol import EXPERIMENTS, Asked, Sizes, Task, one_e
 from writesae.experiments.report.outcome import Outcome, load_outcome, save_outcome
 from writesae.experiments.report.report import write_report
 from writesae.hooks.attachable import fit
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.progress import Bars, Progress
 from writesae.model import HookedRecurrentModel
 from writesae.results.result import Result
@@ -26,6 +27,7 @@ from writesae.saes import WriteSAE
 __all__ = ["EXPERIMENTS", "Sizes", "reproduce"]
 
 
+@named_kinds
 def reproduce(
     model: HookedRecurrentModel,
     saes: Sequence[WriteSAE],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from writesae.hooks.attachable import fit
 from writesae.hooks.positions import PAD
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.progress import track
 from writesae.saes.activity.contexts import EDGES, Contexts
 from writesae.saes.activity.reading import BLOCK, Codes, encode
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
 
 
+@named_kinds
 @torch.no_grad()
 def top_contexts(
     model: HookedRecurrentModel,

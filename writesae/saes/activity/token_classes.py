@@ -13,6 +13,7 @@ from torch import Tensor
 
 from writesae.hooks.positions import PAD
 from writesae.hooks.sites import Head
+from writesae.jobs.arguments import named_kinds
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
 from writesae.saes.activity.reading import encode
@@ -69,6 +70,7 @@ class ChosenAtoms:
         return total * (norm / total.norm().clamp_min(1e-30))
 
 
+@named_kinds
 @torch.no_grad()
 def choose_atoms(
     model: HookedRecurrentModel,

@@ -120,6 +120,8 @@ def _find(source: str, revision: str | None) -> tuple[Path, Path]:
     if path.suffix == ".pt" or not name:
         raise FileNotFoundError(f"{source} is neither a file nor a folder here, nor a hub id of the form owner/name")
     wanted = [f"{folder}/{rest}".lstrip("/") for rest in ON_HUB + tuple(f"*/{x}" for x in ON_HUB)]
+    if source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{source} is not there: give a .pt file, a folder, or owner/name on the hub")
     root = fetch(f"{owner}/{name}", [*wanted, MANIFEST], revision)
     if not (root / folder).is_dir():
         raise FileNotFoundError(f"{owner}/{name} has no {ON_HUB[0]} in {folder or 'it'}")

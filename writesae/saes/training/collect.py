@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from writesae.hooks.sites import Head
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.choices import one_of
 from writesae.models.devices import device_named
 from writesae.recurrence.matrices import Matrices
@@ -74,6 +75,7 @@ def collect(
     return data.load(torch.arange(len(store)))
 
 
+@named_kinds
 def train_site(
     model: HookedRecurrentModel,
     text: str | Sequence[str] | Int[Tensor, "n pos"],
