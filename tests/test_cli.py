@@ -34,6 +34,7 @@ def test_a_file_is_a_command():
         "evaluate",
         "contexts",
         "pages",
+        "explain",
         "reproduce",
         "convert",
     ]
