@@ -90,7 +90,7 @@ def test_examples_are_what_the_model_does():
         assert [x.peak for x in one.shown] == sorted((x.peak for x in one.shown), reverse=True)
         assert {x.quantile for x in one.active} == {0, 1, 2, 3}
         assert not set(one.shown) & set(one.active) and not set(one.counter) & set(one.inactive)
-        alone = model.encode(sae, torch.tensor(planted.texts()[0]))
+        alone = model.encode(sae, planted.texts()[0])
         assert one.largest >= float(alone.values[alone.indices == atom].max())
 
 

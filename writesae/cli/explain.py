@@ -59,6 +59,7 @@ def explain(
     with plainly():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         from writesae.explaining import ChatModel, ChatServer, explain
         from writesae.models.devices import device_named
@@ -86,7 +87,7 @@ def explain(
     for i in made:
         one = made[i]
         shares = ("–" if x is None else f"{x.balanced_accuracy:.2f}" for x in (one.detection, one.fuzzing))
-        table.add_row(str(i), one.text or one.problem, *shares)
+        table.add_row(str(i), Text(one.text or str(one.problem)), *shares)
     console = Console()
-    console.print(table, markup=False)
+    console.print(table)
     console.print(f"Labels: {file}. On pages: writesae pages {sae} --labels {file}", markup=False, highlight=False)

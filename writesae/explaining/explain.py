@@ -280,7 +280,7 @@ def _label(
     for name, task in (("detection", DETECTION), ("fuzzing", FUZZING)):
         if getattr(label, name) is None:
             score, problem = _judge(chat, task, str(label.text), _tests(one, task, seed), per_call, stop)
-            label = replace(label, **{name: score}, problem=problem and f"no {name}: {problem}")
+            label = replace(label, **{name: score}, problem=f"no {name}: {problem}" if problem else label.problem)
             yield label
 
 
