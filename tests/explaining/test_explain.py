@@ -18,7 +18,6 @@ import planted
 import writesae as ws
 from chat_server import Handler, oracle
 from writesae.cli import app
-from writesae.explaining import chat as chat_module
 from writesae.explaining.examples import gather
 from writesae.explaining.prompts import NoAnswer, answers_reader, marked, read_label, strong
 from writesae.pages.survey import cut_windows, survey
@@ -28,7 +27,8 @@ KEY = "sk-this-is-very-secret"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_module, "PAUSE", 0.01)
+    for name in ("INITIAL_RETRY_DELAY", "MAX_RETRY_DELAY"):
+        monkeypatch.setattr(f"openai._base_client.{name}", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
@@ -196,6 +196,12 @@ def test_errors_say_the_fix(tmp_path):
     (tmp_path / "x.json").write_text(text.replace("the word", "the wort"))
     with pytest.raises(ValueError, match="was altered"):
         ws.Labels.load(tmp_path / "x.json")
+
+
+def test_without_the_package_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "writesae\[explain\]"'):
+        ws.ChatServer("http://localhost:8000/v1", "m")
 
 
 def test_an_atom_that_never_fires_is_said():

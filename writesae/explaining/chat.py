@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import http.client
-import json
+import importlib.util
 import os
-import random
 import threading
-import urllib.error
 import urllib.parse
-import urllib.request
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
 from writesae.explaining.prompts import Messages, NoAnswer
 
-AT_MOST = 1_000_000  # bytes of a response that are read
-PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds: the first pause before trying again, which doubles, and the longest
-AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # statuses after which the same call may succeed
+if TYPE_CHECKING:
+    from openai import APIStatusError, OpenAI
 
 
 @runtime_checkable
@@ -40,19 +36,13 @@ class Chat(Protocol):
         ...
 
 
-class _Refuse(urllib.request.HTTPRedirectHandler):
-    """A key is sent nowhere but to the address that was given."""
-
-    def redirect_request(self, *args: Any) -> None:
-        return None
-
-
 @dataclass
 class ChatServer:
     """A server with the chat-completions protocol of OpenAI: theirs, vLLM, llama.cpp, Ollama, and many others.
 
-    Dropped connections, timeouts and statuses such as 429 and 500 are tried again, after the time that ``Retry-After``
-    says or after pauses that double. The key is read from the environment when it is needed, and kept nowhere.
+    Asked through the package `openai`: dropped connections, timeouts and statuses such as 429 and 500 are tried again,
+    after the time that ``Retry-After`` says or after pauses that double. The key is read from the environment when the
+    server is first asked, and written nowhere.
 
     Args:
         base_url: address, up to and without ``/chat/completions``: ``http://localhost:8000/v1``.
@@ -64,6 +54,7 @@ class ChatServer:
 
     Raises:
         ValueError: ``base_url`` is no http address, or a number is not positive.
+        ImportError: the package `openai` is not installed.
     """
 
     base_url: str
@@ -72,7 +63,6 @@ class ChatServer:
     timeout: float = 120.0
     tries: int = 6
     at_once: int = 8
-    _open: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.base_url)
@@ -84,68 +74,65 @@ class ChatServer:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         self.base_url = self.base_url.rstrip("/").removesuffix("/chat/completions")
-        self._open = urllib.request.build_opener(_Refuse()).open
+        if importlib.util.find_spec("openai") is None:
+            raise ImportError('a server is asked through the package openai: pip install "writesae[explain]"')
 
     @property
     def name(self) -> str:
         return self.model
 
+    @cached_property
+    def _client(self) -> OpenAI:
+        from openai import OpenAI
+
+        key = self._key or "none"  # a server that wants none takes any
+        return OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.tries - 1)
+
     def check(self) -> None:
         """Raise ConnectionError if nobody answers at the address, ValueError if the key is refused. One short call."""
+        import openai
+
         try:
-            self._call("/models", None, timeout=min(self.timeout, 10.0))
-        except urllib.error.HTTPError as e:
-            if e.code in (401, 403):
-                raise self._refused(e) from None  # other statuses: somebody is there
-        except (OSError, http.client.HTTPException) as e:
+            self._client.with_options(timeout=min(self.timeout, 10.0), max_retries=0).models.list()
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as e:
+            raise self._refused(e) from None
+        except openai.APIConnectionError as e:  # timeouts are some of these
             raise ConnectionError(
                 f"no server answers at {self.base_url} ({self._safe(e)}): start it, or give the address of one that "
                 f"runs (--base-url)"
             ) from None
+        except openai.OpenAIError:
+            pass  # somebody is there, who has no list of models
 
     def ask(self, messages: Messages, *, max_tokens: int, temperature: float, stop: threading.Event) -> str:
         """The answer; see `Chat`."""
-        body = {"model": self.model, "messages": messages, "max_tokens": max_tokens, "temperature": temperature}
-        said = ""
-        for turn in range(self.tries):
-            pause = min(LONGEST_PAUSE, PAUSE * 2**turn) * random.uniform(0.75, 1.25)
-            try:
-                return self._read(self._call("/chat/completions", body))
-            except urllib.error.HTTPError as e:
-                if e.code not in AGAIN:
-                    raise self._refused(e) from None
-                said, asked = f"status {e.code}", str(e.headers.get("Retry-After", ""))
-                if asked.replace(".", "", 1).isdigit():
-                    pause = min(LONGEST_PAUSE, float(asked))
-            except (OSError, http.client.HTTPException) as e:
-                said = self._safe(e)
-            if stop.is_set() or (turn < self.tries - 1 and stop.wait(pause)):
-                raise InterruptedError
-        raise ConnectionError(
-            f"{self.base_url} gave no answer in {self.tries} tries (the last: {said}). What was answered before is "
-            f"kept; the same call goes on from there"
-        )
+        import openai
 
-    def _call(self, path: str, body: Any, timeout: float | None = None) -> bytes:
-        headers = {"Content-Type": "application/json", "User-Agent": "writesae"}
-        if key := self._key:
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.base_url + path, data, headers)
-        with self._open(request, timeout=timeout or self.timeout) as response:
-            found = response.read(AT_MOST + 1)
-        if len(found) > AT_MOST:
-            raise NoAnswer(f"a response of more than {AT_MOST:,} bytes")
-        return found
+        if stop.is_set():
+            raise InterruptedError
+        asked: Any = messages
+        try:
+            found = self._client.chat.completions.create(
+                model=self.model, messages=asked, max_tokens=max_tokens, temperature=temperature
+            )
+        except openai.APIStatusError as e:
+            if e.status_code < 500 and e.status_code not in (408, 409, 429):
+                raise self._refused(e) from None
+            raise self._gave_up(f"status {e.status_code}") from None
+        except openai.APIConnectionError as e:
+            raise self._gave_up(self._safe(e)) from None
+        except (openai.OpenAIError, ValueError) as e:
+            raise NoAnswer(f"a response that is no chat completion: {self._safe(e)[:60]}") from None
+        return self._read(found)
 
     @staticmethod
-    def _read(data: bytes) -> str:
+    def _read(found: Any) -> str:
         """The text of a response."""
         try:
-            choice = json.loads(data)["choices"][0]
-            text, why = choice["message"]["content"], choice.get("finish_reason")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-            raise NoAnswer(f"a response that is no chat completion: {data[:60]!r}") from e
+            choice = found.choices[0]
+            text, why = choice.message.content, choice.finish_reason
+        except (AttributeError, LookupError, TypeError) as e:
+            raise NoAnswer(f"a response that is no chat completion: {str(found)[:60]!r}") from e
         if why == "length":
             raise NoAnswer("an answer that was cut off, longer than asked for")
         if not isinstance(text, str):
@@ -156,15 +143,21 @@ class ChatServer:
     def _key(self) -> str:
         return os.environ.get(self.api_key_env, "").strip()
 
-    def _refused(self, error: urllib.error.HTTPError) -> ValueError:
-        said = self._safe(error.read(500).decode("utf-8", errors="replace"))
-        if error.code in (401, 403):
+    def _gave_up(self, said: str) -> ConnectionError:
+        return ConnectionError(
+            f"{self.base_url} gave no answer in {self.tries} tries (the last: {said}). What was answered before is "
+            f"kept; the same call goes on from there"
+        )
+
+    def _refused(self, error: APIStatusError) -> ValueError:
+        if error.status_code in (401, 403):
             key = "was refused" if self._key else "is not set"
             fix = f"the key, environment variable {self.api_key_env}, {key}: set it, or name another (--api-key-env)"
         else:
             fix = "check the model's name (--model) and the address (--base-url)"
         return ValueError(
-            f"{self.base_url} refused a call for model {self.model!r}: status {error.code}, {said}; {fix}"
+            f"{self.base_url} refused a call for model {self.model!r}: status {error.status_code}, "
+            f"{self._safe(error.response.text)}; {fix}"
         )
 
     def _safe(self, what: object) -> str:
