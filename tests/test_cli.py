@@ -37,6 +37,7 @@ def test_a_file_is_a_command():
         "evaluate",
         "contexts",
         "pages",
+        "explain",
         "reproduce",
         "convert",
     ]

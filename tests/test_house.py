@@ -23,6 +23,7 @@ FLOORS = [  # from the ground up
     {"saes", "checking"},
     {"experiments", "methods"},
     {"pages"},
+    {"explaining"},
     {"saelens", "demo", "zoo.corpus", "zoo.evaluate"},
     {"zoo.train_lm", "zoo.train_saes"},
     {"cli"},

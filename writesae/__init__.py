@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         seed_stability,
         sign_test,
     )
+    from writesae.explaining import ChatModel, ChatServer, explain
     from writesae.gradients import Gradient, Logit, gradient
     from writesae.hooks import (
         ActivationCache,
@@ -71,6 +72,8 @@ if TYPE_CHECKING:
     from writesae.saes import (
         Codes,
         Contexts,
+        Label,
+        Labels,
         Recode,
         SAEConfig,
         Substitute,
@@ -90,6 +93,7 @@ _HOME = {
         "ReplacementResult", "amplify", "atom_classes", "attribute", "attribution_test", "choose_atoms", "erase",
         "install", "logit_change", "population_test", "replacement_test", "reproduce", "seed_stability", "sign_test",
     ),
+    "writesae.explaining": ("ChatModel", "ChatServer", "explain"),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
     "writesae.methods": (
         "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "KnockoutSweep", "LogitLens", "MemoryLength",
@@ -106,23 +110,23 @@ _HOME = {
     "writesae.pages": ("write_pages",),
     "writesae.recurrence": ("Recurrence", "States", "Write"),
     "writesae.saes": (
-        "Codes", "Contexts", "Recode", "SAEConfig", "Substitute", "WriteSAE", "load_interventions",
+        "Codes", "Contexts", "Label", "Labels", "Recode", "SAEConfig", "Substitute", "WriteSAE", "load_interventions",
         "save_interventions", "top_contexts", "train_site", "train_store",
     ),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ActivationCache", "ActivationStore", "Add", "AddVector", "Codes", "Contexts", "Delete", "DirectAttribution",
-    "DoseResponse", "EachText", "Evaluation", "Gradient", "HookPoint", "HookedRecurrentModel", "Intervention",
-    "Knockout", "KnockoutSweep", "Logit", "LogitLens", "Memory", "MemoryLength", "Patch", "Patching", "Pattern",
-    "Recode", "Reconstruct", "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer",
-    "SteeringVector", "Substitute", "TunedLens", "TunedMemory", "Write", "WriteSAE", "amplify", "atom_classes",
-    "attribute", "attribution_test", "check", "choose_atoms", "direct_attribution", "dose_response", "each_text",
-    "erase", "evaluate", "extract", "gradient", "install", "knockout_sweep", "load_interventions", "logit_change",
-    "logit_lens", "memory_length", "patching", "pattern", "population_test", "record", "replacement_test",
-    "reproduce", "save_interventions", "seed_stability", "sign_test", "steering_vector", "texts", "top_contexts",
-    "train_site", "train_store", "tune_lens", "tune_memory", "write_pages",
+    "ActivationCache", "ActivationStore", "Add", "AddVector", "ChatModel", "ChatServer", "Codes", "Contexts", "Delete",
+    "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "Gradient", "HookPoint", "HookedRecurrentModel",
+    "Intervention", "Knockout", "KnockoutSweep", "Label", "Labels", "Logit", "LogitLens", "Memory", "MemoryLength",
+    "Patch", "Patching", "Pattern", "Recode", "Reconstruct", "Recurrence", "Replace", "ReplacementResult", "SAEConfig",
+    "Site", "States", "Steer", "SteeringVector", "Substitute", "TunedLens", "TunedMemory", "Write", "WriteSAE",
+    "amplify", "atom_classes", "attribute", "attribution_test", "check", "choose_atoms", "direct_attribution",
+    "dose_response", "each_text", "erase", "evaluate", "explain", "extract", "gradient", "install", "knockout_sweep",
+    "load_interventions", "logit_change", "logit_lens", "memory_length", "patching", "pattern", "population_test",
+    "record", "replacement_test", "reproduce", "save_interventions", "seed_stability", "sign_test", "steering_vector",
+    "texts", "top_contexts", "train_site", "train_store", "tune_lens", "tune_memory", "write_pages",
 ]  # fmt: skip
 
 

@@ -36,6 +36,7 @@ def pages(
         list[str] | None, typer.Option(help="A prompt to continue with each atom added; repeat for several.")
     ] = None,
     neuronpedia: Annotated[bool, typer.Option("--neuronpedia", help="Also write Neuronpedia's format.")] = False,
+    labels: Annotated[Path | None, typer.Option(help="Labels to show, a file of `writesae explain`.")] = None,
     device: Device = AUTO,
     dtype: DType = None,
     prepend_bos: PrependBos = None,
@@ -63,9 +64,10 @@ def pages(
         # To be run in the site's folder, so that pages say the same wherever that is.
         again = ["writesae", "pages", anywhere(sae), *(["--model", anywhere(model)] if model else [])]
         again += [*(["--text", anywhere(str(text))] if text else []), "--out", "."]
+        again += ["--labels", anywhere(str(labels))] if labels else []
         index = write_pages(
             hooked, found, read_texts(text), folder, atoms=atoms, also=atom or (), prompts=prompt,
-            name=name, source=str(text or "Shipped held-out documents"), neuronpedia=neuronpedia,
+            name=name, source=str(text or "Shipped held-out documents"), neuronpedia=neuronpedia, labels=labels,
             command=shlex.join(again), check_model=not unchecked, console=Console(stderr=True),
         )  # fmt: skip
     console = Console()

@@ -3,6 +3,7 @@
     <folder>/batch-0.json ...        features, a few hundred a file: `NeuronpediaDashboardBatch` there
     <folder>/skipped_indexes.json    atoms that never fire
     <folder>/run_settings.json       what it was made with
+    <folder>/explanations/batch-0.jsonl.gz   labels, if there are any, as Neuronpedia's own exports have them
 
 The format was made for SAEs of the residual stream. Fields that mean nothing for an atom of a memory (alignment with
 neurons, correlations, weights by attention head) are left empty, as the format allows.
@@ -10,6 +11,7 @@ neurons, correlations, weights by attention head) are left empty, as the format 
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +51,7 @@ def export(study: Study, folder: str | Path) -> Path:
             "model_id": model_id, "layer": layer, "sae_set": source, "sae_id_suffix": None, "features": features
         }  # fmt: skip
         _write(folder / f"batch-{number}.json", batch)
+    _explanations(study, folder / "explanations" / "batch-0.jsonl.gz", model_id, f"{layer}-{source}")
     dead = sorted(set(range(cfg.n_atoms)) - set(alive))
     skipped = {"model_id": model_id, "layer": str(layer), "sae_set": source, "log_sparsity": None}
     _write(folder / "skipped_indexes.json", skipped | {"skipped_indexes": dead})
@@ -59,6 +62,22 @@ def export(study: Study, folder: str | Path) -> Path:
     }  # fmt: skip
     _write(folder / "run_settings.json", settings)
     return folder
+
+
+def _explanations(study: Study, path: Path, model_id: str, source: str) -> None:
+    """Labels, one JSON object per line; no file if there are none."""
+    lines = [
+        {
+            "modelId": model_id, "layer": source, "index": str(atom), "description": label.text,
+            "explanationModelName": study.labelled_by, "typeName": "writesae",
+        }
+        for atom, label in sorted(study.labels.items())
+        if label.text is not None
+    ]  # fmt: skip
+    path.unlink(missing_ok=True)
+    if lines:
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        write_whole(path, gzip.compress(text.encode(), mtime=0))
 
 
 def feature(study: Study, atom: int, logits: np.ndarray) -> dict[str, Any]:

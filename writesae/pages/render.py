@@ -112,9 +112,19 @@ def atom_values(study: Study, atom: int) -> dict[str, Any]:
         positions=positions(study, atom), direct=bars_of(study.direct[atom]),
         measured=measured(study.measured.get(atom)),
         factors=[("key", study.decoder.key[atom].tolist()), ("value", study.decoder.value[atom].tolist())],
-        share=float(study.decoder.share[atom]), norm=float(study.decoder.norm[atom]),
+        label=label_values(study, atom), share=float(study.decoder.share[atom]), norm=float(study.decoder.norm[atom]),
         nearest=[dict(atom=i, cosine=c, kind=str(classes.classes[i]), top=fires_most_at(study, i)) for i, c in near],
     )  # fmt: skip
+
+
+def label_values(study: Study, atom: int) -> dict[str, Any] | None:
+    """What the atom means and how well the label does; None if there is none."""
+    label = study.labels.get(atom)
+    if label is None or label.text is None:
+        return None
+    names = {"detection": label.detection, "fuzzing": label.fuzzing}
+    scores = [(name, score.balanced_accuracy) for name, score in names.items() if score is not None]
+    return dict(text=plain(label.text), scores=scores)
 
 
 def context_values(context: Context, peak: float) -> dict[str, Any]:
@@ -216,8 +226,10 @@ def index_row(study: Study, atom: int) -> dict[str, Any]:
     done = study.measured.get(atom)
     tokens = study.direct[atom]
     of = lambda x: round(float(x), 5) if fired else None  # noqa: E731
+    label = label_values(study, atom)
     row: dict[str, Any] = {
-        "atom": atom, "class": str(classes.classes[atom]), "rate": fired / found.n_tokens,
+        "atom": atom, "label": label["text"] if label else "",
+        "class": str(classes.classes[atom]), "rate": fired / found.n_tokens,
         "peak": of(found.seen.largest[atom]), "cosine": of(classes.cosine[atom]),
         "wins": round(done.replaced.wins / done.replaced.n, 4) if done and done.replaced else None,
         "at": visible(fires_most_at(study, atom)) if fired else "", "measured": done is not None,

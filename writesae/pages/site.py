@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from writesae.jobs.progress import track
 from writesae.pages.neuronpedia import export
 from writesae.pages.render import atom_page, index_page
 from writesae.pages.study import study
+from writesae.saes.labels import Labels
 from writesae.stores.windows import Texts
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def write_pages(
     name: str | None = None,
     source: str = "",
     neuronpedia: bool = False,
+    labels: Labels | str | Path | None = None,
     command: str | None = None,
     check_model: bool = True,
     console: Console | None = None,
@@ -61,6 +64,7 @@ def write_pages(
         name: the SAE's name, for titles; None for its model and head.
         source: where the texts come from, in words, for the pages.
         neuronpedia: also write ``neuronpedia/`` (see `writesae.pages.neuronpedia`).
+        labels: what atoms mean, as `writesae.explain` returned it, or its file; None for none.
         command: the command shown on pages of atoms that were not measured, to be run in ``out``; None for one made of
             ``name``.
         check_model: refuse an SAE trained on other weights.
@@ -71,14 +75,17 @@ def write_pages(
 
     Raises:
         IndexError: no such atom.
-        ValueError: no text; an SAE that does not say its head, or one of another model.
+        ValueError: no text; an SAE that does not say its head, or one of another model; labels of another SAE.
     """
     out = Path(out)
     name = name or name_of(sae)
+    said = _labels(labels, sae)
     made = study(
         model, sae, texts, atoms=atoms, also=also, folder=out / DATA, prompts=prompts, name=name, source=source,
         check_model=check_model, console=console,
     )  # fmt: skip
+    if said is not None:
+        made = replace(made, labels=said.atoms, labelled_by=said.by)
     command = command or shlex.join(["writesae", "pages", name, "--out", "."])
     for folder in (out, out / "atom", out / "neuronpedia"):
         remove_halves(folder, "*")
@@ -93,6 +100,15 @@ def write_pages(
     digests["index.html"] = write_file(out / "index.html", index_page(made, command=command))
     write_json(out / DATA / PAGES, digests)
     return out / "index.html"
+
+
+def _labels(labels: Labels | str | Path | None, sae: WriteSAE) -> Labels | None:
+    """Labels from wherever they are; ValueError if they are of another SAE."""
+    if isinstance(labels, str | Path):
+        return Labels.load(labels, sae)
+    if labels is not None and labels.sae != sae.fingerprint():
+        raise ValueError(f"labels= are of another SAE (fingerprint {labels.sae}, this one's is {sae.fingerprint()})")
+    return labels
 
 
 def read_page(out: Path, name: str) -> str:

@@ -9,8 +9,8 @@ Files appear whole and say what they were made with. Those made with anything el
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from writesae.jobs.resumable import Kept
 from writesae.pages.decoder import BLOCK, Decoder, direct_effect, extremes, nearest
 from writesae.pages.effects import FOLLOWED, HORIZON, STEP, TESTED, Replaced, Steered, logit_effect, replace, steer
 from writesae.pages.survey import CONTEXT, Survey, Window, cut_windows, survey, token_string
+from writesae.saes.labels import Label
 from writesae.stores.windows import Texts
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class Study:
         source: where the texts come from, in words.
         survey: what every atom does over the texts.
         measured: atom -> what was measured by running the model, for some atoms.
+        labels: atom -> what it means, for some atoms.
+        labelled_by: the language model that said so.
     """
 
     model: HookedRecurrentModel
@@ -92,6 +95,8 @@ class Study:
     source: str
     survey: Survey
     measured: dict[int, Measured]
+    labels: Mapping[int, Label] = field(default_factory=dict)
+    labelled_by: str = ""
 
     @cached_property
     def decoder(self) -> Decoder:

@@ -5,7 +5,7 @@ const find = (id) => document.getElementById(id);
 const [body, search, kind, measured, more] = [document.querySelector("#atoms tbody"), ...["search", "class", "measured", "more"].map(find)];
 const PAGE = 100;
 let shown = PAGE, key = "rate", up = false;
-for (const row of rows) row.haystack = [row.class, row.at, row.tokens, row.text].join("\n").toLowerCase();
+for (const row of rows) row.haystack = [row.label, row.class, row.at, row.tokens, row.text].join("\n").toLowerCase();
 
 function matches(row, words) {
   if (kind.value && row.class !== kind.value || measured.checked && !row.measured) return false;
@@ -32,7 +32,7 @@ const percent = (x) => x === null ? "–" : few(100 * x, x >= 0.995 ? 3 : 2) + "
 
 // Where the words searched for are, if the strongest firing does not show them.
 function why(cell, row, words) {
-  if (!words || row.context.join("").toLowerCase().includes(words)) return;
+  if (!words || [row.label, row.context.join("")].some((one) => one.toLowerCase().includes(words))) return;
   const text = row.text.split("\n").find((one) => one.toLowerCase().includes(words));
   const found = add(cell, "div", undefined, "small");
   if (text === undefined) {
@@ -55,6 +55,7 @@ function line(row, words) {
     add(context, "mark", row.context[1]);
     add(context, "span", row.context[2]);
   } else add(context, "span", "never fires in this text", "small");
+  if (row.label) add(context, "div", row.label, "label");
   why(context, row, words);
   const at = add(tr, "td", undefined, "some");
   if (row.at) add(at, "code", row.at);
