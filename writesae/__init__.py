@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         seed_stability,
         sign_test,
     )
-    from writesae.explaining import ChatModel, ChatServer, explain
+    from writesae.explaining import ChatModel, ChatServer, explain, write_delphi
     from writesae.gradients import Gradient, Logit, gradient
     from writesae.hooks import (
         ActivationCache,
@@ -93,7 +93,7 @@ _HOME = {
         "ReplacementResult", "amplify", "atom_classes", "attribute", "attribution_test", "choose_atoms", "erase",
         "install", "logit_change", "population_test", "replacement_test", "reproduce", "seed_stability", "sign_test",
     ),
-    "writesae.explaining": ("ChatModel", "ChatServer", "explain"),
+    "writesae.explaining": ("ChatModel", "ChatServer", "explain", "write_delphi"),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
     "writesae.methods": (
         "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "KnockoutSweep", "LogitLens", "MemoryLength",
@@ -126,7 +126,7 @@ __all__ = [
     "dose_response", "each_text", "erase", "evaluate", "explain", "extract", "gradient", "install", "knockout_sweep",
     "load_interventions", "logit_change", "logit_lens", "memory_length", "patching", "pattern", "population_test",
     "record", "replacement_test", "reproduce", "save_interventions", "seed_stability", "sign_test", "steering_vector",
-    "texts", "top_contexts", "train_site", "train_store", "tune_lens", "tune_memory", "write_pages",
+    "texts", "top_contexts", "train_site", "train_store", "tune_lens", "tune_memory", "write_delphi", "write_pages",
 ]  # fmt: skip
 
 

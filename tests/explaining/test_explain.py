@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -295,3 +296,25 @@ def test_the_command_line_and_pages(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="labels of another SAE"):
         ws.write_pages(planted.model(), other, words[:1], tmp_path / "y", labels="labels.json")
     assert not (tmp_path / "y").exists()
+
+
+def test_delphi_reads_where_atoms_fire(tmp_path):
+    """As delphi's `TensorBuffer` reads a file (latents/loader.py of eai-delphi 0.1.3)."""
+    model, sae, texts = planted.model(), planted.sae(), planted.texts()
+    folder = ws.write_delphi(model, sae, torch.stack(texts), tmp_path, context=32, batch_size=3, progress=False)
+    assert folder == tmp_path / f"blocks.{sae.cfg.layer}.mixer.head.{sae.cfg.head}"
+    (path,) = folder.glob("*.safetensors")
+    first, last = map(int, path.stem.split("_"))
+    assert (first, last) == (0, sae.cfg.n_atoms - 1)
+    data = load_file(path)  # numpy's, which delphi uses
+    locations, activations, tokens = (data[name] for name in ("locations", "activations", "tokens"))
+    assert locations.dtype == "uint16" and activations.dtype == "float16" and tokens.shape[1] == 32
+    about = json.loads((folder / "config.json").read_text())
+    assert about["cache_ctx_len"] == 32 and about["model_name"] == model.model_id
+    for atom, name in enumerate(planted.NAMES):
+        fires = {(int(row), int(pos)) for row, pos, which in locations if which == atom}
+        there = {(row, pos) for row, pos in zip(*(tokens == planted.token(name)).nonzero(), strict=True)}
+        assert fires == there and there, "the planted atoms fire at their words alone"
+    one = model.encode(sae, torch.from_numpy(tokens[:1]))
+    strongest = float(one.values.max())
+    assert activations[locations[:, 0] == 0].max() == pytest.approx(strongest, rel=1e-3)
