@@ -9,8 +9,7 @@ three kinds of rows in this order, all functions of a random generator alone:
 - `passage`: the same with prose before, between and after, ever more of it;
 - prose as it is, from `writesae.zoo.batches`.
 
-One value in eight, told by its hash, is never a fact in training, and takes no part in the softmax where answers are
-scored: a model is neither taught to say it nor taught not to. `questions` with `held_out=True` ask for these.
+One value in eight, told by its hash, is never a fact in training; `questions` with `held_out=True` ask for these.
 """
 
 from __future__ import annotations
