@@ -23,7 +23,7 @@ FLOORS = [  # from the ground up
     {"saes", "checking"},
     {"experiments", "methods"},
     {"pages"},
-    {"saelens", "demo", "zoo.corpus", "zoo.evaluate"},
+    {"saelens", "demo", "zoo.architectures", "zoo.corpus", "zoo.evaluate"},
     {"zoo.train_lm", "zoo.train_saes"},
     {"cli"},
     {"writesae"},  # the face: `writesae/__init__.py`
