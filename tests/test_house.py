@@ -24,7 +24,7 @@ FLOORS = [  # from the ground up
     {"experiments", "methods"},
     {"pages"},
     {"explaining"},
-    {"saelens", "demo", "zoo.corpus", "zoo.evaluate"},
+    {"saelens", "demo", "zoo.architectures", "zoo.corpus", "zoo.evaluate"},
     {"zoo.train_lm", "zoo.train_saes"},
     {"cli"},
     {"writesae"},  # the face: `writesae/__init__.py`

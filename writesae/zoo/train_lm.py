@@ -9,190 +9,67 @@ Interrupt it whenever you like (Ctrl-C); the same command continues exactly from
 """
 
 import json
-import math
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 import transformers
 import typer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    Mamba2Config,
-    Mamba2ForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3_5ForCausalLM,
-    Qwen3_5TextConfig,
-)
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from writesae.jobs.progress import Bars
 from writesae.models.load import load_model
-from writesae.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 from writesae.stores.texts import read
 from writesae.zoo import corpus
+from writesae.zoo.architectures import ARCHITECTURES, build_model
+from writesae.zoo.batches import Batch, Course
 from writesae.zoo.evaluate import bits_per_byte, head_memory, xz_bits_per_byte
+from writesae.zoo.near import attention_sees
+from writesae.zoo.recall import ANSWER, Recall, recalled
+from writesae.zoo.vocabulary import NUMBERS, PEOPLE, PLACES, take_over, train_tokenizer
 
-END = "<|endoftext|>"
 app = typer.Typer(add_completion=False, help=__doc__)
 transformers.logging.set_verbosity_error()  # silences the advice to install GPU kernels
 transformers.logging.disable_progress_bar()  # models this small load at once
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text can be encoded, and decoding gives it back exactly."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, padding_side="left", model_max_length=4096
-    )
+def make_optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside, AdamW for embeddings, low-rank projections and all that is no matrix.
 
-
-SHARED: dict[str, Any] = dict(hidden_size=192, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-
-
-def build_gdn(vocab_size: int) -> PreTrainedModel:
-    """A 2.1M-parameter Qwen3.5: three Gated DeltaNet layers of four 32x32 heads, then one attention layer."""
-    return _qwen3_5(vocab_size, n_layers=3, n_heads=4, d_head=32)
-
-
-def build_gdn128(vocab_size: int) -> PreTrainedModel:
-    """A 1.9M-parameter Qwen3.5 whose states have the size of the real ones: two layers of two 128x128 heads, then one
-    attention layer. Not shipped; it is what benchmarks train SAEs on."""
-    return _qwen3_5(vocab_size, n_layers=2, n_heads=2, d_head=128)
-
-
-def _qwen3_5(vocab_size: int, n_layers: int, n_heads: int, d_head: int) -> PreTrainedModel:
-    config = Qwen3_5TextConfig(
-        vocab_size=vocab_size,
-        **SHARED,
-        intermediate_size=512,
-        num_hidden_layers=n_layers + 1,
-        layer_types=n_layers * ["linear_attention"] + ["full_attention"],
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=64,
-        linear_num_key_heads=n_heads,
-        linear_num_value_heads=n_heads,
-        linear_key_head_dim=d_head,
-        linear_value_head_dim=d_head,
-        max_position_embeddings=4096,
-    )
-    model = Qwen3_5ForCausalLM(config)
-    for layer in model.model.layers:
-        if hasattr(layer, "linear_attn"):
-            init_decays(layer.linear_attn)
-    return model
-
-
-def build_mamba2(vocab_size: int) -> PreTrainedModel:
-    """A 2.1M-parameter Mamba-2: seven layers of twelve 32x32 heads, and nothing else."""
-    config = Mamba2Config(
-        vocab_size=vocab_size,
-        **SHARED,
-        num_hidden_layers=7,
-        state_size=32,
-        head_dim=32,
-        num_heads=12,
-        n_groups=1,
-        chunk_size=64,
-        initializer_range=0.02,
-    )
-    return Mamba2ForCausalLM(config)
-
-
-def build_rwkv7(vocab_size: int) -> PreTrainedModel:
-    """A 2.0M-parameter RWKV-7: four layers of six 32x32 heads, each with channel mixing."""
-    config = RWKV7Config(
-        vocab_size=vocab_size,
-        **SHARED,
-        num_hidden_layers=4,
-        head_dim=32,
-        intermediate_size=512,
-        decay_low_rank_dim=32,
-        a_low_rank_dim=32,
-        v_low_rank_dim=16,
-        gate_low_rank_dim=48,
-    )
-    return RWKV7ForCausalLM(config)
-
-
-ARCHITECTURES: dict[str, Callable[[int], PreTrainedModel]] = {
-    "gdn": build_gdn,
-    "gdn128": build_gdn128,
-    "mamba2": build_mamba2,
-    "rwkv7": build_rwkv7,
-}
-
-
-def build_model(arch: str, vocab_size: int, seed: int = 0) -> PreTrainedModel:
-    """A tiny model of an architecture, freshly initialised."""
-    torch.manual_seed(seed)
-    return ARCHITECTURES[arch](vocab_size)
-
-
-@torch.no_grad()
-def init_decays(mixer: Any) -> None:
-    """Let the heads start with decays spread from about 0.2 to 0.999 per token, as in Mamba-2.
-
-    Transformers' own initialisation (dt_bias = 1, A up to 16) makes most heads forget everything within a token, and
-    a short training run does not undo it. Here the step dt is log-uniform in 0.001..0.1, one stratum per head, and
-    A uniform in 1..16; a head's decay per token starts near exp(-A dt).
+    Only matrices decay (not norms, gates' biases or the short convolutions).
     """
-    heads = mixer.A_log.numel()
-    stratum = (torch.arange(heads) + torch.rand(heads)) / heads
-    dt = torch.exp(math.log(0.001) + stratum * math.log(0.1 / 0.001))
-    mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-    mixer.A_log.copy_(torch.empty(heads).uniform_(1, 16).log())
+    inside = {n: p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lora" not in n}
+    others = [p for n, p in model.named_parameters() if n not in inside]
+    groups = [
+        {"params": [p for p in others if p.ndim == 2], "weight_decay": 0.1},
+        {"params": [p for p in others if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    muon = torch.optim.Muon(inside.values(), lr=0.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)]
 
 
-def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW; only matrices decay (not norms, gates' biases or the short convolutions)."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+def learning_rate(step: int, steps: int, cool: int, peak: float) -> float:
+    """Linear warm-up over 40 steps, then the peak, then down to 2% of it over the last `cool` steps."""
+    return peak * min(1.0, (step + 1) / 40, max(0.02, (steps - step) / max(1, cool)))
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 4% of the steps (at most 100), then a cosine to 1% of the peak."""
-    warmup = max(1, min(100, steps // 25))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+def loss_of(model: PreTrainedModel, batch: Batch, held_out: Tensor) -> Tensor:
+    """Weighted mean of the next-token losses.
 
-
-def get_batch(tokens: torch.Tensor, step: int, batch: int, length: int, seed: int) -> torch.Tensor:
-    """Batch number `step`, [batch, length + 1] token ids: a pure function of its arguments, so resuming is exact.
-
-    Each pass over the corpus cuts it at a new random offset and visits the pieces in a new random order.
+    Embeddings learn from prose alone. If they learn from facts, a model copies each value in a way of its own, and none
+    that it was not taught: of held-out values 5% were recalled where 95% of the others were.
     """
-    per_pass = (len(tokens) - length) // (length + 1)
-    rows = []
-    for n in range(step * batch, (step + 1) * batch):
-        which_pass, index = divmod(n, per_pass)
-        random = torch.Generator().manual_seed(seed * 1_000_003 + which_pass)
-        offset = int(torch.randint(length, (), generator=random))
-        piece = int(torch.randperm(per_pass, generator=random)[index])
-        start = offset + piece * (length + 1)
-        rows.append(tokens[start : start + length + 1])
-    return torch.stack(rows)
+    model.get_input_embeddings().requires_grad_(batch.kind == "prose")
+    logits = model(input_ids=batch.ids[:, :-1], use_cache=False).logits.flatten(0, 1)
+    targets, weights = batch.ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()
+    pieces = (weights == ANSWER) & held_out[targets]  # a piece of an invented name may be a value that is held out
+    weights = weights.masked_fill(pieces, 0.0)
+    return F.cross_entropy(logits, targets, reduction="none") @ weights / weights.sum()
 
 
 def save_checkpoint(path: Path, **state) -> None:
@@ -218,11 +95,18 @@ def train(
     arch: Annotated[str, typer.Option(help=f"One of {', '.join(ARCHITECTURES)}.")] = "gdn",
     text: Annotated[Path | None, typer.Option(help="A folder of .txt files, or one file.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Where the default corpus is kept.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps; the cosine schedule ends here.")] = 1150,
-    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
+    start_from: Annotated[
+        Path | None, typer.Option(help="A model folder of this architecture to go on from; its tokenizer may differ.")
+    ] = None,
+    recall: Annotated[bool, typer.Option(help="Teach it to recall facts, beside prose.")] = True,
+    steps: Annotated[int, typer.Option(help="Optimizer steps; the schedule ends here.")] = 5000,
+    lists: Annotated[int, typer.Option(help="Steps until facts are told among prose.")] = 600,
+    stretch: Annotated[int, typer.Option(help="Steps from there on until the prose between is at its longest.")] = 1200,
+    cool: Annotated[int, typer.Option(help="Steps over which the learning rate falls.")] = 3000,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 3,
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
-    vocab: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 2048,
+    vocab: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 4096,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     minutes: Annotated[
         float | None, typer.Option(help="Stop after this many minutes; the same command continues.")
@@ -238,26 +122,38 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     source = text or corpus.fetch(cache)
     train_docs, held_out = corpus.split(read(source))
+    texts = [d.text for d in train_docs]
 
     if (out / "tokenizer").is_dir():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
     else:
-        tokenizer = train_tokenizer([d.text for d in train_docs], vocab)
+        tokenizer = train_tokenizer(texts, vocab, [*PEOPLE, *PLACES, *NUMBERS] if recall else ())
         tokenizer.save_pretrained(out / "tokenizer")
-    encoded = tokenizer([d.text for d in train_docs], add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     tokens = torch.tensor([i for ids in encoded for i in (tokenizer.eos_token_id, *ids)])
     probe = [d.text[:4000] for d in held_out[:: max(1, len(held_out) // 8)]]  # a quick look at held-out text
+    facts = Recall(tokenizer, texts) if recall else None
+    questions = facts.questions(60, gap=64, facts=3) if facts else []
+    unsaid = torch.zeros(len(tokenizer), dtype=torch.bool)
+    unsaid[facts.held_out if facts else []] = True
+    course = Course(
+        tokens, facts, steps=steps, batch=batch, length=length, lists=lists, stretch=stretch, cool=cool, seed=seed
+    )
 
     model, step, seconds = build_model(arch, len(tokenizer), seed), 0, 0.0
-    optimizer = make_optimizer(model)
+    optimizers = make_optimizers(model)
     checkpoint, metrics = out / "checkpoint.pt", out / "metrics.jsonl"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         step, seconds = state["step"], state["seconds"]
-        kept = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
-        metrics.write_text("".join(f"{line}\n" for line in kept))  # later lines will be made again
+        rows = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
+        metrics.write_text("".join(f"{line}\n" for line in rows))  # later lines will be made again
+    elif start_from is not None:
+        old = load_model(start_from, dtype=torch.float32)
+        take_over(model, tokenizer, old, PreTrainedTokenizerFast.from_pretrained(start_from))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} training tokens, step {step}")
 
     settings = dict(
@@ -266,7 +162,12 @@ def train(
         held_out=[d.name for d in held_out],
         train_documents=len(train_docs),
         train_tokens=len(tokens),
+        start_from=start_from and start_from.name,
+        recall=recall,
         steps=steps,
+        lists=lists,
+        stretch=stretch,
+        cool=cool,
         batch=batch,
         length=length,
         lr=lr,
@@ -274,13 +175,9 @@ def train(
     )
 
     def save() -> None:
+        states = [optimizer.state_dict() for optimizer in optimizers]
         save_checkpoint(
-            checkpoint,
-            model=model.state_dict(),
-            optimizer=optimizer.state_dict(),
-            step=step,
-            seconds=seconds,
-            settings=settings,
+            checkpoint, model=model.state_dict(), optimizers=states, step=step, seconds=seconds, settings=settings
         )
 
     stop = []  # the first Ctrl-C ends the run after the step in hand; a second one ends it at once
@@ -290,23 +187,28 @@ def train(
         bar = bars.add("training", steps, done=step)
         while step < steps and not stop and (minutes is None or time.monotonic() - began < 60 * minutes):
             start = time.monotonic()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr)
-            ids = get_batch(tokens, step, batch, length, seed)
-            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-            optimizer.zero_grad()
+            rate = learning_rate(step, steps, cool, lr)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+            lesson = course[step]
+            with attention_sees(model, lesson.sees):
+                loss = loss_of(model, lesson, unsaid)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             step += 1
             seconds += time.monotonic() - start
 
-            row = {"step": step, "loss": loss.item(), "grad_norm": norm.item(), "lr": group["lr"], "seconds": seconds}
+            row = {"step": step, "kind": lesson.kind, "loss": loss.item(), "grad_norm": norm.item(), "lr": rate}
+            row["seconds"] = seconds
             due = step == steps or time.monotonic() - saved > save_every
             if due:
                 saved = time.monotonic()
                 row["held_out_bits_per_byte"] = bits_per_byte(model, tokenizer, probe)
+                row["recalled"] = sum(recalled(model, questions)) / max(1, len(questions))
             log.write(json.dumps(row) + "\n")
             log.flush()
             if due:

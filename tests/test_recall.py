@@ -1,0 +1,181 @@
+"""How the shipped models are taught to recall: the rows they read, what is held out, and that a stopped run goes on."""
+
+import json
+import random
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from writesae.models.load import load_model
+from writesae.zoo import ZOO, heldout_documents
+from writesae.zoo.architectures import build_model
+from writesae.zoo.batches import Course
+from writesae.zoo.near import attention_sees
+from writesae.zoo.recall import ANSWER, RELATIONS, Question, Recall, is_held_out, recalled
+from writesae.zoo.train_lm import app, loss_of
+from writesae.zoo.vocabulary import NUMBERS, PEOPLE, PLACES, take_over, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(heldout_documents(), 3000, [*PEOPLE, *PLACES, *NUMBERS])
+
+
+@pytest.fixture(scope="module")
+def recall(tokenizer):
+    return Recall(tokenizer, heldout_documents())
+
+
+def test_names_places_and_numbers_are_one_token_each(tokenizer, recall):
+    assert {kind: len(values) for kind, values in recall.values.items()} == {
+        "name": len(PEOPLE), "place": len(PLACES), "number": len(NUMBERS),
+    }  # fmt: skip
+    plain = train_tokenizer(heldout_documents(), 3000)
+    assert len(plain(" Valparaiso", add_special_tokens=False)["input_ids"]) > 1, "they are so by themselves"
+    text = heldout_documents()[3]
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def answers(row):
+    """Runs of tokens that are scored as answers."""
+    found, run = [], []
+    for token, weight in zip(row.ids, row.weights, strict=True):
+        if weight == ANSWER:
+            run.append(token)
+        elif run:
+            found, run = [*found, tuple(run)], []
+    return found
+
+
+def test_what_is_asked_was_told_and_held_out_values_never_are(recall, tokenizer):
+    hidden = set(recall.held_out)
+    assert 0.05 < len(hidden) / sum(map(len, recall.values.values())) < 0.25
+    for seed in range(6):
+        for row in (
+            recall.lists(random.Random(seed), 256, most=5, any_word=0.3),
+            recall.passage(random.Random(seed), 512, gap=60.0),
+        ):
+            assert len(row.ids) == len(row.weights) and len(row.ids) in (257, 513)
+            text = tokenizer.decode(row.ids)
+            for answer in answers(row):
+                told = text.count(tokenizer.decode(answer))
+                assert told >= 2, "once told, once asked"
+                assert len(answer) > 1 or answer[0] not in hidden
+    again = recall.passage(random.Random(0), 512, gap=60.0)
+    assert again == recall.passage(random.Random(0), 512, gap=60.0) != recall.passage(random.Random(1), 512, gap=60.0)
+
+
+@pytest.mark.parametrize("kind", RELATIONS)
+def test_questions_are_about_what_was_told(recall, tokenizer, kind):
+    for held_out in (True, False):
+        for question in recall.questions(10, gap=20, facts=3, held_out=held_out, kind=kind):
+            value = tokenizer.decode(question.answer)
+            assert is_held_out(value) == held_out and value in tokenizer.decode(question.prompt)
+    near, far = (len(recall.questions(1, gap=gap)[0].prompt) for gap in (0, 100))
+    assert far >= near + 100
+
+
+def test_recalled_is_right_and_not_by_itself(recall, tokenizer):
+    """A model that repeats what stood 9 tokens before the end, and one that says anything else."""
+
+    class Repeats(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self, shift):
+            super().__init__()
+            self.shift = shift
+
+        def forward(self, input_ids, use_cache):
+            logits = torch.nn.functional.one_hot(input_ids.roll(self.shift, 1), len(tokenizer)).float()
+            return type("Out", (), {"logits": logits})
+
+    prompt = list(range(5, 25))
+    questions = [Question(prompt, [16, 17])]
+    assert recalled(Repeats(8), questions) == [True]
+    assert recalled(Repeats(7), questions) == [False]
+
+
+def test_attention_sees_the_last_tokens_alone():
+    model = load_model(ZOO / "tiny-gdn").eval()
+    for layer in model.model.layers[:3]:  # only attention is left to look back
+        torch.nn.init.zeros_(layer.linear_attn.out_proj.weight)
+    ids = torch.randint(5, 1000, (1, 40), generator=torch.Generator().manual_seed(0))
+    other = ids.clone()
+    other[0, 20] = 3
+    with torch.no_grad():
+        for sees, changed in ((8, range(20, 28)), (None, range(20, 40))):
+            with attention_sees(model, sees):
+                difference = (model(ids).logits - model(other).logits).abs().amax(-1)[0]
+            moved = (difference > 1e-4).nonzero().flatten().tolist()
+            assert set(moved) <= set(changed) and len(moved) > 0.7 * len(changed)
+
+
+def test_embeddings_learn_from_prose_alone(recall, tokenizer):
+    model = build_model("rwkv7", len(tokenizer))
+    tokens = torch.randint(5, 1000, (20_000,), generator=torch.Generator().manual_seed(0))
+    course = Course(tokens, recall, steps=40, batch=1, length=256, lists=20, stretch=5, cool=5)
+    kinds, unsaid = set(), torch.zeros(len(tokenizer), dtype=torch.bool)
+    for step in range(40):
+        lesson = course[step]
+        if lesson.kind in kinds:
+            continue
+        kinds.add(lesson.kind)
+        model.zero_grad()
+        loss_of(model, lesson, unsaid).backward()
+        learnt = model.get_input_embeddings().weight.grad is not None
+        assert learnt == (lesson.kind == "prose") == (lesson.sees is None)
+    assert kinds == {"prose", "lists", "passages"}
+    only_prose = Course(tokens, None, steps=40, batch=1, length=256, lists=20, stretch=5, cool=5)
+    assert {only_prose[step].kind for step in range(10)} == {"prose"}
+
+
+def test_a_model_goes_on_in_another_vocabulary(tokenizer):
+    old = load_model(ZOO / "tiny-rwkv7")
+    from transformers import PreTrainedTokenizerFast
+
+    spoke = PreTrainedTokenizerFast.from_pretrained(ZOO / "tiny-rwkv7")
+    model = build_model("rwkv7", len(tokenizer))
+    take_over(model, tokenizer, old, spoke)
+    before, after = old.get_input_embeddings().weight, model.get_input_embeddings().weight
+    shared = [word for word in (" the", " of", ".") if len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1]
+    assert len(shared) == 3
+    for word in shared:
+        here, there = (t(word, add_special_tokens=False)["input_ids"][0] for t in (tokenizer, spoke))
+        assert torch.equal(after[here], before[there])
+    assert torch.equal(model.model.layers[1].attn.k_proj.weight, old.model.layers[1].attn.k_proj.weight)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i, text in enumerate(heldout_documents()[:4]):
+        (tmp_path / "texts" / f"{i}.txt").write_text(text[:6000])
+
+    def train(out, minutes=None):
+        command = [
+            "train",
+            str(tmp_path / out),
+            "--text",
+            str(tmp_path / "texts"),
+            "--arch",
+            "rwkv7",
+            "--vocab",
+            "2600",
+        ]
+        command += ["--steps", "6", "--lists", "3", "--stretch", "2", "--cool", "2", "--batch", "1", "--length", "128"]
+        result = CliRunner().invoke(app, command + (["--minutes", minutes] if minutes else []))
+        assert result.exit_code == 0, result.output
+        lines = (tmp_path / out / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines], result.output
+
+    whole, _ = train("whole")
+    stopped = 0
+    while True:
+        parts, said = train("parts", minutes="0.001")
+        stopped += "continues from here" in said
+        if len(parts) == 6:
+            break
+    assert stopped >= 1 and parts == whole and len(set(whole)) == 6
+    record = json.loads((tmp_path / "parts" / "model" / "training.json").read_text())
+    assert record["settings"]["recall"] is True and record["step"] == 6
