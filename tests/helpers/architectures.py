@@ -109,6 +109,8 @@ class Architecture:
     def slot(self, cache: Any, layer: int) -> Tensor:
         """The cached state of a layer, a view ``[batch, head, d_key, d_value]``."""
         state = cache.layers[layer].recurrent_states[0]
+        if self.rule.columns:
+            return state.view(state.shape[0], self.n_heads, -1, 1)
         return state.mT if self.rule.transposed else state
 
     def __str__(self) -> str:
@@ -163,6 +165,11 @@ _KDA = _TEXT | dict(
 
 # The same heads under other names; four heads share two groups of B and C.
 _MAMBA2 = dict(vocab_size=N_VOCAB, hidden_size=N_HEADS * D_VALUE, **_NO_SPECIAL_TOKENS)
+# A head is a channel, so the model is as wide as it has heads.
+_MAMBA1 = dict(vocab_size=N_VOCAB, hidden_size=N_HEADS, num_hidden_layers=4, **_NO_SPECIAL_TOKENS)
+_IN_MAMBA1 = dict(
+    intermediate_size=96, num_attention_heads=2, num_key_value_heads=1, mamba_d_state=D_KEY, mamba_expand=1
+)
 _BAMBA = _MAMBA2 | dict(
     intermediate_size=96,
     num_hidden_layers=len(LAYERS),
@@ -198,6 +205,13 @@ def _mamba2(file: str, classes: str, mixer: str, values: dict[str, Any], **more:
     return Architecture(
         more.pop("variant", file), bf.MAMBA2, _transformers(file), f"{classes}ForCausalLM", f"{classes}Config",
         classes + mixer, values, **more,
+    )  # fmt: skip
+
+
+def _mamba1(file: str, classes: str, mixer: str, values: dict[str, Any], **more: Any) -> Architecture:
+    return Architecture(
+        more.pop("variant", file), bf.MAMBA1, _transformers(file), f"{classes}ForCausalLM", f"{classes}Config",
+        classes + mixer, _MAMBA1 | values, gate=None, d_value=1, **more,
     )  # fmt: skip
 
 
@@ -272,6 +286,17 @@ ARCHITECTURES = [
             _BAMBA | dict(layer_types=LAYERS, num_local_experts=4, num_experts_per_tok=4, shared_intermediate_size=32,
                           attention_multiplier=0.2),
             mlp=False),
+    _mamba1("mamba", "Mamba", "Mixer", dict(state_size=D_KEY, expand=1),
+            layers=PURE, cache_argument="cache_params", mlp=False),
+    _mamba1("falcon_mamba", "FalconMamba", "Mixer", dict(state_size=D_KEY, expand=1),
+            layers=PURE, cache_argument="cache_params", mlp=False),
+    _mamba1("jamba", "Jamba", "MambaMixer",
+            _IN_MAMBA1 | dict(num_experts=1, num_experts_per_tok=1, attn_layer_period=4, attn_layer_offset=2)),
+    # Two groups of channels, each with reads and keys of its own and a call of its own.
+    _mamba1("zamba", "Zamba", "MambaMixer",
+            _IN_MAMBA1 | dict(n_mamba_heads=2, tie_word_embeddings=False,
+                              layers_block_type=["linear_attention", "linear_attention", "hybrid", "hybrid"]),
+            layers=PURE, mlp=False),
     _ours("rwkv7", bf.RWKV7, "RWKV7", "RWKV7Attention",
           dict(head_dim=D_KEY, value_dim=N_HEADS * D_VALUE, decay_low_rank_dim=16, gate_low_rank_dim=16,
                a_low_rank_dim=16, v_low_rank_dim=8, intermediate_size=96),
@@ -325,6 +350,8 @@ def _build(a: Architecture) -> PreTrainedModel:
                 bias = module.gk_proj[1].bias
                 kept = -torch.linspace(0.3, 0.999, len(bias)).log() * 16  # log decay = log sigmoid(input + bias) / 16
                 bias.copy_(-kept - (-(-kept).expm1()).log())
+            if a.rule is bf.MAMBA1 and hasattr(module, "out_proj"):
+                module.out_proj.weight.mul_(1 / 16)  # no norm behind the reads: so that layers add about as much as others
             if type(module).__name__ in ("RWKV7Attention", "GatedLinearAttention"):
                 module.k_proj.weight.mul_(0.25)  # keys without a norm: so that they write about as much as the others
     return model
@@ -332,6 +359,14 @@ def _build(a: Architecture) -> PreTrainedModel:
 
 def set_gates(module: Any) -> None:
     """So that the heads forget at the paces of `DECAYS`, and each channel of a head somewhat faster or slower."""
+    if not hasattr(module, "dt_bias"):  # Mamba-1: likewise, and one number for each head
+        bias = module.dt_proj.bias if hasattr(module, "dt_proj") else module.dt_proj_bias
+        dt = torch.tensor([1.0, 0.2, 0.5, 0.8])
+        bias.copy_(dt.expm1().log().reshape(bias.shape))
+        a_log = (-DECAYS.log() / dt).log()[:, None] + torch.linspace(-1.5, 1.5, D_KEY)
+        module.A_log.copy_(a_log.reshape(module.A_log.shape))
+        module.D.copy_(torch.tensor([0.7, -0.4, 1.5, 1.0]).reshape(module.D.shape))
+        return
     n_channels = module.dt_bias.numel() // N_HEADS
     spread = torch.linspace(-1.5, 1.5, n_channels) if n_channels > 1 else torch.zeros(1)
     rate = -DECAYS.log()

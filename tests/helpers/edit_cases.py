@@ -31,6 +31,7 @@ from writesae import (
 )
 
 CHANGES: dict[str, Any] = {"ablate": [2, 7], "scale": {5: -1.5}, "clamp": {0: 0.3, 11: 0.2}}
+LOUDER = dict.fromkeys(range(0, 24, 2), 2.5)  # every other atom, so that some are active in every model
 TOLERANCE = 1e-4  # max |Δlogit|; logits have a standard deviation of about 1
 
 
@@ -222,8 +223,8 @@ def interventions(a: Architecture, read: str) -> list[Case]:
              bf.recode(write_sae, **CHANGES, error_term=True), [0], None, read),
         edit("recode deltas", Recode(delta_sae, ablate=[3]), bf.recode(delta_sae, ablate=[3]), [3],
              slice(1, None, 6), read),
-        edit("recode deltas, the rest stays", Recode(delta_sae, scale={3: 2.5}, error_term=True),
-             bf.recode(delta_sae, scale={3: 2.5}, error_term=True), [3], slice(1, None, 6), read),
+        edit("recode deltas, the rest stays", Recode(delta_sae, scale=LOUDER, error_term=True),
+             bf.recode(delta_sae, scale=LOUDER, error_term=True), [3], slice(1, None, 6), read),
         edit("recode states", Recode(state_sae), bf.recode(state_sae), [2], [7, 8, 63, 64], read),
         Case(
             f"several in a list, {read}",
