@@ -165,10 +165,19 @@ _KDA = _TEXT | dict(
 
 # The same heads under other names; four heads share two groups of B and C.
 _MAMBA2 = dict(vocab_size=N_VOCAB, hidden_size=N_HEADS * D_VALUE, **_NO_SPECIAL_TOKENS)
-# A head is a channel, so the model is as wide as it has heads.
-_MAMBA1 = dict(vocab_size=N_VOCAB, hidden_size=N_HEADS, num_hidden_layers=4, **_NO_SPECIAL_TOKENS)
+
+
+class _Share(int):
+    """How many channels there are for each number of the residual stream, where transformers takes whole numbers only
+    and our four heads are four channels: 1/16."""
+
+    def __mul__(self, hidden_size: int) -> int:
+        return hidden_size // 16
+
+
+_MAMBA1 = dict(vocab_size=N_VOCAB, hidden_size=16 * N_HEADS, num_hidden_layers=4, **_NO_SPECIAL_TOKENS)
 _IN_MAMBA1 = dict(
-    intermediate_size=96, num_attention_heads=2, num_key_value_heads=1, mamba_d_state=D_KEY, mamba_expand=1
+    intermediate_size=96, num_attention_heads=2, num_key_value_heads=1, mamba_d_state=D_KEY, mamba_expand=_Share(1)
 )
 _BAMBA = _MAMBA2 | dict(
     intermediate_size=96,
@@ -286,9 +295,9 @@ ARCHITECTURES = [
             _BAMBA | dict(layer_types=LAYERS, num_local_experts=4, num_experts_per_tok=4, shared_intermediate_size=32,
                           attention_multiplier=0.2),
             mlp=False),
-    _mamba1("mamba", "Mamba", "Mixer", dict(state_size=D_KEY, expand=1),
+    _mamba1("mamba", "Mamba", "Mixer", dict(state_size=D_KEY, expand=_Share(1), tie_word_embeddings=False),
             layers=PURE, cache_argument="cache_params", mlp=False),
-    _mamba1("falcon_mamba", "FalconMamba", "Mixer", dict(state_size=D_KEY, expand=1),
+    _mamba1("falcon_mamba", "FalconMamba", "Mixer", dict(state_size=D_KEY, expand=_Share(1), tie_word_embeddings=False),
             layers=PURE, cache_argument="cache_params", mlp=False),
     _mamba1("jamba", "Jamba", "MambaMixer",
             _IN_MAMBA1 | dict(num_experts=1, num_experts_per_tok=1, attn_layer_period=4, attn_layer_offset=2)),
@@ -350,8 +359,6 @@ def _build(a: Architecture) -> PreTrainedModel:
                 bias = module.gk_proj[1].bias
                 kept = -torch.linspace(0.3, 0.999, len(bias)).log() * 16  # log decay = log sigmoid(input + bias) / 16
                 bias.copy_(-kept - (-(-kept).expm1()).log())
-            if a.rule is bf.MAMBA1 and hasattr(module, "out_proj"):
-                module.out_proj.weight.mul_(1 / 16)  # no norm behind the reads: so that layers add about as much as others
             if type(module).__name__ in ("RWKV7Attention", "GatedLinearAttention"):
                 module.k_proj.weight.mul_(0.25)  # keys without a norm: so that they write about as much as the others
     return model
@@ -360,8 +367,13 @@ def _build(a: Architecture) -> PreTrainedModel:
 def set_gates(module: Any) -> None:
     """So that the heads forget at the paces of `DECAYS`, and each channel of a head somewhat faster or slower."""
     if not hasattr(module, "dt_bias"):  # Mamba-1: likewise, and one number for each head
-        bias = module.dt_proj.bias if hasattr(module, "dt_proj") else module.dt_proj_bias
-        dt = torch.tensor([1.0, 0.2, 0.5, 0.8])
+        apart = hasattr(module, "dt_proj")
+        bias = module.dt_proj.bias if apart else module.dt_proj_bias
+        # Reads are of third order in what comes of the convolution: so that they have no heavy tails.
+        module.conv1d.weight.mul_(0.5)
+        (module.x_proj.weight if apart else module.x_proj_weight).mul_(2)
+        (module.dt_proj.weight if apart else module.dt_proj_weight).mul_(0.3)
+        dt = torch.tensor([1.0, 0.3, 0.15, 0.1])  # what forgets slowly writes little, so that all read about as much
         bias.copy_(dt.expm1().log().reshape(bias.shape))
         a_log = (-DECAYS.log() / dt).log()[:, None] + torch.linspace(-1.5, 1.5, D_KEY)
         module.A_log.copy_(a_log.reshape(module.A_log.shape))

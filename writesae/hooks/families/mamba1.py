@@ -107,13 +107,14 @@ class SelectiveScan(KernelCall):
         # The native function ties dt to decays, B and C to all channels, and it knows no state but zero.
         if not self.begins_natively or self.changed.keys() - {"v"}:
             return self.compute()
-        x = self.changed.get("v")
-        pieces = [None] * len(self.parts) if x is None else self._apart(x[..., 0], 2)
+        v = self.changed.get("v")
+        pieces = [None] * len(self.parts) if v is None else self._apart(v[..., 0], 2)
         returned = []
         for part, piece in zip(self.parts, pieces, strict=True):
             arguments = {**part, "D": self.no_skip(part), "z": None}
             if piece is not None:
-                arguments["hidden_states"] = as_given(self.to_native(piece), part["hidden_states"])
+                x = as_given(self.to_native(piece), part["hidden_states"])
+                arguments |= {"hidden_states": x, "B": part["B"].to(x.dtype), "C": part["C"].to(x.dtype)}
             returned.append(native(**arguments))
         return self.from_native(returned)
 
