@@ -290,7 +290,7 @@ def edits(a: Architecture = QWEN) -> list[Any]:
     sae = WriteSAE(SAEConfig(D_KEY, a.d_value, n_atoms=16, k=2, target="state", layer=1, head=2))
     return [
         Delete(1, [0, 3]),
-        Add(1, 2, write=random_write(d_value=a.d_value), relative=True),
+        Add(1, 2, write=random_write(d_value=a.d_value), relative=True, scale=3.0),
         Replace(1, 1, write=random_write(d_value=a.d_value)),
         Substitute(sae),
     ]
