@@ -360,8 +360,8 @@ def mamba_selective_scan(
     return_last_state: bool = False,
     **_: Any,
 ) -> Call:
-    """``h_cn = exp(dt_c A_cn) h_cn + dt_c B_n x_c``, and beside the memory ``D x`` and a gate (Mamba, arXiv 2312.00752):
-    each channel is a head, with one column."""
+    """``h_cn = exp(dt_c A_cn) h_cn + dt_c B_n x_c``, and beside the memory ``D x`` and a gate (Mamba, arXiv
+    2312.00752): each channel is a head, with one column."""
     x, dt = hidden_states.double().mT, dt.double().mT
     dt = dt + (0 if delta_bias is None else delta_bias.double())
     dt = softplus(dt) if delta_softplus else dt

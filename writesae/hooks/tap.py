@@ -340,7 +340,8 @@ class Tap:
         mask, x = kwargs.get("attention_mask"), args[0] if args else kwargs.get("hidden_states")
         if not isinstance(mask, Tensor) or mask.ndim != 2 or x is None or mask.shape[1] <= x.shape[1]:
             return None
-        return args, {**kwargs, "attention_mask": mask[:, -x.shape[1] :]}  # of all tokens so far: of those in this piece
+        of_piece = mask[:, -x.shape[1] :]  # of what was a mask of all tokens so far
+        return args, {**kwargs, "attention_mask": of_piece}
 
     @outside_graphs
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:

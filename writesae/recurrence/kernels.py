@@ -296,8 +296,8 @@ def _scan_stretch(
 
 def _scan_columns(rec: Recurrence, write: Write, S: Tensor, read: Read, size: int) -> tuple[Tensor, None, Tensor]:
     """The same where nothing is erased, for states of few columns: the recurrence as it is written, token by token
-    within chunks, all chunks at once from states of zero (one alone from ``S``); then what came before each chunk, which
-    its tokens read decayed. Exponents are sums of log decays, so nothing overflows."""
+    within chunks, all chunks at once from states of zero (one alone from ``S``); then what came before each chunk,
+    which its tokens read decayed. Exponents are sums of log decays, so nothing overflows."""
     size = min(size, rec.n_pos)
     (q, g), (keys, values) = (cut(x, size) for x in (rec.q, rec.log_decay)), (cut(x, size) for x in write.factors())
     one = q.shape[1] == 1

@@ -134,8 +134,8 @@ class KernelCall(ABC):
 
     @staticmethod
     def blank(arguments: dict[str, Any]) -> Any:
-        """Tensors of the shapes that a call returns, which are filled in later. Only where a recurrence comes in several
-        calls (`Family.calls`): the last of them runs all, and `result` is then a list."""
+        """Tensors of the shapes that a call returns, which are filled in later. Only where a recurrence comes in
+        several calls (`Family.calls`): the last of them runs all, and `result` is then a list."""
         raise TypeError("a family with calls= needs a KernelCall that has blank(arguments)")
 
 
@@ -194,8 +194,8 @@ class Family:
         transposed: the model keeps its states, in its cache and between calls, as ``[batch, head, d_value, d_key]``.
         columns: it keeps them as ``[batch, head, d_key]``, the one column of each alone (``d_value`` is 1).
         calls: the mixer's attribute that says in how many calls one after the other its recurrence comes, each of some
-            consecutive heads; its states then are ``[batch, call, head, ...]``. A mixer without it makes one call. ``call``
-            gets the arguments of several as ``{"parts": [...]}``; see `KernelCall.blank`.
+            consecutive heads; its states then are ``[batch, call, head, ...]``. A mixer without it makes one call.
+            ``call`` gets the arguments of several as ``{"parts": [...]}``; see `KernelCall.blank`.
         forgets: those of ``kernels`` that begin at a zero state whatever the model's cache holds, so that a text given
             in pieces would lose its memory: they begin at the state in the cache, which the mixer is given. Such a
             mixer also gets the attention mask of all tokens so far cut to those of the piece.

@@ -2,9 +2,9 @@
 
     h_t[c, n] = exp(dt_c A_cn) h_{t-1}[c, n] + B_n (dt_c x_c)          o_t[c] = sum_n C_n h_t[c, n],   y = o + D x
 
-so that, in the letters of `writesae.recurrence`, **a head is a channel**, with a state of one column ``[d_key, 1]``: read
-``C`` and key ``B``, which all channels share, value ``x_c``, ``beta`` is ``dt_c``, and a decay ``dt_c A_cn`` per key
-channel. (No two channels have the same decay, so they cannot be columns of one state.) The model keeps its states as
+so that, in the letters of `writesae.recurrence`, **a head is a channel**, with a state of one column ``[d_key, 1]``:
+read ``C`` and key ``B``, which all channels share, value ``x_c``, ``beta`` is ``dt_c``, and a decay ``dt_c A_cn`` per
+key channel. (No two channels have the same decay, so they cannot be columns of one state.) The model keeps its states as
 ``[batch, channel, d_key]``.
 
 ``B`` and ``C`` are expanded, not copied, for the channels asked for, and decays made for these alone. What the function
@@ -32,12 +32,12 @@ _SEQUENCES = ("hidden_states", "dt", "B", "C")
 
 
 class SelectiveScan(KernelCall):
-    """Calls of ``mamba_selective_scan(hidden_states [batch, channel, pos], dt [batch, channel, pos], A [channel, d_key],
-    B [batch, d_key, pos], C, D [channel], z [batch, channel, pos], delta_bias [channel], ...)``, one for each group of
-    channels. It returns the outputs, and the final state only if told to; it begins at a state of zero.
+    """Calls of ``mamba_selective_scan(hidden_states [batch, channel, pos], dt [batch, channel, pos],
+    A [channel, d_key], B [batch, d_key, pos], C, D [channel], z [batch, channel, pos], delta_bias [channel], ...)``,
+    one for each group of channels. It returns the outputs, and the final state only if told to; it begins at zero.
 
-    Here all groups are side by side and tokens come second: ``hidden_states`` and ``dt [batch, pos, channel]``, ``B`` and
-    ``C [batch, pos, group, d_key]``.
+    Here all groups are side by side and tokens come second: ``hidden_states`` and ``dt [batch, pos, channel]``, ``B``
+    and ``C [batch, pos, group, d_key]``.
 
     Attributes:
         parts: the arguments of each call as they came.
