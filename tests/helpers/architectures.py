@@ -314,7 +314,14 @@ ARCHITECTURES = [
     _ours("delta_net", bf.DELTA_NET, "DeltaNet", "DeltaNet",
           _MIXER | dict(qk_activation="relu", qk_norm="sum", allow_neg_eigval=True), gate=None,
           variant="delta_net_no_gate"),
+    # Two heads of values share queries and keys.
+    _ours("gated_delta_net", bf.FLA_GATED_DELTA, "GatedDeltaNet", "GatedDeltaNet",
+          dict(num_heads=N_KEY_HEADS, num_v_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY,
+               intermediate_size=96, allow_neg_eigval=True),
+          gate="o_norm"),
     _ours("gla", bf.GLA, "GLA", "GatedLinearAttention", _MIXER, gate="g_norm_swish_gate"),
+    _ours("hgrn2", bf.GLA, "HGRN2", "HGRN2Attention",
+          dict(hidden_size=N_HEADS * D_KEY, expand_ratio=D_KEY, intermediate_size=96), gate=None, d_value=D_KEY),
     # Two heads share keys, values and decays.
     _ours("gla", bf.GLA, "GLA", "GatedLinearAttention",
           _MIXER | dict(num_kv_heads=N_KEY_HEADS, use_short_conv=True, fuse_norm=False), gate="g_norm",

@@ -439,6 +439,9 @@ MAMBA1 = Rule(
     columns=True,
     forgets=True,
 )
+FLA_GATED_DELTA = Rule(
+    "gated_delta", ("q", "k", "v", "beta", "log_decay"), {"gated_delta_rule_recurrence": canonical}, delta_erase
+)
 DELTA_NET = Rule("delta", ("q", "k", "v", "beta"), {"delta_rule_recurrence": canonical}, delta_erase)
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), {"gla_recurrence": canonical}, decay_per_key=True)
 RWKV7 = Rule(
