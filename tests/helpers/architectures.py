@@ -109,6 +109,8 @@ class Architecture:
     def slot(self, cache: Any, layer: int) -> Tensor:
         """The cached state of a layer, a view ``[batch, head, d_key, d_value]``."""
         state = cache.layers[layer].recurrent_states[0]
+        if self.rule.columns:
+            return state.view(state.shape[0], self.n_heads, -1, 1)
         return state.mT if self.rule.transposed else state
 
     def __str__(self) -> str:
@@ -163,6 +165,20 @@ _KDA = _TEXT | dict(
 
 # The same heads under other names; four heads share two groups of B and C.
 _MAMBA2 = dict(vocab_size=N_VOCAB, hidden_size=N_HEADS * D_VALUE, **_NO_SPECIAL_TOKENS)
+
+
+class _Share(int):
+    """How many channels there are for each number of the residual stream, where transformers takes whole numbers only
+    and our four heads are four channels: 1/16."""
+
+    def __mul__(self, hidden_size: int) -> int:
+        return hidden_size // 16
+
+
+_MAMBA1 = dict(vocab_size=N_VOCAB, hidden_size=16 * N_HEADS, num_hidden_layers=4, **_NO_SPECIAL_TOKENS)
+_IN_MAMBA1 = dict(
+    intermediate_size=96, num_attention_heads=2, num_key_value_heads=1, mamba_d_state=D_KEY, mamba_expand=_Share(1)
+)
 _BAMBA = _MAMBA2 | dict(
     intermediate_size=96,
     num_hidden_layers=len(LAYERS),
@@ -198,6 +214,13 @@ def _mamba2(file: str, classes: str, mixer: str, values: dict[str, Any], **more:
     return Architecture(
         more.pop("variant", file), bf.MAMBA2, _transformers(file), f"{classes}ForCausalLM", f"{classes}Config",
         classes + mixer, values, **more,
+    )  # fmt: skip
+
+
+def _mamba1(file: str, classes: str, mixer: str, values: dict[str, Any], **more: Any) -> Architecture:
+    return Architecture(
+        more.pop("variant", file), bf.MAMBA1, _transformers(file), f"{classes}ForCausalLM", f"{classes}Config",
+        classes + mixer, _MAMBA1 | values, gate=None, d_value=1, **more,
     )  # fmt: skip
 
 
@@ -272,6 +295,17 @@ ARCHITECTURES = [
             _BAMBA | dict(layer_types=LAYERS, num_local_experts=4, num_experts_per_tok=4, shared_intermediate_size=32,
                           attention_multiplier=0.2),
             mlp=False),
+    _mamba1("mamba", "Mamba", "Mixer", dict(state_size=D_KEY, expand=_Share(1), tie_word_embeddings=False),
+            layers=PURE, cache_argument="cache_params", mlp=False),
+    _mamba1("falcon_mamba", "FalconMamba", "Mixer", dict(state_size=D_KEY, expand=_Share(1), tie_word_embeddings=False),
+            layers=PURE, cache_argument="cache_params", mlp=False),
+    _mamba1("jamba", "Jamba", "MambaMixer",
+            _IN_MAMBA1 | dict(num_experts=1, num_experts_per_tok=1, attn_layer_period=4, attn_layer_offset=2)),
+    # Two groups of channels, each with reads and keys of its own and a call of its own.
+    _mamba1("zamba", "Zamba", "MambaMixer",
+            _IN_MAMBA1 | dict(n_mamba_heads=2, tie_word_embeddings=False,
+                              layers_block_type=["linear_attention", "linear_attention", "hybrid", "hybrid"]),
+            layers=PURE, mlp=False),
     _ours("rwkv7", bf.RWKV7, "RWKV7", "RWKV7Attention",
           dict(head_dim=D_KEY, value_dim=N_HEADS * D_VALUE, decay_low_rank_dim=16, gate_low_rank_dim=16,
                a_low_rank_dim=16, v_low_rank_dim=8, intermediate_size=96),
@@ -280,7 +314,14 @@ ARCHITECTURES = [
     _ours("delta_net", bf.DELTA_NET, "DeltaNet", "DeltaNet",
           _MIXER | dict(qk_activation="relu", qk_norm="sum", allow_neg_eigval=True), gate=None,
           variant="delta_net_no_gate"),
+    # Two heads of values share queries and keys.
+    _ours("gated_delta_net", bf.FLA_GATED_DELTA, "GatedDeltaNet", "GatedDeltaNet",
+          dict(num_heads=N_KEY_HEADS, num_v_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY,
+               intermediate_size=96, allow_neg_eigval=True),
+          gate="o_norm"),
     _ours("gla", bf.GLA, "GLA", "GatedLinearAttention", _MIXER, gate="g_norm_swish_gate"),
+    _ours("hgrn2", bf.GLA, "HGRN2", "HGRN2Attention",
+          dict(hidden_size=N_HEADS * D_KEY, expand_ratio=D_KEY, intermediate_size=96), gate=None, d_value=D_KEY),
     # Two heads share keys, values and decays.
     _ours("gla", bf.GLA, "GLA", "GatedLinearAttention",
           _MIXER | dict(num_kv_heads=N_KEY_HEADS, use_short_conv=True, fuse_norm=False), gate="g_norm",
@@ -332,6 +373,19 @@ def _build(a: Architecture) -> PreTrainedModel:
 
 def set_gates(module: Any) -> None:
     """So that the heads forget at the paces of `DECAYS`, and each channel of a head somewhat faster or slower."""
+    if not hasattr(module, "dt_bias"):  # Mamba-1: likewise, and one number for each head
+        apart = hasattr(module, "dt_proj")
+        bias = module.dt_proj.bias if apart else module.dt_proj_bias
+        # Reads are of third order in what comes of the convolution: so that they have no heavy tails.
+        module.conv1d.weight.mul_(0.5)
+        (module.x_proj.weight if apart else module.x_proj_weight).mul_(2)
+        (module.dt_proj.weight if apart else module.dt_proj_weight).mul_(0.3)
+        dt = torch.tensor([1.0, 0.3, 0.15, 0.1])  # what forgets slowly writes little, so that all read about as much
+        bias.copy_(dt.expm1().log().reshape(bias.shape))
+        a_log = (-DECAYS.log() / dt).log()[:, None] + torch.linspace(-1.5, 1.5, D_KEY)
+        module.A_log.copy_(a_log.reshape(module.A_log.shape))
+        module.D.copy_(torch.tensor([0.7, -0.4, 1.5, 1.0]).reshape(module.D.shape))
+        return
     n_channels = module.dt_bias.numel() // N_HEADS
     spread = torch.linspace(-1.5, 1.5, n_channels) if n_channels > 1 else torch.zeros(1)
     rate = -DECAYS.log()

@@ -15,6 +15,7 @@ Each sequence of a batch has its own edits, so that one run serves many experime
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -202,6 +203,8 @@ class Rule:
             the write; None if nothing is.
         decay_per_key: the decay is one number per row of the state, not one per head.
         transposed: the model keeps ``[head, d_value, d_key]``.
+        columns: it keeps ``[head, d_key]``, or the heads of each call of a kernel apart.
+        forgets: its kernel for many tokens begins at zero, whatever is in the cache.
     """
 
     name: str
@@ -210,6 +213,8 @@ class Rule:
     erase: Callable[[At, Tensor, Tensor], Tensor] | None = None
     decay_per_key: bool = False
     transposed: bool = False
+    columns: bool = False
+    forgets: bool = False
     raw: tuple[str, ...] = ()
 
     def step(self, x: At, S: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -342,6 +347,60 @@ def mamba2_selective_state_update(
     return Call(call.x, call.S, answer)
 
 
+def mamba_selective_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **_: Any,
+) -> Call:
+    """``h_cn = exp(dt_c A_cn) h_cn + dt_c B_n x_c``, and beside the memory ``D x`` and a gate (Mamba, arXiv
+    2312.00752): each channel is a head, with one column."""
+    x, dt = hidden_states.double().mT, dt.double().mT
+    dt = dt + (0 if delta_bias is None else delta_bias.double())
+    dt = softplus(dt) if delta_softplus else dt
+    of_all = lambda y: y.double().mT[:, :, None].repeat(1, 1, x.shape[2], 1)  # noqa: E731
+    skip = 0 if D is None else D.double() * x
+
+    def answer(o: Tensor, S: Tensor) -> Any:
+        y = (o[..., 0] + skip).mT
+        y = (y if z is None else y * silu(z.double())).float()
+        return (y, S[..., 0].float()) if return_last_state else y
+
+    x_, quantities = x.clone()[..., None], dict(q=of_all(C), k=of_all(B))
+    return Call(quantities | dict(v=x_, beta=dt, log_decay=dt[..., None] * A.double()), None, answer)
+
+
+def mamba_selective_state_update(
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    **_: Any,
+) -> Call:
+    """One token, with the state updated in place."""
+    last = lambda x: None if x is None else x[..., None]  # noqa: E731
+    call = mamba_selective_scan(*map(last, (hidden_states, dt)), A, last(B), last(C), D, last(z), dt_bias, dt_softplus)
+
+    def answer(o: Tensor, S: Tensor) -> Tensor:
+        state.copy_(S[..., 0])
+        return call.answer(o, S)[..., 0].to(hidden_states.dtype)
+
+    return Call(call.x, state.double()[..., None], answer)
+
+
 def canonical(initial_state: Tensor | None = None, output_final_state: bool = False, **x: Tensor) -> Call:
     """The functions of our own models, whose arguments are the quantities themselves."""
     return Call(
@@ -371,6 +430,17 @@ MAMBA2 = Rule(
     ("q", "k", "v", "beta", "log_decay"),
     {f.__name__: f for f in (mamba2_chunk_scan, mamba2_selective_state_update)},
     transposed=True,
+)
+MAMBA1 = Rule(
+    "mamba1",
+    ("q", "k", "v", "beta", "log_decay"),
+    {f.__name__: f for f in (mamba_selective_scan, mamba_selective_state_update)},
+    decay_per_key=True,
+    columns=True,
+    forgets=True,
+)
+FLA_GATED_DELTA = Rule(
+    "gated_delta", ("q", "k", "v", "beta", "log_decay"), {"gated_delta_rule_recurrence": canonical}, delta_erase
 )
 DELTA_NET = Rule("delta", ("q", "k", "v", "beta"), {"delta_rule_recurrence": canonical}, delta_erase)
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), {"gla_recurrence": canonical}, decay_per_key=True)
@@ -447,10 +517,12 @@ class BruteForce:
         self.seen = dict.fromkeys(self.by_layer, 0)  # tokens that each layer has had
         self.n_rows = len(edits)
         self.layer = self.first = -1  # the running layer, and the position of its call's first token
+        self.head = 0  # the first of the call's heads
+        self.kept: dict[tuple[int, int], Tensor] = {}  # states after the last call, for kernels that forget them
 
     def __enter__(self) -> BruteForce:
         def tell(layer: int) -> None:
-            self.layer, self.first = layer, self.seen[layer]
+            self.layer, self.first, self.head = layer, self.seen[layer], 0
 
         def kernel(read: Callable[..., Call]) -> Callable[..., Any]:
             return lambda *args, **kwargs: self.run(read(*args, **kwargs))
@@ -481,16 +553,24 @@ class BruteForce:
         found = [(row, edit, edit.index(self.first + t)) for row, edit in self.by_layer[self.layer]]
         return [(row, edit, i) for row, edit, i in found if i is not None]
 
+    def of_call(self, t: int, n_heads: int) -> list[tuple[int, DenseEdit, int]]:
+        """The same, of the call's heads, which count from its first."""
+        found = [(row, _shifted(edit, self.head), i) for row, edit, i in self.here(t)]
+        return [(row, edit, i) for row, edit, i in found if 0 <= edit.head < n_heads]
+
     def run(self, call: Call) -> Any:
+        n_heads, place = call.x["v"].shape[2], (self.layer, self.head)
+        if self.a.rule.forgets and self.first and call.S is None:
+            call.S = self.kept[place]
         S, x, outputs = call.state(), {name: value.clone() for name, value in call.x.items()}, []
         n_pos, raw = x["q"].shape[1], {name: value.clone() for name, value in call.raw.items()}
         for t in range(n_pos):
-            for row, edit, _i in self.here(t):
+            for row, edit, _i in self.of_call(t, n_heads):
                 if edit.stage in raw:
                     raw[edit.stage][row, t, edit.head] = edit.fn(raw[edit.stage][row, t, edit.head])
         x |= call.normalised(**raw)
         for t in range(n_pos):
-            here = self.here(t)
+            here = self.of_call(t, n_heads)
             for row, edit, _i in here:
                 if edit.stage in x:
                     value = x[edit.stage]
@@ -518,17 +598,23 @@ class BruteForce:
             for row, h, E in after_the_read:
                 S[row, h] += E
             outputs.append(o)
-        self.seen[self.layer] += n_pos
+        self.kept[place] = S
+        self.head += n_heads
+        if self.head == self.a.n_heads:
+            self.seen[self.layer] += n_pos
         return call.answer(torch.stack(outputs, 1), S)
 
     def knock_out(self, at: At, written: Tensor, o: Tensor, position: int) -> None:
         """Take what the sources of knockouts wrote out of the reads of their targets, and keep it for later ones."""
-        for row, edit in self.knockouts[self.layer]:
-            left = self.left.get((row, edit), torch.zeros_like(written))
+        for row, whole in self.knockouts[self.layer]:
+            edit = _shifted(whole, self.head)
+            if not 0 <= edit.head < written.shape[1]:
+                continue
+            left = self.left.get((row, whole), torch.zeros_like(written))
             *_, left = self.a.rule.step(at, left)
             if edit.targets is None or position in edit.targets:
                 o[row, edit.head] -= read_along(at["q"], left)[row, edit.head]
-            self.left[row, edit] = left + written if position in edit.sources else left
+            self.left[row, whole] = left + written if position in edit.sources else left
 
     def changed(self, stage: str, value: Tensor) -> Tensor:
         """A quantity outside of the recurrence; tokens, heads and channels may be flattened together."""
@@ -538,6 +624,11 @@ class BruteForce:
                 if edit.stage == stage:
                     changed[row, t, edit.head] = edit.fn(changed[row, t, edit.head])
         return changed.reshape(value.shape)
+
+
+def _shifted(edit: Any, first: int) -> Any:
+    """The same edit in a call whose heads begin at ``first``."""
+    return dataclasses.replace(edit, head=edit.head - first) if first else edit
 
 
 @torch.no_grad()
@@ -562,7 +653,10 @@ def cache_protocol(a: Architecture, model: Any, ids: Tensor, edits: Sequence[Seq
     def watched(read: Callable[..., Call], function: Callable[..., Any]) -> Callable[..., Any]:
         def kernel(*args: Any, **kwargs: Any) -> Any:
             call = read(*args, **kwargs)
-            seen[layer] = a.rule.step({name: value[:, 0] for name, value in call.x.items()}, call.state())
+            now = a.rule.step({name: value[:, 0] for name, value in call.x.items()}, call.state())
+            before = seen.get(layer)  # of the other heads, if each call is of some
+            whole = before is None or before[0].shape[1] == a.n_heads
+            seen[layer] = now if whole else tuple(torch.cat(pair, 1) for pair in zip(before, now, strict=True))
             return function(*args, **kwargs)
 
         return kernel

@@ -31,6 +31,7 @@ from writesae import (
 )
 
 CHANGES: dict[str, Any] = {"ablate": [2, 7], "scale": {5: -1.5}, "clamp": {0: 0.3, 11: 0.2}}
+LOUDER = dict.fromkeys(range(0, 24, 2), 2.5)  # every other atom, so that some are active in every model
 TOLERANCE = 1e-4  # max |Δlogit|; logits have a standard deviation of about 1
 
 
@@ -190,6 +191,7 @@ def interventions(a: Architecture, read: str) -> list[Case]:
     """One of each. In the cache protocol's reach (`N_NEXT`), and across a border of chunks."""
     one, three, rank2 = random_write(a, 1), random_write(a, 2, 3), random_write(a, 3, rank=2)
     for_two = torch.tensor([[4, 65]])
+    top_atom = TOP_ATOM if a.d_value > 1 else TOP_ATOM_OF_ONE_COLUMN
     write_sae, delta_sae = random_sae(a, 1, 0, "write"), random_sae(a, 0, 3, "delta", encoder="bilinear")
     state_sae = random_sae(a, 3, 2, "state")
     at_three = [2, 40, 66]
@@ -212,7 +214,7 @@ def interventions(a: Architecture, read: str) -> list[Case]:
         edit("substitute writes", Substitute(write_sae), bf.substitute(write_sae), [0], slice(0, None, 5), read),
         edit("substitute at the native norm", Substitute(write_sae, norm="native"),
              bf.substitute(write_sae, norm="native"), [0], [8, 9, 64], read),
-        edit("substitute one atom", Substitute(write_sae, atom=TOP_ATOM), bf.substitute(write_sae, atom=TOP_ATOM),
+        edit("substitute one atom", Substitute(write_sae, atom=top_atom), bf.substitute(write_sae, atom=top_atom),
              [0], None, read),
         edit("substitute deltas", Substitute(delta_sae), bf.substitute(delta_sae), [3], slice(1, None, 6), read),
         edit("substitute states", Substitute(state_sae), bf.substitute(state_sae), [2], [7, 8, 63, 64], read),
@@ -222,8 +224,8 @@ def interventions(a: Architecture, read: str) -> list[Case]:
              bf.recode(write_sae, **CHANGES, error_term=True), [0], None, read),
         edit("recode deltas", Recode(delta_sae, ablate=[3]), bf.recode(delta_sae, ablate=[3]), [3],
              slice(1, None, 6), read),
-        edit("recode deltas, the rest stays", Recode(delta_sae, scale={3: 2.5}, error_term=True),
-             bf.recode(delta_sae, scale={3: 2.5}, error_term=True), [3], slice(1, None, 6), read),
+        edit("recode deltas, the rest stays", Recode(delta_sae, scale=LOUDER, error_term=True),
+             bf.recode(delta_sae, scale=LOUDER, error_term=True), [3], slice(1, None, 6), read),
         edit("recode states", Recode(state_sae), bf.recode(state_sae), [2], [7, 8, 63, 64], read),
         Case(
             f"several in a list, {read}",
@@ -238,7 +240,8 @@ def interventions(a: Architecture, read: str) -> list[Case]:
     ]  # fmt: skip
 
 
-TOP_ATOM = 17  # of the write SAE: one that is often the top one
+# Of the write SAE, one that is often the top one; with one column, few atoms ever are.
+TOP_ATOM, TOP_ATOM_OF_ONE_COLUMN = 17, 22
 
 
 def hooks(a: Architecture) -> list[Case]:
@@ -276,6 +279,7 @@ def together(name: str, cases: Iterable[Case]) -> Case:
 def combinations(a: Architecture) -> list[Case]:
     """Every kind at once, in few runs, for the modes; at the prompt, its last token, and what is generated."""
     one, three = random_write(a, 11), random_write(a, 12, 3)
+    top_atom = TOP_ATOM if a.d_value > 1 else TOP_ATOM_OF_ONE_COLUMN
     write_sae, delta_sae = random_sae(a, 0, 0, "write"), random_sae(a, 1, 3, "delta", encoder="bilinear")
     state_sae = random_sae(a, 3, 1, "state")
     return [

@@ -122,7 +122,9 @@ class Watch(bf.BruteForce):
 
     def keep(self, **values: Tensor) -> None:
         if self.layer == self.watched:
-            self.values |= values
+            for name, value in values.items():
+                before = self.values.get(name) if self.head else None  # of the heads of the calls before
+                self.values[name] = value if before is None else torch.cat([before, value], 2)
 
 
 @each_architecture
@@ -268,6 +270,8 @@ def test_states_are_those_of_the_models_own_cache(architecture: Architecture) ->
         hf_cache, start = a.new_cache(raw), 0
         for i, p in enumerate(asked):
             piece = ids[row : row + 1, start + shift : p + shift + 1]
+            if a.rule.forgets:  # in pieces of several tokens it would: the text from its beginning
+                hf_cache, piece = a.new_cache(raw), ids[row : row + 1, shift : p + shift + 1]
             raw(input_ids=piece, **hf_cache, **a.place(start, piece.shape[1]))
             start = p + 1
             for layer in a.layers:
@@ -286,7 +290,7 @@ def edits(a: Architecture = QWEN) -> list[Any]:
     sae = WriteSAE(SAEConfig(D_KEY, a.d_value, n_atoms=16, k=2, target="state", layer=1, head=2))
     return [
         Delete(1, [0, 3]),
-        Add(1, 2, write=random_write(d_value=a.d_value), relative=True),
+        Add(1, 2, write=random_write(d_value=a.d_value), relative=True, scale=3.0),
         Replace(1, 1, write=random_write(d_value=a.d_value)),
         Substitute(sae),
     ]

@@ -173,8 +173,12 @@ def in_pieces(a: Architecture, model: Any, ids: Tensor, mask: Tensor | None = No
     """The padding comes in the first piece with a token after it: transformers takes a single token for a real one."""
     cache, logits, start = a.new_cache(model), [], 0
     first = [] if mask is None else [PAD + 1]
-    for n in [*first, *PIECES, ids.shape[1] - sum(first + PIECES)]:
-        given = {} if mask is None else {"attention_mask": mask[:, : start + n]}
+    rest = ids.shape[1] - sum(first)
+    # transformers' Mamba-1 gives several tokens an empty memory, and some of it wants the mask of the piece alone.
+    pieces = [1] * rest if a.rule.forgets else [*PIECES, rest - sum(PIECES)]
+    for n in [*first, *pieces]:
+        begin = start if a.rule.forgets and a.cache_argument == "cache_params" else 0
+        given = {} if mask is None else {"attention_mask": mask[:, begin : start + n]}
         piece = ids[:, start : start + n]
         logits.append(model(input_ids=piece, use_cache=True, **cache, **given, **a.place(start, n)).logits)
         start += n

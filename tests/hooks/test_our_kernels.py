@@ -57,6 +57,7 @@ def check_modes(a: Architecture, edited: bool) -> dict[str, float]:
         else:
             found.append(in_every_mode(model, a))
     native, ours = found
+    assert_close(ours["pieces"], ours["prefill"])  # the native ones may go on from a memory on our kernels, too
     return {name: assert_close(ours[name], native[name]) for name in native}
 
 
@@ -94,7 +95,7 @@ def initial_state_dropped(call: KernelCall) -> tuple[Tensor, Tensor]:
 
 def state_transposed(call: KernelCall) -> tuple[Tensor, Tensor]:
     o, state = compute(call)
-    return o, state.mT.reshape(state.shape)
+    return o, state.mT.reshape(state.shape) if state.shape[-1] > 1 else state.flip(-2)
 
 
 def state_not_returned(call: KernelCall) -> tuple[Tensor, Tensor | None]:

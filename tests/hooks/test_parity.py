@@ -12,6 +12,7 @@ Every comparison goes through `assert_close`, and each twin at the end breaks on
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -46,7 +47,7 @@ from edit_cases import (
 from writesae import Add, Delete, HookedRecurrentModel, Substitute, Write
 from writesae.hooks import response, tap
 from writesae.hooks.clock import Pass
-from writesae.hooks.families import gdn, mamba2
+from writesae.hooks.families import gdn, mamba1, mamba2
 from writesae.hooks.families.base import of_heads
 from writesae.hooks.families.mamba2 import ChunkScan, StepUpdate
 from writesae.hooks.positions import PAD
@@ -231,9 +232,11 @@ def run_in_every_way(a: Architecture, model: Any, ids: Tensor) -> list[Tensor]:
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     cache = a.new_cache(model)
+    # Where several tokens would be given an empty memory (see test_pieces_go_on), the last ones come one by one.
+    ends = list(range(67, 76)) if a.rule.forgets else [67, 75]
     steps = [
         model(input_ids=ids[:, start:end], **cache, **a.place(start, end - start)).logits
-        for start, end in [(0, 66), (66, 67), (67, 75)]
+        for start, end in [(0, 66), *itertools.pairwise([66, *ends])]
     ]
     made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
     return [
@@ -274,6 +277,26 @@ def test_nothing_attached_nothing_changed(architecture: Architecture) -> None:
         model(ids)
     check("after an exception in a block")
     assert not model.busy
+
+
+@pytest.mark.parametrize("a", [a for a in ARCHITECTURES if a.rule.forgets], ids=str)
+@torch.no_grad()
+def test_pieces_go_on(a: Architecture) -> None:
+    """transformers' Mamba-1 gives every piece of several tokens an empty memory; a wrapped one goes on."""
+    ids, hf_model = random_ids(2, 2, 75), a.build()
+    with bf.untouched(a):
+        expected = hf_model(input_ids=ids, use_cache=False).logits
+
+    def in_pieces(ends: Sequence[int]) -> Tensor:
+        cache = a.new_cache(hf_model)
+        pieces = itertools.pairwise([0, *ends])
+        return torch.cat([hf_model(input_ids=ids[:, i:j], use_cache=True, **cache).logits for i, j in pieces], 1)
+
+    with bf.untouched(a):
+        assert (in_pieces([66, 67, 75]) - expected).abs()[:, 67:].max() > 1e-2, "it remembers: `forgets` can go"
+    HookedRecurrentModel(hf_model)
+    for ends in ([66, 67, 75], [1, 3, 64, 75], [74, 75]):
+        assert_close(in_pieces(ends), expected)
 
 
 # Every edit, in every mode -------------------------------------------------------------------------------------------
@@ -435,7 +458,7 @@ def measure(architecture: Architecture) -> dict[str, float]:
 # Broken twins --------------------------------------------------------------------------------------------------------
 
 chunked, respond = response.chunked, response.respond
-scan_result, step_result = ChunkScan.result, StepUpdate.result
+scan_result, step_result, scan1_result = ChunkScan.result, StepUpdate.result, mamba1.SelectiveScan.result
 
 
 def without_erase(rec: Recurrence) -> Recurrence:
@@ -513,6 +536,22 @@ def state_not_in_place(call: StepUpdate, o: Tensor, state: Tensor | None) -> Any
     return result
 
 
+def skip1_of_the_edited(call: mamba1.SelectiveScan, o: Tensor, state: Tensor | None) -> Any:
+    """``D`` times what hooks or edits made of x."""
+    if "v" in call.changed:
+        x = [call.to_native(piece) for piece in call._apart(call.changed["v"][..., 0], 2)]
+        call.skips = [y * call.per_token(part["D"]) for y, part in zip(x, call.parts, strict=True)]
+    return scan1_result(call, o, state)
+
+
+def state1_not_in_place(call: mamba1.StateUpdate, outputs: list[Tensor], states: list[Tensor] | None) -> Any:
+    return outputs
+
+
+def forgotten(_here: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Twin:
     """Something broken, in the place of ``owner.name``, and a case in a mode that must notice."""
@@ -545,14 +584,14 @@ TWINS = [
     *(Twin(rule, Rule, "recurrence", erase_undecayed, prefill, "interventions") for rule in (bf.GATED_DELTA, bf.KDA)),
     *(
         Twin(rule, Rule, "recurrence", decay_of_the_first_channel, prefill, "interventions")
-        for rule in (bf.KDA, bf.GLA, bf.RWKV7)
+        for rule in (bf.KDA, bf.MAMBA1, bf.GLA, bf.RWKV7)
     ),
     Twin(bf.GATED_DELTA, response, "chunked", written_along_the_erase_key, prefill, "interventions"),
     Twin(bf.GATED_DELTA, response, "chunked", read_ignored, prefill, "read next"),
     Twin(bf.GATED_DELTA, response, "chunked", read_ignored, decode, "read next"),
     *(
         Twin(rule, tap, "respond", state_not_carried, *how)
-        for rule in (bf.GATED_DELTA, bf.MAMBA2)
+        for rule in (bf.GATED_DELTA, bf.MAMBA1, bf.MAMBA2)
         for how in ((pieces, "interventions"), (decode, "read next"))
     ),
     *(
@@ -560,8 +599,15 @@ TWINS = [
         for rule, adapter in ((bf.GATED_DELTA, gdn), (bf.MAMBA2, mamba2))
         for how in ((prefill, "interventions"), (decode, "substitutes"), (prefill, "hook_k"))
     ),
-    Twin(bf.MAMBA2, Rule, "write", write_without_strength, prefill, "interventions"),
-    Twin(bf.MAMBA2, Rule, "write", write_without_strength, decode, "hooks"),
+    *(
+        Twin(rule, Rule, "write", write_without_strength, *how)
+        for rule in (bf.MAMBA1, bf.MAMBA2)
+        for how in ((prefill, "interventions"), (decode, "hooks"))
+    ),
+    Twin(bf.MAMBA1, mamba1.SelectiveScan, "result", skip1_of_the_edited, prefill, "hook_v"),
+    Twin(bf.MAMBA1, mamba1.SelectiveScan, "result", skip1_of_the_edited, prefill, "interventions"),
+    Twin(bf.MAMBA1, mamba1.StateUpdate, "with_states", state1_not_in_place, decode, "interventions"),
+    Twin(bf.MAMBA1, tap.Running, "remembered", forgotten, pieces, "interventions"),
     Twin(bf.MAMBA2, ChunkScan, "result", skip_of_the_edited, prefill, "hook_v"),
     Twin(bf.MAMBA2, ChunkScan, "result", skip_of_the_edited, prefill, "interventions"),
     Twin(bf.MAMBA2, StepUpdate, "result", state_not_in_place, decode, "interventions"),

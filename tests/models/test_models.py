@@ -605,7 +605,10 @@ def test_where_nothing_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", sorted(FLA_KINDS))
 def test_a_kind_of_fla_that_is_not_ours(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"is a '{kind}' of flash-linear-attention.*delta_net, gla, rwkv7 are supp"):
+    with pytest.raises(
+        ValueError,
+        match=rf"is a '{kind}' of flash-linear-attention.*delta_net, gated_deltanet, gla, hgrn2, rwkv7 are supp",
+    ):
         load_model(folder(tmp_path, {"model_type": kind}))
 
 

@@ -102,8 +102,14 @@ class Subject:
             yield self.ids[:, here], {**cache, **more}
             start += n
 
+    def forgets(self, mode: str) -> bool:
+        """The model that nobody wrapped would begin each piece with an empty memory (`Family.forgets`)."""
+        return mode == PIECES and any(tap.family.forgets for tap in self.model.taps)
+
     def unwrapped(self, mode: str = PREFILL) -> Float[Tensor, "keep vocab"]:
-        """What the model says that nobody wrapped, kept from the first time on."""
+        """What the model says that nobody wrapped, kept from the first time on; its prefill where it `forgets`."""
+        if self.forgets(mode):
+            return self.unwrapped()
         if mode not in self._unwrapped:
             with detached(self.model.hf_model):
                 self._unwrapped[mode] = self.run(mode)

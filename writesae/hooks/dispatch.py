@@ -76,11 +76,12 @@ def intercept(module_name: str, family: Family) -> None:
                 else f"{module_name} has no function {name}, which {family.name} names in kernels"
             )
         if attached_to(function, Native) is None:
-            setattr(module, name, _stand_in(function, name in family.kernels, name in family.fused))
+            tapped, fused, forgets = (name in names for names in (family.kernels, family.fused, family.forgets))
+            setattr(module, name, _stand_in(function, tapped, fused, forgets))
 
 
-def _stand_in(function: Callable[..., Any], tapped: bool, fused: bool) -> Callable[..., Any]:
-    """What is called in the place of a function of a modeling file.
+def _stand_in(function: Callable[..., Any], tapped: bool, fused: bool, forgets: bool) -> Callable[..., Any]:
+    """What is called in the place of a function of a modeling file. See `Family` for what these are.
 
     transformers binds these at import to whatever GPU package is installed, also for models on a CPU, where such
     kernels crash. Here the tensors' device decides: on a CPU the torch function runs.
@@ -114,7 +115,8 @@ def _stand_in(function: Callable[..., Any], tapped: bool, fused: bool) -> Callab
     def dispatch(*args: Any, **kwargs: Any) -> Any:
         own = by_device(*args, **kwargs)
         here = running.get()
-        if here is None or not here.tap.takes_calls:
+        begin = here.remembered() if forgets and here is not None else None
+        if here is None or (begin is None and not here.tap.takes_calls):
             return own(*args, **kwargs)
         if fused:
             return None
@@ -125,7 +127,7 @@ def _stand_in(function: Callable[..., Any], tapped: bool, fused: bool) -> Callab
             return own(*first, **arguments)
 
         running.set(None)  # a hook may run functions of another model, which are not this mixer's
-        result = here.tap.run(by_place, {**given, **kwargs}, here)
+        result = here.run(by_place, {**given, **kwargs}, begin)
         running.set(here)
         return result
 

@@ -180,7 +180,7 @@ def _attach(text_model: Any, layers: Sequence[nn.Module], mixers: Sequence[tuple
         tap = _tap(mixer, family, ours.clock)
         # The layer, too: TransformerLens' bridge calls the parts of a mixer, and not the mixer. It may come later.
         for module in (layers[index], mixer):
-            module.register_forward_pre_hook(tap.enter)
+            module.register_forward_pre_hook(tap.enter, with_kwargs=True)
             module.register_forward_hook(tap.leave, always_call=True)
         ours.taps.append(tap)
         before, *after = ours.points[index].items()
@@ -194,7 +194,7 @@ def _tap(mixer: nn.Module, family: Family, clock: Clock) -> Tap:
     points = {quantity: HookPoint(site.layer, quantity) for quantity in family.quantities(mixer)}
     for quantity, point in points.items():
         mixer.add_module(f"hook_{quantity}", point)
-    tap = Tap(site, family, points, clock)
+    tap = Tap(site, family, points, clock, n_calls=family.n_calls(mixer))
     norm = family.gate_norm(mixer)
     if norm is not None:
         norm.register_forward_pre_hook(tap.gate)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from writesae.hooks.clock import Clock
+from writesae.hooks.clock import Clock, cache_in
 from writesae.hooks.families.base import Family, KernelCall
 from writesae.hooks.graphs import outside_graphs
 from writesae.hooks.interventions import Attached, Moment, some_of
@@ -37,12 +37,45 @@ class Running:
     Attributes:
         tap: of the mixer: the next call of a recurrence is its.
         outer: what ran when it began, if it runs in a hook of that.
+        cache: of the model, if it is given one.
         shape: of the output of its recurrence ``[batch, pos, head, d_value]``, once that has run.
+        waiting: calls that wait for others of the same recurrence: their arguments, and what they have returned.
     """
 
     tap: Tap
     outer: Running | None
+    cache: Any = None
     shape: tuple[int, ...] = ()
+    waiting: list[tuple[dict[str, Any], Any]] = field(default_factory=list)
+
+    def remembered(self) -> Float[Tensor, "batch head d_key d_value"] | None:
+        """The state that the cache holds for this mixer, None if it holds none."""
+        layer = None if self.cache is None else self.cache.layers[self.tap.site.layer]
+        if layer is None or not layer.is_recurrent_states_initialized[0]:
+            return None
+        return self.tap.family.from_model(layer.recurrent_states[0], self.tap.n_calls)
+
+    def run(self, native: Callable[..., Any], arguments: dict[str, Any], begin: Tensor | None) -> Any:
+        """A call of its recurrence. Where that comes in several, the last runs them all as one."""
+        n_calls = self.tap.n_calls
+        if n_calls is None:
+            return self.tap.run(native, arguments, self, begin)
+        last = len(self.waiting) + 1 == n_calls
+        call = self.tap.family.call(self.tap.family, dict(arguments))
+        self.waiting.append((arguments, None if last else call.blank(arguments)))
+        if not last:
+            return self.waiting[-1][1]
+        waiting, self.waiting = self.waiting, []
+        results = self.tap.run(native, {"parts": [part for part, _ in waiting]}, self, begin)
+        results = results if n_calls > 1 else [results]
+        for (_, blank), result in zip(waiting[:-1], results[:-1], strict=True):
+            for empty, filled in zip(_each(blank), _each(result), strict=True):
+                empty.copy_(filled)
+        return results[-1]
+
+
+def _each(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
 
 
 KERNELS = ("native", "writesae")
@@ -74,6 +107,7 @@ class Tap:
         recorders: called with the `Record` of every call.
         initial: states to begin each call at, in the place of the model's own.
         kernels: what computes the recurrence, one of `KERNELS`.
+        n_calls: in how many calls the recurrence comes, see `Family.calls`.
     """
 
     site: Site
@@ -85,6 +119,7 @@ class Tap:
     recorders: Owned[Callable[[Record], None]] = field(default_factory=Owned)
     initial: Owned[Float[Tensor, "batch head d_key d_value"]] = field(default_factory=Owned)
     kernels: str = "native"
+    n_calls: int | None = None
 
     @property
     def busy(self) -> bool:
@@ -97,9 +132,13 @@ class Tap:
         """Whether a call of the recurrence is the tap's, and not the native function's alone."""
         return self.kernels != "native" or self.busy
 
-    def run(self, native: Callable[..., Any], arguments: dict[str, Any], here: Running) -> Any:
-        """The native call, with hooks and edits."""
+    def run(
+        self, native: Callable[..., Any], arguments: dict[str, Any], here: Running, begin: Tensor | None = None
+    ) -> Any:
+        """The native call, with hooks and edits; from the state ``begin``, where the native one would forget it."""
         call = self.family.call(self.family, arguments)
+        if begin is not None:
+            call.start_from(begin)
         for state in self.initial.here():
             call.start_from(state)
         attached, requests, recorders = self.attached.here(), self.state_requests.here(), self.recorders.here()
@@ -116,7 +155,7 @@ class Tap:
         hooked = self._write_hook(call)
         record = Record(initial, hooked, {}, hooked[0].write if hooked else None)
         # Layers may lie on several devices, and the model's inputs on another.
-        device = device_of_call(arguments.values())
+        device = device_of_call(call.arguments.values())
         if attached or requests:
             positions = self.clock.now.positions_on_cpu()
             at_once = (self._edit(a, call, positions, device) for a in attached if not a.what.needs_state)
@@ -291,11 +330,18 @@ class Tap:
     # Hooks of torch on the modules where all this happens. They are methods, so a deepcopy of a model has its own.
 
     @outside_graphs
-    def enter(self, _module: nn.Module, _args: Any) -> None:
+    def enter(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Before the mixer, or the layer it is in: calls of the recurrence from here on are this mixer's."""
         if private():
             self.clock.check_thread()
-        running.set(Running(self, running.get()))
+        running.set(Running(self, running.get(), cache_in(kwargs)))
+        if not self.family.forgets:
+            return None
+        mask, x = kwargs.get("attention_mask"), args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or x is None or mask.shape[1] <= x.shape[1]:
+            return None
+        of_piece = mask[:, -x.shape[1] :]  # of what was a mask of all tokens so far
+        return args, {**kwargs, "attention_mask": of_piece}
 
     @outside_graphs
     def leave(self, _module: nn.Module, _args: Any, _output: Any) -> None:

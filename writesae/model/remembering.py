@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
-from writesae.hooks import Family
 from writesae.hooks.attachment import attach
 from writesae.hooks.clock import CACHES, Fed, cache_in
 from writesae.hooks.scope import owning
@@ -157,7 +156,7 @@ class RememberingModel(HookedModel):
                     f"{type(bare(self.hf_model)).__name__} leaves no state of layer {tap.site.layer} in its cache, so "
                     f"there is no memory to take from it"
                 )
-            states[tap.site.layer] = _native(state, tap.family)
+            states[tap.site.layer] = tap.family.from_model(state, tap.n_calls).contiguous()
         return Memory(Origin.of(self), states, tensors, settings, ids, mask, bare(self.hf_model).dtype)
 
     def _cache_of(self, memory: Memory, batch: int) -> DynamicCache:
@@ -171,7 +170,10 @@ class RememberingModel(HookedModel):
         here, dtype = memory[range(batch) if len(memory) == batch else [0] * batch], bare(self.hf_model).dtype
         if here.dtype != dtype:  # convolutions and attention want the model's; recurrences take any
             here = replace(here.to(dtype=dtype), states=here.states)
-        states = {STATE.format(tap.site.layer): _native(here.states[tap.site.layer], tap.family) for tap in self.taps}
+        states = {
+            STATE.format(tap.site.layer): tap.family.to_model(here.states[tap.site.layer], tap.n_calls).contiguous()
+            for tap in self.taps
+        }
         cache = DynamicCache(config=bare(self.hf_model).config)
         for name, value in {**here.settings, **here.others, **states}.items():
             index, part, *key = name.split(".")
@@ -214,11 +216,6 @@ class RememberingModel(HookedModel):
             return {"inputs_embeds": embeds.to(self.device)}, kwargs.pop("attention_mask", None)
         ids, mask = self.to_tokens(x)
         return {"input_ids": ids}, kwargs.pop("attention_mask", mask)
-
-
-def _native(state: Tensor, family: Family) -> Tensor:
-    """A state from the canonical layout to that of the model, and back."""
-    return (state.mT if family.transposed else state).contiguous()
 
 
 def _flat(prefix: str, values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

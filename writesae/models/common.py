@@ -155,6 +155,10 @@ class RecurrentModel(RecurrentPreTrainedModel):
     def make_norm(config: Any) -> nn.Module:
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
+    def before_layers(self) -> Any:
+        """What the first layer is given as ``first``."""
+        return None
+
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
 
@@ -185,7 +189,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
                 f"a recurrent model takes an attention mask [batch, pos]; got {list(attention_mask.shape)}"
             )
         mask = None if mask is None else mask[..., None].to(x.dtype)
-        seen, first = [x], None
+        seen, first = [x], self.before_layers()
         for layer in self.layers:
             x, first = layer(x, mask, past_key_values, first)
             seen.append(x)

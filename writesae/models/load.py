@@ -2,7 +2,7 @@
 
 | checkpoint | model |
 |---|---|
-| flash-linear-attention's RWKV-7, DeltaNet or GLA | ours, also where flash-linear-attention is installed |
+| flash-linear-attention's RWKV-7, DeltaNet, Gated DeltaNet, GLA or HGRN2 | ours, also where flash-linear-attention is installed |
 | RWKV-7 of its authors, one ``.pth`` file | ours |
 | Mamba-2 of its authors (``state-spaces/mamba2-370m``) | transformers' |
 | anything else | transformers', through ``AutoModelForCausalLM`` |
@@ -39,17 +39,19 @@ from writesae.jobs.disk import read_json
 from writesae.models.common import RecurrentForCausalLM
 from writesae.models.delta_net import DeltaNetForCausalLM
 from writesae.models.formats import mamba2_of_authors, mamba2_tensors_of_authors, rwkv7_of_authors, rwkv7_of_early_fla
+from writesae.models.gated_delta_net import GatedDeltaNetForCausalLM
 from writesae.models.gla import GLAForCausalLM
+from writesae.models.hgrn2 import HGRN2ForCausalLM
 from writesae.models.rwkv7 import RWKV7ForCausalLM
 
 OURS: dict[str, type[RecurrentForCausalLM]] = {
     cls.config_class.model_type: cls  # type: ignore[union-attr]
-    for cls in (RWKV7ForCausalLM, DeltaNetForCausalLM, GLAForCausalLM)
+    for cls in (RWKV7ForCausalLM, DeltaNetForCausalLM, GatedDeltaNetForCausalLM, GLAForCausalLM, HGRN2ForCausalLM)
 }
 # What else flash-linear-attention has, so that an error can say so. (Its mamba and mamba2 load as transformers'.)
 FLA_KINDS = {
-    "abc", "cat", "comba", "cyclic_flow_attention", "deltaformer", "forgetting_transformer", "gated_deltanet",
-    "gated_deltaproduct", "gsa", "hgrn", "hgrn2", "kda", "lightnet", "linear_attn", "log_linear_mamba2", "mamba3",
+    "abc", "cat", "comba", "cyclic_flow_attention", "deltaformer", "forgetting_transformer", 
+    "gated_deltaproduct", "gsa", "hgrn", "kda", "lightnet", "linear_attn", "log_linear_mamba2", "mamba3",
     "mesa_net", "mla", "moba", "mom", "nsa", "parallax", "path_attn", "precond_gated_deltanet", "precond_kda", "raven",
     "retnet", "rodimus", "rwkv6", "samba", "stickbreaking_attn", "transformer", "wall_transformer", "yoco",
 }  # fmt: skip

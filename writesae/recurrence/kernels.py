@@ -10,6 +10,9 @@ terms. Where the erase does write along the key (``a = c k``), ``v_j + c_j r_j``
 scores. All exponents are sums of log decays over a later stretch, hence ``<= 0``: nothing overflows however strong the
 decay (or, for mild decays per key channel, at most 2 MILD in size).
 
+Where the state has few columns and a decay per key channel (Mamba-1: one column per head, heads by the thousand), a
+matmul has nothing to save, and the chunks go token by token, all at once (`_scan_columns`).
+
 A CPU computes a stretch of a few chunks at a time, small enough for its cache: memory is then that of the result, and
 several times less work waits for memory. Elsewhere all chunks are one stretch; its memory per head is
 ``pos * (chunk + d_key + d_value)`` (``pos * chunk * d_key`` for strong decays per key channel, with a smaller chunk),
@@ -31,6 +34,7 @@ from writesae.recurrence.decay import CHUNK, Decay, between, chunks, cut, cut_de
 from writesae.recurrence.spec import Read, Recurrence, Write, at_least_float32, check_dense, first_state
 
 CACHED = 2**18  # numbers: what is computed at once on a CPU
+FEW = 4  # columns of a state, below which scores between tokens cost more than the states themselves
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
 
@@ -243,6 +247,8 @@ def _scan_stretch(
     rec: Recurrence, write: Write, S: Tensor, read: Read, chunk: int | None, strength: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The same for tokens computed at once, with sequences and heads as one dimension: ``[batch*head, pos, d]``."""
+    if rec.a is None and rec.log_decay.ndim == 4 and write.d_value < FEW:
+        return _scan_columns(rec, write, S, read, chunk or CHUNK)
     n_pos = rec.n_pos
     g, size, mild = cut_decay(rec.log_decay, chunk)
     decay = Decay(g, factored=mild)
@@ -286,6 +292,32 @@ def _scan_stretch(
         outputs = outputs + decay.scores(q, a, "same") @ r
         r = r.flatten(1, 2)[:, :n_pos]
     return outputs.flatten(1, 2)[:, :n_pos], r, S
+
+
+def _scan_columns(rec: Recurrence, write: Write, S: Tensor, read: Read, size: int) -> tuple[Tensor, None, Tensor]:
+    """The same where nothing is erased, for states of few columns: the recurrence as it is written, token by token
+    within chunks, all chunks at once from states of zero (one alone from ``S``); then what came before each chunk,
+    which its tokens read decayed. Exponents are sums of log decays, so nothing overflows."""
+    size = min(size, rec.n_pos)
+    (q, g), (keys, values) = (cut(x, size) for x in (rec.q, rec.log_decay)), (cut(x, size) for x in write.factors())
+    one = q.shape[1] == 1
+    local = S[:, None] if one else torch.zeros_like(S)[:, None].expand(-1, q.shape[1], -1, -1)
+    decay, reads = g.exp()[..., None], []
+    for t in range(size):
+        kept = decay[:, :, t] * local
+        key, value = keys[:, :, t], values[:, :, t]
+        written = key.mT * value if write.rank == 1 else key.mT @ value
+        local = kept + written
+        reads.append((q[:, :, t, None] @ (local if read == "same" else kept))[:, :, 0])
+    o = torch.stack(reads, 2)
+    if one:
+        return o[:, 0, : rec.n_pos], None, local[:, 0]
+    from_start, firsts = g.cumsum(2).exp(), []
+    for n in range(q.shape[1]):
+        firsts.append(S)
+        S = from_start[:, n, -1, :, None] * S + local[:, n]
+    o = o + (q * from_start) @ _stacked(firsts)
+    return o.flatten(1, 2)[:, : rec.n_pos], None, S
 
 
 def _sum(x: Tensor | None, y: Tensor) -> Tensor:

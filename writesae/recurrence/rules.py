@@ -110,11 +110,12 @@ KIMI_DELTA = Rule(
     "kimi_delta", _WITH_STRENGTH, _gated_delta, write_with_strength, decay_per_key=True, strength=_minus_beta
 )
 MAMBA2 = Rule("mamba2", _WITH_STRENGTH, nothing_erased, write_with_strength)
+MAMBA1 = Rule("mamba1", _WITH_STRENGTH, nothing_erased, write_with_strength, decay_per_key=True)
 DELTA = Rule("delta", ("q", "k", "v", "beta"), _delta, write_with_strength, strength=_minus_beta)
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), nothing_erased, plain_write, decay_per_key=True)
 RWKV7 = Rule(
     "rwkv7", ("q", "k", "v", "log_decay", "kappa", "iclr"), _rwkv7, plain_write, decay_per_key=True, delta_rank=2
 )
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (GATED_DELTA, KIMI_DELTA, MAMBA2, DELTA, GLA, RWKV7)}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (GATED_DELTA, KIMI_DELTA, MAMBA1, MAMBA2, DELTA, GLA, RWKV7)}
 """Every rule that is known, by name; `writesae.hooks.register` adds the rule of a family from elsewhere."""

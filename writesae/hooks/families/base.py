@@ -69,7 +69,7 @@ class KernelCall(ABC):
 
     def start_from(self, state: Float[Tensor, "batch head d_key d_value"]) -> None:
         """Begin at a state, in the place of the one that the model gave."""
-        self.arguments = {**self.arguments, self.state_argument: state.mT if self.family.transposed else state}
+        self.arguments = {**self.arguments, self.state_argument: self.family.to_model(state)}
 
     def recurrence(self, heads: Sequence[int] | None = None) -> Recurrence:
         """Decay, erase and reads of the given heads."""
@@ -132,6 +132,12 @@ class KernelCall(ABC):
         """What the mixer expects back, for these reads and this final state."""
         return o, state
 
+    @staticmethod
+    def blank(arguments: dict[str, Any]) -> Any:
+        """Tensors of the shapes that a call returns, which are filled in later. Only where a recurrence comes in
+        several calls (`Family.calls`): the last of them runs all, and `result` is then a list."""
+        raise TypeError("a family with calls= needs a KernelCall that has blank(arguments)")
+
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:
     return x.untyped_storage()._cdata == y.untyped_storage()._cdata
@@ -173,7 +179,7 @@ class Family:
         rule: its update rule.
         mixers: ``{modeling module: name of its mixer class}``.
         kernels: functions of the modeling module that run the recurrence; they are intercepted.
-        sizes: the mixer's attributes that hold ``n_heads, d_key, d_value``.
+        sizes: the mixer's attributes that hold ``n_heads, d_key, d_value``, or a number that is the same in all models.
         raw: what the kernel itself makes inputs of (``k_raw`` becomes ``k`` by its norm), in firing order before them.
         call: this family, arguments of an intercepted call -> `KernelCall`.
         helpers: other functions of the modeling module that an installed GPU package may have taken over; on CPU
@@ -186,6 +192,13 @@ class Family:
             runs before it, in firing order. A mixer need not have them all.
         meanings: shape and meaning of quantities that are this architecture's own, see `writesae.hooks.quantities`.
         transposed: the model keeps its states, in its cache and between calls, as ``[batch, head, d_value, d_key]``.
+        columns: it keeps them as ``[batch, head, d_key]``, the one column of each alone (``d_value`` is 1).
+        calls: the mixer's attribute that says in how many calls one after the other its recurrence comes, each of some
+            consecutive heads; its states then are ``[batch, call, head, ...]``. A mixer without it makes one call.
+            ``call`` gets the arguments of several as ``{"parts": [...]}``; see `KernelCall.blank`.
+        forgets: those of ``kernels`` that begin at a zero state whatever the model's cache holds, so that a text given
+            in pieces would lose its memory: they begin at the state in the cache, which the mixer is given. Such a
+            mixer also gets the attention mask of all tokens so far cut to those of the piece.
         letters: what canonical quantities are in the architecture's own words, where those differ.
         aliases: TransformerLens' names of quantities, less ``hook_``: what we call the same quantity.
     """
@@ -194,7 +207,7 @@ class Family:
     rule: Rule
     mixers: Mapping[str, str]
     kernels: tuple[str, ...]
-    sizes: tuple[str, str, str]
+    sizes: tuple[str | int, str | int, str | int]
     call: Callable[[Family, dict[str, Any]], KernelCall]
     raw: tuple[str, ...] = ()
     helpers: tuple[str, ...] = ()
@@ -204,6 +217,9 @@ class Family:
     seen_at: Mapping[str, str] = field(default_factory=dict)
     meanings: Mapping[str, Quantity] = field(default_factory=dict)
     transposed: bool = False
+    columns: bool = False
+    calls: str = ""
+    forgets: tuple[str, ...] = ()
     letters: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=lambda: SSM)
 
@@ -211,10 +227,32 @@ class Family:
         """The layer that a mixer is in, ``mixer.layer_idx`` as in all of transformers."""
         return int(mixer.layer_idx)
 
+    def shape(self, mixer: nn.Module) -> tuple[int, int, int]:
+        """A mixer's number of heads, ``d_key`` and ``d_value``."""
+        n_heads, d_key, d_value = (x if isinstance(x, int) else int(getattr(mixer, x)) for x in self.sizes)
+        return n_heads, d_key, d_value
+
     def site(self, mixer: nn.Module) -> Site:
         """Where a mixer's states are, and of what shape."""
-        n_heads, d_key, d_value = (int(getattr(mixer, name)) for name in self.sizes)
-        return Site(self.layer(mixer), n_heads, d_key, d_value, rule=self.rule.name)
+        return Site(self.layer(mixer), *self.shape(mixer), rule=self.rule.name)
+
+    def n_calls(self, mixer: nn.Module) -> int | None:
+        """In how many calls its recurrence comes, see `calls`; None if it is one, of all heads."""
+        return int(getattr(mixer, self.calls)) if self.calls and hasattr(mixer, self.calls) else None
+
+    def to_model(
+        self, state: Float[Tensor, "batch head d_key d_value"], n_calls: int | None = None
+    ) -> Float[Tensor, "batch ..."]:
+        """A state as the model keeps it."""
+        state = state[..., 0] if self.columns else state.mT if self.transposed else state
+        return state if n_calls is None else state.unflatten(1, (n_calls, -1))
+
+    def from_model(
+        self, state: Float[Tensor, "batch ..."], n_calls: int | None = None
+    ) -> Float[Tensor, "batch head d_key d_value"]:
+        """A state that the model keeps, in the canonical layout."""
+        state = state if n_calls is None else state.flatten(1, 2)
+        return state[..., None] if self.columns else state.mT if self.transposed else state
 
     def describe(self, quantity: str) -> Quantity:
         """Shape and meaning of a quantity, in this architecture's words."""
@@ -238,7 +276,7 @@ class Family:
 
     def projection(self, mixer: nn.Module) -> Float[Tensor, "head d_value d_model"]:
         """What the mixer's output projection makes of each head's output; norm and gate before it are left out."""
-        n_heads, _, d_value = (int(getattr(mixer, name)) for name in self.sizes)
+        n_heads, _, d_value = self.shape(mixer)
         return weight(self.out_proj(mixer)).T.unflatten(0, (n_heads, d_value))
 
     def quantities(self, mixer: nn.Module) -> tuple[str, ...]:

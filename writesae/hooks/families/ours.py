@@ -54,6 +54,17 @@ DELTANET = Family(
 )
 register(DELTANET)
 
+GATED_DELTANET = Family(
+    name="Gated DeltaNet of flash-linear-attention",
+    rule=rules.GATED_DELTA,
+    mixers={"writesae.models.gated_delta_net": "GatedDeltaNet"},
+    kernels=("gated_delta_rule_recurrence",),
+    sizes=_SIZES,
+    norms=("o_norm",),
+    call=CanonicalCall,
+)
+register(GATED_DELTANET)
+
 GLA = Family(
     name="Gated Linear Attention",
     rule=rules.GLA,
@@ -64,3 +75,15 @@ GLA = Family(
     call=CanonicalCall,
 )
 register(GLA)
+
+HGRN2 = Family(
+    name="HGRN2",
+    rule=rules.GLA,
+    mixers={"writesae.models.hgrn2": "HGRN2Attention"},
+    kernels=("gla_recurrence",),
+    sizes=_SIZES,
+    norms=("g_norm",),
+    call=CanonicalCall,
+    letters={"k": "1 - f", "v": "i, the input"},
+)
+register(HGRN2)
