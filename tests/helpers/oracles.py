@@ -139,8 +139,8 @@ def mamba1_steps(arguments: dict[str, Any]) -> Result:
 
 
 def mamba1_of_authors(arguments: dict[str, Any]) -> Result:
-    """mamba-ssm's reference, ``selective_scan_ref``, read out of a file that wants a GPU when it is imported. Its source
-    is in the folder MAMBA_SSM, see tests/kernels/get_mamba_ssm.py."""
+    """mamba-ssm's reference, ``selective_scan_ref``, read out of a file that wants a GPU when it is imported. Its
+    source is in the folder MAMBA_SSM, see tests/kernels/get_mamba_ssm.py."""
     path = Path(os.environ["MAMBA_SSM"], "mamba_ssm", "ops", "selective_scan_interface.py")
     parts = ast.parse(path.read_text("utf-8")).body
     found = [part for part in parts if isinstance(part, ast.FunctionDef) and part.name == "selective_scan_ref"]

@@ -661,7 +661,7 @@ def test_autocast_leaves_the_recurrence_in_float32() -> None:
         assert b.dtype == torch.float32 and torch.equal(a, b)
 
 
-# States of few columns, token by token ---------------------------------------------------------------------------------
+# States of few columns, token by token -------------------------------------------------------------------------------
 
 
 def few_columns(n_pos: int, rank: int = 1, d_value: int = 1) -> tuple[Recurrence, Write, Tensor]:
