@@ -2,7 +2,7 @@
 
     python benchmarks/cost.py                       # both models, 1,024 tokens; memory at 1,024 and 4,096
     python benchmarks/cost.py --model tiny-gdn --rounds 30
-    python benchmarks/cost.py --model mamba-130m --pos 512 --rounds 8 --processor-time --one-layer
+    python benchmarks/cost.py --model mamba-130m --pos 256 --rounds 5 --processor-time --one-layer
 
 Models: the shipped ones; ``wide``, four layers of eight 128 x 128 heads as in Qwen3.5, hidden size 512, random weights;
 ``mamba-130m``, 24 layers of 1,536 channels of 16, random weights, a small vocabulary.
