@@ -2,9 +2,11 @@
 
     python benchmarks/cost.py                       # both models, 1,024 tokens; memory at 1,024 and 4,096
     python benchmarks/cost.py --model tiny-gdn --rounds 30
+    python benchmarks/cost.py --model mamba-130m --pos 256 --rounds 5 --processor-time --one-layer
 
-Models: the shipped ones and ``wide``, four layers of eight 128 x 128 heads as in Qwen3.5, hidden size 512, random
-weights. TransformerLens 4 takes part if it is installed; both run without the model's cache, which its hooks need.
+Models: the shipped ones; ``wide``, four layers of eight 128 x 128 heads as in Qwen3.5, hidden size 512, random weights;
+``mamba-130m``, 24 layers of 1,536 channels of 16, random weights, a small vocabulary.
+TransformerLens 4 takes part if it is installed; both run without the model's cache, which its hooks need.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -41,6 +44,8 @@ def load(name: str) -> Any:
     if folder is not None:
         return load_model(folder, dtype=torch.float32).eval()
     torch.manual_seed(0)
+    if name == "mamba-130m":
+        return transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=1024)).eval()
     config = transformers.Qwen3_5TextConfig(
         vocab_size=1024, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=2, head_dim=64, linear_num_key_heads=8, linear_num_value_heads=8,
@@ -70,7 +75,8 @@ def native(run: Callable[[], Any]) -> Callable[[], Any]:
     return timed
 
 
-def contestants(name: str, n_pos: int) -> dict[str, Callable[[], Any]]:
+def contestants(name: str, n_pos: int, one_layer: bool = False) -> dict[str, Callable[[], Any]]:
+    """What is timed; ``one_layer``: inputs of one layer are cached, not of all."""
     hf_model = load(name)
     bare = copy.deepcopy(hf_model)
     model = ws.HookedRecurrentModel(hf_model, model_id=name)
@@ -78,7 +84,8 @@ def contestants(name: str, n_pos: int) -> dict[str, Callable[[], Any]]:
     site = model.site(LAYER)
     generator = torch.Generator().manual_seed(1)
     write = ws.Write(*(torch.randn(d, generator=generator) for d in (site.d_key, site.d_value))) * 0.01
-    inputs = [name_of(q, s.layer) for s in model.sites for q in model.family(s.layer).rule.inputs]
+    sites = [site] if one_layer else model.sites
+    inputs = [name_of(q, s.layer) for s in sites for q in model.family(s.layer).rule.inputs]
 
     def edit(head: int | None) -> Callable[[], Any]:
         def run() -> Any:
@@ -136,11 +143,11 @@ def rivals(name: str, n_pos: int) -> dict[str, Callable[[], Any]]:
 
 def child(spec: str) -> None:
     """Peak memory of one run, in this fresh process."""
-    model, n_pos, mode = json.loads(spec)
+    model, n_pos, mode, one_layer = json.loads(spec)
     torch.set_num_threads(1)
     with torch.no_grad():
-        contestants(model, 64)[mode]()  # what is allocated once, whatever the length
-        print(peak_memory(contestants(model, n_pos)[mode]))
+        contestants(model, 64, one_layer)[mode]()  # what is allocated once, whatever the length
+        print(peak_memory(contestants(model, n_pos, one_layer)[mode]))
 
 
 def main(
@@ -148,6 +155,8 @@ def main(
     pos: Annotated[int, typer.Option(help="Tokens.")] = 1024,
     rounds: Annotated[int, typer.Option(help="Rounds.")] = 20,
     memory: Annotated[bool, typer.Option(help="Also measure peak memory, at --pos and four times that.")] = True,
+    processor_time: Annotated[bool, typer.Option("--processor-time", help="For a busy machine.")] = False,
+    one_layer: Annotated[bool, typer.Option("--one-layer", help="Cache the inputs of one layer, not of all.")] = False,
     child_spec: Annotated[str | None, typer.Option("--child", hidden=True)] = None,
 ) -> None:
     """Time and memory of hooks, caches and edits."""
@@ -158,9 +167,9 @@ def main(
     console = Console()
     for name in [model] if model else MODELS:
         with torch.no_grad():
-            runs = contestants(name, pos) | rivals(name, pos)
+            runs = contestants(name, pos, one_layer) | rivals(name, pos)
             del runs["states, dense"]  # only for the memory table: it leaves the allocator in no state to race in
-            seconds = race(runs, rounds)
+            seconds = race(runs, rounds, clock=time.process_time if processor_time else time.perf_counter)
         base = seconds["unwrapped"]
         table = Table(title=f"{name}, 1 x {pos} tokens, {torch.get_num_threads()} threads, {rounds} rounds")
         for column in ("", "ms, median", "times unwrapped"):
@@ -175,7 +184,9 @@ def main(
         for column in ("", f"{pos} tokens", f"{4 * pos} tokens"):
             table.add_column(column, justify="left" if not column else "right")
         for mode in MEMORY_MODES:
-            table.add_row(mode, *(f"{in_fresh_process(__file__, name, n, mode)[0]:.0f}" for n in (pos, 4 * pos)))
+            table.add_row(
+                mode, *(f"{in_fresh_process(__file__, name, n, mode, one_layer)[0]:.0f}" for n in (pos, 4 * pos))
+            )
         console.print(table)
 
 

@@ -279,7 +279,6 @@ def together(name: str, cases: Iterable[Case]) -> Case:
 def combinations(a: Architecture) -> list[Case]:
     """Every kind at once, in few runs, for the modes; at the prompt, its last token, and what is generated."""
     one, three = random_write(a, 11), random_write(a, 12, 3)
-    top_atom = TOP_ATOM if a.d_value > 1 else TOP_ATOM_OF_ONE_COLUMN
     write_sae, delta_sae = random_sae(a, 0, 0, "write"), random_sae(a, 1, 3, "delta", encoder="bilinear")
     state_sae = random_sae(a, 3, 1, "state")
     return [

@@ -1,13 +1,16 @@
 """Reference implementations by other people, to test ours against."""
 
+import ast
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor
 
 
@@ -97,6 +100,55 @@ def rwkv7(x: Quantities, state: Tensor) -> Result:
     values = heads_first(unscaled(x), x["k"], x["v"], -x["kappa"], x["kappa"] * x["iclr"], x["log_decay"])
     o, state = dplr_recurrence()(*values, initial_state=state)
     return o.transpose(1, 2), state
+
+
+def mamba1_arguments(batch: int, pos: int, channel: int, d_key: int) -> dict[str, Any]:
+    """Of transformers' selective scan, with everything in it that a checkpoint may have."""
+    return dict(
+        hidden_states=torch.randn(batch, channel, pos),
+        dt=torch.randn(batch, channel, pos),
+        A=-torch.rand(channel, d_key) - 0.1,
+        B=torch.randn(batch, d_key, pos) / d_key**0.5,
+        C=torch.randn(batch, d_key, pos) / d_key**0.5,
+        D=torch.randn(channel),
+        z=torch.randn(batch, channel, pos),
+        delta_bias=torch.randn(channel),
+        delta_softplus=True,
+        return_last_state=True,
+    )
+
+
+def mamba1_scan(arguments: dict[str, Any]) -> Result:
+    """transformers' selective scan: what the mixer gets, ``[batch, channel, pos]``, and the last state."""
+    from transformers.models.mamba import modeling_mamba as transformers_file
+
+    return transformers_file.mamba_selective_scan(**arguments)
+
+
+def mamba1_steps(arguments: dict[str, Any]) -> Result:
+    """Its update of one token, one after the other."""
+    from transformers.models.mamba import modeling_mamba as transformers_file
+
+    x, A = arguments["hidden_states"], arguments["A"]
+    state, outputs = x.new_zeros(x.shape[0], *A.shape), []
+    for t in range(x.shape[2]):
+        x_t, dt_t, B_t, C_t, z_t = (arguments[name][..., t] for name in ("hidden_states", "dt", "B", "C", "z"))
+        more = dict(D=arguments["D"], z=z_t, dt_bias=arguments["delta_bias"], dt_softplus=True)
+        outputs.append(transformers_file.mamba_selective_state_update(state, x_t, dt_t, A, B_t, C_t, **more))
+    return torch.stack(outputs, -1), state
+
+
+def mamba1_of_authors(arguments: dict[str, Any]) -> Result:
+    """mamba-ssm's reference, ``selective_scan_ref``, read out of a file that wants a GPU when it is imported. Its
+    source is in the folder MAMBA_SSM, see tests/kernels/get_mamba_ssm.py."""
+    path = Path(os.environ["MAMBA_SSM"], "mamba_ssm", "ops", "selective_scan_interface.py")
+    parts = ast.parse(path.read_text("utf-8")).body
+    found = [part for part in parts if isinstance(part, ast.FunctionDef) and part.name == "selective_scan_ref"]
+    names: dict[str, Any] = {"torch": torch, "F": torch.nn.functional, "rearrange": rearrange, "repeat": repeat}
+    exec(compile(ast.Module(found, []), str(path), "exec"), names)
+    x, dt, *rest = arguments.values()
+    keys = list(arguments)[2:]
+    return names["selective_scan_ref"](x, dt, **dict(zip(keys, rest, strict=True)))
 
 
 def mamba2_arguments(batch: int, pos: int, head: int, group: int, d_key: int, d_value: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ import brute_force as bf
 import oracles
 from architectures import N_VOCAB, Architecture, architecture_named, each_architecture
 from oracles import dplr_recurrence
-from writesae.hooks.families import FAMILIES
+from writesae.hooks.families import FAMILIES, mamba1
 from writesae.recurrence import Recurrence, Write, step_loop
 
 
@@ -130,6 +131,38 @@ def test_rules(rule: bf.Rule, oracle: Callable[..., oracles.Result], twins: list
     assert same(by_rule(rule, x, state), expected)
     for twin in twins:
         assert not same(ours(rule, x, state, twin), expected), twin.__name__
+
+
+OF_MAMBA1 = [
+    oracles.mamba1_scan,
+    oracles.mamba1_steps,
+    pytest.param(
+        oracles.mamba1_of_authors,
+        marks=pytest.mark.skipif("MAMBA_SSM" not in os.environ, reason="the source of mamba-ssm: MAMBA_SSM=FOLDER"),
+    ),
+]
+
+
+@pytest.mark.parametrize("n_pos", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("oracle", OF_MAMBA1)
+def test_mamba1(oracle: Callable[[dict[str, Any]], oracles.Result], n_pos: int) -> None:
+    """Adapter and brute force against others' functions, skip and gate included."""
+    arguments = oracles.mamba1_arguments(BATCH, n_pos, HEAD, D_KEY)
+    expected = oracle(arguments)
+    call = bf.mamba_selective_scan(**arguments)
+    assert same(call.answer(*by_rule(bf.MAMBA1, call.x, call.state())), expected)
+    adapted = mamba1.SelectiveScan(mamba1.MAMBA1, arguments)
+
+    def by_adapter(x: dict[str, Tensor]) -> oracles.Result:
+        return adapted.result(*ours(bf.MAMBA1, x, torch.zeros(BATCH, HEAD, D_KEY, 1)))
+
+    x = {name: adapted.get(name) for name in bf.MAMBA1.inputs}
+    assert same(by_adapter(x), expected)
+    assert same(adapted.result(*adapted.compute()), expected)
+    for name in ("q", "k", "v", "beta"):
+        assert not same(by_adapter(x | {name: x[name].roll(1, 0)}), expected), name
+    if n_pos > 1:
+        assert not same(by_adapter(x | {"log_decay": x["log_decay"].flip(-1)}), expected)
 
 
 def groups_tiled(x: dict[str, Tensor]) -> dict[str, Tensor]:

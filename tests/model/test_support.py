@@ -10,6 +10,7 @@ from writesae.hooks.families import FAMILIES, Family
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 
 CHECKPOINTS = {
+    "Mamba": "transformers; `mamba` also the authors' own (`state-spaces/mamba-*`)",
     "Mamba-2": "transformers; `mamba2` also the authors' own (`state-spaces/mamba2-*`)",
     "RWKV-7": "flash-linear-attention; the authors' `.pth`",
     "DeltaNet": "flash-linear-attention",
@@ -19,6 +20,7 @@ CHECKPOINTS = {
 ORACLES = {
     "Gated DeltaNet": "transformers, fla naive",
     "Kimi Delta Attention": "transformers, fla naive",
+    "Mamba": "transformers, mamba-ssm's reference",
     "Mamba-2": "transformers",
     "RWKV-7": "`rwkv` (the authors'), fla naive",
     "DeltaNet": "fla naive",

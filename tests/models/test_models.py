@@ -26,6 +26,8 @@ from transformers import (
     DynamicCache,
     Mamba2Config,
     Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -540,8 +542,10 @@ def test_mamba2_of_other_sizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        (dict(ssm_cfg={}), "layer='Mamba1': supported is layer='Mamba2' only"),
-        (dict(ssm_cfg={"layer": "Mamba1"}), "layer='Mamba1'"),
+        (dict(ssm_cfg={"layer": "Mamba3"}), "layer='Mamba3': supported is layer='Mamba2' only"),
+        (dict(ssm_cfg={}), "the weights of .* do not fit its config"),  # Mamba-1's
+        (dict(ssm_cfg={"d_state": 16, "headdim": 64}), "a Mamba checkpoint with headdim=64"),
+        (dict(ssm_cfg={}, d_intermediate=128), "a Mamba checkpoint with d_intermediate=128"),
         (dict(ssm_cfg={"layer": "Mamba2", "D_has_hdim": True}), "D_has_hdim=True"),
         (dict(ssm_cfg={"layer": "Mamba2", "rmsnorm": False}), "rmsnorm=False"),
         (dict(ssm_cfg={"layer": "Mamba2", "new": 3}), "new=3, which writesae does not know"),
@@ -554,6 +558,27 @@ def test_mamba2_of_other_sizes(tmp_path: Path) -> None:
 def test_a_mamba2_that_transformers_does_not_compute(changes: dict[str, Any], text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=text):
         load_model(folder(tmp_path, MAMBA2 | changes, mamba2()[1]))
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(d_state=8, expand=3, d_conv=3, dt_rank=5, bias=True, conv_bias=False)])
+@torch.no_grad()
+def test_mamba_of_its_authors(sizes: dict[str, Any], tmp_path: Path) -> None:
+    """With a pickle, and with the fields that ``state-spaces/mamba-130m`` has."""
+    names = dict(d_state="state_size", d_conv="conv_kernel", dt_rank="time_step_rank", bias="use_bias")
+    ours = {{**names, "conv_bias": "use_conv_bias"}.get(name, name): value for name, value in sizes.items()}
+    model = randomise(MambaForCausalLM(MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=56, **ours)))
+    theirs = {k.replace("embeddings", "embedding"): v.clone() for k, v in model.state_dict().items()}
+    config = dict(
+        d_model=64, n_layer=2, vocab_size=50, ssm_cfg={**sizes, "dt_min": 0.01}, rms_norm=True, residual_in_fp32=True,
+        fused_add_norm=True, pad_vocab_size_multiple=8,
+    )  # fmt: skip
+    folder(tmp_path, config, None)
+    torch.save(theirs, tmp_path / "pytorch_model.bin")
+    loaded: Any = load_model(tmp_path)
+    assert type(loaded) is MambaForCausalLM and loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert torch.equal(loaded(tokens(1, 20) % 50).logits, model(tokens(1, 20) % 50).logits)
+    site = HookedRecurrentModel.from_pretrained(tmp_path, tokenizer=False).site(1)
+    assert (site.n_heads, site.d_key, site.d_value) == (64 * sizes.get("expand", 2), sizes.get("d_state", 16), 1)
 
 
 # Where files are -----------------------------------------------------------------------------------------------------

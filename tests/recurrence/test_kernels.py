@@ -659,3 +659,43 @@ def test_autocast_leaves_the_recurrence_in_float32() -> None:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16, "autocast was in force"
     for a, b in zip(plain, inside, strict=True):
         assert b.dtype == torch.float32 and torch.equal(a, b)
+
+
+# States of few columns, token by token -------------------------------------------------------------------------------
+
+
+def few_columns(n_pos: int, rank: int = 1, d_value: int = 1) -> tuple[Recurrence, Write, Tensor]:
+    rec, write, S = random_inputs(n_pos, per_key=True, erase=False, rank=rank, d_value=d_value, batch=2, head=3)
+    return replace(rec, log_decay=rec.log_decay * 8), write, S  # some channels forget within a token or two
+
+
+@READ
+@RANK
+@INITIAL
+@pytest.mark.parametrize("n_pos", [1, 2, 31, 32, 33, 63, 64, 65, 200])
+def test_few_columns(n_pos: int, initial: bool, rank: int, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stretch of all chunks, and a stretch for each chunk as where heads come by the thousand."""
+    for d_value in (1, kernels.FEW - 1):
+        rec, write, S = few_columns(n_pos, rank, d_value)
+        expected = step_loop(rec, write, S if initial else None, read=read)
+        for cached in (kernels.CACHED, 1):
+            monkeypatch.setattr(kernels, "CACHED", cached)
+            assert_same(chunked(rec, write, S if initial else None, read=read), expected, 1e-10)
+    if n_pos > 1:  # twins
+        key_last = replace(rec, log_decay=rec.log_decay.roll(1, -1))
+        for twin in (replace(rec, log_decay=rec.log_decay.roll(1, 1)), key_last):
+            with must_differ():
+                assert_same(chunked(twin, write, S, read=read), step_loop(rec, write, S, read=read), 1e-10)
+
+
+def test_few_columns_have_gradients() -> None:
+    rec, write, S = few_columns(35)
+    parts = [x.requires_grad_() for x in (rec.q, rec.log_decay, write.key, write.value, S)]
+
+    def run(q: Tensor, g: Tensor, key: Tensor, value: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+        return chunked(Recurrence(q, g), Write(key, value), S)
+
+    assert gradcheck(run, parts, fast_mode=True)
+    detached = lambda q, g, *rest: run(q, g.detach(), *rest)  # noqa: E731
+    with pytest.raises(GradcheckError):
+        gradcheck(detached, parts, fast_mode=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers import Mamba2Config
+from transformers import Mamba2Config, MambaConfig
 
 from writesae.models.rwkv7 import RWKV7Config
 
@@ -102,7 +102,15 @@ def rwkv7_of_early_fla(tensors: Mapping[str, Tensor]) -> Tensors:
     return new
 
 
-# Mamba-2: the authors' defaults (mamba_ssm), and what they call the fields of transformers' config.
+# Mamba: the authors' defaults (mamba_ssm), and what they call the fields of transformers' config.
+_MAMBA_FIELDS = {
+    "d_state": ("state_size", 16),
+    "d_conv": ("conv_kernel", 4),
+    "expand": ("expand", 2),
+    "dt_rank": ("time_step_rank", "auto"),
+    "bias": ("use_bias", False),
+    "conv_bias": ("use_conv_bias", True),
+}
 _MAMBA2_FIELDS = {
     "d_state": ("state_size", 128),
     "d_conv": ("conv_kernel", 4),
@@ -115,7 +123,9 @@ _MAMBA2_FIELDS = {
     "dt_limit": ("time_step_limit", (0.0, float("inf"))),
 }
 _MAMBA2_ONLY = {"layer": "Mamba2", "d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
-_MAMBA2_NO_EFFECT = {"A_init_range", "conv_init", "dt_init_floor", "dt_max", "dt_min", "use_mem_eff_path"}
+_START = {"conv_init", "dt_init_floor", "dt_max", "dt_min"}  # of weights
+_MAMBA_NO_EFFECT = _START | {"dt_init", "dt_scale", "use_fast_path"}
+_MAMBA2_NO_EFFECT = _START | {"A_init_range", "use_mem_eff_path"}
 _MODEL_ONLY = {"attn_cfg": {}, "attn_layer_idx": [], "d_intermediate": 0, "rms_norm": True}
 _MODEL_FIELDS = {
     "d_model", "fused_add_norm", "n_layer", "pad_vocab_size_multiple", "residual_in_fp32", "ssm_cfg", "tie_embeddings",
@@ -123,39 +133,44 @@ _MODEL_FIELDS = {
 }  # fmt: skip
 
 
-def mamba2_of_authors(theirs: Mapping[str, Any]) -> Mamba2Config:
-    """transformers' config for the ``config.json`` of a checkpoint of mamba_ssm (``state-spaces/mamba2-...``).
+def mamba_of_authors(theirs: Mapping[str, Any]) -> MambaConfig | Mamba2Config:
+    """transformers' config for the ``config.json`` of a checkpoint of mamba_ssm (``state-spaces/mamba-...`` and
+    ``mamba2-...``).
 
     Raises:
-        ValueError: it asks for something that transformers' Mamba-2 does not compute.
+        ValueError: it asks for something that transformers' Mamba or Mamba-2 does not compute.
     """
     ssm = {"layer": "Mamba1"} | dict(theirs.get("ssm_cfg") or {})
-    for given, only, known in (
-        (theirs, _MODEL_ONLY, _MODEL_FIELDS),
-        (ssm, _MAMBA2_ONLY, _MAMBA2_FIELDS.keys() | _MAMBA2_NO_EFFECT),
-    ):
-        for name, value in given.items():
-            if name in only and value != only[name]:
-                raise ValueError(f"a Mamba-2 checkpoint with {name}={value!r}: supported is {name}={only[name]!r} only")
-            if name not in only and name not in known:
-                raise ValueError(f"a Mamba-2 checkpoint with {name}={value!r}, which writesae does not know")
-    values: dict[str, Any] = {new: ssm.get(name, default) for name, (new, default) in _MAMBA2_FIELDS.items()}
-    values["time_step_limit"] = tuple(float(x) for x in values["time_step_limit"])
+    two = ssm["layer"] != "Mamba1"
+    name = "Mamba-2" if two else "Mamba"
+    fields, no_effect = (_MAMBA2_FIELDS, _MAMBA2_NO_EFFECT) if two else (_MAMBA_FIELDS, _MAMBA_NO_EFFECT)
+    ssm_only = _MAMBA2_ONLY if two else {"layer": "Mamba1"}
+    for given, only, known in ((theirs, _MODEL_ONLY, _MODEL_FIELDS), (ssm, ssm_only, fields.keys() | no_effect)):
+        for field, value in given.items():
+            if field in only and value != only[field]:
+                raise ValueError(
+                    f"a {name} checkpoint with {field}={value!r}: supported is {field}={only[field]!r} only"
+                )
+            if field not in only and field not in known:
+                raise ValueError(f"a {name} checkpoint with {field}={value!r}, which writesae does not know")
+    values: dict[str, Any] = {new: ssm.get(field, default) for field, (new, default) in fields.items()}
     d, multiple = theirs["d_model"], theirs.get("pad_vocab_size_multiple", 8)
-    return Mamba2Config(
+    values |= dict(
         vocab_size=-(-theirs["vocab_size"] // multiple) * multiple,
         hidden_size=d,
         num_hidden_layers=theirs["n_layer"],
-        num_heads=values["expand"] * d // values["head_dim"],
         residual_in_fp32=theirs.get("residual_in_fp32", True),
         tie_word_embeddings=theirs.get("tie_embeddings", True),
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
-        **values,
     )
+    if not two:
+        return MambaConfig(**values)
+    values["time_step_limit"] = tuple(float(x) for x in values["time_step_limit"])
+    return Mamba2Config(num_heads=values["expand"] * d // values["head_dim"], **values)
 
 
-def mamba2_tensors_of_authors(theirs: Mapping[str, Tensor]) -> Tensors:
+def mamba_tensors_of_authors(theirs: Mapping[str, Tensor]) -> Tensors:
     """Names as transformers has them: only the embedding's differs."""
     return {name.replace("backbone.embedding.", "backbone.embeddings."): tensor for name, tensor in theirs.items()}

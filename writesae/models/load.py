@@ -2,9 +2,9 @@
 
 | checkpoint | model |
 |---|---|
-| flash-linear-attention's RWKV-7, DeltaNet, Gated DeltaNet, GLA or HGRN2 | ours, also where flash-linear-attention is installed |
+| flash-linear-attention's RWKV-7, DeltaNet, Gated DeltaNet, GLA, HGRN2 | ours, also where that package is installed |
 | RWKV-7 of its authors, one ``.pth`` file | ours |
-| Mamba-2 of its authors (``state-spaces/mamba2-370m``) | transformers' |
+| Mamba and Mamba-2 of their authors (``state-spaces/mamba-130m``, ``mamba2-370m``) | transformers' |
 | anything else | transformers', through ``AutoModelForCausalLM`` |
 
 Weights that are missing, left over or of another shape are an error (transformers warns and goes on with random ones).
@@ -28,7 +28,9 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
+    Mamba2Config,
     Mamba2ForCausalLM,
+    MambaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -38,7 +40,7 @@ from transformers.utils.hub import cached_file
 from writesae.jobs.disk import read_json
 from writesae.models.common import RecurrentForCausalLM
 from writesae.models.delta_net import DeltaNetForCausalLM
-from writesae.models.formats import mamba2_of_authors, mamba2_tensors_of_authors, rwkv7_of_authors, rwkv7_of_early_fla
+from writesae.models.formats import mamba_of_authors, mamba_tensors_of_authors, rwkv7_of_authors, rwkv7_of_early_fla
 from writesae.models.gated_delta_net import GatedDeltaNetForCausalLM
 from writesae.models.gla import GLAForCausalLM
 from writesae.models.hgrn2 import HGRN2ForCausalLM
@@ -90,9 +92,10 @@ def load_model(source: str | Path, *, dtype: torch.dtype | str = torch.float32, 
         if kind == "rwkv7":
             tensors = rwkv7_of_early_fla(tensors)
         return _build(cls, config, tensors, source, hub, dtype=dtype, **rest)
-    if is_mamba2_of_authors(fields):
-        tensors = mamba2_tensors_of_authors(read_tensors(source, hub))
-        return _build(Mamba2ForCausalLM, mamba2_of_authors(fields), tensors, source, dtype=dtype, **rest)
+    if is_mamba_of_authors(fields):
+        config, tensors = mamba_of_authors(fields), mamba_tensors_of_authors(read_tensors(source, hub))
+        cls = Mamba2ForCausalLM if isinstance(config, Mamba2Config) else MambaForCausalLM
+        return _build(cls, config, tensors, source, dtype=dtype, **rest)
     if kind in FLA_KINDS:
         raise ValueError(
             f"{source} is a {kind!r} of flash-linear-attention, which writesae has no model for; of its kinds "
@@ -119,7 +122,7 @@ def is_pth(source: str | Path) -> bool:
     return str(source).endswith(".pth")
 
 
-def is_mamba2_of_authors(fields: dict[str, Any]) -> bool:
+def is_mamba_of_authors(fields: dict[str, Any]) -> bool:
     return "model_type" not in fields and "ssm_cfg" in fields
 
 

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedTokenizer
 
-from writesae.models.load import find, hub_arguments, is_mamba2_of_authors, is_pth, read_config
+from writesae.models.load import find, hub_arguments, is_mamba_of_authors, is_pth, read_config
 
 WORLD_VOCABULARY = "rwkv_vocab_v20230424.txt"
-MAMBA2_TOKENIZER = "EleutherAI/gpt-neox-20b"  # what the authors trained all their Mamba-2 models with
+MAMBA_TOKENIZER = "EleutherAI/gpt-neox-20b"  # what the authors trained all their models with
 
 
 def load_tokenizer(source: str | Path, **kwargs: Any) -> Any:
@@ -26,8 +26,8 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> Any:
     may_be_rwkv = fields.get("model_type", "rwkv7") == "rwkv7"  # otherwise the hub need not be asked
     if may_be_rwkv and (vocabulary := find(source, WORLD_VOCABULARY, hub)):
         return WorldTokenizer(vocabulary)
-    if is_mamba2_of_authors(fields) and not find(source, "tokenizer_config.json", hub):
-        name, hub = MAMBA2_TOKENIZER, {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
+    if is_mamba_of_authors(fields) and not find(source, "tokenizer_config.json", hub):
+        name, hub = MAMBA_TOKENIZER, {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes one without files

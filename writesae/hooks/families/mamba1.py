@@ -4,8 +4,8 @@
 
 so that, in the letters of `writesae.recurrence`, **a head is a channel**, with a state of one column ``[d_key, 1]``:
 read ``C`` and key ``B``, which all channels share, value ``x_c``, ``beta`` is ``dt_c``, and a decay ``dt_c A_cn`` per
-key channel. (No two channels have the same decay, so they cannot be columns of one state.) The model keeps its states as
-``[batch, channel, d_key]``.
+key channel. (No two channels have the same decay, so they cannot be columns of one state.) The model keeps its states
+as ``[batch, channel, d_key]``.
 
 ``B`` and ``C`` are expanded, not copied, for the channels asked for, and decays made for these alone. What the function
 does beside its recurrence stays outside the memory: the skip ``D x`` and the gate ``silu(z)``.
