@@ -40,6 +40,8 @@ if TYPE_CHECKING:
         Steer,
     )
     from writesae.methods import (
+        Circuit,
+        CircuitCheck,
         DirectAttribution,
         DoseResponse,
         EachText,
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
         SteeringVector,
         TunedLens,
         TunedMemory,
+        circuit,
         direct_attribution,
         dose_response,
         each_text,
@@ -92,10 +95,10 @@ _HOME = {
     ),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
     "writesae.methods": (
-        "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "KnockoutSweep", "LogitLens", "MemoryLength",
-        "Patching", "Pattern", "SteeringVector", "TunedLens", "TunedMemory", "direct_attribution", "dose_response",
-        "each_text", "evaluate", "knockout_sweep", "logit_lens", "memory_length", "patching", "pattern",
-        "steering_vector", "tune_lens", "tune_memory",
+        "Circuit", "CircuitCheck", "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "KnockoutSweep",
+        "LogitLens", "MemoryLength", "Patching", "Pattern", "SteeringVector", "TunedLens", "TunedMemory", "circuit",
+        "direct_attribution", "dose_response", "each_text", "evaluate", "knockout_sweep", "logit_lens",
+        "memory_length", "patching", "pattern", "steering_vector", "tune_lens", "tune_memory",
     ),
     "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
@@ -113,16 +116,16 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ActivationCache", "ActivationStore", "Add", "AddVector", "Codes", "Contexts", "Delete", "DirectAttribution",
-    "DoseResponse", "EachText", "Evaluation", "Gradient", "HookPoint", "HookedRecurrentModel", "Intervention",
-    "Knockout", "KnockoutSweep", "Logit", "LogitLens", "Memory", "MemoryLength", "Patch", "Patching", "Pattern",
-    "Recode", "Reconstruct", "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer",
-    "SteeringVector", "Substitute", "TunedLens", "TunedMemory", "Write", "WriteSAE", "amplify", "atom_classes",
-    "attribute", "attribution_test", "check", "choose_atoms", "direct_attribution", "dose_response", "each_text",
-    "erase", "evaluate", "extract", "gradient", "install", "knockout_sweep", "load_interventions", "logit_change",
-    "logit_lens", "memory_length", "patching", "pattern", "population_test", "record", "replacement_test",
-    "reproduce", "save_interventions", "seed_stability", "sign_test", "steering_vector", "texts", "top_contexts",
-    "train_site", "train_store", "tune_lens", "tune_memory", "write_pages",
+    "ActivationCache", "ActivationStore", "Add", "AddVector", "Circuit", "CircuitCheck", "Codes", "Contexts", "Delete",
+    "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "Gradient", "HookPoint", "HookedRecurrentModel",
+    "Intervention", "Knockout", "KnockoutSweep", "Logit", "LogitLens", "Memory", "MemoryLength", "Patch", "Patching",
+    "Pattern", "Recode", "Reconstruct", "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site", "States",
+    "Steer", "SteeringVector", "Substitute", "TunedLens", "TunedMemory", "Write", "WriteSAE", "amplify",
+    "atom_classes", "attribute", "attribution_test", "check", "choose_atoms", "circuit", "direct_attribution",
+    "dose_response", "each_text", "erase", "evaluate", "extract", "gradient", "install", "knockout_sweep",
+    "load_interventions", "logit_change", "logit_lens", "memory_length", "patching", "pattern", "population_test",
+    "record", "replacement_test", "reproduce", "save_interventions", "seed_stability", "sign_test", "steering_vector",
+    "texts", "top_contexts", "train_site", "train_store", "tune_lens", "tune_memory", "write_pages",
 ]  # fmt: skip
 
 
