@@ -130,6 +130,7 @@ __all__ = [
 
 
 give("show", lambda: importlib.import_module("writesae.pages.show").show)  # `WriteSAE.show`
+give("show_circuit", lambda: importlib.import_module("writesae.pages.circuit").show_circuit)  # `Circuit.show`
 
 
 def __getattr__(name: str) -> Any:

@@ -236,7 +236,7 @@ def test_pruning_keeps_sums_and_leaves_no_loose_ends(tiny: ws.HookedRecurrentMod
         if node.kind != "embedding":
             assert small.edges[:, i].any() and small.edges[i].any()
     assert small.shown < found.shown
-    with pytest.raises(ValueError, match="nodes=2.0: give a share"):
+    with pytest.raises(ValueError, match="give a share of the influence"):
         found.prune(2.0)
 
 

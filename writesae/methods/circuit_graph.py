@@ -14,6 +14,7 @@ from torch import Tensor
 
 from writesae.hooks.sites import Head
 from writesae.jobs.disk import write_whole
+from writesae.jobs.late import given
 from writesae.jobs.progress import Progress
 from writesae.methods import influence
 from writesae.methods.circuit_check import CircuitCheck, check
@@ -245,6 +246,10 @@ class Circuit(Result):
             "run_idx": 0, "reverse_ctx_idx": 0, "jsNodeId": js, "clerp": label,
             "influence": None if node.kind == TARGET else cumulative, "activation": activation,
         }  # fmt: skip
+
+    def show(self) -> Any:
+        """The graph as a page, which notebooks show and ``.save(path)`` writes as one file that needs no network."""
+        return given("show_circuit")(self)
 
     def save(self, path: str | Path) -> Path:
         """`to_json` as a file, whole or not at all; its name without the ending is the graph's."""
