@@ -67,7 +67,8 @@ class Circuit(Result):
             "Edges are what a node adds to the pre-activation of another, by paths through no other node, with the "
             "scales of norms, gates, decays, erases, keys, queries and attention patterns as they were on this text. "
             "Within a memory that is exact. Into each node, edges, constants and the rest that is not shown sum to its "
-            "pre-activation. What changes when norms and gates move is not in it: `check` measures that."
+            "pre-activation. What changes when norms and gates move is not in it; deletions in the model as it is "
+            "measure that."
         )
 
     @property

@@ -89,7 +89,8 @@ class Freezing(TorchFunctionMode):
         if func in FACTORS:
             return self.keep(run) if _live(args[0]) else run()
         if func in CHOICES and _live(args[0]):
-            return tuple(map(self.keep, [lambda: run()[0], lambda: run()[1]]))
+            found = run()
+            return type(found)([self.keep(lambda: found[0]), self.keep(lambda: found[1])])  # has values and indices
         if func in ACTIVATIONS:
             return self._activation(args[0], run)
         if func in PRODUCTS and len(args) == 2 and _live(args[0]) and _live(args[1]):

@@ -10,7 +10,7 @@ from writesae.pages.show import Page
 if TYPE_CHECKING:
     from writesae.methods import Circuit
 
-STEP, ROW, LEFT = 64, 76, 72  # pixels per token and layer, and beside them
+STEP, ROW, LEFT = 44, 76, 72  # pixels per token and layer, and beside them
 
 
 def show_circuit(circuit: Circuit) -> Page:

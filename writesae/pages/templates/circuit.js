@@ -32,3 +32,5 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && found instanceof SVGElement) choose(+found.dataset.n);
 });
 show(chosen);
+const graph = document.querySelector(".graph");
+graph.scrollLeft = graph.scrollWidth; // where the target is
