@@ -41,6 +41,8 @@ if TYPE_CHECKING:
         Steer,
     )
     from writesae.methods import (
+        Circuit,
+        CircuitCheck,
         DirectAttribution,
         DoseResponse,
         EachText,
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
         SteeringVector,
         TunedLens,
         TunedMemory,
+        circuit,
         direct_attribution,
         dose_response,
         each_text,
@@ -96,10 +99,10 @@ _HOME = {
     "writesae.explaining": ("ChatModel", "ChatServer", "explain", "write_delphi"),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
     "writesae.methods": (
-        "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "KnockoutSweep", "LogitLens", "MemoryLength",
-        "Patching", "Pattern", "SteeringVector", "TunedLens", "TunedMemory", "direct_attribution", "dose_response",
-        "each_text", "evaluate", "knockout_sweep", "logit_lens", "memory_length", "patching", "pattern",
-        "steering_vector", "tune_lens", "tune_memory",
+        "Circuit", "CircuitCheck", "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "KnockoutSweep",
+        "LogitLens", "MemoryLength", "Patching", "Pattern", "SteeringVector", "TunedLens", "TunedMemory", "circuit",
+        "direct_attribution", "dose_response", "each_text", "evaluate", "knockout_sweep", "logit_lens",
+        "memory_length", "patching", "pattern", "steering_vector", "tune_lens", "tune_memory",
     ),
     "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
@@ -117,20 +120,22 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ActivationCache", "ActivationStore", "Add", "AddVector", "ChatModel", "ChatServer", "Codes", "Contexts", "Delete",
-    "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "Gradient", "HookPoint", "HookedRecurrentModel",
-    "Intervention", "Knockout", "KnockoutSweep", "Label", "Labels", "Logit", "LogitLens", "Memory", "MemoryLength",
-    "Patch", "Patching", "Pattern", "Recode", "Reconstruct", "Recurrence", "Replace", "ReplacementResult", "SAEConfig",
-    "Site", "States", "Steer", "SteeringVector", "Substitute", "TunedLens", "TunedMemory", "Write", "WriteSAE",
-    "amplify", "atom_classes", "attribute", "attribution_test", "check", "choose_atoms", "direct_attribution",
-    "dose_response", "each_text", "erase", "evaluate", "explain", "extract", "gradient", "install", "knockout_sweep",
-    "load_interventions", "logit_change", "logit_lens", "memory_length", "patching", "pattern", "population_test",
-    "record", "replacement_test", "reproduce", "save_interventions", "seed_stability", "sign_test", "steering_vector",
-    "texts", "top_contexts", "train_site", "train_store", "tune_lens", "tune_memory", "write_delphi", "write_pages",
+    "ActivationCache", "ActivationStore", "Add", "AddVector", "ChatModel", "ChatServer", "Circuit", "CircuitCheck",
+    "Codes", "Contexts", "Delete", "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "Gradient",
+    "HookPoint", "HookedRecurrentModel", "Intervention", "Knockout", "KnockoutSweep", "Label", "Labels", "Logit",
+    "LogitLens", "Memory", "MemoryLength", "Patch", "Patching", "Pattern", "Recode", "Reconstruct", "Recurrence",
+    "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "SteeringVector", "Substitute",
+    "TunedLens", "TunedMemory", "Write", "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test",
+    "check", "choose_atoms", "circuit", "direct_attribution", "dose_response", "each_text", "erase", "evaluate",
+    "explain", "extract", "gradient", "install", "knockout_sweep", "load_interventions", "logit_change",
+    "logit_lens", "memory_length", "patching", "pattern", "population_test", "record", "replacement_test",
+    "reproduce", "save_interventions", "seed_stability", "sign_test", "steering_vector", "texts", "top_contexts",
+    "train_site", "train_store", "tune_lens", "tune_memory", "write_delphi", "write_pages",
 ]  # fmt: skip
 
 
 give("show", lambda: importlib.import_module("writesae.pages.show").show)  # `WriteSAE.show`
+give("show_circuit", lambda: importlib.import_module("writesae.pages.circuit").show_circuit)  # `Circuit.show`
 
 
 def __getattr__(name: str) -> Any:

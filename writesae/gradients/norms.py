@@ -99,7 +99,7 @@ def _rms_norm(
 ) -> Tensor:  # as torch names its arguments
     dims = tuple(range(-len(normalized_shape), 0))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
-    scale = (input.square().mean(dims, keepdim=True) + eps).detach().rsqrt()
+    scale = (input.square().mean(dims, keepdim=True) + eps).rsqrt().detach()
     return input * scale if weight is None else input * scale * weight
 
 
@@ -116,6 +116,6 @@ def _group_norm(
 ) -> Tensor:
     groups = input.unflatten(1, (num_groups, -1))
     centred = groups - groups.mean(-1, keepdim=True)
-    y = (centred * (centred.square().mean(-1, keepdim=True) + eps).detach().rsqrt()).flatten(1, 2)
+    y = (centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt().detach()).flatten(1, 2)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias

@@ -1,6 +1,9 @@
 """Published ways to look into a recurrent memory, each one call."""
 
 from writesae.methods.activation_patching import patching
+from writesae.methods.circuit_check import CircuitCheck
+from writesae.methods.circuit_graph import Circuit
+from writesae.methods.circuits import circuit
 from writesae.methods.corpus import EachText, each_text
 from writesae.methods.direct_attribution import DirectAttribution, direct_attribution
 from writesae.methods.dose import DoseResponse, dose_response
@@ -18,8 +21,8 @@ from writesae.methods.steering import SteeringVector, steering_vector
 from writesae.methods.tuned_lens import TunedLens, tune_lens
 
 __all__ = [
-    "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "KnockoutSweep", "LogitLens", "MemoryLength",
-    "Patching", "Pattern", "SteeringVector", "TunedLens", "TunedMemory", "direct_attribution", "dose_response",
-    "each_text", "evaluate", "knockout_sweep", "logit_lens", "memory_length", "patching", "pattern",
-    "steering_vector", "tune_lens", "tune_memory",
+    "Circuit", "CircuitCheck", "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "KnockoutSweep",
+    "LogitLens", "MemoryLength", "Patching", "Pattern", "SteeringVector", "TunedLens", "TunedMemory", "circuit",
+    "direct_attribution", "dose_response", "each_text", "evaluate", "knockout_sweep", "logit_lens", "memory_length",
+    "patching", "pattern", "steering_vector", "tune_lens", "tune_memory",
 ]  # fmt: skip

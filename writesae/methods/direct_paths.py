@@ -129,7 +129,7 @@ def direct_paths(model: HookedRecurrentModel) -> Iterator[Paths]:
         stack.callback(whole.base_model.register_forward_hook(keep).remove)
         seen: set[int] = set()
         for index, layer in enumerate(layers):
-            for name, module in _modules(layer, mixers):
+            for name, module in modules_of(layer, mixers):
                 if id(module) not in seen:  # Zamba2 has one transformer in several layers
                     seen.add(id(module))
                     _cut_off(stack, call, paths.parts, index, name, module)
@@ -173,13 +173,13 @@ def layers_of(model: HookedRecurrentModel) -> list[nn.Module]:
     return list(stack.layers)  # type: ignore[arg-type, call-overload]
 
 
-def _modules(module: nn.Module, mixers: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def modules_of(module: nn.Module, mixers: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """The modules that a layer hands its stream to. One with a mixer somewhere in it is a layer itself (Zamba2)."""
     for name, child in module.named_children():
         if isinstance(child, HookPoint):
             continue
         if any(child is not mixer and any(mixer is m for m in child.modules()) for mixer in mixers):
-            yield from _modules(child, mixers)
+            yield from modules_of(child, mixers)
         else:
             yield name, child
 
@@ -220,6 +220,6 @@ def mixer_names(model: HookedRecurrentModel) -> dict[int, str]:
     mixers = {family.layer(mixer): mixer for _, mixer, family in find_mixers(model.hf_model)}
     layers = layers_of(model)
     return {
-        layer: next(name for name, child in _modules(layers[layer], [mixer]) if child is mixer)
+        layer: next(name for name, child in modules_of(layers[layer], [mixer]) if child is mixer)
         for layer, mixer in mixers.items()
     }
