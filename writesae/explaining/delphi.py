@@ -1,7 +1,7 @@
 """Firings in the form of delphi's cache, so that its samplers, explainers and scorers read them (Paulo et al. 2024).
 
 A folder has one folder for each hook point, in it ``0_<last atom>.safetensors`` with ``locations [n, 3]`` (sequence,
-token, atom), ``activations [n]`` and ``tokens [sequence, pos]``, and ``config.json``. delphi's `LatentDataset` opens it.
+token, atom), ``activations [n]`` and ``tokens [sequence, pos]``, and ``config.json``: delphi's `LatentDataset` reads.
 """
 
 from __future__ import annotations

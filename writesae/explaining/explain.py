@@ -36,6 +36,7 @@ from writesae.explaining.prompts import (
     read_label,
 )
 from writesae.hooks.attachable import fit
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.progress import Bars
 from writesae.jobs.resumable import differences
 from writesae.pages.survey import cut_windows, survey
@@ -69,6 +70,7 @@ class Estimate:
         return f"{self.calls:,} calls with about {self.tokens:,} tokens"
 
 
+@named_kinds
 def explain(
     model: HookedRecurrentModel,
     sae: WriteSAE,

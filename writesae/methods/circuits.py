@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from writesae.gradients import Logit
+from writesae.gradients.questions import in_ids
 from writesae.hooks.residual_edits import Reconstruct
 from writesae.hooks.sites import Head
+from writesae.jobs.arguments import named_kinds
 from writesae.jobs.progress import Progress
 from writesae.methods.circuit_graph import Circuit
 from writesae.methods.cuts import EMBEDDING, ERROR, TARGET, Node
@@ -23,6 +25,7 @@ LEAK = 1e-4  # of the sizes of the edges into a node: what they may miss its pre
 STEP = 16  # nodes whose edges are taken before influences are reckoned anew
 
 
+@named_kinds
 def circuit(
     model: HookedRecurrentModel,
     text: Text,
@@ -159,14 +162,16 @@ def _check_sum(node: Any, row: Tensor, constant: float, pre: float) -> None:
 def _asked(model: HookedRecurrentModel, target: str | int | Logit, n_pos: int) -> Logit:
     if not isinstance(target, Logit):
         return Logit(model.to_single_token(target))
-    if not all(isinstance(x, int) or x is None for x in (target.token, target.at, target.minus)):
+    asked = in_ids(target, model)
+    token, minus, at = asked.token, asked.minus, asked.at
+    if not (isinstance(token, int) and isinstance(at, int) and (minus is None or isinstance(minus, int))):
         raise ValueError("target: give a Logit of one token, at one place, minus one token or none")
-    for token in (target.token, target.minus):
-        if token is not None and not 0 <= token < model.n_vocab:
-            raise IndexError(f"token id {token} is out of range: allowed are 0 to {model.n_vocab - 1}")
-    if not -n_pos <= int(target.at) < n_pos:
-        raise IndexError(f"position {target.at} is out of range: allowed are {-n_pos} to {n_pos - 1}")
-    return target
+    for one in (token, minus):
+        if one is not None and not 0 <= one < model.n_vocab:
+            raise IndexError(f"token id {one} is out of range: allowed are 0 to {model.n_vocab - 1}")
+    if not -n_pos <= at < n_pos:
+        raise IndexError(f"position {at} is out of range: allowed are {-n_pos} to {n_pos - 1}")
+    return asked
 
 
 def _by_head(model: HookedRecurrentModel, saes: Sequence[Any]) -> dict[Head, Any]:

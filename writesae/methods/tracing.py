@@ -153,10 +153,12 @@ def run(asked: Question, again: Again | None = None) -> Trace:
             asked.model(asked.ids)
         at = torch.tensor([asked.of.at % end.shape[1]])
         logits = end.at(torch.zeros_like(at), at)
+        token = asked.of.token
+        assert isinstance(token, int)
         with pass_.ours():
-            of = Logit(asked.of.token, 0, asked.of.minus)
+            of = Logit(token, 0, asked.of.minus)
             pass_.trace.value = of(logits[:, None])[0]
-            pass_.trace.probability = float(logits.detach()[0].float().softmax(-1)[asked.of.token])
+            pass_.trace.probability = float(logits.detach()[0].float().softmax(-1)[token])
     pass_.trace.kept = [] if mode is None else mode.kept
     if again is not None and len(pass_.trace.given) != len(again.cuts):
         raise RuntimeError(f"{len(again.cuts)} cuts were made before, and now {len(pass_.trace.given)}")
