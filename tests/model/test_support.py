@@ -15,6 +15,8 @@ CHECKPOINTS = {
     "RWKV-7": "flash-linear-attention; the authors' `.pth`",
     "DeltaNet": "flash-linear-attention",
     "Gated Linear Attention": "flash-linear-attention",
+    "HGRN2": "flash-linear-attention",
+    "Gated DeltaNet of flash-linear-attention": "flash-linear-attention",
 }
 # What is independent of us and agrees: test_parity.py, test_oracles.py, test_models.py.
 ORACLES = {
@@ -25,6 +27,8 @@ ORACLES = {
     "RWKV-7": "`rwkv` (the authors'), fla naive",
     "DeltaNet": "fla naive",
     "Gated Linear Attention": "fla naive",
+    "HGRN2": "fla naive",
+    "Gated DeltaNet of flash-linear-attention": "fla naive",
 }
 
 

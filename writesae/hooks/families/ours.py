@@ -82,7 +82,6 @@ HGRN2 = Family(
     mixers={"writesae.models.hgrn2": "HGRN2Attention"},
     kernels=("gla_recurrence",),
     sizes=_SIZES,
-    norms=("g_norm",),
     call=CanonicalCall,
     letters={"k": "1 - f", "v": "i, the input"},
 )
