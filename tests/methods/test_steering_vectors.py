@@ -41,7 +41,9 @@ def test_it_is_the_difference_of_means_and_its_intervention_adds_it(architecture
             else:
                 values.append(cache["resid_post", layer][:, -1])
         difference = values[0].mean(0) - values[1].mean(0)
-        vector = ws.steering_vector(model, kind, unkind, at, rank=3 if len(at) == 3 else 1, batch_size=3)
+        vector = ws.steering_vector(
+            model, kind, unkind, at, rank=min(3, architecture.d_value) if len(at) == 3 else 1, batch_size=3
+        )
         if at[0] == "resid_post":
             expected, found = difference, vector.direction
         else:

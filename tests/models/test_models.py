@@ -930,7 +930,7 @@ def test_beside_flash_linear_attention(tmp_path: Path, monkeypatch: pytest.Monke
     assert isinstance(load_model(tmp_path), GLAForCausalLM)
     importlib.reload(load)  # ours, imported after
     assert type(AutoConfig.from_pretrained(tmp_path)) is Theirs
-    assert OURS.keys() == {"rwkv7", "delta_net", "gla"} and not OURS.keys() & FLA_KINDS
+    assert OURS.keys() == {"rwkv7", "delta_net", "gated_deltanet", "gla", "hgrn2"} and not OURS.keys() & FLA_KINDS
 
 
 def test_rwkv7_with_padding_in_float16() -> None:

@@ -73,7 +73,9 @@ def make(
 ) -> WriteSAE:
     """An SAE in which no parameter is trivial and a few atoms are active."""
     torch.manual_seed(seed)
-    kinds = dict(decoder="dense") if decoder == "dense" else dict(decoder="factored", rank=int(decoder[-1]))
+    kinds = (
+        dict(decoder="dense") if decoder == "dense" else dict(decoder="factored", rank=min(int(decoder[-1]), d_value))
+    )
     place: dict[str, Any] = dict(layer=LAYER, head=HEAD) | more
     values: dict[str, Any] = dict(encoder=encoder, sparsity=sparsity, target=target) | kinds | place
     sae = WriteSAE(SAEConfig(**dict(d_key=D_KEY, d_value=d_value, n_atoms=24, k=3) | values))
@@ -251,6 +253,8 @@ def test_a_hook_that_changes_the_state_is_refused() -> None:
 @torch.no_grad()
 def test_neither_all_pre_activations_nor_states_are_held(architecture: Architecture) -> None:
     """As torch sees it: shapes of all that is computed. The twin takes everything as one block."""
+    if architecture.d_value == 1:
+        pytest.skip("a state of one column has the shape of a key")
     sae, (_, cache) = make(architecture.d_value), seen(architecture)
     x = target_of(cache, LAYER, HEAD, "state")
     for block in (SMALL, 2**30):

@@ -29,7 +29,7 @@ def _are_saes(x: Any) -> bool:
 # By the name of a parameter, as all public functions use it: what it must be, and in words.
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (_is_model, "a HookedRecurrentModel"),
-    "sae": (_is_sae, "an SAE"),
+    "sae": (_are_saes, "an SAE"),  # of some functions also several
     "saes": (_are_saes, "an SAE or several"),
     "text": (_is_text, "a text, several, or token ids"),
     "texts": (_is_text, "texts"),
