@@ -34,7 +34,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def explained(url: str, **given) -> ws.Labels:
-    server = ws.ChatServer(url, "oracle", **{name: given.pop(name) for name in ("timeout", "tries") if name in given})
+    server = ws.ChatServer(
+        url, "oracle", **{name: given.pop(name) for name in ("timeout", "tries", "at_once") if name in given}
+    )
     given = {"atoms": [0, 1, 2], "width": 16} | given
     return ws.explain(planted.model(), planted.sae(), torch.stack(planted.texts()), server, **given)
 
@@ -137,7 +139,7 @@ def slow(handler: Handler, number: int) -> bool:
 @pytest.mark.parametrize("fault", [nonsense, too_long, no_completion, dropped, busy, slow])
 def test_what_goes_wrong_is_asked_again(fault):
     with oracle(fault) as server:
-        labels = explained(server.url, timeout=2.0, tested=10)
+        labels = explained(server.url, timeout=2.0, at_once=1, tested=10)
     assert right(labels) and min(shares(labels)) >= 0.9
     assert server.n > 3 + 3 * 2 * 4, "nothing went wrong"
 
