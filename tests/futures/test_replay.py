@@ -158,7 +158,7 @@ def test_every_architecture_finds_a_way_that_is_right(architecture):
     for place in (Head(1, 1), Head(3, 1)):  # a layer of attention, where there is one, lies above and below
         replayer, _, _, found = futures(model, place, ids, window, position, "same", 4)
         # transformers' Bamba counts positions from 0 in every piece (5.23), so its windows are run whole.
-        # HGRN2's keys are what is forgotten, so rounding of the gates counts twice: the next way may be the first in bounds.
+        # HGRN2's keys are what is forgotten: rounding counts twice, and the next way may be the first in bounds.
         ways = [(False, True)] if architecture.forgets_positions else WAYS[: 1 + (architecture.name == "hgrn2")]
         assert replayer.way in ways
         slow = Replayer(model, [place], horizon=4)

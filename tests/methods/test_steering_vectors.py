@@ -41,15 +41,14 @@ def test_it_is_the_difference_of_means_and_its_intervention_adds_it(architecture
             else:
                 values.append(cache["resid_post", layer][:, -1])
         difference = values[0].mean(0) - values[1].mean(0)
-        vector = ws.steering_vector(
-            model, kind, unkind, at, rank=min(3, architecture.d_value) if len(at) == 3 else 1, batch_size=3
-        )
+        rank = min(3, architecture.d_value) if len(at) == 3 else 1
+        vector = ws.steering_vector(model, kind, unkind, at, rank=rank, batch_size=3)
         if at[0] == "resid_post":
             expected, found = difference, vector.direction
         else:
             U, S, Vh = torch.linalg.svd(difference)
-            expected, found = (U[:, :3] * S[:3]) @ Vh[:3], vector.direction.dense()
-            assert vector.kept == pytest.approx(float(S[:3].square().sum() / S.square().sum()), rel=1e-3)
+            expected, found = (U[:, :rank] * S[:rank]) @ Vh[:rank], vector.direction.dense()
+            assert vector.kept == pytest.approx(float(S[:rank].square().sum() / S.square().sum()), rel=1e-3)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
         assert (found + expected).norm() > found.norm()  # the twin: not the other way round
 

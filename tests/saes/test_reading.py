@@ -73,9 +73,8 @@ def make(
 ) -> WriteSAE:
     """An SAE in which no parameter is trivial and a few atoms are active."""
     torch.manual_seed(seed)
-    kinds = (
-        dict(decoder="dense") if decoder == "dense" else dict(decoder="factored", rank=min(int(decoder[-1]), d_value))
-    )
+    rank = 0 if decoder == "dense" else min(int(decoder[-1]), d_value)
+    kinds: dict[str, Any] = dict(decoder="factored", rank=rank) if rank else dict(decoder="dense")
     place: dict[str, Any] = dict(layer=LAYER, head=HEAD) | more
     values: dict[str, Any] = dict(encoder=encoder, sparsity=sparsity, target=target) | kinds | place
     sae = WriteSAE(SAEConfig(**dict(d_key=D_KEY, d_value=d_value, n_atoms=24, k=3) | values))
