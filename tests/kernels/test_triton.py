@@ -45,7 +45,8 @@ from writesae.models.gpu import as_if_on_gpu
 
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore")]
 
-OURS = ("rwkv7", "delta_net", "delta_net_no_gate", "gla", "gla_grouped")  # their kernels run in half precision alone
+# Their kernels run in half precision alone.
+OURS = ("rwkv7", "delta_net", "delta_net_no_gate", "gated_delta_net", "gla", "gla_grouped", "hgrn2")
 SLOW = ("kimi_linear", "bailing_hybrid", "glm5_next")  # ten times as slow as the others: the first stands for all three
 OF_MAMBA = [a.name for a in ARCHITECTURES if a.rule is bf.MAMBA2]
 
