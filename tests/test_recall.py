@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from writesae.models.load import load_model
@@ -132,8 +133,6 @@ def test_embeddings_learn_from_prose_alone(recall, tokenizer):
 
 def test_a_model_goes_on_in_another_vocabulary(tokenizer):
     old = load_model(ZOO / "tiny-rwkv7")
-    from transformers import PreTrainedTokenizerFast
-
     spoke = PreTrainedTokenizerFast.from_pretrained(ZOO / "tiny-rwkv7")
     model = build_model("rwkv7", len(tokenizer))
     take_over(model, tokenizer, old, spoke)

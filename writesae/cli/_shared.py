@@ -44,6 +44,9 @@ DType = Annotated[
         "shipped models in float32."
     ),
 ]
+Unchecked = Annotated[
+    bool, typer.Option("--unchecked", help="Take an SAE that does not say which weights it was trained on.")
+]
 AUTO = "auto"  # the default of --device
 
 
@@ -53,6 +56,12 @@ def quiet() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def _say(words: str, style: str | None = None) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(f"writesae: {words}", style=style, markup=False, highlight=False)
 
 
 @contextmanager
@@ -65,19 +74,10 @@ def plainly(goes_on: bool = False) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stopped:
-        from rich.console import Console
-
-        words = str(stopped) or "stopped"
-        Console(stderr=True).print(
-            f"writesae: {words}{'; the same command goes on from here' if goes_on else ''}",
-            markup=False,
-            highlight=False,
-        )
+        _say(f"{str(stopped) or 'stopped'}{'; the same command goes on from here' if goes_on else ''}")
         raise typer.Exit(130) from stopped
     except (OSError, ValueError, KeyError, IndexError, ImportError) as error:
-        from rich.console import Console
-
-        Console(stderr=True).print(f"writesae: {error}", style="red", markup=False, highlight=False)
+        _say(str(error), style="red")
         raise typer.Exit(1) from error
 
 

@@ -12,9 +12,11 @@ from writesae.cli._shared import (
     Device,
     DType,
     HeldOutText,
+    ModelOfSAE,
     PrependBos,
     SAEName,
     SpecialTokens,
+    Unchecked,
     plainly,
     quiet,
     read_texts,
@@ -31,7 +33,7 @@ def explain(
         str | None, typer.Option(help="A server with the chat-completions protocol, as http://localhost:8000/v1.")
     ] = None,
     api_key_env: Annotated[str, typer.Option(help="The environment variable with its key.")] = "OPENAI_API_KEY",
-    sae_model: Annotated[str | None, typer.Option(help="The SAE's model, if not the one that the SAE names.")] = None,
+    sae_model: ModelOfSAE = None,
     text: HeldOutText = None,
     out: Annotated[Path | None, typer.Option(help="File of the labels; the same file again continues.")] = None,
     atoms: Annotated[int, typer.Option(help="Label this many atoms, the most frequent.", min=1)] = 32,
@@ -47,9 +49,7 @@ def explain(
     dtype: DType = None,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
-    unchecked: Annotated[
-        bool, typer.Option("--unchecked", help="Take an SAE that does not say which weights it was trained on.")
-    ] = False,
+    unchecked: Unchecked = False,
 ) -> None:
     """Say in words what atoms mean, with a language model, and score the labels by detection and fuzzing.
 

@@ -16,6 +16,7 @@ from writesae.cli._shared import (
     PrependBos,
     SAEName,
     SpecialTokens,
+    Unchecked,
     plainly,
     quiet,
     read_texts,
@@ -41,9 +42,7 @@ def pages(
     dtype: DType = None,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
-    unchecked: Annotated[
-        bool, typer.Option("--unchecked", help="Take an SAE that does not say which weights it was trained on.")
-    ] = False,
+    unchecked: Unchecked = False,
 ) -> None:
     """Write a site with a page for every atom, and an index to search and sort them. It opens from disk.
 

@@ -69,7 +69,7 @@ def _order(signature: inspect.Signature) -> str:
             continue
         if parameter.kind is parameter.KEYWORD_ONLY and not only_named:
             shown, only_named = [*shown, "*"], True
-        shown.append(("*" * (parameter.kind - 2 if parameter.kind is parameter.VAR_KEYWORD else 0)) + name)
+        shown.append(f"**{name}" if parameter.kind is parameter.VAR_KEYWORD else name)
     return f"({', '.join(shown)})"
 
 

@@ -10,7 +10,6 @@ above a lower bound of its own, which grows from layer to layer.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from writesae.models.common import Block, RecurrentConfig, RecurrentForCausalLM, RecurrentModel, past_state
+from writesae.models.common import RecurrentConfig, RecurrentForCausalLM, RecurrentModel, past_state
 from writesae.models.gla import gla_recurrence
-from writesae.models.layers import GatedMLP
+from writesae.models.layers import MixerBlock, mlp_size
 from writesae.recurrence import at_least_float32
 
 
@@ -51,7 +50,7 @@ class HGRN2Config(RecurrentConfig):
         if self.num_heads * self.expand_ratio != self.hidden_size:
             raise ValueError(f"hgrn2: hidden_size={self.hidden_size} is not a multiple of {self.expand_ratio}")
         if self.intermediate_size is None:
-            self.intermediate_size = 256 * math.ceil(int(self.hidden_size * (self.hidden_ratio or 4) * 2 / 3) / 256)
+            self.intermediate_size = mlp_size(self)
         super().__post_init__(**kwargs)
 
 
@@ -71,11 +70,12 @@ class HGRN2Attention(nn.Module):
         x: Float[Tensor, "batch pos hidden"],
         mask: Tensor | None,
         cache: Cache | None,
-        least: Float[Tensor, " hidden"] | None,
+        bounds: Float[Tensor, "layer hidden"] | None,
     ) -> Float[Tensor, "batch pos hidden"]:
-        """``least``: the lower bound of the forget gates; None for 0."""
+        """``bounds``: each layer's lower bound of the forget gates; None for 0."""
         log_decay = F.logsigmoid(at_least_float32(self.f_proj(x)))
-        if least is not None and self.layer_idx > 0:
+        if bounds is not None and self.layer_idx > 0:
+            least = bounds[self.layer_idx]
             log_decay = torch.logaddexp(least.log(), torch.log1p(-least) + log_decay)
         k = -torch.expm1(log_decay)
         if mask is not None:  # padding changes no state
@@ -92,21 +92,13 @@ class HGRN2Attention(nn.Module):
         return self.o_proj(self.g_norm(o.flatten(2)))
 
 
-class HGRN2Block(Block):
-    """Norm, mixer, norm, gated MLP."""
-
-    def __init__(self, config: HGRN2Config, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = HGRN2Attention(config, layer_idx)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, int(config.intermediate_size or 0))
+class HGRN2Block(MixerBlock):
+    mixer = HGRN2Attention
 
     def forward(
         self, x: Tensor, mask: Tensor | None, cache: Cache | None, first: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        x = x + self.attn(self.attn_norm(x), mask, cache, None if first is None else first[self.layer_idx])
+        x = x + self.attn(self.attn_norm(x), mask, cache, first)
         return x + self.mlp(self.mlp_norm(x)), first
 
 

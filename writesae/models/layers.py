@@ -20,6 +20,11 @@ from writesae.models.common import Block, RecurrentConfig, with_past
 from writesae.recurrence import at_least_float32
 
 
+def mlp_size(config: RecurrentConfig) -> int:
+    """Inner size of the gated MLP where a config does not say it: flash-linear-attention's rule."""
+    return 256 * math.ceil(int(config.hidden_size * (config.hidden_ratio or 4) * 2 / 3) / 256)
+
+
 @strict
 class MixerConfig(RecurrentConfig):
     """The fields of both models' configs."""
@@ -46,7 +51,7 @@ class MixerConfig(RecurrentConfig):
                 f"{self.model_type} with conv_size={self.conv_size}: 2 or more is needed (or use_short_conv=False)"
             )
         if self.intermediate_size is None:
-            self.intermediate_size = 256 * math.ceil(int(self.hidden_size * (self.hidden_ratio or 4) * 2 / 3) / 256)
+            self.intermediate_size = mlp_size(self)
         if not self.use_short_conv:
             kwargs.pop("share_conv_kernel", None)  # in early configs, though there are no convolutions
         super().__post_init__(**kwargs)
@@ -157,12 +162,12 @@ class Mixer(nn.Module):
 class MixerBlock(Block):
     """Norm, mixer, norm, gated MLP."""
 
-    mixer: ClassVar[type[Mixer]]
+    mixer: ClassVar[type[nn.Module]]
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = self.mixer(config, layer_idx)  # type: ignore[call-arg]
+        self.attn = self.mixer(config, layer_idx)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 

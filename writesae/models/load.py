@@ -52,10 +52,10 @@ OURS: dict[str, type[RecurrentForCausalLM]] = {
 }
 # What else flash-linear-attention has, so that an error can say so. (Its mamba and mamba2 load as transformers'.)
 FLA_KINDS = {
-    "abc", "cat", "comba", "cyclic_flow_attention", "deltaformer", "forgetting_transformer", 
-    "gated_deltaproduct", "gsa", "hgrn", "kda", "lightnet", "linear_attn", "log_linear_mamba2", "mamba3",
-    "mesa_net", "mla", "moba", "mom", "nsa", "parallax", "path_attn", "precond_gated_deltanet", "precond_kda", "raven",
-    "retnet", "rodimus", "rwkv6", "samba", "stickbreaking_attn", "transformer", "wall_transformer", "yoco",
+    "abc", "cat", "comba", "cyclic_flow_attention", "deltaformer", "forgetting_transformer", "gated_deltaproduct",
+    "gsa", "hgrn", "kda", "lightnet", "linear_attn", "log_linear_mamba2", "mamba3", "mesa_net", "mla", "moba",
+    "mom", "nsa", "parallax", "path_attn", "precond_gated_deltanet", "precond_kda", "raven", "retnet", "rodimus",
+    "rwkv6", "samba", "stickbreaking_attn", "transformer", "wall_transformer", "yoco",
 }  # fmt: skip
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 WEIGHTS = (

@@ -67,8 +67,8 @@ class Course:
 
     def __getitem__(self, step: int) -> Batch:
         rng = random.Random(self._seed * 1_000_003 + step)
-        kind = self._kind(step, rng.random())
-        if kind == "prose" or self._recall is None:
+        kind, recall = self._kind(step, rng.random()), self._recall
+        if kind == "prose" or recall is None:
             ids = prose(self._tokens, step, self._batch, self._length, self._seed)
             return Batch(ids, torch.ones_like(ids, dtype=torch.float), None, "prose")
         gap = 16 * (300 / 16) ** min(1.0, max(0, step - self._lists) / self._stretch)
@@ -76,10 +76,9 @@ class Course:
         any_word = 0.7 if step < 0.6 * self._lists else 0.3
 
         def row() -> Row:
-            assert self._recall is not None
             if kind == "lists":
-                return self._recall.lists(rng, length, min(8, 2 + step // 100), any_word)
-            return self._recall.passage(rng, length, gap)
+                return recall.lists(rng, length, min(8, 2 + step // 100), any_word)
+            return recall.passage(rng, length, gap)
 
         rows = [row() for _ in range(max(1, self._batch * self._length // length))]
         ids, weights = (torch.tensor(part) for part in zip(*rows, strict=True))

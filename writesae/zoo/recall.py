@@ -101,6 +101,11 @@ class Recall:
             kind: [word for word in words if len(self._encode(" " + word)) == 1]
             for kind, words in (("name", PEOPLE), ("place", PLACES), ("number", NUMBERS))
         }
+        self._values = {  # by kind, and by whether they are held out
+            (kind, out): [word for word in words if is_held_out(word) == out]
+            for kind, words in self.values.items()
+            for out in (True, False)
+        }
         self.invented = [w for w in invented_names() if len(self._encode(" " + w)) <= 3 and not is_held_out(w)]
         pieces = {tokenizer.decode([i]) for i in range(len(tokenizer))}
         self.words = sorted(w for w in pieces if re.fullmatch(r" [A-Za-z]{2,}", w) and not is_held_out(w))
@@ -108,7 +113,7 @@ class Recall:
     @property
     def held_out(self) -> list[int]:
         """Ids of the values that training leaves out."""
-        return sorted(self._encode(" " + v)[0] for words in self.values.values() for v in words if is_held_out(v))
+        return sorted(self._encode(" " + v)[0] for kind in self.values for v in self._values[kind, True])
 
     def lists(self, rng: random.Random, length: int, most: int, any_word: float) -> Row:
         """Facts in a row, one to `most`, and then each asked twice, in any order; a new list after each.
@@ -189,7 +194,7 @@ class Recall:
             if rng.random() < any_word:
                 value = rng.choice(self.words) + (rng.choice(self.words) if rng.random() < 0.3 else "")
             else:
-                pool = [v for v in self.values[which] if is_held_out(v) == held_out]
+                pool = self._values[which, held_out]
                 if not held_out and which != "number" and rng.random() < 0.15:
                     pool = self.invented
                 value = " " + rng.choice(pool)
