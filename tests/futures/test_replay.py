@@ -167,7 +167,9 @@ def test_every_architecture_finds_a_way_that_is_right(architecture):
         writes = stacked(some_writes(native.write(place, window, position)))
         expected = slow.futures(native, window, position, {place: writes})
         torch.testing.assert_close(found.kl, expected.kl, atol=1e-6, rtol=1e-3)
-        assert torch.equal(found.flips, expected.flips) and float(expected.kl.max()) > 1e-4
+        assert torch.equal(found.flips, expected.flips) and float(expected.kl.max()) > (
+            1e-3 if architecture.d_value > 1 else 1e-4
+        )
 
 
 @pytest.mark.parametrize(

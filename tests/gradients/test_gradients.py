@@ -136,8 +136,9 @@ def test_prices_are_what_small_edits_do(architecture):
             measured = (changed[0] - changed[1]) / (2 * step)
             price = here.price(atom[None, None, None], read=read)[:, t, head]
             torch.testing.assert_close(price, measured, rtol=1e-2, atol=3e-3)
-            # What this one forgets within six tokens leaves little at one layer; of others it is far more.
-            assert price.abs().max() > (1e-3 if architecture.name == "gated_delta_net" else 3e-3)
+            # One column is little, and what gated_delta_net forgets within six tokens leaves little at one layer.
+            few = 1e-3 if architecture.name == "gated_delta_net" else 3e-3 if site.d_value == 1 else 6e-3
+            assert price.abs().max() > few
             at, several = torch.full((2, 1), t), (atom * step)[None, None].expand(2, 1)
             effects = [here.effect(head, at, edit, read=read)[:, 0] for edit in (several, -several)]
             torch.testing.assert_close((effects[0] - effects[1]) / (2 * step), price, rtol=1e-2, atol=3e-3)

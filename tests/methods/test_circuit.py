@@ -75,7 +75,7 @@ def test_edges_sum_and_are_those_of_the_frozen_model(architecture: Architecture)
         expected = float(OF(model(ids_of()[None])))
     found = ws.circuit(model, ids_of(), OF, max_nodes=24)
     assert float(found.pre[-1]) == pytest.approx(expected, abs=1e-4)
-    assert found.leak < 2e-5
+    assert found.leak < (2e-5 if architecture.name == "hgrn2" else 1e-5)
     assert {"embedding", "write", "target"} <= {node.kind for node in found.nodes}
     checked = found.check(4, edges=6)
     torch.testing.assert_close(checked.frozen, checked.predicted, rtol=1e-4, atol=2e-6)

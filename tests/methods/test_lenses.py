@@ -49,7 +49,7 @@ def test_what_a_layer_would_predict(architecture: Architecture) -> None:
         assert torch.equal(found.target, goal)
         torch.testing.assert_close(found.probability[i], p.gather(-1, goal[:, None])[:, 0], rtol=1e-3, atol=1e-5)
     assert found.kl[-1].max() < 1e-6 and (found.rank[-1] == 0).all()  # after the last layer it is the model's own
-    assert found.kl[0].min() > 5e-4  # the twin: before it, it is not
+    assert found.kl[0].min() > (1e-3 if architecture.d_value > 1 else 5e-4)  # the twin: before it, it is not
 
 
 @each_architecture
