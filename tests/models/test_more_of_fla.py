@@ -10,6 +10,7 @@ from test_models import FLA_COMMON, VOCAB, folder, in_pieces, tokens
 from torch import Tensor
 
 from oracles import fla_naive
+from writesae.models.gated_delta_net import GatedDeltaNetConfig
 from writesae.models.load import load_model
 
 GATED_DELTANET = FLA_COMMON | dict(
@@ -156,3 +157,9 @@ def test_a_broken_one_is_not(broken: str, tmp_path: Path) -> None:
 def test_what_is_not_supported_is_said(config: dict[str, Any], changes: dict[str, Any], said: str, tmp_path: Path):
     with pytest.raises(ValueError, match=said):
         load_model(folder(tmp_path, config | changes, tensors_of(config)))
+
+
+def test_default_sizes_of_flash_linear_attention_are_taken():
+    """Six heads of 256 in a model of 2,048: the hidden size times `expand_v` is no multiple of the heads."""
+    config = GatedDeltaNetConfig()
+    assert (config.hidden_size, config.num_heads, config.d_key, config.d_value) == (2048, 6, 1536, 3072)

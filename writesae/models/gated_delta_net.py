@@ -45,7 +45,7 @@ class GatedDeltaNetConfig(MixerConfig):
     use_gate: bool = True
     allow_neg_eigval: bool = False
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def check_widths(self) -> None:  # heads have a `head_dim`, whatever the hidden size
         if (self.num_v_heads or self.num_heads) % self.num_heads:
             raise ValueError(
                 f"gated_deltanet: num_v_heads={self.num_v_heads} is not a multiple of num_heads={self.num_heads}"
@@ -55,7 +55,6 @@ class GatedDeltaNetConfig(MixerConfig):
                 f"gated_deltanet with head_dim={self.head_dim} and expand_v={self.expand_v}: their product must be a "
                 f"whole number"
             )
-        super().__post_init__(**kwargs)
 
     @property
     def d_key(self) -> int:

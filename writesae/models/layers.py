@@ -39,13 +39,7 @@ class MixerConfig(RecurrentConfig):
     norm_eps: float = 1e-6
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in ("expand_k", "expand_v"):
-            width = self.hidden_size * getattr(self, name)
-            if not math.isclose(width, round(width)) or round(width) % self.num_heads:
-                raise ValueError(
-                    f"{self.model_type} with hidden_size={self.hidden_size} and {name}={getattr(self, name)}: their "
-                    f"product must be a multiple of num_heads={self.num_heads}"
-                )
+        self.check_widths()
         if self.use_short_conv and self.conv_size < 2:
             raise ValueError(
                 f"{self.model_type} with conv_size={self.conv_size}: 2 or more is needed (or use_short_conv=False)"
@@ -55,6 +49,16 @@ class MixerConfig(RecurrentConfig):
         if not self.use_short_conv:
             kwargs.pop("share_conv_kernel", None)  # in early configs, though there are no convolutions
         super().__post_init__(**kwargs)
+
+    def check_widths(self) -> None:
+        """Raise ``ValueError`` where heads cannot share the keys and values of a layer alike."""
+        for name in ("expand_k", "expand_v"):
+            width = self.hidden_size * getattr(self, name)
+            if not math.isclose(width, round(width)) or round(width) % self.num_heads:
+                raise ValueError(
+                    f"{self.model_type} with hidden_size={self.hidden_size} and {name}={getattr(self, name)}: their "
+                    f"product must be a multiple of num_heads={self.num_heads}"
+                )
 
     @property
     def d_key(self) -> int:

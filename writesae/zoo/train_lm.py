@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from writesae.jobs.progress import Bars
+from writesae.model import HookedRecurrentModel
 from writesae.models.load import load_model
 from writesae.stores.texts import read
 from writesae.zoo import corpus
@@ -141,6 +142,8 @@ def train(
     )
 
     model, step, seconds = build_model(arch, len(tokenizer), seed), 0, 0.0
+    if arch == "mamba2":  # 1.4 times as fast as the torch functions of transformers
+        HookedRecurrentModel(model, tokenizer, kernels="writesae")
     optimizers = make_optimizers(model)
     checkpoint, metrics = out / "checkpoint.pt", out / "metrics.jsonl"
     if checkpoint.exists():
