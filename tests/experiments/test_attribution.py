@@ -114,6 +114,12 @@ def test_a_planted_write_gets_its_due(model):
     assert promised > 0 and float(raised) == pytest.approx(promised, rel=0.1)
 
 
+def test_deletions_of_a_model_in_half_precision_can_be_looked_at():
+    model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn", dtype="bfloat16")
+    found = attribute(model, "The captain and the", deletions=True).records()
+    assert found["deletion"].abs().max() > 0 and found["deletion"].dtype == "float32"
+
+
 def test_bad_questions(model):
     with pytest.raises(ValueError, match="attribute takes one text; got 2"):
         attribute(model, ["one", "two"])

@@ -17,6 +17,7 @@ from writesae.experiments.engine.directions import (
     at_positions,
     choose_writes,
     formula_direction,
+    optimised_direction,
 )
 from writesae.experiments.engine.targets import ordinary_tokens, ranks, token_ids
 from writesae.experiments.erasing import Effect, erase
@@ -132,7 +133,7 @@ def test_bad_keys_and_directions(gdn, as_users_run_it):
         choose_writes(here, key="nothing")
     with pytest.raises(ValueError, match=r"key is \[5\]; the keys of layer 2 are \[32\]"):
         choose_writes(here, key=torch.ones(5))
-    with pytest.raises(ValueError, match="allowed are 'formula', 'gradient', 'random' and a function"):
+    with pytest.raises(ValueError, match="allowed are 'formula', 'gradient', 'optimised', 'random' and a function"):
         choose_writes(here, "up")
     with pytest.raises(ValueError, match=r"returned a write \[2\] of 32 x 32; wanted is \[2, 3\]"):
         choose_writes(here, lambda places: places.native[:, 0])
@@ -451,13 +452,28 @@ def test_installing_equals_editing_by_hand(gdn, installed, broken):
     assert all(same) is not broken
 
 
-def test_the_gradient_lifts_more_than_the_formula(gdn):
+def test_the_gradient_lifts_more_than_the_formula_and_the_optimised_more_than_the_gradient(gdn):
     lifts = {}
-    for direction in ("formula", "gradient"):
-        found = install(gdn, 2, 0, PROMPTS, direction=direction, scale=1.0, max_new_tokens=2, per_stratum=4)
+    for direction in ("formula", "gradient", "optimised"):
+        found = install(gdn, 2, 0, PROMPTS, direction=direction, scale=3.0, max_new_tokens=2, per_stratum=4)
         lifts[direction] = found.log_p_after - found.log_p
     assert lifts["gradient"][0].mean() > lifts["formula"][0].mean() + 0.1
+    assert (lifts["optimised"][0] >= lifts["gradient"][0] - 1e-4).all(), "each row keeps the best that it saw"
+    assert lifts["optimised"][0].mean() > lifts["gradient"][0].mean() + 0.1
     assert lifts["gradient"][1].mean() < 0.1, "a random value at the same keys does not"
+
+
+def test_optimised_for_another_size_is_worse(gdn):
+    """Of writes that are optimised at a tenth of the size that they are added at, the gain is less."""
+
+    def lift(size: float) -> float:
+        def direction(places: Places) -> ws.Write:
+            return optimised_direction(dataclasses.replace(places, scale=size))
+
+        found = install(gdn, 2, 0, PROMPTS, direction=direction, scale=3.0, max_new_tokens=1, per_stratum=4)
+        return float((found.log_p_after - found.log_p)[0].mean())
+
+    assert lift(3.0) > lift(0.3) + 0.05
 
 
 def test_a_write_of_size_nothing_changes_nothing(installed):

@@ -20,6 +20,7 @@ from writesae.jobs.disk import CHECKSUM
 from writesae.jobs.processes import Processes
 from writesae.recurrence.dynamics import States
 from writesae.saes import WriteSAE, evaluate, train_store
+from writesae.saes.training.collect import planned
 from writesae.saes.training.data import FromStore
 from writesae.saes.training.run import Run, Settings
 from writesae.stores.extraction import extract, record
@@ -64,6 +65,14 @@ def test_heads_side_by_side_are_the_heads_alone(store, tmp_path):
     cfg = both[2, 0].cfg
     assert (cfg.layer, cfg.head, cfg.model_id, cfg.encoder, cfg.center) == (2, 0, "tiny-gdn", "bilinear", True)
     both[2, 0].check_fits(ws.HookedRecurrentModel.from_pretrained("tiny-gdn"))
+
+
+def test_encoders_suit_the_number_of_active_atoms():
+    """One atom of a write is the one that is most like it; several are chosen by encoders of their own."""
+    chosen = {k: planned(k=k)[1]["name"] for k in (None, 1, 2, 8)}
+    assert chosen == {None: "TiedSAE", 1: "TiedSAE", 2: "WriteSAE", 8: "WriteSAE"}
+    assert planned(k=4, variant="TiedSAE")[1]["name"] == "TiedSAE"
+    assert planned(target="state")[1]["name"] == "WriteSAE" and planned(target="state")[1]["k"] == 32
 
 
 @pytest.mark.parametrize("target", ["write", "delta", "state"])

@@ -172,15 +172,17 @@ class InstallResult(Result):
 
 def _plan(asked: Asked) -> Iterator[Task]:
     """In each head, and in all heads of a layer at once; at the last token of the prompts, and at the last three."""
+    ways = (("formula", 3), ("formula", 1), ("gradient", 3), ("gradient", 1), ("optimised", 3))
     for sae in asked.saes:
-        for direction, n_positions in (("formula", 3), ("formula", 1), ("gradient", 3), ("gradient", 1)):
+        for direction, n_positions in ways:
             name = f"{n_positions}" if direction == "formula" else f"{direction}_{n_positions}"
             given = {"direction": direction, "n_positions": n_positions, "seed": asked.seed}
             given["per_stratum"] = asked.sizes.per_stratum
-            ways: list[tuple[str, int | None, Any]] = [(name, sae.place.head, [3.0, 1.5, 6.0])]
+            scales = 3.0 if direction == "optimised" else [3.0, 1.5, 6.0]  # it costs several passes a size
+            where: list[tuple[str, int | None, Any]] = [(name, sae.place.head, scales)]
             if n_positions == 3 and asked.first_of_layer(sae):
-                ways.append((f"{name}_all_heads", None, 3.0))
-            for name, head, scale in ways:
+                where.append((f"{name}_all_heads", None, 3.0))
+            for name, head, scale in where:
                 run = partial(install, asked.model, sae.place.layer, head, asked.prompts)
                 yield Task(run, [sae], {"scale": scale, **given}, name)
 
@@ -263,7 +265,7 @@ def install(
             own, made = None if mask is None else mask[rows], {}
             for h in heads:
                 native_write, reads = write[rows, :, h], query[rows, :, h]
-                here = Places(model, layer, h, ids[rows], own, positions[rows], wanted, native_write, reads)
+                here = Places(model, layer, h, ids[rows], own, positions[rows], wanted, native_write, reads, size)
                 made[h] = choose_writes(here, direction, key, generator)
             for condition in CONDITIONS:
                 if condition == "random":

@@ -203,7 +203,9 @@ def sign_test(
             target = pool[torch.randint(len(pool), (len(rows),), generator=generator)]
         on = target.to(ids.device)
         native_write, reads = write[rows, :, head], query[rows, :, head]
-        here = Places(model, layer, head, ids[rows, : position + 1], None, at[rows], on, native_write, reads)
+        here = Places(
+            model, layer, head, ids[rows, : position + 1], None, at[rows], on, native_write, reads, float(scale)
+        )
         edit = Add(layer, head, write=choose_writes(here, direction, key, generator), scale=scale, relative=True)
         native = _scored(model, layer, head, ids, horizon)
         with model.intervene(edit, positions=at[rows], read=read):

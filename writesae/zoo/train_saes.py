@@ -3,10 +3,12 @@
     python -m writesae.zoo.train_saes tiny-gdn runs/saes --site 0.2 --site 1.1            # the default corpus
     python -m writesae.zoo.train_saes my-model runs/saes --site 1.1 --text my_texts/      # your own
 
-The training text is what the model itself was trained on; documents held out there are held out here too. For other
-texts and settings, use `writesae train`.
+The training text is what the model itself was trained on; documents held out there are held out here too. So one
+sequence in `1 / facts` tells facts among prose and asks for them (`Recall.passage`). For other texts and settings, use
+`writesae train`.
 """
 
+import random
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +21,7 @@ from writesae.stores.extraction import parse_sites, record
 from writesae.stores.texts import read
 from writesae.stores.windows import Windows
 from writesae.zoo import corpus
+from writesae.zoo.recall import Recall
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -33,16 +36,25 @@ def main(
     atoms: Annotated[int, typer.Option(help="Atoms per SAE.")] = 2048,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    facts: Annotated[float, typer.Option(help="Share of sequences that tell facts and ask for them.")] = 0.25,
     max_tokens: Annotated[
         int, typer.Option(help="Use at most this many tokens, spread over the documents.")
     ] = 1_000_000,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
     """Train SAEs of native writes with one active atom per write. The same command continues a stopped run."""
-    hooked = HookedRecurrentModel.from_pretrained(model)
-    documents, _ = corpus.split(read(text or corpus.fetch(cache)))
-    windows = Windows.cut(hooked, [document.text for document in documents], context).enough(of="the text")
-    store = record(hooked, windows.spread(max_tokens).tokens, parse_sites(hooked, site))
+    hooked = HookedRecurrentModel.from_pretrained(model, dtype="float32")
+    documents = [document.text for document in corpus.split(read(text or corpus.fetch(cache)))[0]]
+    n = max_tokens // context
+    n_facts, rng, recall = round(facts * n), random.Random(seed), Recall(hooked.tokenizer, documents)
+    prose = Windows.cut(hooked, documents, context).enough(of="the text").spread((n - n_facts) * context).tokens
+    told = torch.tensor([recall.passage(rng, context, gap=200).ids[:context] for _ in range(n_facts)])
+    tokens = torch.cat([prose, told]) if n_facts else prose
+    store = record(
+        hooked,
+        tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))],
+        parse_sites(hooked, site),
+    )
     for sae in train_store(store, n_atoms=atoms, steps=steps, seed=seed, out=out).values():
         folder = sae.save_pretrained(out / sae.place.folder, dtype=torch.float16)
         print(f"{folder}: {sae.cfg.training['held_out']}")

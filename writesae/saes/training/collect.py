@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # One atom has to carry a write alone, as the replacement test asks of it.
+    # One atom has to carry a write alone, as the replacement test asks of it. With several, an encoder of their own
+    # (`VARIANTS["WriteSAE"]`) finds those that go together, where tied ones all find what is largest: see `planned`.
     "write": dict(variant="TiedSAE", k=1, batch_size=2048, lr=5e-3),
     "delta": dict(variant="TiedSAE", k=1, batch_size=2048, lr=5e-3),
     # A state is a sum of many writes; the paper has 32 atoms active. Batches are whole sequences. Beside resampling the
@@ -143,7 +144,7 @@ def train_store(
         sites: ``(layer, head)`` of each; None for all of the store.
         target: what the SAEs read, see `SAEConfig`.
         variant: encoder and decoder by name, see `VARIANTS`. Default: ``RECIPES[target]``, as for ``k`` and some of
-            `Settings`.
+            `Settings`; with another ``k`` a ``"WriteSAE"``, since of tied atoms several are worse than one.
         sparsity, n_atoms, k: see `SAEConfig`.
         choices: further fields of `SAEConfig`: ``rank``, ``center``, ``decoder_bias``.
         out: each SAE is saved to ``out/L<layer>H<head>``, with its checkpoint and its ``metrics.jsonl``; the same call
@@ -213,8 +214,10 @@ def planned(
     for name in choices or {}:
         one_of("field of an SAE", name, (f.name for f in fields(SAEConfig)))
     settings = Settings(**{name: recipe[name] for name in recipe if name not in ("variant", "k")} | training)
+    k = recipe["k"] if k is None else k
+    default = recipe["variant"] if k == recipe["k"] else "WriteSAE"
     values = dict(
-        name=variant or recipe["variant"], n_atoms=n_atoms, k=recipe["k"] if k is None else k, target=target,
+        name=variant or default, n_atoms=n_atoms, k=k, target=target,
         sparsity=sparsity, **dict(choices or {}),
     )  # fmt: skip
     SAEConfig.variant(**values, d_key=2**30, d_value=2**30)  # of a shape that no rank exceeds
