@@ -16,12 +16,13 @@ from writesae.jobs.arguments import named_kinds
 from writesae.jobs.progress import Progress
 from writesae.methods.circuit_graph import Circuit
 from writesae.methods.cuts import EMBEDDING, ERROR, TARGET, Node
-from writesae.methods.influence import influence
+from writesae.methods.influence import influence_of_rows
 from writesae.methods.questions import one_text, strings_of
-from writesae.methods.tracing import Question, Trace, run
+from writesae.methods.tracing import Question, Trace, run, transcodes
 from writesae.model import HookedRecurrentModel, Text
 
 LEAK = 1e-4  # of the sizes of the edges into a node: what they may miss its pre-activation by
+POINTS = ("resid_pre", "mixer_out", "mlp_out", "resid_post")  # where SAEs of vectors may be
 STEP = 16  # nodes whose edges are taken before influences are reckoned anew
 
 
@@ -43,11 +44,11 @@ def circuit(
 
     Nodes are the embeddings of tokens; what each head writes at each token (where an SAE of its writes is given, its
     active atoms, and its error); the features and the error of residual SAEs; what each attention layer and MLP gives,
-    per token, as a whole; and the number asked about. An edge is what its source adds to the pre-activation of its end
-    by direct paths, through no other node. Everything that multiplies the stream is held as it was on this text: scales
-    of norms, gates, decays, erases, keys, queries, attention patterns, factors of activation functions. The model is
-    then linear in what nodes give, and edges and biases into each node sum to its pre-activation. This is checked for
-    every node whose edges are taken.
+    per token, as a whole or as features; and the number asked about. An edge is what its source adds to the
+    pre-activation of its end by direct paths, through no other node. Everything that multiplies the stream is held as
+    it was on this text: scales of norms, gates, decays, erases, keys, queries, attention patterns, factors of
+    activation functions. The model is then linear in what nodes give, and edges and biases into each node sum to its
+    pre-activation. This is checked for every node whose edges are taken.
 
     The pre-activation of an atom is its encoder's; of a feature, its activation, to first order. A whole node has no
     encoder, so it is read by what the target makes of it: with ``D`` the gradient of the number with respect to its
@@ -63,7 +64,10 @@ def circuit(
         target: a token, as text or id, after the last token of the text; or a `Logit`, which may be a difference of
             two, and at another token.
         saes: SAEs of writes (target ``"write"``), at most one per head. Other heads are taken as wholes.
-        stream_saes: SAEs of the residual stream (SAELens' or alike), or ``{hook name: SAE}``.
+        stream_saes: SAEs of the residual stream (SAELens' or alike), or ``{hook name: SAE}``. An SAE of an MLP's or an
+            attention layer's output (``hook_mlp_out``, ``hook_mixer_out``) makes nodes of its features and its error in
+            place of the whole. So does a transcoder, which reads what the MLP is given (SAELens' ``hook_name_out`` says
+            that it is one).
         max_nodes: for how many nodes, at most, edges are taken. The graph has these, all tokens and all errors; what
             other nodes add is in ``rest``.
         progress: called with the number of nodes whose edges are taken.
@@ -117,10 +121,8 @@ def _grow(
     take(end)
     while len(rows) <= max_nodes:
         known = sorted(rows)
-        A = torch.zeros(end + 1, end + 1, dtype=torch.float64)
-        for node in known:
-            A[node, :end] = rows[node][0]
-        of_each = influence(A)
+        A = torch.stack([torch.cat([rows[node][0], rows[node][0].new_zeros(1)]) for node in known])
+        of_each = influence_of_rows(A, torch.tensor(known))
         order = of_each.argsort(descending=True).tolist()
         left = [i for i in order if i not in rows and i < end and of_each[i] > 0 and nodes[i].has_past]
         if not left:
@@ -192,21 +194,25 @@ def _by_head(model: HookedRecurrentModel, saes: Sequence[Any]) -> dict[Head, Any
 
 def _by_point(model: HookedRecurrentModel, saes: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
     """By the own name of the hook point."""
-    given = [Reconstruct(x, at) for at, x in saes.items()] if isinstance(saes, Mapping) else map(Reconstruct, saes)
+    pairs = saes.items() if isinstance(saes, Mapping) else [(transcodes(sae), sae) for sae in saes]
     found: dict[str, Any] = {}
-    for edit in given:
+    for at, sae in pairs:
+        edit = Reconstruct(sae) if at is None else Reconstruct(sae, at)
         if edit.hook_name not in model.hook_dict:
             raise KeyError(
                 f"a residual SAE of {edit.hook_name!r}: this model has no such hook point; model.hook_names has them. "
                 f"Give stream_saes={{name: sae}} to say where it goes"
             )
         point = model.hook_dict[edit.hook_name]
-        if "mixer" in point.name.split(".") or not point.name.split(".")[-1].startswith("hook_resid"):
-            raise ValueError(
-                f"{point.name} is not on the residual stream: allowed are hook_resid_pre and hook_resid_post"
-            )
+        if "mixer" in point.name.split(".") or point.quantity not in POINTS:
+            raise ValueError(f"{point.name} is not on the residual stream: allowed are hook_{', hook_'.join(POINTS)}")
         if point.name in found:
             raise ValueError(f"two residual SAEs of {point.name}: give one per place")
+        if transcodes(sae) and (point.quantity != "mlp_out" or "resid" in sae.cfg.metadata.hook_name):
+            raise ValueError(
+                f"a transcoder from {sae.cfg.metadata.hook_name} to {point.name}: give one that reads what an MLP is "
+                f"given, behind its norm, and stands for hook_mlp_out"
+            )
         d_in, d_model = edit.sae.W_dec.shape[-1], model.W_E.shape[-1]
         if d_in != d_model:
             raise ValueError(f"an SAE of {d_in} dimensions does not fit {point.name}, which has {d_model}")

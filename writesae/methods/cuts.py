@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -114,13 +115,16 @@ class Whole(Cut):
 
 @dataclass(eq=False)
 class Features(Cut):
-    """The activations of a residual SAE, and its error, per token.
+    """The activations of an SAE of the residual stream or of what a module adds to it, and its error, per token.
 
     A feature's pre-activation is its activation, to first order in what the SAE reads. That is exact for ReLU, TopK and
     JumpReLU, whose active features are linear; what is constant (biases) is the node's constant.
+
+    A transcoder reads what the module is given and stands for what it gives. Then ``given`` is both, side by side, the
+    first ``read`` entries being what it reads; otherwise ``read`` is None.
     """
 
-    given: Float[Tensor, "1 pos d_model"]
+    given: Float[Tensor, "1 pos d_given"]
     probe: Float[Tensor, "1 pos d_model"]
     sae: Any
     nodes: list[Node]
@@ -128,19 +132,24 @@ class Features(Cut):
     where: tuple[Int[Tensor, " n"], Int[Tensor, " n"]]  # token and feature of each active one
     error: Float[Tensor, "pos d_model"]
     constant: Float[Tensor, " d_model"]
+    read: int | None = None
 
     @classmethod
-    def of(cls, given: Tensor, probe: Tensor, sae: Any, layer: int, place: str) -> Features:
+    def of(cls, given: Tensor, probe: Tensor, sae: Any, layer: int, place: str, read: int | None = None) -> Features:
         with torch.no_grad():
-            x = given.detach()[0].to(sae.W_dec)
-            codes = sae.encode(x)
+            x = given.detach()[0, :, read or 0 :].to(sae.W_dec)
+            codes = sae.encode(given.detach()[0, :, :read].to(sae.W_dec))
             constant, made = sae.decode(torch.zeros_like(codes[:1]))[0], sae.decode(codes)
         t, j = (codes != 0).nonzero(as_tuple=True)
         nodes = [
             Node(FEATURE, layer, int(a), feature=int(b), activation=float(codes[a, b]), place=place)
             for a, b in zip(t.tolist(), j.tolist(), strict=True)
         ] + [Node(ERROR, layer, a, place=place) for a in range(len(x))]
-        return cls(given, probe, sae, nodes, codes, (t, j), x - made, constant)
+        return cls(given, probe, sae, nodes, codes, (t, j), x - made, constant, read)
+
+    @property
+    def value(self) -> Tensor:
+        return self.given.detach()[..., self.read or 0 :]
 
     def effects(self, G: Tensor) -> tuple[Tensor, Tensor]:
         G, (t, j) = G[0].to(self.error), self.where
@@ -148,13 +157,15 @@ class Features(Cut):
         return torch.cat([of_features, (G * self.error).sum(1)]), (G * self.constant).sum()
 
     def _slopes(self, weights: Float[Tensor, "pos atom"]) -> Tensor:
+        """Gradients of activations, weighted, of the shape of `given`."""
         with torch.enable_grad():
-            x = self.given.detach()[0].to(self.error).requires_grad_()
-            return torch.autograd.grad(self.sae.encode(x), x, weights)[0][None].to(self.given.dtype)
+            x = self.given.detach()[0, :, : self.read].to(self.error).requires_grad_()
+            found = torch.autograd.grad(self.sae.encode(x), x, weights)[0][None].to(self.given.dtype)
+        return F.pad(found, (0, self.given.shape[-1] - found.shape[-1]))
 
     def pull(self, G: Tensor, replaced: bool) -> Tensor:
         if not replaced:
-            return G
+            return F.pad(G, (self.read or 0, 0))
         active = (self.codes != 0).to(self.error.dtype)
         return self._slopes(G[0].to(self.error) @ self.sae.W_dec.detach().T * active)
 
@@ -166,7 +177,7 @@ class Features(Cut):
         return slope, self.codes[t, j] - (slope * self.given.detach()).sum()
 
     def removal(self, i: int) -> Tensor:
-        made, t = torch.zeros_like(self.given), self.nodes[i].position
+        made, t = torch.zeros_like(self.probe), self.nodes[i].position
         n = len(self.where[0])
         made[0, t] = -(self.error[t] if i >= n else self.codes[t, self.where[1][i]] * self.sae.W_dec[self.where[1][i]])
         return made.detach()

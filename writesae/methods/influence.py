@@ -8,22 +8,27 @@ is the sum, over all paths to the target, of the products of shares along them (
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def shares(A: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+def shares(A: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
     """Each row's sizes as shares of their sum."""
     return A.abs() / A.abs().sum(1, keepdim=True).clamp_min(1e-10)
 
 
 def influence(A: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
     """Of each node on the last one, which has none on itself."""
-    N, found = shares(A), torch.zeros(len(A), dtype=A.dtype)
+    return influence_of_rows(A, torch.arange(len(A)))
+
+
+def influence_of_rows(rows: Float[Tensor, "k n"], targets: Int[Tensor, " k"]) -> Float[Tensor, " n"]:
+    """`influence` where few nodes have edges into them: ``targets``, in order; the last is the last of all nodes."""
+    N, found = shares(rows), torch.zeros(rows.shape[1], dtype=rows.dtype)
     reached = torch.zeros_like(found)
     reached[-1] = 1.0
-    for target in reversed(range(len(A))):  # all that a node reaches comes after it
-        found += (reached[target] + found[target]) * N[target]
+    for row in reversed(range(len(rows))):
+        found += (reached[targets[row]] + found[targets[row]]) * N[row]
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from writesae.gradients import Logit
 from writesae.gradients.backward import check_differentiable, frozen
 from writesae.hooks import Add, HookPoint, find_mixers, name_of
-from writesae.hooks.residual import stream_in
+from writesae.hooks.residual import MIXERS, MLPS, stream_in
 from writesae.hooks.scope import owning
 from writesae.hooks.sites import Head
 from writesae.methods.cuts import EMBEDDING, Cut, Features, Node, Whole, Writes
@@ -30,7 +30,8 @@ class Question:
 
     Attributes:
         saes: of writes, by head.
-        stream: of the residual stream, by name of the hook point.
+        stream: of the residual stream and of what modules add to it, by name of the hook point; a transcoder by that
+            of what it stands for.
     """
 
     model: HookedRecurrentModel
@@ -196,18 +197,29 @@ class _Pass:
             for quantity in model.family(site.layer).rule.inputs:
                 hooks.append((name_of(quantity, site.layer), self.input))
             hooks.append((name_of("o", site.layer), self.read))
-        hooks += [(name, self.features) for name in self.asked.stream]
+        hooks += [(name, self.features) for name, sae in self.asked.stream.items() if not transcodes(sae)]
+        left = {name for name, sae in self.asked.stream.items() if transcodes(sae)}
         call = stack.enter_context(owning(everywhere=False))
         tokens = bare(model.hf_model).get_input_embeddings()  # Zamba2 hands them to later layers, beside the stream
         stack.callback(tokens.register_forward_hook(lambda _m, _a, x: self.embedding(x) if call.here else None).remove)
         places: dict[int, list[tuple[int, str]]] = {}
         for index, layer in enumerate(layers_of(model)):
             for name, module in modules_of(layer, mixers):
-                if not any(module is mixer for mixer in mixers) and any(p.ndim > 1 for p in module.parameters()):
+                quantity = "mlp_out" if name in MLPS else "mixer_out" if name in MIXERS else name
+                at = f"blocks.{index}.hook_{quantity}"
+                if at in left:
+                    hook = self._transcoded(at, index, call)
+                    stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+                    left.remove(at)
+                elif at in self.asked.stream:
+                    continue  # its SAE's features are the nodes
+                elif not any(module is mixer for mixer in mixers) and any(p.ndim > 1 for p in module.parameters()):
                     places.setdefault(id(module), []).append((index, name))
                     if len(places[id(module)]) == 1:  # Zamba2 has one transformer in several layers
                         hook = self._whole(places[id(module)], call)
                         stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        if left:
+            raise ValueError(f"a transcoder of {', '.join(sorted(left))}: no module of that layer gives just that")
         stack.enter_context(model.hooks(hooks))
         if self.again is not None and not self.again.hold and self.again.kept is None:
             for c, n in self.again.removed:
@@ -217,17 +229,18 @@ class _Pass:
                     edit = Add(node.layer, node.head, write=cut.removal(n))  # type: ignore[arg-type]
                     stack.enter_context(model.intervene(edit, positions=[node.position]))
 
-    def cut(self, given: Tensor, make: Any) -> Tensor:
-        """What a place goes on with; ``make`` makes the cut, of the probe."""
+    def cut(self, given: Tensor, make: Any, value: Tensor | None = None) -> Tensor:
+        """What a place goes on with: ``value``, or what it was given; ``make`` makes the cut, of the probe."""
         self.trace.given.append(given)
-        probe = torch.zeros_like(given).requires_grad_()
+        value = given if value is None else value
+        probe = torch.zeros_like(value).requires_grad_()
         if self.again is None:
             self.trace.cuts.append(make(probe))
-            return given.detach() + probe
+            return value.detach() + probe
         index = len(self.trace.given) - 1
         before: Any = self.again.cuts[index]
-        base = before.given.detach() + probe if self.again.hold else given
-        return base + sum((before.removal(n) for n in self.again.at(index)), torch.zeros_like(given))
+        base = before.value + probe if self.again.hold else value
+        return base + sum((before.removal(n) for n in self.again.at(index)), torch.zeros_like(value))
 
     def embedding(self, x: Tensor) -> Tensor:
         with self.ours():
@@ -249,6 +262,22 @@ class _Pass:
             with self.ours():
                 nodes = [Node(name, layer, t) for t in range(x.shape[1])]
                 new = self.cut(x, lambda probe: Whole(x, probe, nodes))
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        return after
+
+    def _transcoded(self, at: str, layer: int, call: Any) -> Any:
+        """A module whose transcoder's features are nodes: they are read off what it is given."""
+        sae = self.asked.stream[at]
+
+        def after(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if not call.here:
+                return None
+            x = output[0] if isinstance(output, tuple) else output
+            h = stream_in(args, kwargs)
+            with self.ours():
+                both, n = torch.cat([h, x], -1), h.shape[-1]
+                new = self.cut(both, lambda probe: Features.of(both, probe, sae, layer, at, read=n), x)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
         return after
@@ -290,6 +319,11 @@ class _Pass:
         self.trace.given.append(given)
         self.trace.cuts.append(make(probe))
         return o.detach() + probe
+
+
+def transcodes(sae: Any) -> str | None:
+    """Name of the hook point whose value a transcoder stands for (SAELens' ``hook_name_out``); None for an SAE."""
+    return getattr(getattr(sae.cfg, "metadata", None), "hook_name_out", None)
 
 
 def _restore(before: list[tuple[nn.Parameter, bool]]) -> None:
