@@ -14,7 +14,7 @@ from writesae.zoo.architectures import build_model
 from writesae.zoo.batches import Course
 from writesae.zoo.near import attention_sees
 from writesae.zoo.recall import ANSWER, RELATIONS, Question, Recall, is_held_out, recalled
-from writesae.zoo.train_lm import app, loss_of
+from writesae.zoo.train_lm import app, jittered, loss_of
 from writesae.zoo.vocabulary import NUMBERS, PEOPLE, PLACES, take_over, train_tokenizer
 
 
@@ -143,6 +143,25 @@ def test_a_model_goes_on_in_another_vocabulary(tokenizer):
         here, there = (t(word, add_special_tokens=False)["input_ids"][0] for t in (tokenizer, spoke))
         assert torch.equal(after[here], before[there])
     assert torch.equal(model.model.layers[1].attn.k_proj.weight, old.model.layers[1].attn.k_proj.weight)
+
+
+def test_noise_on_embeddings_is_there_within_the_block_alone():
+    model = build_model("gdn", 300)
+    ids = torch.randint(300, (1, 20))
+    weight = model.get_input_embeddings().weight
+    kept, before = weight.detach().clone(), model(ids).logits.detach()
+
+    def seen(amount, step):
+        with jittered(model, amount, step):
+            share = float((weight.detach() - kept).norm() / kept.norm())
+            return share, model(ids).logits.detach()
+
+    share, logits = seen(0.5, 3)
+    assert share == pytest.approx(0.5, rel=0.1) and not torch.equal(logits, before)
+    assert torch.equal(weight, kept) and torch.equal(model(ids).logits, before)
+    assert torch.equal(seen(0.5, 3)[1], logits), "a resumed run draws the same"
+    assert not torch.equal(seen(0.5, 4)[1], logits)
+    assert torch.equal(seen(0.0, 3)[1], before)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ class Course:
 
     Facts begin as lists (`Recall.lists`), one more of them in a list every 100 steps; after `lists` steps they are told
     among prose (`Recall.passage`), whose stretches grow from 16 to 300 tokens over `stretch` steps. One step in four is
-    prose at first, then one in two, and three in four over the `cool` last ones, where the learning rate falls.
+    prose at first, then one in two, and three in five over the `cool` last ones, where the learning rate falls.
 
     While facts are read, attention layers see 8 tokens back: what is asked has to come from the recurrent memory. In
     prose they see everything.
@@ -87,5 +87,5 @@ class Course:
     def _kind(self, step: int, chance: float) -> str:
         if step < self._lists:
             return "prose" if chance < 0.25 else "lists"
-        share = 0.75 if step >= self._steps - self._cool else 0.5
+        share = 0.6 if step >= self._steps - self._cool else 0.5
         return "prose" if chance < share else "lists" if chance < share + 0.2 * (1 - share) else "passages"
