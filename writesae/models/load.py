@@ -2,7 +2,7 @@
 
 | checkpoint | model |
 |---|---|
-| flash-linear-attention's RWKV-7, DeltaNet, Gated DeltaNet, GLA, HGRN2 | ours, also where that package is installed |
+| what flash-linear-attention trained (`OURS`) | ours, also where that package is installed |
 | RWKV-7 of its authors, one ``.pth`` file | ours |
 | Mamba and Mamba-2 of their authors (``state-spaces/mamba-130m``, ``mamba2-370m``) | transformers' |
 | anything else | transformers', through ``AutoModelForCausalLM`` |
@@ -44,17 +44,27 @@ from writesae.models.formats import mamba_of_authors, mamba_tensors_of_authors, 
 from writesae.models.gated_delta_net import GatedDeltaNetForCausalLM
 from writesae.models.gla import GLAForCausalLM
 from writesae.models.hgrn2 import HGRN2ForCausalLM
+from writesae.models.linear_attn import LinearAttentionForCausalLM
+from writesae.models.retnet import RetNetForCausalLM
 from writesae.models.rwkv7 import RWKV7ForCausalLM
 
 OURS: dict[str, type[RecurrentForCausalLM]] = {
     cls.config_class.model_type: cls  # type: ignore[union-attr]
-    for cls in (RWKV7ForCausalLM, DeltaNetForCausalLM, GatedDeltaNetForCausalLM, GLAForCausalLM, HGRN2ForCausalLM)
+    for cls in (
+        RWKV7ForCausalLM,
+        DeltaNetForCausalLM,
+        GatedDeltaNetForCausalLM,
+        GLAForCausalLM,
+        HGRN2ForCausalLM,
+        RetNetForCausalLM,
+        LinearAttentionForCausalLM,
+    )
 }
 # What else flash-linear-attention has, so that an error can say so. (Its mamba and mamba2 load as transformers'.)
 FLA_KINDS = {
     "abc", "cat", "comba", "cyclic_flow_attention", "deltaformer", "forgetting_transformer", "gated_deltaproduct",
-    "gsa", "hgrn", "kda", "lightnet", "linear_attn", "log_linear_mamba2", "mamba3", "mesa_net", "mla", "moba",
-    "mom", "nsa", "parallax", "path_attn", "precond_gated_deltanet", "precond_kda", "raven", "retnet", "rodimus",
+    "gsa", "hgrn", "kda", "lightnet", "log_linear_mamba2", "mamba3", "mesa_net", "mla", "moba",
+    "mom", "nsa", "parallax", "path_attn", "precond_gated_deltanet", "precond_kda", "raven", "rodimus",
     "rwkv6", "samba", "stickbreaking_attn", "transformer", "wall_transformer", "yoco",
 }  # fmt: skip
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
