@@ -39,8 +39,9 @@ from writesae import HookedRecurrentModel
 from writesae.models import gpu, load, rwkv7, use_fla_kernels
 from writesae.models.delta_net import DeltaNetConfig, DeltaNetForCausalLM
 from writesae.models.gla import GLAConfig, GLAForCausalLM
+from writesae.models.kinds import OF_FLA
 from writesae.models.linear_attn import LinearAttentionConfig, LinearAttentionForCausalLM
-from writesae.models.load import FLA_KINDS, OURS, load_model
+from writesae.models.load import OURS, load_model
 from writesae.models.retnet import RetNetConfig, RetNetForCausalLM
 from writesae.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 from writesae.models.tokenizers import WorldTokenizer, load_tokenizer
@@ -632,7 +633,7 @@ def test_where_nothing_is(tmp_path: Path) -> None:
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", sorted(FLA_KINDS))
+@pytest.mark.parametrize("kind", sorted(OF_FLA))
 def test_a_kind_of_fla_that_is_not_ours(kind: str, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
@@ -944,7 +945,7 @@ def test_beside_flash_linear_attention(tmp_path: Path, monkeypatch: pytest.Monke
     importlib.reload(load)  # ours, imported after
     assert type(AutoConfig.from_pretrained(tmp_path)) is Theirs
     assert OURS.keys() == {"rwkv7", "delta_net", "gated_deltanet", "gla", "hgrn2", "retnet", "linear_attn"}
-    assert not OURS.keys() & FLA_KINDS
+    assert not OURS.keys() & OF_FLA
 
 
 def test_rwkv7_with_padding_in_float16() -> None:

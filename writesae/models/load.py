@@ -44,6 +44,7 @@ from writesae.models.formats import mamba_of_authors, mamba_tensors_of_authors, 
 from writesae.models.gated_delta_net import GatedDeltaNetForCausalLM
 from writesae.models.gla import GLAForCausalLM
 from writesae.models.hgrn2 import HGRN2ForCausalLM
+from writesae.models.kinds import OF_FLA, OF_TRANSFORMERS
 from writesae.models.linear_attn import LinearAttentionForCausalLM
 from writesae.models.retnet import RetNetForCausalLM
 from writesae.models.rwkv7 import RWKV7ForCausalLM
@@ -60,13 +61,6 @@ OURS: dict[str, type[RecurrentForCausalLM]] = {
         LinearAttentionForCausalLM,
     )
 }
-# What else flash-linear-attention has, so that an error can say so. (Its mamba and mamba2 load as transformers'.)
-FLA_KINDS = {
-    "abc", "cat", "comba", "cyclic_flow_attention", "deltaformer", "forgetting_transformer", "gated_deltaproduct",
-    "gsa", "hgrn", "kda", "lightnet", "log_linear_mamba2", "mamba3", "mesa_net", "mla", "moba",
-    "mom", "nsa", "parallax", "path_attn", "precond_gated_deltanet", "precond_kda", "raven", "rodimus",
-    "rwkv6", "samba", "stickbreaking_attn", "transformer", "wall_transformer", "yoco",
-}  # fmt: skip
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -106,11 +100,13 @@ def load_model(source: str | Path, *, dtype: torch.dtype | str = torch.float32, 
         config, tensors = mamba_of_authors(fields), mamba_tensors_of_authors(read_tensors(source, hub))
         cls = Mamba2ForCausalLM if isinstance(config, Mamba2Config) else MambaForCausalLM
         return _build(cls, config, tensors, source, dtype=dtype, **rest)
-    if kind in FLA_KINDS:
+    if kind in OF_FLA:
         raise ValueError(
-            f"{source} is a {kind!r} of flash-linear-attention, which writesae has no model for; of its kinds "
+            f"{source} is a {kind!r} of flash-linear-attention, which cannot be wrapped: {OF_FLA[kind]}; of its kinds "
             f"{', '.join(sorted(OURS))} are supported"
         )
+    if reason := OF_TRANSFORMERS.get(str(kind)):
+        raise ValueError(f"{source} is a {kind!r} of transformers, which cannot be wrapped: {reason}")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
     except SafetensorError as error:
