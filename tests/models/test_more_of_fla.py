@@ -33,7 +33,11 @@ LINEAR_ATTN = FLA_COMMON | dict(
     expand_v=1.0, feature_map="elementwise_product", norm_feature_map=False, norm_k=False, norm_q=False, num_heads=2,
     num_kv_heads=None, tie_feature_map_qk=False,
 )  # fmt: skip
-KINDS = {config["model_type"]: config for config in (GATED_DELTANET, HGRN2, RETNET, LINEAR_ATTN)}
+KDA = FLA_COMMON | dict(
+    model_type="kda", architectures=["KDAForCausalLM"], allow_neg_eigval=False, expand_v=1.0, head_dim=16,
+    lower_bound=None, num_heads=2, num_v_heads=None, safe_gate=False, use_short_conv=True,
+)  # fmt: skip
+KINDS = {config["model_type"]: config for config in (GATED_DELTANET, HGRN2, RETNET, LINEAR_ATTN, KDA)}
 
 
 def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
@@ -64,10 +68,18 @@ def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
             made[f"{at}attn.{name}_proj.weight"] = weight(n, d)
             if config["use_short_conv"]:
                 made[f"{at}attn.{name}_conv1d.weight"] = weight(n, 1, config["conv_size"])
-        made |= {f"{at}attn.{x}_proj.weight": weight(heads, d) for x in "ab"}
-        made |= {f"{at}attn.{x}": torch.randn(heads, generator=generator) for x in ("A_log", "dt_bias")}
-        made[f"{at}attn.o_norm.weight"] = around_one(d_value // heads)
-        if config["use_gate"]:
+        rank, of_gate = d_value // heads, {"A_log": heads, "dt_bias": heads}
+        made[f"{at}attn.b_proj.weight"] = weight(heads, d)
+        made[f"{at}attn.o_norm.weight"] = around_one(rank)
+        if config["model_type"] == "kda":
+            of_gate["dt_bias"] = n = heads * config["head_dim"]
+            made |= {f"{at}attn.{x}_proj.0.weight": weight(rank, d) for x in "fg"}
+            made |= {f"{at}attn.f_proj.1.weight": weight(n, rank), f"{at}attn.g_proj.1.weight": weight(d_value, rank)}
+            made[f"{at}attn.g_proj.1.bias"] = around_one(d_value) - 1
+        else:
+            made[f"{at}attn.a_proj.weight"] = weight(heads, d)
+        made |= {f"{at}attn.{x}": torch.randn(n, generator=generator) for x, n in of_gate.items()}
+        if config.get("use_gate"):
             made[f"{at}attn.g_proj.weight"] = weight(d_value, d)
         made[f"{at}attn.o_proj.weight"] = weight(d, d_value)
     return made
@@ -128,6 +140,8 @@ def _gated_deltanet(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, r
         q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     v = v.unflatten(-1, (heads, -1))
     beta = (h @ p("attn.b_proj").T).sigmoid() * (2 if config["allow_neg_eigval"] and broken != "eigval" else 1)
+    if config["model_type"] == "kda":
+        return _kda(config, p, h, rms, broken, q, k, v, beta)
     g = -p("attn.A_log").exp() * F.softplus(h @ p("attn.a_proj").T + (0 if broken == "bias" else p("attn.dt_bias")))
     naive = fla_naive("gated_delta_rule").naive_recurrent_gated_delta_rule
     o = naive(q, k, v, beta=beta, g=torch.zeros_like(g) if broken == "decay" else g)[0]
@@ -135,6 +149,20 @@ def _gated_deltanet(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, r
     if config["use_gate"]:
         o = o * F.silu((h @ p("attn.g_proj").T).unflatten(-1, (heads, -1)))
     return o.flatten(2)
+
+
+def _kda(config: Any, p: Any, h: Tensor, rms: Any, broken: str, *qkv_beta: Tensor) -> Tensor:
+    q, k, v, beta = qkv_beta
+    f = h @ p("attn.f_proj.0").T @ p("attn.f_proj.1").T + (0 if broken == "bias of f" else p("attn.dt_bias"))
+    rate = p("attn.A_log").exp()[:, None]
+    f = f.unflatten(-1, (v.shape[2], -1))
+    bound = config["lower_bound"]
+    g = -rate * F.softplus(f) if bound is None or broken == "no bound" else bound * (rate * f).sigmoid()
+    if broken == "one decay":
+        g = g.mean(-1, keepdim=True).expand_as(g)
+    o, _ = fla_naive("kda").naive_recurrent_kda(q, k, v, g, beta)
+    z = (h @ p("attn.g_proj.0").T @ p("attn.g_proj.1").T + p("attn.g_proj.1.bias")).unflatten(-1, (v.shape[2], -1))
+    return (rms(o, p("attn.o_norm")) * (F.silu(z) if broken == "silu" else z.sigmoid())).flatten(2)
 
 
 def _hgrn2(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, rms: Any, broken: str) -> Tensor:
@@ -227,6 +255,9 @@ CONFIGS = [
     LINEAR_ATTN | dict(feature_map="elu", norm_k=True, norm_q=True),
     LINEAR_ATTN | dict(feature_map="relu", expand_k=2.0),
     LINEAR_ATTN | dict(feature_map="identity", expand_v=2.0),
+    KDA,
+    KDA | dict(num_v_heads=4, allow_neg_eigval=True, expand_v=0.5),
+    KDA | dict(lower_bound=-5.0, safe_gate=True, use_short_conv=False),
 ]
 TWINS = {
     **dict.fromkeys(("heads", "norm", "eigval", "bias", "decay"), CONFIGS[1]),
@@ -234,6 +265,8 @@ TWINS = {
     **dict.fromkeys(("shared", "rotation", "pairs", "heads from 1"), CONFIGS[6]),
     **dict.fromkeys(("features", "sides"), LINEAR_ATTN),
     "sum": CONFIGS[11],
+    **dict.fromkeys(("bias of f", "one decay", "silu"), KDA),
+    "no bound": CONFIGS[-1],
 }
 
 
@@ -273,6 +306,9 @@ def test_a_broken_one_is_not(broken: str, tmp_path: Path) -> None:
         (HGRN2, dict(use_short_conv=True), "use_short_conv=False only"),
         (HGRN2, dict(expand_ratio=5), "hidden_size=32 is not a multiple of 5"),
         (HGRN2, dict(expand_ratio=None), "hgrn2 needs expand_ratio or num_heads"),
+        (KDA, dict(safe_gate=True), "safe_gate=True needs a lower_bound"),
+        (KDA, dict(lower_bound=1.0), "lower_bound=1.0: log decays lie below 0"),
+        (KDA, dict(use_gate=False), "always has a gate"),
         (RETNET, dict(use_short_conv=True), "use_short_conv=True: flash-linear-attention's has no convolution either"),
         (RETNET, dict(num_heads=32), "each head needs an even number; got 1"),
         (RETNET, dict(num_kv_heads=3), "num_heads=2 is not a multiple of num_kv_heads=3"),

@@ -47,7 +47,6 @@ OF_FLA: dict[str, str] = {
     "gated_deltaproduct": "it erases and writes several times per token, and writesae's recurrence does so once",
     "gsa": _TWO_MATRICES,
     "hgrn": "HGRN keeps a vector per layer, not a matrix (HGRN2 keeps matrices)",
-    "kda": "its recurrence is that of transformers' kimi_linear, but there is no model for its own checkpoints yet",
     "lightnet": "it keeps a matrix per head, and decays that depend on a running sum of the keys' exponentials",
     "log_linear_mamba2": "it keeps a number of matrices per head that grows with the logarithm of the text's length",
     "mamba3": "its write also uses the token before (the trapezoidal rule), which writesae's recurrence does not have",

@@ -6,6 +6,7 @@ Module and field names are flash-linear-attention's (see `writesae.models.common
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -107,11 +108,13 @@ class ShortConvolution(nn.Conv1d):
 
 
 class GatedRMSNorm(nn.Module):
-    """``norm(o, z)``: RMS norm of each head, times ``silu(z)``; in float32, like flash-linear-attention's."""
+    """``norm(o, z)``: RMS norm of each head, times ``gate(z)``; in float32, like flash-linear-attention's."""
 
-    def __init__(self, d_value: int, eps: float, elementwise_affine: bool = True):
+    def __init__(
+        self, d_value: int, eps: float, elementwise_affine: bool = True, gate: Callable[[Tensor], Tensor] = F.silu
+    ):
         super().__init__()
-        self.eps = eps
+        self.eps, self.gate = eps, gate
         self.weight = nn.Parameter(torch.ones(d_value)) if elementwise_affine else None
 
     def forward(
@@ -119,7 +122,7 @@ class GatedRMSNorm(nn.Module):
     ) -> Float[Tensor, "batch pos head d_value"]:
         x, z = at_least_float32(o), at_least_float32(z)
         weight = None if self.weight is None else self.weight.to(x.dtype)
-        return (F.rms_norm(x, x.shape[-1:], weight, self.eps) * F.silu(z)).to(o.dtype)
+        return (F.rms_norm(x, x.shape[-1:], weight, self.eps) * self.gate(z)).to(o.dtype)
 
     def init_weights_(self) -> None:
         if self.weight is not None:

@@ -44,6 +44,7 @@ from writesae.models.formats import mamba_of_authors, mamba_tensors_of_authors, 
 from writesae.models.gated_delta_net import GatedDeltaNetForCausalLM
 from writesae.models.gla import GLAForCausalLM
 from writesae.models.hgrn2 import HGRN2ForCausalLM
+from writesae.models.kda import KDAForCausalLM
 from writesae.models.kinds import OF_FLA, OF_TRANSFORMERS
 from writesae.models.linear_attn import LinearAttentionForCausalLM
 from writesae.models.retnet import RetNetForCausalLM
@@ -59,6 +60,7 @@ OURS: dict[str, type[RecurrentForCausalLM]] = {
         HGRN2ForCausalLM,
         RetNetForCausalLM,
         LinearAttentionForCausalLM,
+        KDAForCausalLM,
     )
 }
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -65,6 +65,17 @@ GATED_DELTANET = Family(
 )
 register(GATED_DELTANET)
 
+KDA = Family(
+    name="Kimi Delta Attention of flash-linear-attention",
+    rule=rules.KIMI_DELTA,
+    mixers={"writesae.models.kda": "KimiDeltaAttention"},
+    kernels=("kda_recurrence",),
+    sizes=_SIZES,
+    norms=("o_norm",),
+    call=CanonicalCall,
+)
+register(KDA)
+
 GLA = Family(
     name="Gated Linear Attention",
     rule=rules.GLA,
