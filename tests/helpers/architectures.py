@@ -319,6 +319,10 @@ ARCHITECTURES = [
           dict(num_heads=N_KEY_HEADS, num_v_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY,
                intermediate_size=96, allow_neg_eigval=True),
           gate="o_norm"),
+    _ours("kda", bf.FLA_KDA, "KDA", "KimiDeltaAttention",
+          dict(num_heads=N_KEY_HEADS, num_v_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY,
+               intermediate_size=96),
+          gate="o_norm"),
     _ours("gla", bf.GLA, "GLA", "GatedLinearAttention", _MIXER, gate="g_norm_swish_gate"),
     _ours("hgrn2", bf.GLA, "HGRN2", "HGRN2Attention",
           dict(hidden_size=N_HEADS * D_KEY, expand_ratio=D_KEY, intermediate_size=96), gate=None, d_value=D_KEY),
@@ -326,6 +330,12 @@ ARCHITECTURES = [
     _ours("gla", bf.GLA, "GLA", "GatedLinearAttention",
           _MIXER | dict(num_kv_heads=N_KEY_HEADS, use_short_conv=True, fuse_norm=False), gate="g_norm",
           variant="gla_grouped"),
+    # Two heads share keys and values.
+    _ours("retnet", bf.SIMPLE_GLA, "RetNet", "MultiScaleRetention", _MIXER | dict(num_kv_heads=N_KEY_HEADS),
+          gate="g_norm_swish_gate"),
+    # Features above zero, or reads that nearly cancel turn rounding into logits; small, since nothing is forgotten.
+    _ours("linear_attn", bf.LINEAR_ATTENTION, "LinearAttention", "LinearAttention",
+          _MIXER | dict(feature_map="t2r", norm_k=True), gate=None),
 ]  # fmt: skip
 
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
@@ -366,7 +376,7 @@ def _build(a: Architecture) -> PreTrainedModel:
                 bias = module.gk_proj[1].bias
                 kept = -torch.linspace(0.3, 0.999, len(bias)).log() * 16  # log decay = log sigmoid(input + bias) / 16
                 bias.copy_(-kept - (-(-kept).expm1()).log())
-            if type(module).__name__ in ("RWKV7Attention", "GatedLinearAttention"):
+            if type(module).__name__ in ("RWKV7Attention", "GatedLinearAttention", "MultiScaleRetention"):
                 module.k_proj.weight.mul_(0.25)  # keys without a norm: so that they write about as much as the others
     return model
 

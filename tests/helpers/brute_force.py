@@ -442,8 +442,17 @@ MAMBA1 = Rule(
 FLA_GATED_DELTA = Rule(
     "gated_delta", ("q", "k", "v", "beta", "log_decay"), {"gated_delta_rule_recurrence": canonical}, delta_erase
 )
+FLA_KDA = Rule(
+    "kimi_delta",
+    ("q", "k", "v", "beta", "log_decay"),
+    {"kda_recurrence": canonical},
+    delta_erase,
+    decay_per_key=True,
+)
 DELTA_NET = Rule("delta", ("q", "k", "v", "beta"), {"delta_rule_recurrence": canonical}, delta_erase)
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), {"gla_recurrence": canonical}, decay_per_key=True)
+SIMPLE_GLA = Rule("simple_gla", ("q", "k", "v", "log_decay"), {"retention_recurrence": canonical})
+LINEAR_ATTENTION = Rule("linear_attention", ("q", "k", "v"), {"linear_attn_recurrence": canonical})
 RWKV7 = Rule(
     "rwkv7",
     ("q", "k", "v", "log_decay", "kappa", "iclr"),

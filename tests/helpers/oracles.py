@@ -96,6 +96,16 @@ def gla(x: Quantities, state: Tensor) -> Result:
     )
 
 
+def simple_gla(x: Quantities, state: Tensor) -> Result:
+    naive = fla_naive("simple_gla").naive_recurrent_simple_gla
+    return naive(unscaled(x), x["k"], x["v"], x["log_decay"], initial_state=state)
+
+
+def linear_attention(x: Quantities, state: Tensor) -> Result:
+    naive = fla_naive("linear_attn").naive_recurrent_linear_attn
+    return naive(x["q"], x["k"], x["v"], scale=1.0, initial_state=state, output_final_state=True)
+
+
 def rwkv7(x: Quantities, state: Tensor) -> Result:
     values = heads_first(unscaled(x), x["k"], x["v"], -x["kappa"], x["kappa"] * x["iclr"], x["log_decay"])
     o, state = dplr_recurrence()(*values, initial_state=state)

@@ -120,13 +120,15 @@ def test_a_read_misses_its_entries_of_the_pattern(architecture: Architecture) ->
 
 @each_rule
 def test_a_wrong_response_would_be_noticed(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twins: without the erase (or the decay, where nothing is erased); what is hidden forgotten between calls."""
+    """Twins: without the erase (or the decay, where nothing is erased; or with one, where nothing is forgotten either);
+    what is hidden forgotten between calls."""
     a, ids = architecture, random_ids(1, 1, N_POS)
     theirs, model = expected(a, ids)[0], ws.HookedRecurrentModel(a.build())
     chunked = response.chunked
 
     def without(rec: Recurrence, *args: Any, **kwargs: Any) -> Any:
-        rec = Recurrence(rec.q, rec.log_decay if rec.a is not None else rec.log_decay * 0)
+        left_out = rec.log_decay * 0 if rec.log_decay.any() else rec.log_decay - 0.1
+        rec = Recurrence(rec.q, rec.log_decay if rec.a is not None else left_out)
         return chunked(rec, *args, **kwargs)
 
     monkeypatch.setattr(response, "chunked", without)

@@ -109,6 +109,14 @@ def erase_undecayed(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
     return replace(rec, b=rec.b / (decay if decay.ndim == 4 else decay[..., None])), write
 
 
+def never_forgetting(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
+    return replace(rec, log_decay=torch.zeros_like(rec.log_decay)), write
+
+
+def forgetting(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
+    return replace(rec, log_decay=rec.log_decay - 0.1), write
+
+
 def one_decay_a_head(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
     return replace(rec, log_decay=rec.log_decay[..., 0]), write
 
@@ -118,6 +126,8 @@ RULES: list[tuple[bf.Rule, Callable[..., oracles.Result], list[Break]]] = [
     (bf.KDA, oracles.kimi_delta, [without_erase, erase_undecayed, swapped, one_decay_a_head]),
     (bf.DELTA_NET, oracles.delta, [without_erase]),
     (bf.GLA, oracles.gla, [one_decay_a_head]),
+    (bf.SIMPLE_GLA, oracles.simple_gla, [never_forgetting, forgetting]),
+    (bf.LINEAR_ATTENTION, oracles.linear_attention, [forgetting]),
     (bf.RWKV7, oracles.rwkv7, [without_erase, swapped, one_decay_a_head]),
 ]
 

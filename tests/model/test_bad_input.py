@@ -78,7 +78,7 @@ def sae(**changes: Any) -> WriteSAE:
 def test_a_model_without_recurrent_layers() -> None:
     sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     with pytest.raises(
-        ValueError, match=r"LlamaForCausalLM has no recurrent layer that writesae knows; known mixers: .*Qwen3_5Gated"
+        ValueError, match=r"LlamaForCausalLM has no recurrent layer: it is attention: it remembers keys .* TransformerL"
     ):
         HookedRecurrentModel(LlamaForCausalLM(LlamaConfig(**sizes)))
 

@@ -16,6 +16,9 @@ CHECKPOINTS = {
     "DeltaNet": "flash-linear-attention",
     "Gated Linear Attention": "flash-linear-attention",
     "HGRN2": "flash-linear-attention",
+    "Kimi Delta Attention of flash-linear-attention": "flash-linear-attention",
+    "RetNet": "flash-linear-attention",
+    "Linear attention": "flash-linear-attention",
     "Gated DeltaNet of flash-linear-attention": "flash-linear-attention",
 }
 # What is independent of us and agrees: test_parity.py, test_oracles.py, test_models.py.
@@ -28,6 +31,9 @@ ORACLES = {
     "DeltaNet": "fla naive",
     "Gated Linear Attention": "fla naive",
     "HGRN2": "fla naive",
+    "Kimi Delta Attention of flash-linear-attention": "fla naive",
+    "RetNet": "fla naive",
+    "Linear attention": "fla naive",
     "Gated DeltaNet of flash-linear-attention": "fla naive",
 }
 

@@ -39,7 +39,10 @@ from writesae import HookedRecurrentModel
 from writesae.models import gpu, load, rwkv7, use_fla_kernels
 from writesae.models.delta_net import DeltaNetConfig, DeltaNetForCausalLM
 from writesae.models.gla import GLAConfig, GLAForCausalLM
-from writesae.models.load import FLA_KINDS, OURS, load_model
+from writesae.models.kinds import OF_FLA
+from writesae.models.linear_attn import LinearAttentionConfig, LinearAttentionForCausalLM
+from writesae.models.load import OURS, load_model
+from writesae.models.retnet import RetNetConfig, RetNetForCausalLM
 from writesae.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 from writesae.models.tokenizers import WorldTokenizer, load_tokenizer
 from writesae.recurrence import Recurrence
@@ -57,6 +60,8 @@ MODELS: dict[str, tuple[type[PreTrainedModel], Any]] = {
     ),
     "gla": (GLAForCausalLM, GLAConfig(**HEADS)),
     "gla_conv": (GLAForCausalLM, GLAConfig(**HEADS, use_short_conv=True, num_kv_heads=2, clamp_min=-0.05)),
+    "retnet": (RetNetForCausalLM, RetNetConfig(**HEADS)),
+    "linear_attn": (LinearAttentionForCausalLM, LinearAttentionConfig(**HEADS, feature_map="elu")),
     "gla_plain": (GLAForCausalLM, GLAConfig(**HEADS, use_output_gate=False, elementwise_affine=False)),
 }
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -628,11 +633,11 @@ def test_where_nothing_is(tmp_path: Path) -> None:
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", sorted(FLA_KINDS))
+@pytest.mark.parametrize("kind", sorted(OF_FLA))
 def test_a_kind_of_fla_that_is_not_ours(kind: str, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=rf"is a '{kind}' of flash-linear-attention.*delta_net, gated_deltanet, gla, hgrn2, rwkv7 are supp",
+        match=rf"is a '{kind}' of flash-linear-attention.*delta_net, gated_deltanet, gla, .*, rwkv7 are supp",
     ):
         load_model(folder(tmp_path, {"model_type": kind}))
 
@@ -852,6 +857,14 @@ def _gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, **rest: Any) 
     return fla_naive("gla").naive_recurrent_gla(q * scale * q.shape[-1] ** 0.5, k, v, g, **rest)
 
 
+def _simple_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, **rest: Any) -> Any:
+    return fla_naive("simple_gla").naive_recurrent_simple_gla(q, k, v, g, **rest)
+
+
+def _linear_attn(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> Any:
+    return fla_naive("linear_attn").naive_recurrent_linear_attn(q, k, v, **rest)
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """fla's kernels, played by its loops; the list fills with the names of those that were called."""
@@ -868,7 +881,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return played
 
     for op, function, plays in (
-        ("rwkv7", "chunk_rwkv7", _dplr), ("delta_rule", "chunk_delta_rule", _delta), ("gla", "chunk_gla", _gla)
+        ("rwkv7", "chunk_rwkv7", _dplr), ("delta_rule", "chunk_delta_rule", _delta), ("gla", "chunk_gla", _gla),
+        ("simple_gla", "chunk_simple_gla", _simple_gla), ("linear_attn", "chunk_linear_attn", _linear_attn),
     ):  # fmt: skip
         module = types.ModuleType(f"fla.ops.{op}")
         setattr(module, function, kernel(op, function, plays))
@@ -930,7 +944,8 @@ def test_beside_flash_linear_attention(tmp_path: Path, monkeypatch: pytest.Monke
     assert isinstance(load_model(tmp_path), GLAForCausalLM)
     importlib.reload(load)  # ours, imported after
     assert type(AutoConfig.from_pretrained(tmp_path)) is Theirs
-    assert OURS.keys() == {"rwkv7", "delta_net", "gated_deltanet", "gla", "hgrn2"} and not OURS.keys() & FLA_KINDS
+    assert OURS.keys() == {"rwkv7", "delta_net", "gated_deltanet", "gla", "hgrn2", "retnet", "linear_attn", "kda"}
+    assert not OURS.keys() & OF_FLA
 
 
 def test_rwkv7_with_padding_in_float16() -> None:

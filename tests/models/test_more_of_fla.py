@@ -1,4 +1,7 @@
-"""Gated DeltaNet and HGRN2 of flash-linear-attention: its loops, the rest written from its layers' sources."""
+"""Gated DeltaNet, HGRN2, RetNet and linear attention of flash-linear-attention.
+
+Against its loops; the rest is written from its layers' sources.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,20 @@ HGRN2 = {name: value for name, value in FLA_COMMON.items() if name not in ("expa
     model_type="hgrn2", architectures=["HGRN2ForCausalLM"], expand_ratio=8, elementwise_affine=True,
     num_hidden_layers=3, use_lower_bound=True, use_short_conv=False,
 )  # fmt: skip
+RETNET = FLA_COMMON | dict(
+    model_type="retnet", architectures=["RetNetForCausalLM"], elementwise_affine=True, expand_k=1.0, expand_v=2.0,
+    feature_map=None, num_heads=2, num_kv_heads=None, use_output_gate=True, use_short_conv=False,
+)  # fmt: skip
+LINEAR_ATTN = FLA_COMMON | dict(
+    model_type="linear_attn", architectures=["LinearAttentionForCausalLM"], elementwise_affine=True, expand_k=1.0,
+    expand_v=1.0, feature_map="elementwise_product", norm_feature_map=False, norm_k=False, norm_q=False, num_heads=2,
+    num_kv_heads=None, tie_feature_map_qk=False,
+)  # fmt: skip
+KDA = FLA_COMMON | dict(
+    model_type="kda", architectures=["KDAForCausalLM"], allow_neg_eigval=False, expand_v=1.0, head_dim=16,
+    lower_bound=None, num_heads=2, num_v_heads=None, safe_gate=False, use_short_conv=True,
+)  # fmt: skip
+KINDS = {config["model_type"]: config for config in (GATED_DELTANET, HGRN2, RETNET, LINEAR_ATTN, KDA)}
 
 
 def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
@@ -42,25 +59,62 @@ def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
             if config["elementwise_affine"]:
                 made[f"{at}attn.g_norm.weight"] = around_one(d)
             continue
+        if config["model_type"] in ("retnet", "linear_attn"):
+            made |= {f"{at}attn.{name}": x for name, x in _of_shared_keys(config, weight, around_one).items()}
+            continue
         heads = config["num_v_heads"] or config["num_heads"]
         d_key, d_value = config["num_heads"] * config["head_dim"], int(heads * config["head_dim"] * config["expand_v"])
         for name, n in {"q": d_key, "k": d_key, "v": d_value}.items():
             made[f"{at}attn.{name}_proj.weight"] = weight(n, d)
             if config["use_short_conv"]:
                 made[f"{at}attn.{name}_conv1d.weight"] = weight(n, 1, config["conv_size"])
-        made |= {f"{at}attn.{x}_proj.weight": weight(heads, d) for x in "ab"}
-        made |= {f"{at}attn.{x}": torch.randn(heads, generator=generator) for x in ("A_log", "dt_bias")}
-        made[f"{at}attn.o_norm.weight"] = around_one(d_value // heads)
-        if config["use_gate"]:
+        rank, of_gate = d_value // heads, {"A_log": heads, "dt_bias": heads}
+        made[f"{at}attn.b_proj.weight"] = weight(heads, d)
+        made[f"{at}attn.o_norm.weight"] = around_one(rank)
+        if config["model_type"] == "kda":
+            of_gate["dt_bias"] = n = heads * config["head_dim"]
+            made |= {f"{at}attn.{x}_proj.0.weight": weight(rank, d) for x in "fg"}
+            made |= {f"{at}attn.f_proj.1.weight": weight(n, rank), f"{at}attn.g_proj.1.weight": weight(d_value, rank)}
+            made[f"{at}attn.g_proj.1.bias"] = around_one(d_value) - 1
+        else:
+            made[f"{at}attn.a_proj.weight"] = weight(heads, d)
+        made |= {f"{at}attn.{x}": torch.randn(n, generator=generator) for x, n in of_gate.items()}
+        if config.get("use_gate"):
             made[f"{at}attn.g_proj.weight"] = weight(d_value, d)
         made[f"{at}attn.o_proj.weight"] = weight(d, d_value)
+    return made
+
+
+def _of_shared_keys(config: dict[str, Any], weight: Any, around_one: Any) -> dict[str, Tensor]:
+    d, heads = config["hidden_size"], config["num_heads"]
+    d_key, d_value = int(d * config["expand_k"]), int(d * config["expand_v"])
+    served = heads // (config["num_kv_heads"] or heads)
+    made = {"q_proj.weight": weight(d_key, d), "k_proj.weight": weight(d_key // served, d)}
+    made |= {"v_proj.weight": weight(d_value // served, d), "o_proj.weight": weight(d, d_value)}
+    if config["model_type"] == "retnet":
+        gated = config["use_output_gate"]
+        made |= {"g_proj.weight": weight(d_value, d)} if gated else {}
+        norm = "g_norm_swish_gate" if gated and config["fuse_norm"] else "g_norm"
+    else:
+        norm, d_head = "norm", d_key // heads
+        for side in "qk":
+            for layer in {"elementwise_product": ["layer1", "layer2"], "hedgehog": ["layer"], "t2r": ["layer"]}.get(
+                config["feature_map"], []
+            ):
+                made[f"feature_map_{side}.{layer}.weight"] = weight(d_head, d_head)
+                if config["feature_map"] != "t2r":
+                    made[f"feature_map_{side}.{layer}.bias"] = around_one(d_head) - 1
+        if config["tie_feature_map_qk"]:
+            made |= {name.replace("map_q", "map_k"): x.clone() for name, x in made.items() if "map_q" in name}
+    if config["elementwise_affine"]:
+        made[f"{norm}.weight"] = around_one(d_value // heads)
     return made
 
 
 def forward(config: dict[str, Any], w: dict[str, Tensor], ids: Tensor, broken: str = "") -> Tensor:
     """One unpadded pass, as flash-linear-attention's models compute it; or with one thing wrong."""
     rms = lambda x, by: x * (x.square().mean(-1, keepdim=True) + config["norm_eps"]).rsqrt() * by  # noqa: E731
-    mixer = _hgrn2 if config["model_type"] == "hgrn2" else _gated_deltanet
+    mixer = {"hgrn2": _hgrn2, "retnet": _retnet, "linear_attn": _linear_attn}.get(config["model_type"], _gated_deltanet)
     x = w["model.embeddings.weight"][ids]
     for i in range(config["num_hidden_layers"]):
         p = lambda name, i=i: w.get(f"model.layers.{i}.{name}.weight", w.get(f"model.layers.{i}.{name}"))  # noqa: E731
@@ -86,6 +140,8 @@ def _gated_deltanet(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, r
         q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     v = v.unflatten(-1, (heads, -1))
     beta = (h @ p("attn.b_proj").T).sigmoid() * (2 if config["allow_neg_eigval"] and broken != "eigval" else 1)
+    if config["model_type"] == "kda":
+        return _kda(config, p, h, rms, broken, q, k, v, beta)
     g = -p("attn.A_log").exp() * F.softplus(h @ p("attn.a_proj").T + (0 if broken == "bias" else p("attn.dt_bias")))
     naive = fla_naive("gated_delta_rule").naive_recurrent_gated_delta_rule
     o = naive(q, k, v, beta=beta, g=torch.zeros_like(g) if broken == "decay" else g)[0]
@@ -93,6 +149,20 @@ def _gated_deltanet(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, r
     if config["use_gate"]:
         o = o * F.silu((h @ p("attn.g_proj").T).unflatten(-1, (heads, -1)))
     return o.flatten(2)
+
+
+def _kda(config: Any, p: Any, h: Tensor, rms: Any, broken: str, *qkv_beta: Tensor) -> Tensor:
+    q, k, v, beta = qkv_beta
+    f = h @ p("attn.f_proj.0").T @ p("attn.f_proj.1").T + (0 if broken == "bias of f" else p("attn.dt_bias"))
+    rate = p("attn.A_log").exp()[:, None]
+    f = f.unflatten(-1, (v.shape[2], -1))
+    bound = config["lower_bound"]
+    g = -rate * F.softplus(f) if bound is None or broken == "no bound" else bound * (rate * f).sigmoid()
+    if broken == "one decay":
+        g = g.mean(-1, keepdim=True).expand_as(g)
+    o, _ = fla_naive("kda").naive_recurrent_kda(q, k, v, g, beta)
+    z = (h @ p("attn.g_proj.0").T @ p("attn.g_proj.1").T + p("attn.g_proj.1.bias")).unflatten(-1, (v.shape[2], -1))
+    return (rms(o, p("attn.o_norm")) * (F.silu(z) if broken == "silu" else z.sigmoid())).flatten(2)
 
 
 def _hgrn2(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, rms: Any, broken: str) -> Tensor:
@@ -107,17 +177,101 @@ def _hgrn2(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, rms: Any, 
     return rms(o.flatten(2), p("attn.g_norm") if config["elementwise_affine"] else 1)
 
 
+def _shared_keys(config: dict[str, Any], p: Any, h: Tensor, broken: str) -> list[Tensor]:
+    """q, k, v of each head."""
+    heads, kv_heads = config["num_heads"], config["num_kv_heads"] or config["num_heads"]
+    q, k, v = (
+        (h @ p(f"attn.{c}_proj").T).unflatten(-1, (n, -1)) for c, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+    )
+    head = torch.arange(heads)
+    at = head % kv_heads if broken == "shared" else head * kv_heads // heads
+    return [q, k[:, :, at], v[:, :, at]]
+
+
+def _retnet(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, rms: Any, broken: str) -> Tensor:
+    """With keys and queries rotated as complex numbers, one pair of channels a number."""
+    q, k, v = _shared_keys(config, p, h, broken)
+    n_pos, half, heads = h.shape[1], q.shape[-1] // 2, config["num_heads"]
+    turns = torch.arange(n_pos)[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+    turn = torch.polar(torch.ones_like(turns), torch.zeros_like(turns) if broken == "rotation" else turns)[:, None]
+
+    def rotated(x: Tensor) -> Tensor:
+        pairs = (x[..., 0::2], x[..., 1::2]) if broken == "pairs" else (x[..., :half], x[..., half:])
+        y = torch.complex(*(part.contiguous() for part in pairs)) * turn
+        return torch.cat([y.real, y.imag], -1)
+
+    first = 1 if broken == "heads from 1" else 0
+    g = (1 - 2.0 ** (-5.0 - first - torch.arange(heads))).log().expand(*h.shape[:2], heads)
+    o, _ = fla_naive("simple_gla").naive_recurrent_simple_gla(rotated(q), rotated(k), v, g)
+    o = rms(o, _affine(config, p, "g_norm_swish_gate", "g_norm"))
+    if config["use_output_gate"]:
+        o = o * F.silu((h @ p("attn.g_proj").T).unflatten(-1, (heads, -1)))
+    return o.flatten(2)
+
+
+def _affine(config: dict[str, Any], p: Any, *names: str) -> Any:
+    found = [p(f"attn.{name}") for name in names]
+    return next(x for x in found if x is not None) if config["elementwise_affine"] else 1
+
+
+def _linear_attn(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, rms: Any, broken: str) -> Tensor:
+    q, k, v = _shared_keys(config, p, h, broken)
+
+    def features(x: Tensor, side: str) -> Tensor:
+        of = lambda layer: p(f"attn.feature_map_{side}.{layer}")  # noqa: E731
+        name = f"layers.{i}.attn.feature_map_{side}"
+        bias = lambda layer: w[f"model.{name}.{layer}.bias"]  # noqa: E731
+        kind = "identity" if broken == "features" else config["feature_map"]
+        if kind == "elementwise_product":
+            x = (x @ of("layer1").T + bias("layer1")) * (x @ of("layer2").T + bias("layer2"))
+        elif kind == "hedgehog":
+            y = x @ of("layer").T + bias("layer")
+            x = torch.cat([2 * y, -2 * y], -1).softmax(-1)
+        elif kind == "t2r":
+            x = (x @ of("layer").T).clamp_min(0)
+        elif kind == "elu":
+            x = torch.where(x > 0, x + 1, x.exp())
+        elif kind == "relu":
+            x = x.clamp_min(0)
+        return x / (x.sum(-1, keepdim=True) + 1e-4) if config[f"norm_{side}"] and broken != "sum" else x
+
+    naive = fla_naive("linear_attn").naive_recurrent_linear_attn
+    o, _ = naive(features(q, "q"), features(k, "q" if broken == "sides" else "k"), v)
+    return rms(o, _affine(config, p, "norm")).flatten(2)
+
+
 CONFIGS = [
     GATED_DELTANET,
     GATED_DELTANET | dict(num_v_heads=4, allow_neg_eigval=True),
     GATED_DELTANET | dict(use_gate=False, use_short_conv=False, expand_v=0.5),
     HGRN2,
     HGRN2 | dict(use_lower_bound=False, elementwise_affine=False),
+    RETNET,
+    RETNET | dict(num_heads=4, num_kv_heads=2, fuse_norm=False, elementwise_affine=False, expand_v=1.0),
+    RETNET | dict(use_output_gate=False, expand_k=0.5),
+    LINEAR_ATTN,
+    LINEAR_ATTN | dict(num_heads=4, num_kv_heads=2, feature_map="hedgehog", norm_q=True, norm_k=True),
+    LINEAR_ATTN | dict(feature_map="t2r", tie_feature_map_qk=True, elementwise_affine=False),
+    LINEAR_ATTN | dict(feature_map="elu", norm_k=True, norm_q=True),
+    LINEAR_ATTN | dict(feature_map="relu", expand_k=2.0),
+    LINEAR_ATTN | dict(feature_map="identity", expand_v=2.0),
+    KDA,
+    KDA | dict(num_v_heads=4, allow_neg_eigval=True, expand_v=0.5),
+    KDA | dict(lower_bound=-5.0, safe_gate=True, use_short_conv=False),
 ]
+TWINS = {
+    **dict.fromkeys(("heads", "norm", "eigval", "bias", "decay"), CONFIGS[1]),
+    **dict.fromkeys(("bound", "key", "forget"), HGRN2),
+    **dict.fromkeys(("shared", "rotation", "pairs", "heads from 1"), CONFIGS[6]),
+    **dict.fromkeys(("features", "sides"), LINEAR_ATTN),
+    "sum": CONFIGS[11],
+    **dict.fromkeys(("bias of f", "one decay", "silu"), KDA),
+    "no bound": CONFIGS[-1],
+}
 
 
 def _name(config: dict[str, Any]) -> str:
-    common = HGRN2 if config["model_type"] == "hgrn2" else GATED_DELTANET
+    common = KINDS[config["model_type"]]
     return "-".join([config["model_type"], *(f"{k}={v}" for k, v in config.items() if common.get(k) != v)])
 
 
@@ -132,10 +286,10 @@ def test_it_computes_what_flas_layers_say(config: dict[str, Any], tmp_path: Path
     assert (in_pieces(model, ids, [17, 22, 1]) - want).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("broken", ["heads", "norm", "eigval", "bias", "decay", "bound", "key", "forget"])
+@pytest.mark.parametrize("broken", TWINS)
 @torch.no_grad()
 def test_a_broken_one_is_not(broken: str, tmp_path: Path) -> None:
-    config = HGRN2 if broken in ("bound", "key", "forget") else CONFIGS[1]
+    config = TWINS[broken]
     tensors, ids = tensors_of(config), tokens(2, 40)
     logits = load_model(folder(tmp_path, config, tensors))(ids).logits
     assert (logits - forward(config, tensors, ids)).abs().max() < 1e-4
@@ -152,6 +306,15 @@ def test_a_broken_one_is_not(broken: str, tmp_path: Path) -> None:
         (HGRN2, dict(use_short_conv=True), "use_short_conv=False only"),
         (HGRN2, dict(expand_ratio=5), "hidden_size=32 is not a multiple of 5"),
         (HGRN2, dict(expand_ratio=None), "hgrn2 needs expand_ratio or num_heads"),
+        (KDA, dict(safe_gate=True), "safe_gate=True needs a lower_bound"),
+        (KDA, dict(lower_bound=1.0), "lower_bound=1.0: log decays lie below 0"),
+        (KDA, dict(use_gate=False), "always has a gate"),
+        (RETNET, dict(use_short_conv=True), "use_short_conv=True: flash-linear-attention's has no convolution either"),
+        (RETNET, dict(num_heads=32), "each head needs an even number; got 1"),
+        (RETNET, dict(num_kv_heads=3), "num_heads=2 is not a multiple of num_kv_heads=3"),
+        (RETNET, dict(feature_map="relu"), "feature_map=None only"),
+        (LINEAR_ATTN, dict(norm_feature_map=True), "norm_feature_map=False only"),
+        (LINEAR_ATTN, dict(feature_map="dpfp"), "feature_map='dpfp': writesae has elementwise_product, elu, hedgehog"),
     ],
 )
 def test_what_is_not_supported_is_said(config: dict[str, Any], changes: dict[str, Any], said: str, tmp_path: Path):

@@ -143,16 +143,14 @@ def test_encode_keeps_no_gradient() -> None:
 @each_rule
 @torch.no_grad()
 def test_a_wrong_stream_is_noticed(architecture: Architecture) -> None:
-    """The native write in place of the delta where something is erased; no decay where there is one."""
+    """The native write in place of the delta where something is erased; no decay for one, and one for none."""
     sae, (ids, cache) = make(architecture.d_value), seen(architecture)
     found, _ = target_of(cache, LAYER, HEAD, "state")
     assert isinstance(found, States)
     broken = []
     if architecture.rule.erase is not None:
         broken.append(States(cache.write(LAYER)[:, :, HEAD], found.log_decay))
-    if "log_decay" in architecture.rule.inputs:
-        broken.append(States(found.gain, torch.zeros_like(found.log_decay)))
-    assert broken
+    broken.append(States(found.gain, found.log_decay * 0 if found.log_decay.any() else found.log_decay - 0.1))
     for x in broken:
         codes = ws.Codes(*encode_matrices(sae, x), ids, cache.positions, sae.cfg)
         with pytest.raises(AssertionError, match="not close"):

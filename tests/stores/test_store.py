@@ -92,7 +92,7 @@ def matches(store, cache, layer, head, n, n_pos):
 
 @each_rule
 def test_what_is_rebuilt_is_what_the_cache_has(architecture, monkeypatch):
-    """All of it, for every update rule; and a store that forgets the erase, or decays a token late, is found out."""
+    """All of it, for every update rule; and a store without the erase, or with a late or double decay, is found out."""
     model, x = ws.HookedRecurrentModel(architecture.build()), tokens(3, 70)
     store = record(model, x, SITES, batch_size=3, progress=False)
     _, cache = model.run_with_cache(x)
@@ -114,7 +114,8 @@ def test_what_is_rebuilt_is_what_the_cache_has(architecture, monkeypatch):
         assert found == {"write": True, "delta": False, "state": False, "states": False}
     if "log_decay" in rule.inputs:
         late = dict(store._in_memory[0])
-        late["0.1.log_decay"] = late["0.1.log_decay"].roll(1, 1)
+        right = late["0.1.log_decay"]
+        late["0.1.log_decay"] = right * 2 if (right == right[:1, :1]).all() else right.roll(1, 1)  # RetNet's is fixed
         found = matches(ActivationStore(store.info, shards=[late]), cache, 0, 1, 3, 70)
         assert found["write"] and not found["state"] and not found["states"]
 

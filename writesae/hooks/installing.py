@@ -21,6 +21,7 @@ from writesae.hooks.residual import given, watch
 from writesae.hooks.scope import Owned, Owner
 from writesae.hooks.tap import Seen, Tap
 from writesae.models.arguments import check_no_packing
+from writesae.models.kinds import why_not
 
 
 def find_mixers(model: nn.Module) -> list[tuple[str, Any, Family]]:
@@ -142,10 +143,7 @@ def install(model: nn.Module) -> Installed:
     """
     found = find_mixers(model)
     if not found:
-        known = sorted(name for family in FAMILIES for name in family.mixers.values())
-        raise ValueError(
-            f"{type(model).__name__} has no recurrent layer that writesae knows; known mixers: {', '.join(known)}"
-        )
+        raise ValueError(why_not(model, (name for family in FAMILIES for name in family.mixers.values())))
     paths: dict[int, str] = {}
     for path, mixer, family in found:
         if (first := paths.setdefault(family.layer(mixer), path)) != path:

@@ -107,6 +107,21 @@ def with_past(
     return F.pad(x, (0, 0, max(0, n_past + n_pos - x.shape[1]), 0))[:, -n_past - n_pos :]
 
 
+def places(
+    x: Float[Tensor, "batch pos feature"], mask: Tensor | None, cache: Cache | None, layer: int
+) -> Int[Tensor, "batch pos"]:
+    """The place of each token in its text, 0 for the first. Padding does not count; the cache remembers how many there
+    were before."""
+    counts = torch.ones_like(x[..., :1]) if mask is None else mask
+    seen = counts.long().cumsum(1)
+    if cache is not None:
+        kept: Any = cache.layers[layer]
+        if kept.has_previous_state[0]:
+            seen = seen + kept.conv_states[0][..., -1:].mT
+        cache.update_conv_state(seen.mT, layer, conv_kernel_size=1)
+    return seen[..., 0] - 1
+
+
 def recur(
     rule: Rule, values: Mapping[str, Tensor], initial_state: Tensor | None, output_final_state: bool
 ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"] | None]:

@@ -101,6 +101,12 @@ class GatedDeltaNet(Mixer):
         init.uniform_(self.A_log, 0.0, math.log(16))  # type: ignore[arg-type]
         init.uniform_(self.dt_bias, math.log(math.expm1(0.001)), math.log(math.expm1(0.1)))  # type: ignore[arg-type]
 
+    def log_decay(self, x: Float[Tensor, "batch pos hidden"]) -> Float[Tensor, "batch pos head ..."]:
+        return -self.A_log.float().exp() * F.softplus(at_least_float32(self.a_proj(x)) + self.dt_bias)
+
+    def recurrence(self, **values: Any) -> tuple[Tensor, Tensor | None]:
+        return gated_delta_rule_recurrence(**values)
+
     def forward(
         self, x: Float[Tensor, "batch pos hidden"], mask: Tensor | None, cache: Cache | None
     ) -> Float[Tensor, "batch pos hidden"]:
@@ -111,11 +117,11 @@ class GatedDeltaNet(Mixer):
         q, k = (NORMS["l2"](at_least_float32(y.unflatten(-1, (-1, self.head_k_dim)))).to(v.dtype) for y in (q, k))
         q, k = (y.repeat_interleave(served, 2) for y in (q * self.head_k_dim**-0.5, k))
         beta = self.b_proj(x).sigmoid() * self.beta_max
-        log_decay = -self.A_log.float().exp() * F.softplus(at_least_float32(self.a_proj(x)) + self.dt_bias)
+        log_decay = self.log_decay(x)
         if mask is not None:  # padding changes no state
-            beta, log_decay = beta * mask, log_decay * mask
+            beta, log_decay = beta * mask, (log_decay.flatten(2) * mask).view_as(log_decay)
 
-        o, state = gated_delta_rule_recurrence(
+        o, state = self.recurrence(
             q=q,
             k=k,
             v=v.unflatten(-1, (self.num_heads, -1)),

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from writesae.models.common import RecurrentForCausalLM, RecurrentModel, past_state, recur
 from writesae.models.gpu import fla_kernel
-from writesae.models.layers import Mixer, MixerBlock, MixerConfig
+from writesae.models.layers import Mixer, MixerBlock, SharedKeysConfig
 from writesae.recurrence import at_least_float32
 from writesae.recurrence.rules import GLA
 
@@ -28,7 +28,7 @@ GATE_NORMALIZER = 16  # log decays are divided by it: at rest a channel keeps 2^
 
 
 @strict
-class GLAConfig(MixerConfig):
+class GLAConfig(SharedKeysConfig):
     model_type = "gla"
     only: ClassVar[dict[str, Any]] = {
         "attn": None,
@@ -41,17 +41,9 @@ class GLAConfig(MixerConfig):
     }
 
     expand_k: float | int = 0.5
-    num_kv_heads: int | None = None
-    use_short_conv: bool = False
     use_output_gate: bool = True
     fuse_norm: bool = True  # decides no more than the output norm's name
-    elementwise_affine: bool | None = True
     clamp_min: float | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.num_heads % (self.num_kv_heads or 1):
-            raise ValueError(f"gla: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
-        super().__post_init__(**kwargs)
 
 
 def gla_recurrence(
@@ -72,11 +64,9 @@ def gla_recurrence(
 
 class GatedLinearAttention(Mixer):
     def __init__(self, config: GLAConfig, layer_idx: int):
-        n_served = config.num_heads // (config.num_kv_heads or config.num_heads)
-        super().__init__(config, layer_idx, gated=config.use_output_gate, n_served=n_served)
+        super().__init__(config, layer_idx, gated=config.use_output_gate, n_served=config.n_served)
         self.clamp_min = config.clamp_min
-        self.norm_name = "g_norm_swish_gate" if config.use_output_gate and config.fuse_norm else "g_norm"
-        self.add_module(self.norm_name, self.make_norm(config.norm_eps, bool(config.elementwise_affine)))
+        self.add_gated_norm(config)
 
     def make_gates(self, config: GLAConfig) -> None:
         d, d_key = config.hidden_size, config.d_key // self.n_served  # decays are shared as keys are
@@ -97,16 +87,13 @@ class GatedLinearAttention(Mixer):
             k, log_decay = k * mask, log_decay * mask
 
         q = q.unflatten(-1, (self.num_heads, -1)) * self.head_k_dim**-0.5
-        k, v, log_decay = (
-            y.unflatten(-1, (self.num_heads // self.n_served, -1)).repeat_interleave(self.n_served, 2)
-            for y in (k, v, log_decay)
-        )
+        k, v, log_decay = map(self.for_each_head, (k, v, log_decay))
         o, state = gla_recurrence(
             q=q, k=k, v=v, log_decay=log_decay, initial_state=state, output_final_state=cache is not None
         )
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)  # type: ignore[arg-type]
-        return self.read_out(o, x, self.get_submodule(self.norm_name))
+        return self.read_out(o, x, self.gated_norm)
 
 
 class GLABlock(MixerBlock):

@@ -6,6 +6,7 @@ Module and field names are flash-linear-attention's (see `writesae.models.common
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -71,6 +72,27 @@ class MixerConfig(RecurrentConfig):
         return round(self.hidden_size * self.expand_v)
 
 
+@strict
+class SharedKeysConfig(MixerConfig):
+    """Of models where several heads may share keys and values, and that have short convolutions only if asked for."""
+
+    num_kv_heads: int | None = None
+    use_short_conv: bool = False
+    elementwise_affine: bool | None = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_heads % (self.num_kv_heads or 1):
+            raise ValueError(
+                f"{self.model_type}: num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        super().__post_init__(**kwargs)
+
+    @property
+    def n_served(self) -> int:
+        """Heads that share a key."""
+        return self.num_heads // (self.num_kv_heads or self.num_heads)
+
+
 class ShortConvolution(nn.Conv1d):
     """A causal convolution of each channel over the last ``size`` tokens; a cache holds those before the call."""
 
@@ -86,11 +108,13 @@ class ShortConvolution(nn.Conv1d):
 
 
 class GatedRMSNorm(nn.Module):
-    """``norm(o, z)``: RMS norm of each head, times ``silu(z)``; in float32, like flash-linear-attention's."""
+    """``norm(o, z)``: RMS norm of each head, times ``gate(z)``; in float32, like flash-linear-attention's."""
 
-    def __init__(self, d_value: int, eps: float, elementwise_affine: bool = True):
+    def __init__(
+        self, d_value: int, eps: float, elementwise_affine: bool = True, gate: Callable[[Tensor], Tensor] = F.silu
+    ):
         super().__init__()
-        self.eps = eps
+        self.eps, self.gate = eps, gate
         self.weight = nn.Parameter(torch.ones(d_value)) if elementwise_affine else None
 
     def forward(
@@ -98,7 +122,7 @@ class GatedRMSNorm(nn.Module):
     ) -> Float[Tensor, "batch pos head d_value"]:
         x, z = at_least_float32(o), at_least_float32(z)
         weight = None if self.weight is None else self.weight.to(x.dtype)
-        return (F.rms_norm(x, x.shape[-1:], weight, self.eps) * F.silu(z)).to(o.dtype)
+        return (F.rms_norm(x, x.shape[-1:], weight, self.eps) * self.gate(z)).to(o.dtype)
 
     def init_weights_(self) -> None:
         if self.weight is not None:
@@ -154,6 +178,19 @@ class Mixer(nn.Module):
     def make_norm(self, eps: float, elementwise_affine: bool = True) -> nn.Module:
         norm = nn.RMSNorm if self.g_proj is None else GatedRMSNorm
         return norm(self.head_v_dim, eps=eps, elementwise_affine=elementwise_affine)
+
+    def for_each_head(self, y: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos head d"]:
+        """What heads share (k, v), or its decay, copied for each of them."""
+        return y.unflatten(-1, (self.num_heads // self.n_served, -1)).repeat_interleave(self.n_served, 2)
+
+    def add_gated_norm(self, config: Any) -> None:
+        """The norm of the reads under the name that flash-linear-attention gives it; `gated_norm` finds it."""
+        self.norm_name = "g_norm_swish_gate" if config.use_output_gate and config.fuse_norm else "g_norm"
+        self.add_module(self.norm_name, self.make_norm(config.norm_eps, bool(config.elementwise_affine)))
+
+    @property
+    def gated_norm(self) -> nn.Module:
+        return self.get_submodule(self.norm_name)
 
     def read_out(
         self, o: Float[Tensor, "batch pos head d_value"], x: Float[Tensor, "batch pos hidden"], norm: nn.Module

@@ -2,7 +2,7 @@
 
 | checkpoint | model |
 |---|---|
-| flash-linear-attention's RWKV-7, DeltaNet, Gated DeltaNet, GLA, HGRN2 | ours, also where that package is installed |
+| what flash-linear-attention trained (`OURS`) | ours, also where that package is installed |
 | RWKV-7 of its authors, one ``.pth`` file | ours |
 | Mamba and Mamba-2 of their authors (``state-spaces/mamba-130m``, ``mamba2-370m``) | transformers' |
 | anything else | transformers', through ``AutoModelForCausalLM`` |
@@ -44,19 +44,25 @@ from writesae.models.formats import mamba_of_authors, mamba_tensors_of_authors, 
 from writesae.models.gated_delta_net import GatedDeltaNetForCausalLM
 from writesae.models.gla import GLAForCausalLM
 from writesae.models.hgrn2 import HGRN2ForCausalLM
+from writesae.models.kda import KDAForCausalLM
+from writesae.models.kinds import OF_FLA, OF_TRANSFORMERS
+from writesae.models.linear_attn import LinearAttentionForCausalLM
+from writesae.models.retnet import RetNetForCausalLM
 from writesae.models.rwkv7 import RWKV7ForCausalLM
 
 OURS: dict[str, type[RecurrentForCausalLM]] = {
     cls.config_class.model_type: cls  # type: ignore[union-attr]
-    for cls in (RWKV7ForCausalLM, DeltaNetForCausalLM, GatedDeltaNetForCausalLM, GLAForCausalLM, HGRN2ForCausalLM)
+    for cls in (
+        RWKV7ForCausalLM,
+        DeltaNetForCausalLM,
+        GatedDeltaNetForCausalLM,
+        GLAForCausalLM,
+        HGRN2ForCausalLM,
+        RetNetForCausalLM,
+        LinearAttentionForCausalLM,
+        KDAForCausalLM,
+    )
 }
-# What else flash-linear-attention has, so that an error can say so. (Its mamba and mamba2 load as transformers'.)
-FLA_KINDS = {
-    "abc", "cat", "comba", "cyclic_flow_attention", "deltaformer", "forgetting_transformer", "gated_deltaproduct",
-    "gsa", "hgrn", "kda", "lightnet", "linear_attn", "log_linear_mamba2", "mamba3", "mesa_net", "mla", "moba",
-    "mom", "nsa", "parallax", "path_attn", "precond_gated_deltanet", "precond_kda", "raven", "retnet", "rodimus",
-    "rwkv6", "samba", "stickbreaking_attn", "transformer", "wall_transformer", "yoco",
-}  # fmt: skip
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -96,11 +102,13 @@ def load_model(source: str | Path, *, dtype: torch.dtype | str = torch.float32, 
         config, tensors = mamba_of_authors(fields), mamba_tensors_of_authors(read_tensors(source, hub))
         cls = Mamba2ForCausalLM if isinstance(config, Mamba2Config) else MambaForCausalLM
         return _build(cls, config, tensors, source, dtype=dtype, **rest)
-    if kind in FLA_KINDS:
+    if kind in OF_FLA:
         raise ValueError(
-            f"{source} is a {kind!r} of flash-linear-attention, which writesae has no model for; of its kinds "
+            f"{source} is a {kind!r} of flash-linear-attention, which cannot be wrapped: {OF_FLA[kind]}; of its kinds "
             f"{', '.join(sorted(OURS))} are supported"
         )
+    if reason := OF_TRANSFORMERS.get(str(kind)):
+        raise ValueError(f"{source} is a {kind!r} of transformers, which cannot be wrapped: {reason}")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
     except SafetensorError as error:

@@ -95,6 +95,10 @@ def _delta(get: Get) -> Recurrence:
     return delta_recurrence(get, torch.zeros_like(get("beta")))
 
 
+def _linear_attention(get: Get) -> Recurrence:
+    return Recurrence(get("q"), torch.zeros_like(get("k")[..., 0]))
+
+
 def _minus_beta(get: Get) -> Tensor:
     return -get("beta")
 
@@ -113,9 +117,14 @@ MAMBA2 = Rule("mamba2", _WITH_STRENGTH, nothing_erased, write_with_strength)
 MAMBA1 = Rule("mamba1", _WITH_STRENGTH, nothing_erased, write_with_strength, decay_per_key=True)
 DELTA = Rule("delta", ("q", "k", "v", "beta"), _delta, write_with_strength, strength=_minus_beta)
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), nothing_erased, plain_write, decay_per_key=True)
+SIMPLE_GLA = Rule("simple_gla", ("q", "k", "v", "log_decay"), nothing_erased, plain_write)
+LINEAR_ATTENTION = Rule("linear_attention", ("q", "k", "v"), _linear_attention, plain_write)
 RWKV7 = Rule(
     "rwkv7", ("q", "k", "v", "log_decay", "kappa", "iclr"), _rwkv7, plain_write, decay_per_key=True, delta_rank=2
 )
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (GATED_DELTA, KIMI_DELTA, MAMBA1, MAMBA2, DELTA, GLA, RWKV7)}
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (GATED_DELTA, KIMI_DELTA, MAMBA1, MAMBA2, DELTA, GLA, SIMPLE_GLA, LINEAR_ATTENTION, RWKV7)
+}
 """Every rule that is known, by name; `writesae.hooks.register` adds the rule of a family from elsewhere."""

@@ -65,6 +65,17 @@ GATED_DELTANET = Family(
 )
 register(GATED_DELTANET)
 
+KDA = Family(
+    name="Kimi Delta Attention of flash-linear-attention",
+    rule=rules.KIMI_DELTA,
+    mixers={"writesae.models.kda": "KimiDeltaAttention"},
+    kernels=("kda_recurrence",),
+    sizes=_SIZES,
+    norms=("o_norm",),
+    call=CanonicalCall,
+)
+register(KDA)
+
 GLA = Family(
     name="Gated Linear Attention",
     rule=rules.GLA,
@@ -86,3 +97,26 @@ HGRN2 = Family(
     letters={"k": "1 - f", "v": "i, the input"},
 )
 register(HGRN2)
+
+RETNET = Family(
+    name="RetNet",
+    rule=rules.SIMPLE_GLA,
+    mixers={"writesae.models.retnet": "MultiScaleRetention"},
+    kernels=("retention_recurrence",),
+    sizes=_SIZES,
+    norms=("g_norm_swish_gate", "g_norm"),
+    call=CanonicalCall,
+    letters={"q": "query, rotated by its place and scaled", "k": "key, rotated by its place", "log_decay": "fixed"},
+)
+register(RETNET)
+
+LINEAR_ATTENTION = Family(
+    name="Linear attention",
+    rule=rules.LINEAR_ATTENTION,
+    mixers={"writesae.models.linear_attn": "LinearAttention"},
+    kernels=("linear_attn_recurrence",),
+    sizes=_SIZES,
+    call=CanonicalCall,
+    letters={"q": "the query's features, scaled", "k": "the key's features"},
+)
+register(LINEAR_ATTENTION)
