@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +81,8 @@ def jittered(model: PreTrainedModel, amount: float, step: int) -> Iterator[None]
 
     So a value that is told can only be repeated by copying its vector, whichever it is, not by recognising the word.
     """
-    weight = model.get_input_embeddings().weight.data
+    embeddings: Any = model.get_input_embeddings()
+    weight = embeddings.weight.data
     kept = weight.clone()
     random = torch.Generator().manual_seed(step)
     noise = torch.randn(weight.shape, generator=random) / weight.shape[1] ** 0.5
