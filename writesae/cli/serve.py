@@ -23,7 +23,7 @@ from writesae.cli._shared import (
     sae_and_model,
 )
 
-ORDER = 7
+ORDER = 6.5
 
 
 def serve(
