@@ -21,6 +21,7 @@ from writesae.saes.activity.contexts import Context
 
 TEMPLATES = Path(__file__).parent / "templates"
 BINS = 24  # of the histogram
+BETWEEN = "\x7f"  # stands between tokens, in fewer bytes than a list takes; in no token, since `plain` takes it out
 SAMPLE = (12, 5)  # tokens before and after a firing at a quantile
 
 
@@ -112,7 +113,7 @@ def visible(token: str) -> str:
 def plain(text: str) -> str:
     """On one line, without control characters."""
     shown = text.replace("\r\n", "↵").replace("\n", "↵").replace("\r", "↵").replace("\t", "⇥")
-    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 else c for c in shown)
+    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 else "␡" if c == BETWEEN else c for c in shown)
 
 
 def number(x: float, digits: int = 3) -> str:
@@ -173,13 +174,13 @@ def atom_data(study: Study, atom: int) -> dict[str, Any]:
         fired=found.by_position[atom].tolist(), tokens=found.tokens_by_position.tolist(), bin=BIN,
         contexts=[context_data(context) for context in found.strongest[atom]],
         samples=[sample_data(study, *one) for one in found.at_quantiles(atom)] if study.windows else [],
-        readers=[[r.place, [*map(shown, r.tokens)], sparse(r.shares)] for r in (done.readers if done else ())],
+        readers=[[r.place, line(r.tokens), sparse(r.shares)] for r in (done.readers if done else ())],
     )  # fmt: skip
 
 
 def context_data(context: Context) -> list[Any]:
     """Activation, text, token in it, place among the tokens shown, these tokens, activations of the active ones."""
-    words = [shown(word) for word in (*context.before, context.token, *context.after)]
+    words = line((*context.before, context.token, *context.after))
     place = len(context.before)
     return [digits(context.activation), context.document, context.position, place, words, sparse(context.activations)]
 
@@ -187,7 +188,7 @@ def context_data(context: Context) -> list[Any]:
 def sample_data(study: Study, share: float, activation: float, window: int, position: int) -> list[Any]:
     """Share of weaker firings, activation, place among the tokens shown, these tokens."""
     tokens, start = study.windows[window].tokens, max(0, position - SAMPLE[0])
-    words = [shown(study.string(token)) for token in tokens[start : position + SAMPLE[1] + 1].tolist()]
+    words = line([study.string(token) for token in tokens[start : position + SAMPLE[1] + 1].tolist()])
     return [share, digits(activation), position - start, words]
 
 
@@ -199,6 +200,11 @@ def sparse(values: Sequence[float]) -> list[tuple[int, float]]:
 def digits(x: float) -> float:
     """To four digits."""
     return float(f"{x:.4g}")
+
+
+def line(words: Sequence[str]) -> str:
+    """Tokens, with `BETWEEN` between them."""
+    return BETWEEN.join(map(shown, words))
 
 
 def shown(word: str) -> str:

@@ -15,7 +15,7 @@ function context(list, said, tip, words, here, values, top, unit) {
   const line = made(list, "li"), on = new Map(values);
   made(line, "span", "n", said).dataset.tip = tip;
   const text = made(line, "p");
-  words.forEach((word, i) => {
+  words.split("\x7f").forEach((word, i) => {
     const value = on.get(i), token = made(text, "span", "t" + (i === here ? " here" : "") + (value > 0 ? " on" : ""), word);
     if (!(value > 0)) return;
     token.style.setProperty("--a", Math.min(1, value / top).toFixed(3));
