@@ -33,8 +33,6 @@ from writesae.pages import show as showing
 from writesae.pages import study as steps
 from writesae.pages.decoder import Decoder, direct_effect, nearest
 from writesae.pages.render import (
-    (,
-)
     BETWEEN,
     TEMPLATES,
     atom_page,
