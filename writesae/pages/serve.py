@@ -146,11 +146,11 @@ def steered(model: HookedRecurrentModel, sae: WriteSAE, values: dict[str, Any]) 
     """How a text goes on, and how with an atom added; ``same`` tokens of both are the same."""
     ids = text_ids(model, values)
     atom, scale, n = (values.get(what) for what in ("atom", "scale", "n_tokens"))
-    if type(atom) is not int or not 0 <= atom < sae.cfg.n_atoms:
+    if not isinstance(atom, int) or isinstance(atom, bool) or not 0 <= atom < sae.cfg.n_atoms:
         raise Refused(f"atom={atom!r}: allowed are 0 to {sae.cfg.n_atoms - 1}")
-    if type(scale) not in (int, float) or not abs(scale) <= 100:
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not abs(scale) <= 100:
         raise Refused(f"scale={scale!r}: allowed are numbers from -100 to 100")
-    if type(n) is not int or not 1 <= n <= MOST_NEW:
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= MOST_NEW:
         raise Refused(f"n_tokens={n!r}: allowed are 1 to {MOST_NEW}")
     ((one,),) = steer(model, sae, [atom], [ids], scales=(float(scale),), n_tokens=n)
     return {"before": list(one.plain), "after": list(one.steered), "same": one.same}
