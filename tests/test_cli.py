@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import writesae.cli
 from writesae.cli import app
 from writesae.cli._shared import plainly
+from writesae.jobs.disk import read_json
 from writesae.zoo import heldout_documents, shipped_models
 
 runner = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
@@ -37,6 +38,7 @@ def test_a_file_is_a_command():
         "evaluate",
         "contexts",
         "pages",
+        "serve",
         "explain",
         "reproduce",
         "convert",
@@ -57,6 +59,21 @@ def test_hooks_lists_sites_and_names():
     assert "[batch, pos, head, d_key]" in result.output, "shapes must not be taken for markup"
     result = runner.invoke(app, ["hooks", "tiny-gdn", "--names"])
     assert result.output.splitlines()[:2] == ["blocks.0.hook_resid_pre", "blocks.0.mixer.hook_q_raw"]
+
+
+def test_records_in_a_file(tmp_path):
+    """What a command shows as tables, as JSON."""
+    text = tmp_path / "text.txt"
+    text.write_text("The state of the Union is strong.")
+    assert runner.invoke(app, ["hooks", "tiny-gdn", "--json", str(tmp_path / "hooks.json")]).exit_code == 0
+    found = read_json(tmp_path / "hooks.json")
+    assert found["layers"][0] | {"rule": ""} == {"layer": 0, "n_heads": 4, "d_key": 32, "d_value": 32, "rule": ""}
+    assert found["names"][0] == "blocks.0.hook_resid_pre" and {"name", "shape", "what"} == set(found["hook_points"][0])
+    command = ["contexts", "tiny-gdn/L2H0", "--text", str(text), "--json", str(tmp_path / "contexts.json")]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 0, result.output
+    found = read_json(tmp_path / "contexts.json")
+    assert found["n_tokens"] > 5 and any(atom["contexts"] for atom in found["atoms"])
 
 
 def test_version():
@@ -81,11 +98,12 @@ def test_a_training_that_ended_says_so_and_its_folder_whole(tmp_path):
     text.write_text("\n".join(heldout_documents()[:4]))
     out = tmp_path / ("long" * 20)
     command = ["train", "tiny-gdn", str(out), "--text", str(text), "--site", "2.0", "--context", "64"]
-    command += ["--atoms", "16", "--steps", "3", "--max-tokens", "4000"]
+    command += ["--atoms", "16", "--steps", "3", "--max-tokens", "4000", "--json", str(tmp_path / "numbers.json")]
     narrow = CliRunner(env={"COLUMNS": "80", "TERM": "dumb"})
     first, again = narrow.invoke(app, command), narrow.invoke(app, command)
     assert first.exit_code == again.exit_code == 0, first.output
     assert str(out / "L2H0") in first.output, "the folder must not be cut or wrapped"
+    assert read_json(tmp_path / "numbers.json")["2.0"]["steps"] == 3
     assert "trained already" in again.output and "trained already" not in first.output
 
 

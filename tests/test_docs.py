@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -213,6 +214,23 @@ def test_the_snippet_with_nnsight(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+# Guides ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_guide_to_interventions_runs(here: Path) -> None:
+    """Every example, each after the page's first lines; and each but the identity changes what the model says."""
+    text, setting = (DOCS / "interventions.md").read_text("utf-8"), setup("interventions.md")
+    examples = [code for language, code in blocks(text) if language == "python" and code != setting]
+    assert len(examples) == text.count("```python") - 1 > 10
+    for code in examples:
+        names: dict[str, Any] = {}
+        exec(setting, names)
+        exec(code, names)
+        for name in ("ablated", "clamped", "steered", "replaced", "several"):
+            if name in names:
+                assert (names[name] - names["native"]).abs().max() > 1e-5, name
+
+
 # Reference -----------------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +372,17 @@ def served(site: Path) -> Iterator[str]:
 class QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["ablate", "clamp", "circuit", "patching", "steering", "explained variance", "GPU", "Colab", "cite", "glossary"],
+)
+def test_the_search_finds(site: Path, word: str) -> None:
+    """In the index that the site's search reads; a word that is nowhere is not found."""
+    entries = json.loads((site / "search" / "search_index.json").read_text("utf-8"))["docs"]
+    found = lambda word: [e for e in entries if word.lower() in f"{e['title']} {e['text']}".lower()]  # noqa: E731
+    assert found(word) and not found("no such word anywhere")
 
 
 def test_the_site_in_a_browser(served: str) -> None:

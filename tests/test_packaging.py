@@ -37,7 +37,7 @@ def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     read = lambda name: wheel.read(f"{about}/{name}").decode()  # noqa: E731
     metadata, project = Parser().parsestr(read("METADATA")), tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     assert "writesae = writesae.cli:app" in read("entry_points.txt")
-    assert f"{about}/licenses/LICENSE" in wheel.namelist()
+    assert {f"{about}/licenses/LICENSE", f"{about}/licenses/NOTICE"} <= set(wheel.namelist())
     assert set(metadata.get_all("Provides-Extra", [])) == set(project["project"]["optional-dependencies"])
     always = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert len(always) == len(project["project"]["dependencies"])

@@ -69,7 +69,7 @@ if TYPE_CHECKING:
         tune_lens,
         tune_memory,
     )
-    from writesae.model import HookedRecurrentModel, Memory
+    from writesae.model import HookedRecurrentModel, Memory, kl_divergence
     from writesae.pages import write_pages
     from writesae.recurrence import Recurrence, States, Write
     from writesae.saes import (
@@ -109,7 +109,7 @@ _HOME = {
         "ActivationCache", "Add", "AddVector", "Delete", "HookPoint", "Intervention", "Knockout", "Patch",
         "Reconstruct", "Replace", "Site", "Steer",
     ),
-    "writesae.model": ("HookedRecurrentModel", "Memory"),
+    "writesae.model": ("HookedRecurrentModel", "Memory", "kl_divergence"),
     "writesae.pages": ("write_pages",),
     "writesae.recurrence": ("Recurrence", "States", "Write"),
     "writesae.saes": (
@@ -127,10 +127,10 @@ __all__ = [
     "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "SteeringVector", "Substitute",
     "TunedLens", "TunedMemory", "Write", "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test",
     "check", "choose_atoms", "circuit", "direct_attribution", "dose_response", "each_text", "erase", "evaluate",
-    "explain", "extract", "gradient", "install", "knockout_sweep", "load_interventions", "logit_change",
-    "logit_lens", "memory_length", "patching", "pattern", "population_test", "record", "replacement_test",
-    "reproduce", "save_interventions", "seed_stability", "sign_test", "steering_vector", "texts", "top_contexts",
-    "train_site", "train_store", "tune_lens", "tune_memory", "write_delphi", "write_pages",
+    "explain", "extract", "gradient", "install", "kl_divergence", "knockout_sweep", "load_interventions",
+    "logit_change", "logit_lens", "memory_length", "patching", "pattern", "population_test", "record",
+    "replacement_test", "reproduce", "save_interventions", "seed_stability", "sign_test", "steering_vector",
+    "texts", "top_contexts", "train_site", "train_store", "tune_lens", "tune_memory", "write_delphi", "write_pages",
 ]  # fmt: skip
 
 

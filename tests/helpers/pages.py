@@ -12,7 +12,7 @@ from pathlib import Path
 from writesae import HookedRecurrentModel, WriteSAE
 from writesae.pages import Study, write_pages
 from writesae.pages.effects import Steered
-from writesae.pages.render import atom_page, index_page
+from writesae.pages.render import alone, assets, atom_page, index_page
 from writesae.pages.site import DATA
 from writesae.pages.study import Tokens, study
 from writesae.zoo import heldout_documents
@@ -76,9 +76,12 @@ def nasty_pages() -> dict[str, str]:
         tokens=Tokens(nasty, nasty),
         steered=(Steered(NASTY, 3.0, (NASTY, NASTY), (NASTY, "<b>")),),
     )
-    whole = Study(made.model, made.sae, NASTY, NASTY, found, {atom: measured})
-    return {
-        "atom": atom_page(whole, atom, command=NASTY),
-        "not measured": atom_page(whole, sorted(made.measured)[1], command=NASTY),
-        "index": index_page(whole, command=NASTY),
+    whole = Study(made.model, made.sae, NASTY, NASTY, found, {atom: measured}, made.windows)
+    files = assets(whole)
+    made_of = {
+        "atom": (atom_page(whole, atom, command=NASTY), "../"),
+        "not measured": (atom_page(whole, sorted(made.measured)[1], command=NASTY), "../"),
+        "index": (index_page(whole, command=NASTY), ""),
+        "help": (files["help.html"], ""),
     }
+    return {name: alone(page, root, files.__getitem__) for name, (page, root) in made_of.items()}

@@ -32,9 +32,20 @@ from writesae.pages import effects, write_pages
 from writesae.pages import show as showing
 from writesae.pages import study as steps
 from writesae.pages.decoder import Decoder, direct_effect, nearest
-from writesae.pages.render import TEMPLATES, atom_page, index_page, index_row, number, percent, plain, signed, visible
+from writesae.pages.render import (
+    BETWEEN,
+    TEMPLATES,
+    atom_page,
+    index_page,
+    index_row,
+    number,
+    percent,
+    plain,
+    signed,
+    visible,
+)
 from writesae.pages.study import study
-from writesae.pages.survey import BIN, cut_windows, survey
+from writesae.pages.survey import BIN, QUANTILES, cut_windows, survey
 from writesae.saes import SAEConfig
 from writesae.zoo import heldout_documents
 
@@ -109,6 +120,80 @@ def test_keys_point_as_the_models_own():
     assert torch.allclose(
         made.decoder.key[atom][:, None] * made.decoder.value[atom], part().atom(atom).dense(), atol=1e-6
     )
+
+
+def test_atoms_that_fire_together_are_counted():
+    """Against a count by hand, token by token; with one active atom a token, and with several."""
+    model, read = hooked(), texts()[:2]
+    for sae, near in ((part(), 4), (WriteSAE(dataclasses.replace(part().cfg, k=3)), 0)):
+        sae.load_state_dict(part().state_dict())
+        windows = cut_windows(model, read)
+        found = survey(model, sae, windows)
+        by_hand = torch.zeros(40, 40, dtype=torch.long)
+        for window in windows:
+            codes = model.encode(sae, window.tokens[None])
+            active = [set(i[v > 0].tolist()) for i, v in zip(codes.indices[0], codes.values[0], strict=True)]
+            for t, some in enumerate(active):
+                for apart in range(-near, near + 1):
+                    for b in active[t + apart] if 0 <= t + apart < len(active) else ():
+                        for a in some - {b}:
+                            by_hand[a, b] += 1
+        assert torch.equal(by_hand, by_hand.T) and found.near == near
+        n = found.seen.firings.float()
+        cosine = by_hand / (n[:, None] * n).sqrt().clamp_min(1e-30)
+        cosine[by_hand < 3] = 0
+        assert (found.together >= 0).sum() > 20
+        for a in range(40):
+            b = found.together[a][found.together[a] >= 0]
+            assert len(b) == min(8, int((cosine[a] > 0).sum()))
+            assert torch.equal(found.together_n[a][: len(b)], by_hand[a, b])
+            torch.testing.assert_close(cosine[a, b], cosine[a].topk(len(b)).values)
+
+
+def test_samples_stand_at_quantiles():
+    found = studied().survey
+    atom = found.most_frequent(1)[0]
+    activations = np.sort(found.sample(atom)["activation"].numpy())
+    for (share, value, window, position), wanted in zip(found.at_quantiles(atom), QUANTILES, strict=True):
+        assert share == wanted and value == pytest.approx(np.quantile(activations, share), rel=0.2)
+        codes = hooked().encode(part(), studied().windows[window].tokens[None])
+        assert atom in codes.indices[0, position] and value == pytest.approx(
+            float(codes.values[0, position, 0]), rel=1e-3
+        )
+    dead = int((found.seen.firings == 0).nonzero()[0])
+    assert found.at_quantiles(dead) == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_readers_are_the_reads_of_a_write(name):
+    """With the model's own write in the place of an atom: the head's pattern times what was written. Another head's
+    pattern is another."""
+    model, sae = hooked(name), part(MODELS[name])
+    layer, head = sae.place
+    ids = model.to_tokens(texts()[0])[0][0, :40]
+    _, cache = model.run_with_cache(ids)
+    write, o = cache.write(layer)[0, 5, head], cache["o", layer][0, :, head]
+    found = effects.reads_of(model, layer, head, ids, 5, write, f"blocks.{layer}.mixer.hook_o")
+    assert torch.equal(found[:5], torch.zeros(5)) and found[5] > 0
+    for other in (head, (head + 1) % model.site(layer).n_heads):
+        wanted = cache.pattern(layer, other)[0][:, 5].abs() * write.value.norm() / o.norm(dim=-1)
+        close = torch.allclose(found[5:], wanted[5:], rtol=0.02, atol=1e-4)
+        assert close == (other == head)
+    atom = studied().survey.most_frequent(1)[0]
+    shown = studied().measured[atom].readers
+    assert len(shown) == 3 and all(len(r.tokens) == len(r.shares) and not any(r.shares[: r.place]) for r in shown)
+
+
+def test_what_all_atoms_promote_is_taken_off():
+    made = studied()
+    fires = made.survey.seen.firings > 0
+    value = made.decoder.value
+    atom = made.survey.most_frequent(1)[0]
+    effect = direct_effect(made.model, 2, 0, (value[atom] - value[fires].mean(0))[None])[0]
+    assert made.distinct[atom].promoted[0][1] == pytest.approx(float(effect.max()), abs=1e-5)
+    first = lambda lists: len({lists[i].promoted[0][0] for i in fires.nonzero()[:, 0].tolist()})  # noqa: E731
+    assert first(made.distinct) >= first(made.direct) and made.distinct[atom] != made.direct[atom]
 
 
 # --- from the weights -------------------------------------------------------------------------------------------------
@@ -280,10 +365,10 @@ def test_a_stopped_run_goes_on(tmp_path):
     path = tmp_path / first
     path.write_text(path.read_text()[:-20])
     assert again(atoms=3)[1] == [first], "a damaged file is made again"
-    data = bytearray((tmp_path / "survey.safetensors").read_bytes())
+    data = bytearray((tmp_path / "survey.safetensors.gz").read_bytes())
     data[-5] ^= 1
-    (tmp_path / "survey.safetensors").write_bytes(data)
-    both = ["survey.json", "survey.safetensors"]
+    (tmp_path / "survey.safetensors.gz").write_bytes(data)
+    both = ["survey.json", "survey.safetensors.gz"]
     assert again(atoms=3)[1] == both
     _, done = again(read=read[:1], atoms=1)
     assert len(done) == 3 and done[1:] == both, "of another text, nothing is taken"
@@ -351,18 +436,26 @@ class Reader(HTMLParser):
         return [str(attributes[name]) for _, attributes in self.elements if name in attributes]
 
 
+def data_of(read: Reader) -> dict[str, Any]:
+    """The numbers at the end of an atom's page."""
+    return json.loads(next(script for script in read.scripts if script.startswith('{"key"')))
+
+
 def test_every_atom_has_a_page_and_links_lead_somewhere(site):
     names = sorted(path.name for path in (site / "atom").iterdir())
     assert names == [f"{i:05d}.html" for i in range(40)]
-    for path in (*(site / "atom").iterdir(), site / "index.html"):
+    for path in (*(site / "atom").iterdir(), site / "index.html", site / "help.html"):
         read = Reader(path.read_text())
         tags = {tag for tag, _ in read.elements}
-        assert not tags & {"img", "b id", "iframe", "link", "object", "embed", "form", "base", "audio", "video"}
-        assert not read.all("src") and not [x for x in read.elements if any(a.startswith("on") for a in x[1])]
+        assert not tags & {"img", "b id", "iframe", "object", "embed", "form", "base", "audio", "video"}
+        assert len(read.all("src")) == 1 and not [x for x in read.elements if any(a.startswith("on") for a in x[1])]
         assert "http" not in "".join(read.all("href"))
-        for link in read.all("href"):
-            assert (path.parent / link).is_file(), link
-        assert len(read.scripts) == 1 + (path.name == "index.html")
+        for link in (*read.all("href"), *read.all("src")):
+            file, _, part = link.partition("#")
+            assert (path.parent / file).is_file(), link
+            assert not part or f'<section id="{part}">' in (path.parent / file).read_text(), link
+        scripts = [attributes for tag, attributes in read.elements if tag == "script"]
+        assert all(script.get("type") == "application/json" or "src" in script for script in scripts)
         policy = next(a["content"] for _, a in read.elements if a.get("http-equiv"))
         assert policy is not None and policy.startswith("default-src 'none'") and "http" not in policy
 
@@ -375,11 +468,13 @@ def test_text_stays_text(site):
         read = Reader(page)
         tags = [tag for tag, _ in read.elements]
         assert "img" not in tags and not [x for x in read.elements if any(key.startswith("on") for key in x[1])]
-        assert tags.count("script") == 1 + (name == "index") and page.count("</script>") == tags.count("script")
+        assert tags.count("script") == {"index": 3, "help": 1}.get(name, 2) and page.count("</script>") == tags.count(
+            "script"
+        )
         assert "bold" not in read.all("id") and '<script>alert("a")</script>' in read.text
         if name in plain_pages:
             wanted = {tag for tag, _ in Reader(plain_pages[name].read_text()).elements}
-            assert set(tags) <= wanted
+            assert set(tags) <= wanted | {"style", "details", "summary"}  # of help and style, which stand in the page
     rows = json.loads(next(s for s in Reader(pages.nasty_pages()["index"]).scripts if s.startswith("[")))
     assert '<script>alert("a")</script>' in rows[atom]["text"] and rows[atom]["at"].startswith("The <script>")
 
@@ -390,9 +485,11 @@ def test_pages_say_what_was_measured(site):
     other = next(i for i in range(40) if i not in measured and fires[i])
     dead = int((fires == 0).nonzero()[0])
     pages_of = {i: Reader((site / "atom" / f"{i:05d}.html").read_text()).text for i in (measured[0], other, dead)}
-    assert "Not measured" not in pages_of[measured[0]] and "Measured, through the model" in pages_of[measured[0]]
+    assert (
+        "By running the model" not in pages_of[measured[0]] and "Measured, through the model" in pages_of[measured[0]]
+    )
     command = f"in the folder of this site: writesae pages tiny-gdn/L2H0 --out . --atom {other}"
-    assert pages_of[other].count(f"Not measured for this atom. To measure it, {command}") == 3
+    assert pages_of[other].count("Not measured for this atom") == 1 == pages_of[other].count(command)
     assert "It never fires in" in pages_of[dead] and "never fires in this text" in pages_of[dead]
     for atom, text in pages_of.items():
         assert f"Atom {atom}" in text and f"{int(fires[atom]):,} of {made.survey.n_tokens:,} tokens" in text
@@ -416,6 +513,14 @@ def test_the_index_knows_every_atom(site):
         assert (row["wins"] is not None) == (atom in made.measured)
         assert bool(row["context"]) == bool(found.seen.firings[atom])
     assert sum(SEARCHED in row["text"] for row in rows) >= 1
+
+
+def test_pages_are_small(site):
+    """What grows with the number of atoms: 2,048 of them take at most 30 MB, with the data they are made of."""
+    pages_of = sum(path.stat().st_size for path in (site / "atom").iterdir()) / 40
+    index, empty = (site / "index.html").stat().st_size, len(index_page(studied(), command="").split('id="data"')[0])
+    kept = (site / "data" / "survey.safetensors.gz").stat().st_size
+    assert 2048 * (pages_of + (index - empty + kept) / 40) < 30e6
 
 
 def test_a_smaller_sae_leaves_nothing_of_a_larger_one(tmp_path):
@@ -470,7 +575,7 @@ def test_every_kind_of_sae_has_pages(variant, settings):
         assert f"{fired} of 200 tokens" in read.text
         if fired:
             context = made.survey.strongest[atom][0]
-            assert context.token.isdigit() and context.token in read.text
+            assert context.token.isdigit() and context.token in data_of(read)["contexts"][0][4].split(BETWEEN)
     assert len(json.loads(next(s for s in Reader(index_page(made, command="")).scripts if s.startswith("[")))) == 12
 
 
@@ -484,7 +589,8 @@ def test_show_is_the_page_of_the_site(site):
     shown = sae.show(atom, model=model, texts=read)
     pass_over_the_texts = showing._last["study"].survey
     kept = sae.show(atom, pages=site)
-    sections = ["contexts", "histogram", "positions", "tokens", "replacement", "steering", "factors", "nearest"]
+    sections = ["contexts", "samples", "histogram", "positions", "tokens", "readers"]
+    sections += ["replacement", "steering", "factors", "nearest", "together"]
     assert [i for i in Reader(shown.html).all("id") if i in sections] == sections
     first = [Reader(page.html).text.split("Measured, through")[0].split() for page in (shown, kept)]
     assert first[0] == first[1] and len(first[0]) > 200  # what follows was measured in other batches, which round

@@ -102,12 +102,14 @@ def test_any_sae_in_the_place_of_a_write(model: HookedRecurrentModel, ids: Tenso
 
 @torch.no_grad()
 def test_the_error_term_keeps_the_rest(model: HookedRecurrentModel, ids: Tensor) -> None:
-    """A factor of one changes nothing; nothing at all to change is an error."""
-    sae = made()
+    """A factor of one changes nothing, and neither does asking for no change; the reconstruction alone does."""
+    sae, native = made(), model(ids)
     with model.intervene(Recode(sae, scale={3: 1.0}, error_term=True)):
-        torch.testing.assert_close(model(ids), model.hf_model(ids).logits, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="changes nothing: name atoms in ablate="):
-        Recode(sae, error_term=True)
+        torch.testing.assert_close(model(ids), native, atol=1e-5, rtol=0)
+    with model.intervene(Recode(sae, error_term=True)):
+        torch.testing.assert_close(model(ids), native, atol=1e-5, rtol=0)
+    with model.intervene(Recode(sae)):
+        assert (model(ids) - native).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("a", ARCHITECTURES, ids=str)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import writesae as ws
+from architectures import ARCHITECTURES, N_VOCAB
 from writesae.jobs.disk import read_json
 from writesae.saes import VARIANTS, SAEConfig, WriteSAE
 from writesae.saes.files import CONFIG, WEIGHTS, saelens_fields
@@ -320,3 +321,42 @@ def test_what_saelens_would_do_to_dense_weights() -> None:
     with pytest.raises(TypeError, match="d_key"):
         SAELensConfig(d_in=30, d_sae=32)
     assert dataclasses.is_dataclass(sae.cfg)
+
+
+@pytest.mark.parametrize("error_term", [False, True])
+@pytest.mark.parametrize("ablate", [[], [3]])
+def test_an_sae_put_in_is_what_saelens_puts_in(error_term: bool, ablate: list[int]) -> None:
+    """`run_with_saes` and ``use_error_term``: their forward, in a hook on the write, against `Recode`; logits and
+    gradients. The other error term gives others."""
+    a = ARCHITECTURES[0]
+    model = ws.HookedRecurrentModel(a.build())
+    ids = torch.randint(N_VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    ours = WriteSAE(SAEConfig(16, a.d_value, n_atoms=24, k=5, layer=1, head=2, decoder_bias=True))
+    theirs = to_saelens(ours)
+    if error_term:
+        with pytest.warns(DeprecationWarning, match="use_error_term"):
+            theirs.use_error_term = True
+
+    def ablated(acts: Tensor, hook: Any) -> Tensor:
+        return acts * ~torch.isin(torch.arange(24), torch.tensor(ablate))
+
+    def put_in(write: Any, hook: Any) -> Any:
+        X = write.dense()
+        flat = theirs.run_with_hooks(X[:, :, 2].flatten(-2), fwd_hooks=[("hook_sae_acts_post", ablated)])
+        X = torch.cat([X[:, :, :2], flat.view_as(X[:, :, 2])[:, :, None], X[:, :, 3:]], 2)
+        return ws.Write(torch.eye(16).expand(*X.shape[:3], 16, 16), X, 16)
+
+    def logits_and_gradients(block: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        with block:
+            logits = model(ids)
+        return logits.detach(), gradients(ours, logits.square().mean())
+
+    expected, slopes = logits_and_gradients(model.hooks([(("write", 1), put_in)]))
+    found, own = logits_and_gradients(model.intervene(ws.Recode(ours, ablate=ablate, error_term=error_term)))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert own.keys() == slopes.keys() and len(own) > 2
+    for name in own:
+        torch.testing.assert_close(own[name], slopes[name], atol=1e-6, rtol=1e-3)
+    other = model.intervene(ws.Recode(ours, ablate=ablate, error_term=not error_term))
+    assert (logits_and_gradients(other)[0] - expected).abs().max() > 1e-2

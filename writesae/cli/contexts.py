@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +35,7 @@ def contexts(
     n: Annotated[int, typer.Option("-n", help="Places shown per atom.", min=1)] = 10,
     context: Annotated[int, typer.Option(help="Tokens read at once, from an empty memory.", min=1)] = 512,
     batch: Annotated[int, typer.Option(help="Sequences run at once.", min=1)] = 8,
+    json: Annotated[Path | None, typer.Option(help="A file for everything found.")] = None,
     device: Device = AUTO,
     dtype: DType = None,
     prepend_bos: PrependBos = None,
@@ -44,10 +46,13 @@ def contexts(
     with plainly():
         from rich.console import Console
 
+        from writesae.jobs.disk import write_json
         from writesae.saes import top_contexts
 
         found, hooked = sae_and_model(sae, model, prepend_bos, special_tokens, device, dtype)
         top = top_contexts(hooked, found, read_texts(text), n=n, atoms=atom, context=context, batch_size=batch)
+        if json is not None:
+            write_json(json, top.to_dict())
     console = Console()
     for i in atom or top.most_frequent(5):
         console.print(top.table(i) if top[i] else top.about(i), highlight=False)

@@ -56,7 +56,7 @@ def explain(
     The file of labels is for `writesae pages --labels`. A stopped run continues.
     """
     quiet()
-    with plainly():
+    with plainly(goes_on=True):
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text

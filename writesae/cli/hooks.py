@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ def hooks(
     model: ModelName,
     device: Device = "cpu",
     dtype: DType = None,
+    json: Annotated[Path | None, typer.Option(help="A file for the records.")] = None,
     names: Annotated[bool, typer.Option("--names", help="Only the names, one per line.")] = False,
 ) -> None:
     """List a model's recurrent layers and its hook points."""
@@ -22,11 +24,17 @@ def hooks(
     from rich.table import Table
     from rich.text import Text
 
+    from writesae.jobs.disk import write_json
     from writesae.model import HookedRecurrentModel
 
     quiet()
     with plainly():
         hooked = HookedRecurrentModel.from_pretrained(model, device=device, dtype=dtype)
+        if json is not None:
+            sizes = ("layer", "n_heads", "d_key", "d_value")
+            layers = [{name: getattr(site, name) for name in sizes} | {"rule": str(site.rule)} for site in hooked.sites]
+            points = [dict(zip(("name", "shape", "what"), row, strict=True)) for row in hooked.describe_hooks()]
+            write_json(json, {"model": model, "layers": layers, "hook_points": points, "names": hooked.hook_names})
     if names:
         print("\n".join(hooked.hook_names))
         return

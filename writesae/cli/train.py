@@ -45,6 +45,7 @@ def train(
     max_tokens: Annotated[
         int, typer.Option(help="For a model: use at most this many tokens, spread over the texts.", min=1)
     ] = 500_000,
+    json: Annotated[Path | None, typer.Option(help="A file for the numbers of each head's training.")] = None,
     device: Device = AUTO,
     dtype: DType = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
@@ -61,6 +62,7 @@ def train(
     from rich.console import Console
     from rich.table import Table
 
+    from writesae.jobs.disk import write_json
     from writesae.jobs.processes import Processes
     from writesae.saes import train_store
     from writesae.saes.training.collect import planned
@@ -98,6 +100,8 @@ def train(
             )  # fmt: skip
     if not first:
         return
+    if json is not None:
+        write_json(json, {str(sae.place): sae.cfg.training for sae in saes.values()})
     table = Table(title=f"SAEs of {store.info.model_id}, on held-out sequences")
     for column in ("head", "normalised MSE", "cosine of the top atom", "active atoms", "atoms ever active"):
         table.add_column(column, justify="right")

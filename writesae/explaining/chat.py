@@ -6,7 +6,7 @@ import importlib.util
 import os
 import threading
 import urllib.parse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -63,6 +63,7 @@ class ChatServer:
     timeout: float = 120.0
     tries: int = 6
     at_once: int = 8
+    _there: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.base_url)
@@ -89,9 +90,12 @@ class ChatServer:
         return OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.tries - 1)
 
     def check(self) -> None:
-        """Raise ConnectionError if nobody answers at the address, ValueError if the key is refused. One short call."""
+        """Raise ConnectionError if nobody answers at the address, ValueError if the key is refused. One short call; a
+        server that was there is not asked again."""
         import openai
 
+        if self._there:
+            return
         try:
             self._client.with_options(timeout=min(self.timeout, 10.0), max_retries=0).models.list()
         except (openai.AuthenticationError, openai.PermissionDeniedError) as e:
@@ -103,6 +107,7 @@ class ChatServer:
             ) from None
         except openai.OpenAIError:
             pass  # somebody is there, who has no list of models
+        self._there = True
 
     def ask(self, messages: Messages, *, max_tokens: int, temperature: float, stop: threading.Event) -> str:
         """The answer; see `Chat`."""

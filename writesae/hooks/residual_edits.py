@@ -130,7 +130,8 @@ class SAEEdit(ResidualEdit):
         if not is_residual_sae(self.sae):
             raise TypeError(
                 f"{type(self).__name__} takes an SAE of the residual stream, with encode, decode, W_dec and cfg, such "
-                f"as sae_lens.SAE; got {type(self.sae).__name__}. For a WriteSAE there is Substitute(sae)"
+                f"as sae_lens.SAE; got {type(self.sae).__name__}. For a WriteSAE there are Recode(sae) and "
+                f"Substitute(sae)"
             )
         if hasattr(self.sae.cfg, "d_out"):
             raise ValueError(

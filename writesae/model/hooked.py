@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from writesae.hooks.residual import Stopped, stop_at
 from writesae.hooks.scope import owning
 from writesae.hooks.tap import check_kernels
 from writesae.jobs.arguments import named_kinds
+from writesae.jobs.elsewhere import NamesElsewhere
 from writesae.model.attaching import Hooks, Names, check_fired
 from writesae.model.continuing import positions_behind
 from writesae.model.generating import GeneratingModel
@@ -35,7 +36,7 @@ from writesae.models.wrappers import bare, unwrapped
 from writesae.zoo import shipped_model, shipped_models
 
 
-class HookedRecurrentModel(GeneratingModel):
+class HookedRecurrentModel(NamesElsewhere, GeneratingModel):
     """Wraps a transformers model with matrix-state layers; the model itself stays what it is (``model.hf_model``).
 
     Args:
@@ -56,6 +57,14 @@ class HookedRecurrentModel(GeneratingModel):
     >>> logits, cache = model.run_with_cache("The state of the Union")
     >>> cache["k", 1].shape        # [batch, pos, head, d_key]
     """
+
+    elsewhere: ClassVar[Mapping[str, str]] = {  # methods of SAELens' model
+        "run_with_saes": "here it is `with model.intervene(ws.Recode(sae)): model(text)` (docs/names.md)",
+        "add_sae": "here an SAE is put in for a block, `with model.intervene(ws.Recode(sae)): ...` (docs/names.md)",
+        "saes": "here it is `with model.intervene([ws.Recode(sae), ws.Recode(another)]): ...` (docs/names.md)",
+        "reset_saes": "what a `with model.intervene(...)` put in is out again when the block ends",
+        "run_with_cache_with_saes": "here it is `model.encode(sae, text)` (docs/names.md)",
+    }
 
     def __init__(
         self,

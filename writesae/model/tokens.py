@@ -233,6 +233,31 @@ class TokenModel(nn.Module):
             tokens = self.to_single_token(tokens)
         return self.W_U.T[self._check_ids(torch.as_tensor(tokens, device=self.device))]
 
+    @torch.no_grad()
+    def likely(self, x: Text | Float[Tensor, "*batch vocab"], n: int = 5) -> list[tuple[str, float]]:
+        """The ``n`` most likely next tokens and their probabilities, after the last token of one text.
+
+        Args:
+            x: a text or its token ids, for which the model runs, with whatever is attached; or logits, of which
+                the last row is taken.
+            n: how many.
+
+        Raises:
+            ValueError: several texts, or fewer tokens in the vocabulary than asked for.
+
+        >>> model.likely("The state of the", n=2)
+        >>> with model.intervene(ws.Delete(layer=2, head=0)):
+        ...     model.likely("The state of the")
+        """
+        logits = x if isinstance(x, Tensor) and x.dtype.is_floating_point else self(x)
+        if logits.ndim > 2 and logits.shape[:-2].numel() != 1:
+            raise ValueError(f"likely is of one text: got logits {list(logits.shape)}; give one row of them")
+        last = logits.reshape(-1, logits.shape[-1])[-1].float().softmax(-1)
+        if not 1 <= n <= len(last):
+            raise ValueError(f"n={n}: allowed are 1 to {len(last)}, the tokens of the vocabulary")
+        values, ids = last.topk(n)
+        return [(self.to_string([token]), value) for token, value in zip(ids.tolist(), values.tolist(), strict=True)]
+
     def logits_of_last(self, n: int) -> dict[str, Any]:
         """The argument with which the model makes logits for the last ``n`` tokens only (0: for all), if it has one.
 
@@ -260,6 +285,22 @@ def _rows(rows: Sequence[Sequence[int]]) -> Tensor:
             f"attention_mask, or give texts"
         )
     return torch.tensor(rows)
+
+
+@torch.no_grad()
+def kl_divergence(
+    edited: Float[Tensor, "*batch vocab"], native: Float[Tensor, "*batch vocab"]
+) -> Float[Tensor, "*batch"]:
+    """How far next-token distributions are from others: ``KL(edited || native)`` at each token, in nats.
+
+    Args:
+        edited, native: logits of the same tokens, ``[batch, pos, vocab]`` or any leading dimensions.
+
+    >>> with model.intervene(ws.Delete(layer=2, head=0), positions=[5]):
+    ...     moved = ws.kl_divergence(model(text), native)
+    """
+    p, q = (x.float().log_softmax(-1) for x in (edited, native))
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
 
 
 def next_token_loss(

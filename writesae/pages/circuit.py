@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from writesae.pages.render import number, percent, render, visible
+from writesae.pages.render import alone, asset, number, percent, render, visible
 from writesae.pages.show import Page
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def show_circuit(circuit: Circuit) -> Page:
         "width": LEFT + STEP * (len(circuit.tokens) + 1), "height": ROW * (circuit.n_layers + 2) + 20,
         "has_errors": any(node.kind == "error" for node in circuit.nodes),
     }  # fmt: skip
-    return Page(circuit.title, render("circuit", **values))
+    page = alone(render("circuit", **values), "", lambda name: asset(name.removeprefix("assets/")))
+    return Page(circuit.title, page)
 
 
 def _edge(circuit: Circuit, other: int, weight: float) -> dict[str, Any]:

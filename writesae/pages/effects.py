@@ -97,6 +97,77 @@ def logit_effect(
 
 
 @dataclass(frozen=True)
+class Readers:
+    """Which later tokens read what an atom wrote at one of its firings.
+
+    Attributes:
+        tokens: of the text around, as strings.
+        place: where among them the atom fires.
+        shares: of each of these tokens, how long what it reads of the atom is, as a share of all that the head reads
+            there; 0 before the firing.
+    """
+
+    tokens: tuple[str, ...]
+    place: int
+    shares: tuple[float, ...]
+
+
+@owning(everywhere=False)
+@torch.no_grad()
+def readers(
+    model: HookedRecurrentModel,
+    sae: WriteSAE,
+    found: Survey,
+    windows: Sequence[Window],
+    atom: int,
+    *,
+    n_firings: int = 3,
+    before: int = 8,
+    after: int = 40,
+) -> tuple[Readers, ...]:
+    """What later tokens read of an atom, at its strongest firings.
+
+    The atom is added once more, as strong as it fires, at that token. A head's reads are linear in its memory, so what
+    they change by, ``o_s(with) - o_s``, is what they read of the atom's own write, with all that the memory decayed and
+    erased of it in between. Its length over that of ``o_s`` is the share.
+
+    Args:
+        model: the model.
+        sae: an SAE of one of its heads.
+        found: the survey of the windows.
+        windows: the texts.
+        atom: which.
+        n_firings: how many of its strongest firings.
+        before, after: tokens shown around each.
+    """
+    layer, head = sae.place
+    tokens = {(window.document, window.start): window.tokens for window in windows}
+    point, some = f"blocks.{layer}.mixer.hook_o", []
+    for firing in found.strongest[atom][:n_firings]:
+        place = firing.position % found.context
+        ids = tokens[firing.document, firing.position - place][: place + after + 1]
+        read = reads_of(model, layer, head, ids, place, sae.atom(atom) * firing.activation, point)
+        start = max(0, place - before)
+        words = tuple(token_string(model, token) for token in ids[start:].tolist())
+        some.append(Readers(words, place - start, tuple(round(x, 4) for x in read[start:].tolist())))
+    return tuple(some)
+
+
+def reads_of(
+    model: HookedRecurrentModel, layer: int, head: int, ids: Int[Tensor, " pos"], place: int, write: Write, point: str
+) -> Float[Tensor, " pos"]:
+    """How long what each token reads of a write at ``place`` is, over all that the head reads there."""
+    given = {"names": [point], "stop_at_layer": layer + 1}
+    _, plain = model.run_with_cache(ids[None], **given)
+    with model.intervene(Add(layer, head, write=write), positions=[place]):
+        _, added = model.run_with_cache(ids[None], **given)
+    native, more = (cache[point][0, :, head].float() for cache in (plain, added))
+    share = (more - native).norm(dim=-1) / native.norm(dim=-1).clamp_min(1e-30)
+    share[:place] = 0
+    return share.cpu()
+
+
+@dataclass(frozen=True)
 class Replaced:
     """The replacement test at an atom's own firings: the atom, at its activation, in place of what the head writes.
 

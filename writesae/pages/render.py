@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,46 @@ from writesae.saes.activity.contexts import Context
 
 TEMPLATES = Path(__file__).parent / "templates"
 BINS = 24  # of the histogram
+BETWEEN = "\x7f"  # stands between tokens, in fewer bytes than a list takes; in no token, since `plain` takes it out
+SAMPLE = (12, 5)  # tokens before and after a firing at a quantile
+
+
+STYLE = '<link rel="stylesheet" href="{}">'
+SCRIPT = '<script src="{}"></script>'
+HELP = re.compile(r'<a class="about" href="\.\./help\.html#(\w+)">What is this\?</a>')
+POLICY = "'self' file:"  # whose scripts run: files of the site
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from ``templates/<template>.html``, with its style and script inside."""
-    return _environment().get_template(f"{template}.html").render(page=template, **values)
+    """A page from ``templates/<template>.html``; style and script are files of the site (`assets`)."""
+    return _environment().get_template(f"{template}.html").render(**{"page": template, "root": ""} | values)
+
+
+def assets(study: Study) -> dict[str, str]:
+    """The files that all pages share: style, scripts, and what the pages' parts are."""
+    files = {f"assets/{name}": asset(name) for name in ("style.css", "index.js", "atom.js", "help.js")}
+    return files | {"help.html": render("help", study=study, cfg=study.sae.cfg, found=study.survey)}
+
+
+def alone(page: str, root: str, read: Callable[[str], str]) -> str:
+    """A page that needs no other file: style, script and help are put into it, and no other script runs.
+
+    Args:
+        page: a page as `render` made it.
+        root: what leads from it to the site's folder, ``"../"`` or nothing.
+        read: a file of the site, by its path there.
+    """
+    name = next(n for n in re.findall(r'<script src="[./]*assets/(\w+)\.js">', page))
+    script = read(f"assets/{name}.js")
+    page = page.replace(STYLE.format(f"{root}assets/style.css"), f"<style>{read('assets/style.css')}</style>", 1)
+    page = page.replace(SCRIPT.format(f"{root}assets/{name}.js"), f"<script>{script}</script>", 1)
+    page = page.replace(f"style-src 'unsafe-inline' {POLICY}", "style-src 'unsafe-inline'", 1)
+    page = page.replace(f"script-src {POLICY}", f"script-src '{script_hash(script)}'", 1)
+    if HELP.search(page):
+        parts = dict(re.findall(r'(?s)<section id="(\w+)">\n<h2>[^\n]*</h2>\n(.*?)\n</section>', read("help.html")))
+        fold = lambda found: f"<details class=about><summary>What is this?</summary>{parts[found[1]]}</details>"  # noqa: E731
+        page = HELP.sub(fold, page)
+    return page
 
 
 @cache
@@ -35,22 +72,29 @@ def _environment() -> Any:
         loader=jinja2.FileSystemLoader(TEMPLATES),
     )  # fmt: skip
     environment.filters |= {"visible": visible, "number": number, "percent": percent, "signed": signed}
-    environment.globals |= {"asset": asset, "script_hash": script_hash}
+    environment.filters["compact"] = compact
     return environment
 
 
 @cache
-def asset(name: str) -> Any:
-    """A style sheet or script of ours, to stand in the page as it is."""
+def asset(name: str) -> str:
+    """A style sheet or script of ours."""
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def script_hash(script: str) -> str:
+    """What lets this script run, and no other that text might bring along."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def compact(x: Any) -> Any:
+    """JSON in few bytes, which may stand in a page: no markup is left in it."""
     from markupsafe import Markup
 
-    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
-
-
-@cache
-def script_hash(name: str) -> str:
-    """What lets this script run, and no other that text might bring along."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(asset(name).encode()).digest()).decode()
+    text = json.dumps(x, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
 
 
 # --- text and numbers -------------------------------------------------------------------------------------------------
@@ -69,7 +113,7 @@ def visible(token: str) -> str:
 def plain(text: str) -> str:
     """On one line, without control characters."""
     shown = text.replace("\r\n", "↵").replace("\n", "↵").replace("\r", "↵").replace("\t", "⇥")
-    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 else c for c in shown)
+    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 else "␡" if c == BETWEEN else c for c in shown)
 
 
 def number(x: float, digits: int = 3) -> str:
@@ -93,28 +137,79 @@ def percent(x: float) -> str:
 
 def atom_page(study: Study, atom: int, *, command: str) -> str:
     """The page of an atom. ``command`` is what measures more, told where something was not measured."""
-    return render("atom", **atom_values(study, atom), command=command)
+    return render("atom", root="../", **atom_values(study, atom), command=command)
 
 
 def atom_values(study: Study, atom: int) -> dict[str, Any]:
     """Everything that the template shows of an atom."""
     cfg, found = study.sae.cfg, study.survey
     classes, fired = found.classes, int(found.seen.firings[atom])
-    activations, peak = found.sample(atom)["activation"].tolist(), float(found.seen.largest[atom])
+    done, n_sample, peak = study.measured.get(atom), len(found.sample(atom)["token"]), float(found.seen.largest[atom])
     cosines = ("cosine", "key_cosine", "value_cosine", "elsewhere")
-    near = zip(*(rows[atom] for rows in study.nearest), strict=True)
+    data = atom_data(study, atom)
     return dict(
         atom=atom, n_atoms=cfg.n_atoms, study=study, cfg=cfg, found=found, fired=fired, rate=fired / found.n_tokens,
-        peak=peak, mean=float(classes.mean_activation[atom]), kind=str(classes.classes[atom]),
-        cosines={name: float(getattr(classes, name)[atom]) for name in cosines},
-        contexts=[context_values(context, peak) for context in found.strongest[atom]],
-        fires_at=fires_at(study, atom), n_sample=len(activations), histogram=histogram(activations),
-        positions=positions(study, atom), direct=bars_of(study.direct[atom]),
-        measured=measured(study.measured.get(atom)),
-        factors=[("key", study.decoder.key[atom].tolist()), ("value", study.decoder.value[atom].tolist())],
+        peak=peak, mean=float(classes.mean_activation[atom]), kind=str(classes.classes[atom]), n_sample=n_sample,
+        cosines={name: float(getattr(classes, name)[atom]) for name in cosines}, contexts=bool(data["contexts"]),
+        samples=bool(data["samples"]), fires_at=fires_at(study, atom), direct=bars_of(study.distinct[atom]),
+        positions=[dict(rate=n / max(1, of)) for n, of in zip(data["fired"], data["tokens"], strict=True)],
+        measured=measured(done), factors=[(name, data[name]) for name in ("key", "value")], data=data,
         label=label_values(study, atom), share=float(study.decoder.share[atom]), norm=float(study.decoder.norm[atom]),
-        nearest=[dict(atom=i, cosine=c, kind=str(classes.classes[i]), top=fires_most_at(study, i)) for i, c in near],
     )  # fmt: skip
+
+
+def atom_data(study: Study, atom: int) -> dict[str, Any]:
+    """What the page's script makes contexts, bars and factors of (``atom.js``)."""
+    found, done = study.survey, study.measured.get(atom)
+    activations = found.sample(atom)["activation"].numpy()
+    highest = float(activations.max(initial=0.0))
+    counts = np.histogram(activations, BINS, (0.0, highest))[0].tolist() if len(activations) else []
+    factors = {name: [digits(x) for x in getattr(study.decoder, name)[atom].tolist()] for name in ("key", "value")}
+    near = zip(*(rows[atom] for rows in study.nearest), strict=True)
+    beside = zip(found.together[atom].tolist(), found.together_n[atom].tolist(), strict=True)
+    other = lambda i, x: [i, x, str(found.classes.classes[i]), visible(top) if (top := fires_most_at(study, i)) else ""]  # noqa: E731
+    return factors | dict(
+        nearest=[other(i, digits(c)) for i, c in near], together=[other(i, n) for i, n in beside if i >= 0],
+        peak=digits(float(found.seen.largest[atom])), highest=digits(highest), counts=counts,
+        fired=found.by_position[atom].tolist(), tokens=found.tokens_by_position.tolist(), bin=BIN,
+        contexts=[context_data(context) for context in found.strongest[atom]],
+        samples=[sample_data(study, *one) for one in found.at_quantiles(atom)] if study.windows else [],
+        readers=[[r.place, line(r.tokens), sparse(r.shares)] for r in (done.readers if done else ())],
+    )  # fmt: skip
+
+
+def context_data(context: Context) -> list[Any]:
+    """Activation, text, token in it, place among the tokens shown, these tokens, activations of the active ones."""
+    words = line((*context.before, context.token, *context.after))
+    place = len(context.before)
+    return [digits(context.activation), context.document, context.position, place, words, sparse(context.activations)]
+
+
+def sample_data(study: Study, share: float, activation: float, window: int, position: int) -> list[Any]:
+    """Share of weaker firings, activation, place among the tokens shown, these tokens."""
+    tokens, start = study.windows[window].tokens, max(0, position - SAMPLE[0])
+    words = line([study.string(token) for token in tokens[start : position + SAMPLE[1] + 1].tolist()])
+    return [share, digits(activation), position - start, words]
+
+
+def sparse(values: Sequence[float]) -> list[tuple[int, float]]:
+    """Those that are not 0, with their places."""
+    return [(i, digits(x)) for i, x in enumerate(values) if x > 0]
+
+
+def digits(x: float) -> float:
+    """To four digits."""
+    return float(f"{x:.4g}")
+
+
+def line(words: Sequence[str]) -> str:
+    """Tokens, with `BETWEEN` between them."""
+    return BETWEEN.join(map(shown, words))
+
+
+def shown(word: str) -> str:
+    """A token on one line."""
+    return plain(word) or "∅"
 
 
 def label_values(study: Study, atom: int) -> dict[str, Any] | None:
@@ -127,16 +222,6 @@ def label_values(study: Study, atom: int) -> dict[str, Any] | None:
     return dict(text=plain(label.text), scores=scores)
 
 
-def context_values(context: Context, peak: float) -> dict[str, Any]:
-    """A context, its tokens with activations and how strong these are beside the atom's strongest."""
-    words, here = (*context.before, context.token, *context.after), len(context.before)
-    tokens = [
-        dict(text=plain(word) or "∅", value=value, strength=round(value / peak, 3) if value > 0 else 0, here=i == here)
-        for i, (word, value) in enumerate(zip(words, context.activations, strict=True))
-    ]
-    return dict(tokens=tokens, activation=context.activation, document=context.document, position=context.position)
-
-
 def fires_at(study: Study, atom: int) -> list[tuple[str, float]]:
     """The tokens that the atom fires at most, and the share of its firings that each has."""
     return [(study.string(token), share) for token, share in study.survey.fires_at[atom]]
@@ -144,33 +229,6 @@ def fires_at(study: Study, atom: int) -> list[tuple[str, float]]:
 
 def fires_most_at(study: Study, atom: int) -> str:
     return next((token for token, _ in fires_at(study, atom)), "")
-
-
-def histogram(values: Sequence[float]) -> list[dict[str, Any]]:
-    """Bars of a histogram from zero to the largest."""
-    if not values:
-        return []
-    counts, edges = np.histogram(values, BINS, (0.0, max(values)))
-    top = max(int(counts.max()), 1)
-    return [
-        dict(height=n / top, label=f"{number(a)} to {number(b)}: {n:,} of {len(values):,} firings")
-        for n, a, b in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True)
-    ]
-
-
-def positions(study: Study, atom: int) -> list[dict[str, Any]]:
-    """Bars of the rate by position in the window."""
-    fired, tokens = study.survey.by_position[atom], study.survey.tokens_by_position
-    rates = (fired / tokens.clamp_min(1)).tolist()
-    top = max(max(rates), 1e-30)
-    return [
-        dict(
-            height=rate / top, rate=rate,
-            label=f"tokens {i * BIN} to {(i + 1) * BIN - 1} of a window: {percent(rate)} "
-                  f"({int(fired[i]):,} of {int(tokens[i]):,})",
-        )
-        for i, rate in enumerate(rates)
-    ]  # fmt: skip
 
 
 def bars_of(tokens: Tokens) -> dict[str, Any]:
@@ -223,19 +281,20 @@ def index_row(study: Study, atom: int) -> dict[str, Any]:
     """What the index knows of an atom: numbers to sort by, texts to show and to search in."""
     found, classes = study.survey, study.survey.classes
     contexts, fired = found.strongest[atom], int(found.seen.firings[atom])
-    done = study.measured.get(atom)
-    tokens = study.direct[atom]
-    of = lambda x: round(float(x), 5) if fired else None  # noqa: E731
-    label = label_values(study, atom)
+    done, tokens, at = study.measured.get(atom), study.distinct[atom], fires_at(study, atom)
+    of = lambda x: digits(float(x)) if fired and float(x) == float(x) else None  # noqa: E731
+    label = study.labels.get(atom)
     row: dict[str, Any] = {
-        "atom": atom, "label": label["text"] if label else "",
+        "atom": atom, "label": plain(label.text) if label and label.text else "",
         "class": str(classes.classes[atom]), "rate": fired / found.n_tokens,
-        "peak": of(found.seen.largest[atom]), "cosine": of(classes.cosine[atom]),
+        "mean": of(classes.mean_activation[atom]), "peak": of(found.seen.largest[atom]),
+        "cosine": of(classes.cosine[atom]), "focus": digits(at[0][1]) if at else None,
+        "promotion": digits(tokens.promoted[0][1]) if tokens.promoted else None,
         "wins": round(done.replaced.wins / done.replaced.n, 4) if done and done.replaced else None,
-        "at": visible(fires_most_at(study, atom)) if fired else "", "measured": done is not None,
-        "promotes": [visible(token) for token, _ in tokens.promoted[:3]],
+        "at": visible(at[0][0]) if at else "", "measured": done is not None,
+        "fires": [plain(token) for token, _ in at], "promotes": [visible(token) for token, _ in tokens.promoted[:3]],
         "context": [], "text": "\n".join(plain("".join((*c.before, c.token, *c.after))) for c in contexts),
-        "tokens": " ".join(token for token, _ in (*tokens.promoted, *(done.tokens.promoted if done else ()))),
+        "tokens": "\n".join(token for token, _ in (*tokens.promoted, *(done.tokens.promoted if done else ()))),
     }  # fmt: skip
     if contexts:
         before, after = (plain("".join(words)) for words in (contexts[0].before[-6:], contexts[0].after[:3]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from writesae import zoo
 from writesae.jobs.disk import write_whole
 from writesae.model import HookedRecurrentModel
-from writesae.pages.render import atom_page
+from writesae.pages.render import alone, assets, atom_page
 from writesae.pages.site import name_of, page_name, read_page
 from writesae.pages.study import Study, study
 from writesae.stores.windows import Texts
@@ -62,10 +63,12 @@ def show(
     if pages is not None:
         if model is not None or texts is not None:
             raise ValueError("give pages=, a folder made before, or model= and texts= to make a page; not both")
-        return Page(f"Atom {atom} of {name_of(sae)}", _alone(read_page(Path(pages), page_name(atom))))
+        return Page(f"Atom {atom} of {name_of(sae)}", _one_of(Path(pages), atom))
     made = _studied(sae, atom, model, texts, check_model)
     command = f"writesae pages {name_of(sae)}"
-    return Page(f"Atom {atom} of {made.name}", _alone(atom_page(made, atom, command=command)))
+    return Page(
+        f"Atom {atom} of {made.name}", _in_frame(atom_page(made, atom, command=command), assets(made).__getitem__)
+    )
 
 
 _last: dict[str, Any] = {}  # what was made for the last SAE shown: its survey serves all of its atoms
@@ -102,6 +105,11 @@ def _studied(
     return before
 
 
-def _alone(page: str) -> str:
-    """The page without the links to others, which are not there."""
-    return page.replace('<html lang="en">', '<html lang="en" class="alone">', 1)
+def _one_of(site: Path, atom: int) -> str:
+    """A page of a site."""
+    return _in_frame(read_page(site, page_name(atom)), lambda name: read_page(site, name))
+
+
+def _in_frame(page: str, read: Callable[[str], str]) -> str:
+    """With all it needs in it, and without the links to others, which are not there."""
+    return alone(page, "../", read).replace('<html lang="en">', '<html lang="en" class="alone">', 1)

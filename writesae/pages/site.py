@@ -1,4 +1,8 @@
-"""The static site: ``index.html``, and ``atom/00053.html`` for every atom. It opens from disk and fetches nothing."""
+"""The static site: ``index.html``, and ``atom/00053.html`` for every atom, with style, scripts and help shared by all.
+
+It opens from disk and fetches nothing from anywhere else. What pages repeat is kept in files that they share, and what
+they have much of as numbers, so that thousands of atoms fit in a few megabytes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from writesae.jobs.arguments import named_kinds
 from writesae.jobs.disk import read_json, remove_halves, write_json, write_whole
 from writesae.jobs.progress import track
 from writesae.pages.neuronpedia import export
-from writesae.pages.render import atom_page, index_page
+from writesae.pages.render import assets, atom_page, index_page
 from writesae.pages.study import study
 from writesae.saes.labels import Labels
 from writesae.stores.windows import Texts
@@ -87,7 +91,7 @@ def write_pages(
     if said is not None:
         made = replace(made, labels=said.atoms, labelled_by=said.by)
     command = command or shlex.join(["writesae", "pages", name, "--out", "."])
-    for folder in (out, out / "atom", out / "neuronpedia"):
+    for folder in (out, out / "atom", out / "assets", out / "neuronpedia"):
         remove_halves(folder, "*")
     written = {out / page_name(atom) for atom in range(sae.cfg.n_atoms)}
     digests = {}
@@ -97,6 +101,8 @@ def write_pages(
         path.unlink()
     if neuronpedia:
         export(made, out / "neuronpedia")
+    for path, text in assets(made).items():
+        digests[path] = write_file(out / path, text)
     digests["index.html"] = write_file(out / "index.html", index_page(made, command=command))
     write_json(out / DATA / PAGES, digests)
     return out / "index.html"

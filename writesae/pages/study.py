@@ -1,6 +1,6 @@
 """Everything that atom pages show, gathered step by step and kept on disk, where a stopped run continues::
 
-    <folder>/survey.safetensors, survey.json    all atoms, from one pass over the texts
+    <folder>/survey.safetensors.gz, survey.json all atoms, from one pass over the texts
     <folder>/atoms/00053.json                   what was measured of one atom by running the model
 
 Files appear whole and say what they were made with. Those made with anything else are made again.
@@ -8,6 +8,7 @@ Files appear whole and say what they were made with. Those made with anything el
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,19 @@ from writesae.jobs.disk import remove_halves, write_whole
 from writesae.jobs.progress import Bars
 from writesae.jobs.resumable import Kept
 from writesae.pages.decoder import BLOCK, Decoder, direct_effect, extremes, nearest
-from writesae.pages.effects import FOLLOWED, HORIZON, STEP, TESTED, Replaced, Steered, logit_effect, replace, steer
+from writesae.pages.effects import (
+    FOLLOWED,
+    HORIZON,
+    STEP,
+    TESTED,
+    Readers,
+    Replaced,
+    Steered,
+    logit_effect,
+    readers,
+    replace,
+    steer,
+)
 from writesae.pages.survey import CONTEXT, Survey, Window, cut_windows, survey, token_string
 from writesae.saes.labels import Label
 from writesae.stores.windows import Texts
@@ -35,7 +48,8 @@ if TYPE_CHECKING:
     from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
 
-FORMAT = "writesae atom pages 1"
+FORMAT = "writesae atom pages 2"
+SURVEY = "survey.safetensors.gz"
 SHOWN = 10  # tokens per list of promoted or suppressed ones; atoms in the list of nearest ones
 CONSTANTS = (CONTEXT, HORIZON, STEP, TESTED, FOLLOWED)
 
@@ -57,12 +71,14 @@ class Measured:
         agreement: correlation of these changes with the direct effect, over all tokens.
         replaced: the replacement test; None where it could not be made.
         steered: continuations with the atom added.
+        readers: which later tokens read the atom, at its strongest firings.
     """
 
     tokens: Tokens
     agreement: float
     replaced: Replaced | None
     steered: tuple[Steered, ...]
+    readers: tuple[Readers, ...] = ()
 
     @classmethod
     def loaded(cls, x: dict[str, Any]) -> Measured:
@@ -72,7 +88,8 @@ class Measured:
             Steered(one["prompt"], one["scale"], tuple(one["plain"]), tuple(one["steered"])) for one in x["steered"]
         )
         replaced = None if x["replaced"] is None else Replaced(**x["replaced"])
-        return cls(Tokens(**pairs), float(x["agreement"]), replaced, steered)
+        read = tuple(Readers(tuple(one["tokens"]), one["place"], tuple(one["shares"])) for one in x["readers"])
+        return cls(Tokens(**pairs), float(x["agreement"]), replaced, steered, read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +102,7 @@ class Study:
         source: where the texts come from, in words.
         survey: what every atom does over the texts.
         measured: atom -> what was measured by running the model, for some atoms.
+        windows: the texts, as they were read.
         labels: atom -> what it means, for some atoms.
         labelled_by: the language model that said so.
     """
@@ -95,6 +113,7 @@ class Study:
     source: str
     survey: Survey
     measured: dict[int, Measured]
+    windows: Sequence[Window] = ()
     labels: Mapping[int, Label] = field(default_factory=dict)
     labelled_by: str = ""
 
@@ -115,10 +134,18 @@ class Study:
     @cached_property
     def direct(self) -> list[Tokens]:
         """Of each atom the tokens that its value promotes through the output embedding (`direct_effect`)."""
+        return self._direct(self.decoder.value)
+
+    @cached_property
+    def distinct(self) -> list[Tokens]:
+        """The same, less what the average of the atoms that fire promotes: a token that nearly all of them promote
+        says nothing of one."""
+        value, fires = self.decoder.value, self.survey.seen.firings > 0
+        return self._direct(value - value[fires if fires.any() else slice(None)].mean(0))
+
+    def _direct(self, values: Tensor) -> list[Tokens]:
         step = max(1, BLOCK // self.model.W_U.shape[1])
-        parts = [
-            self.tokens(direct_effect(self.model, *self.sae.place, value)) for value in self.decoder.value.split(step)
-        ]
+        parts = [self.tokens(direct_effect(self.model, *self.sae.place, value)) for value in values.split(step)]
         return [tokens for part in parts for tokens in part]
 
     def tokens(self, effect: Tensor) -> list[Tokens]:
@@ -130,7 +157,14 @@ class Study:
         return [Tokens(named(*row[:2]), named(*row[2:])) for row in zip(up, by, down, by_down, strict=True)]
 
     def string(self, token: int) -> str:
-        return self.survey.strings.get(token) or token_string(self.model, token)
+        """A token as text."""
+        if token not in self._strings:
+            self._strings[token] = self.survey.strings.get(token) or token_string(self.model, token)
+        return self._strings[token]
+
+    @cached_property
+    def _strings(self) -> dict[int, str]:
+        return {}
 
 
 def study(
@@ -182,7 +216,7 @@ def study(
         if found is None:
             found = survey(model, sae, windows, progress=bars.add("reading the texts", len(windows)))
             _keep_survey(found, kept)
-        made = before or Study(model, sae, name, source, found, _kept_atoms(kept))
+        made = before or Study(model, sae, name, source, found, _kept_atoms(kept), windows)
         wanted = dict.fromkeys([*found.most_frequent(atoms), *also])
         missing = [atom for atom in wanted if atom not in made.measured and int(found.seen.firings[atom])]
         tell = bars.add("measuring atoms", len(missing))
@@ -201,8 +235,9 @@ def _measure(made: Study, windows: Sequence[Window], atoms: Sequence[int], promp
     direct = direct_effect(model, *sae.place, made.decoder.value[torch.tensor(atoms)])
     agreement = torch.cosine_similarity(effect, direct, dim=-1).tolist()  # both are centred
     replaced = [replace(model, sae, found, windows, atom) for atom in atoms]
-    parts = zip(made.tokens(effect), agreement, replaced, steer(model, sae, atoms, prompts), strict=True)
-    return [Measured(tokens, r, test, tuple(steered)) for tokens, r, test, steered in parts]
+    read = [readers(model, sae, found, windows, atom) for atom in atoms]
+    parts = zip(made.tokens(effect), agreement, replaced, steer(model, sae, atoms, prompts), read, strict=True)
+    return [Measured(tokens, r, test, tuple(steered), later) for tokens, r, test, steered, later in parts]
 
 
 def _prompts(model: HookedRecurrentModel, windows: Sequence[Window], prompts: Sequence[str] | None) -> list[Tensor]:
@@ -248,17 +283,21 @@ def _kept_atoms(kept: Kept) -> dict[int, Measured]:
 
 def _keep_survey(found: Survey, kept: Kept) -> None:
     if kept.folder is not None:
-        data = save_tensors({name: x.contiguous() for name, x in found.tensors().items()})
-        write_whole(kept.folder / "survey.safetensors", data)
+        data = gzip.compress(save_tensors({name: x.contiguous() for name, x in found.tensors().items()}), 6, mtime=0)
+        write_whole(kept.folder / SURVEY, data)
         kept.write("survey.json", {"about": found.about, "sha256": _sha256(data)})
 
 
 def _kept_survey(model: HookedRecurrentModel, sae: WriteSAE, kept: Kept) -> Survey | None:
     read = kept.read("survey.json")
-    if read is None or kept.folder is None or not (path := kept.folder / "survey.safetensors").is_file():
+    if read is None or kept.folder is None or not (path := kept.folder / SURVEY).is_file():
         return None
     data = path.read_bytes()
-    return Survey.loaded(model, sae.cfg, load_tensors(data), read["about"]) if _sha256(data) == read["sha256"] else None
+    return (
+        Survey.loaded(model, sae.cfg, load_tensors(gzip.decompress(data)), read["about"])
+        if _sha256(data) == read["sha256"]
+        else None
+    )
 
 
 def _sha256(data: bytes) -> str:

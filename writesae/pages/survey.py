@@ -1,7 +1,8 @@
 """What every atom does over some texts, from one pass over them.
 
 For every atom: its strongest firings with the tokens around them (`top_contexts`), counts, rates by position, its
-class (`atom_classes`), and a random sample of its firings, which gives the histograms and the tokens it fires at.
+class (`atom_classes`), the atoms that fire together with it, and a random sample of its firings, which gives the
+histograms, the tokens it fires at, and the firings at quantiles of its activation.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from writesae.hooks.names import inputs
 from writesae.hooks.positions import PAD
 from writesae.jobs.progress import Progress
 from writesae.pages.decoder import Decoder
+from writesae.pages.together import NEAR, Together
 from writesae.saes.activity.contexts import Contexts
 from writesae.saes.activity.firings import COLUMNS, Seen, compare
 from writesae.saes.activity.reading import codes_of
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 CONTEXT = 256  # tokens per window
 BIN = 16  # positions per bin
 FIRES_AT = 6  # how many of the tokens that an atom fires at are listed
+WITH = 8  # how many of the atoms that fire together with an atom are listed
+QUANTILES = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.05)  # of an atom's activations, at which a firing is shown
 NUMBERS = (*COLUMNS, "side", "activation", "token", "window", "position")
 """The numbers kept per firing: `COLUMNS`; whether the model's own key points as the atom's does (1) or away (-1); the
 activation; the token's id; the number of the window, and the position in it."""
@@ -62,6 +66,7 @@ class Survey:
         seen: counts, and a sample of each atom's firings with their `NUMBERS`.
         by_position: firings by position in the window, in bins of `BIN` tokens.
         tokens_by_position: tokens read in each of these bins.
+        together, together_n: of each atom those that fire with it, and how often (`Together.closest`).
         strings: token id -> text, for the tokens in contexts and in the sample.
     """
 
@@ -74,6 +79,8 @@ class Survey:
     seen: Seen
     by_position: Int[Tensor, "atom bin"]
     tokens_by_position: Int[Tensor, " bin"]
+    together: Int[Tensor, "atom n"]
+    together_n: Int[Tensor, "atom n"]
     strings: dict[int, str]
 
     @cached_property
@@ -91,6 +98,21 @@ class Survey:
         atoms, numbers = self._sample
         start, end = (int(torch.searchsorted(atoms, x)) for x in (atom, atom + 1))
         return dict(zip(NUMBERS, numbers[start:end].T, strict=True))
+
+    @property
+    def near(self) -> int:
+        """How many tokens apart firings may be, to be together: none, unless one atom a token is active."""
+        return NEAR if self.cfg.k == 1 else 0
+
+    def at_quantiles(self, atom: int) -> list[tuple[float, float, int, int]]:
+        """Firings of the sample at `QUANTILES` of the atom's activation: quantile, activation, window, position in it.
+        None where there are too few to be different ones."""
+        found = self.sample(atom)
+        order = found["activation"].argsort(descending=True, stable=True)
+        if len(order) < len(QUANTILES):
+            return []
+        some = [(q, order[round((1 - q) * (len(order) - 1))]) for q in QUANTILES]
+        return [(q, float(found["activation"][i]), int(found["window"][i]), int(found["position"][i])) for q, i in some]
 
     @cached_property
     def fires_at(self) -> list[list[tuple[int, float]]]:
@@ -111,7 +133,7 @@ class Survey:
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the counts of text and the strings, for `loaded`."""
         atoms, numbers = self._sample
-        mine = {"by_position": self.by_position, "tokens_by_position": self.tokens_by_position}
+        mine = {name: getattr(self, name) for name in _MINE}
         top = {f"top.{name}": getattr(self.strongest, name) for name in ("fired", "histogram", *Strongest.KEPT)}
         seen = {f"seen.{name}": getattr(self.seen, name) for name in ("firings", "total", "largest")}
         return mine | top | seen | {"seen.atoms": atoms, "seen.numbers": numbers}
@@ -129,14 +151,17 @@ class Survey:
         seen.firings, seen.total, seen.largest = (tensors[f"seen.{x}"] for x in ("firings", "total", "largest"))
         atoms, numbers = tensors["seen.atoms"], tensors["seen.numbers"]
         seen.kept = [(atoms, torch.arange(len(atoms)) / max(len(atoms), 1), numbers)]
-        positions = tensors["by_position"], tensors["tokens_by_position"]
-        return cls(cfg, *read, about["n_prompts"], about["context"], contexts, seen, *positions, strings)
+        mine = {name: tensors[name] for name in _MINE}
+        return cls(cfg, *read, about["n_prompts"], about["context"], contexts, seen, **mine, strings=strings)
 
     @property
     def about(self) -> dict[str, int]:
         """The numbers that `loaded` needs."""
         own = {name: getattr(self, name) for name in ("n_documents", "n_tokens", "n_prompts", "context")}
         return own | {"before": self.strongest.before, "most": self.seen.most}
+
+
+_MINE = ("by_position", "tokens_by_position", "together", "together_n")  # tensors that are the survey's own
 
 
 @torch.no_grad()
@@ -172,7 +197,7 @@ def survey(
     generator = torch.Generator().manual_seed(seed)
     strongest = Strongest(torch.arange(n_atoms), n_atoms, n, before, after)
     seen, keys = Seen(n_atoms, max_firings, NUMBERS), Decoder.of(sae).key
-    n_bins = -(-context // BIN)
+    pairs, n_bins = Together(n_atoms, NEAR if sae.cfg.k == 1 else 0), -(-context // BIN)
     by_position, tokens_by_position = torch.zeros(n_atoms * n_bins, dtype=torch.long), torch.zeros(n_bins).long()
     for start in range(0, len(windows), batch_size):
         some = windows[start : start + batch_size]
@@ -181,6 +206,7 @@ def survey(
         _, cache = model.run_with_cache(ids, **given)
         codes, write = codes_of(sae, cache, ids), cache.write(layer)[:, :, head]
         strongest.add(codes, torch.tensor([w.document for w in some]), torch.tensor([w.start for w in some]))
+        pairs.add(codes)
         row, pos, _ = at = (codes.values > 0).nonzero(as_tuple=True)
         columns = compare(sae, codes, at, write, generator)
         atom, activation = codes.indices[at].cpu(), codes.values[at].float().cpu()
@@ -196,8 +222,8 @@ def survey(
             progress(min(start + batch_size, len(windows)))
     found = strongest.contexts(model, sae.cfg, windows[-1].document + 1, sum(len(w.tokens) for w in windows))
     strings = _strings(model, found.tokens, seen.draw()[1])
-    positions = by_position.view(n_atoms, n_bins), tokens_by_position
-    return Survey(sae.cfg, found.n_documents, found.n_tokens, len(windows), context, found, seen, *positions, strings)
+    mine = by_position.view(n_atoms, n_bins), tokens_by_position, *pairs.closest(seen.firings, WITH)
+    return Survey(sae.cfg, found.n_documents, found.n_tokens, len(windows), context, found, seen, *mine, strings)
 
 
 def _strings(model: HookedRecurrentModel, tokens: Tensor, numbers: Float[Tensor, "firing number"]) -> dict[int, str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from writesae.hooks.interventions import Moment
 from writesae.hooks.positions import row_of_each
 from writesae.recurrence import Write
-from writesae.recurrence.matrices import dense, in_factors
+from writesae.recurrence.matrices import Matrices, dense, in_factors
 from writesae.saes.sae import WriteSAE
 from writesae.saes.substitute import OfItsHead
 
@@ -37,7 +37,9 @@ class Recode(OfItsHead):
     - ``"state"``: ``X^ - X`` is added, so the state is ``X^`` after the token. That is a whole matrix a token: ask for
       few positions.
 
-    With ``error_term`` only the change is added, ``sum_i (a'_i - a_i) A_i``, so that what the SAE misses stays.
+    With ``error_term`` what the SAE misses is added back as a constant, ``X + sum_i (a'_i - a_i) A_i``. So values stay
+    but for the atoms that are changed (none need be), and gradients go through the atoms, as with ``use_error_term`` of
+    SAELens.
 
     Attributes:
         sae: a `WriteSAE`; layer and head are its site's.
@@ -69,11 +71,6 @@ class Recode(OfItsHead):
                 raise ValueError(
                     f"atom {atom} is given twice in ablate=, scale= and clamp=: give it once, in one of them"
                 )
-        if error_term and not changed:
-            raise ValueError(
-                "Recode(sae, error_term=True) changes nothing: name atoms in ablate=, scale= or clamp=, or leave "
-                "error_term out to see what the SAE's reconstruction does"
-            )
         for name, strengths in (("scale", scale), ("clamp", clamp)):
             for atom, x in strengths.items():
                 if torch.as_tensor(x).ndim > 1:
@@ -90,21 +87,26 @@ class Recode(OfItsHead):
     def edit(self, now: Moment) -> Write | None:
         x = now.target(self.sae.cfg.target)
         values, indices = self.sae.topk(x)
-        if self.error_term:
-            return self._change(values, indices)
-        made = reconstruction(self.sae, self._changed(values, indices), indices)
-        if self.replaces:
-            return made
-        return _small(made - x if isinstance(x, Write) else in_factors(made.dense() - x))
+        after = self._changed(values, indices)
+        if not self.error_term:
+            made = reconstruction(self.sae, after, indices)
+            return made if self.replaces else _less(made, x)
+        change = self._change(after - values, indices)
+        if not torch.is_grad_enabled():
+            return change
+        through = _less(reconstruction(self.sae, after, indices), x)  # what gradients go through, of value zero below
+        zero = through - through.detach()
+        return _small(zero if change is None else change.detach() + zero)
 
-    def _change(self, values: Float[Tensor, "... m"], indices: Int[Tensor, "... m"]) -> Write:
-        """``sum_i (a'_i - a_i) A_i`` over the atoms that are changed."""
-        named = torch.tensor([*self.ablate, *self.scale, *self.clamp], device=values.device)
-        difference = self._changed(values, indices) - values
-        if len(named) < values.shape[-1]:
+    def _change(self, difference: Float[Tensor, "... m"], indices: Int[Tensor, "... m"]) -> Write | None:
+        """``sum_i (a'_i - a_i) A_i`` over the atoms that are changed; None if none is asked to be."""
+        named = torch.tensor([*self.ablate, *self.scale, *self.clamp], device=difference.device)
+        if not len(named):
+            return None
+        if len(named) < difference.shape[-1]:
             which = indices[..., None] == named
             difference = (difference[..., None] * which).sum(-2)
-            indices = named.expand(*values.shape[:-1], -1)
+            indices = named.expand(*difference.shape[:-1], -1)
         return _small(self.sae.decode_write(difference, indices))
 
     def _changed(self, values: Float[Tensor, "batch pos head m"], indices: Tensor) -> Float[Tensor, "batch pos head m"]:
@@ -137,11 +139,19 @@ def reconstruction(sae: WriteSAE, values: Float[Tensor, "... m"], indices: Int[T
 
 
 def _in_few_factors(matrix: Float[Tensor, "d_key d_value"]) -> Write:
-    """A matrix in as many terms as its rank."""
+    """A matrix in as many terms as its rank; in ``min(d_key, d_value)`` where it is differentiated, since singular
+    vectors have no gradient where singular values are equal."""
+    if torch.is_grad_enabled() and matrix.requires_grad:
+        return in_factors(matrix)
     U, S, Vh = torch.linalg.svd(matrix.float(), full_matrices=False)
     rank = max(1, int((1e-7 * S[0] < S).sum()))
     key, value = U[:, :rank].T, S[:rank, None] * Vh[:rank]
     return Write(key, value, rank) if rank > 1 else Write(key[0], value[0])
+
+
+def _less(made: Write, x: Matrices) -> Write:
+    """``X^ - X``."""
+    return _small(made - x if isinstance(x, Write) else in_factors(made.dense() - dense(x)))
 
 
 def _small(write: Write) -> Write:

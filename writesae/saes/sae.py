@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.hooks.interventions import Add
+from writesae.jobs.elsewhere import NamesElsewhere
 from writesae.jobs.late import given
 from writesae.models.devices import device_named
 from writesae.recurrence.matrices import norm2
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="WriteSAE")
 
 
-class WriteSAE(Autoencoder):
+class WriteSAE(NamesElsewhere, Autoencoder):
     """Sparse autoencoder over matrices ``[d_key, d_value]`` of one head; what it is made of, `SAEConfig` says.
 
     A new one has random unit atoms; `writesae.saes.train_sae` initialises them from data. Computes in the dtype of its
@@ -36,13 +37,21 @@ class WriteSAE(Autoencoder):
     Attributes:
         cfg: what it is and where it belongs.
         V_dec, W_dec: factors of the atoms, ``[n_atoms, d_key]``, ``[n_atoms, d_value]`` (``[n_atoms, rank, ...]`` for
-            ``rank > 1``); V_enc, W_enc those of a bilinear encoder.
+            ``rank > 1``); V_enc, W_enc those of a bilinear encoder. The letters are the paper's: what SAELens calls
+            ``W_dec`` is ``decoder``, flattened ``decoder.dense().flatten(1)  # [n_atoms, d_key * d_value]``.
         A_dec, A_enc: a dense decoder's and encoder's, ``[n_atoms, d_key, d_value]``.
         b_enc: ``[n_atoms]``, zero unless trained: with zeros the choice of atoms does not depend on a matrix's scale.
         b_dec, mean: ``[d_key, d_value]``, or None.
         threshold: for batch_topk, a number; NaN until it is known.
         log_threshold: for jumprelu, ``[n_atoms]``. r_mag, b_mag: for gated, ``[n_atoms]``.
     """
+
+    elsewhere: ClassVar[Mapping[str, str]] = {  # names of SAELens; dense variants lack the first two
+        "W_dec": "of dense atoms there are no factors: sae.decoder [n_atoms, d_key, d_value], flattened "
+        "sae.decoder.flatten(1), is what SAELens calls W_dec",
+        "W_enc": "this encoder has no factors of its own: sae.encoder has what each atom reads",
+        "use_error_term": "a WriteSAE is put in by model.intervene(ws.Recode(sae, error_term=True))",
+    }
 
     # Files
 
