@@ -226,7 +226,7 @@ def test_the_guide_to_interventions_runs(here: Path) -> None:
         names: dict[str, Any] = {}
         exec(setting, names)
         exec(code, names)
-        for name in ("ablated", "clamped", "steered", "replaced", "several"):
+        for name in ("ablated", "clamped", "steered", "replaced", "several", "patched", "hidden", "edited"):
             if name in names:
                 assert (names[name] - names["native"]).abs().max() > 1e-5, name
 
