@@ -401,6 +401,8 @@ def test_the_site_in_a_browser(served: str) -> None:
             watched.page.goto(served + address, wait_until="networkidle")
             assert watched.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "wider than its window"
         watched.page.get_by_role("textbox", name="Search").press_sequentially("positions count from 0")
-        watched.page.locator("a[href*='errors/positions/?'][href*='positions-count-from-0']").first.click()
+        found = watched.page.locator("a[href*='errors/positions/?'][href*='positions-count-from-0']").first
+        watched.page.goto(found.get_attribute("href") or "")  # a click may meet a list that is made anew
         assert "/errors/positions/" in watched.page.url
+        assert watched.page.locator("#positions-count-from-0-at-the-first-token").count() == 1
         assert watched.errors == [] and [url for url in watched.requests if not url.startswith((served, "data:"))] == []

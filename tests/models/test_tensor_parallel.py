@@ -60,7 +60,13 @@ def test_both_processes_see_edit_and_store_all_heads(folder, tmp_path):
         assert found.pop("sharded")  # the twin: it is not simply the whole model twice
         assert found.pop("fingerprint") == expected["fingerprint"]
         for name, x in found.items():
-            torch.testing.assert_close(torch.tensor(x), torch.tensor(expected[name]), rtol=0, atol=1e-4, msg=name)
+            torch.testing.assert_close(
+                torch.tensor(x),
+                torch.tensor(expected[name]),
+                rtol=1e-5,
+                atol=1e-4,
+                msg=lambda said, name=name: f"{name}: {said}",
+            )
     one, two = (ActivationStore.open(tmp_path / name) for name in ("alone", "together"))
     torch.testing.assert_close(
         two.write(1, 2, slice(None)).dense(), one.write(1, 2, slice(None)).dense(), rtol=0, atol=1e-3
