@@ -256,7 +256,9 @@ class TokenModel(nn.Module):
         if not 1 <= n <= len(last):
             raise ValueError(f"n={n}: allowed are 1 to {len(last)}, the tokens of the vocabulary")
         values, ids = last.topk(n)
-        return [(str(self.to_string([token])), value) for token, value in zip(ids.tolist(), values.tolist(), strict=True)]
+        return [
+            (str(self.to_string([token])), value) for token, value in zip(ids.tolist(), values.tolist(), strict=True)
+        ]
 
     def logits_of_last(self, n: int) -> dict[str, Any]:
         """The argument with which the model makes logits for the last ``n`` tokens only (0: for all), if it has one.
