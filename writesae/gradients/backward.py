@@ -36,7 +36,7 @@ from writesae.model.late_logits import LateLogits, late_logits
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32, memory_dtype
 from writesae.recurrence.dynamics import Dynamics
 from writesae.recurrence.kernels import adjoint, carried, chunked, states_at
-from writesae.recurrence.matrices import Atoms, project
+from writesae.recurrence.matrices import Atoms, project, top_pair
 from writesae.recurrence.write import index_of
 
 if TYPE_CHECKING:
@@ -197,9 +197,7 @@ class LayerGradient:
 
         Leading dimensions ``[batch, n_positions, head]``.
         """
-        M = self.at(positions, heads, read=read)
-        U, _, Vh = torch.linalg.svd(M, full_matrices=False)
-        return Write(U[..., 0], Vh[..., 0, :])
+        return top_pair(self.at(positions, heads, read=read))
 
     def _beside(self, edit: E) -> E:
         """An edit or atoms where the layer is, in the dtype of its gradients: an SAE may have others."""

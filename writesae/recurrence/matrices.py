@@ -190,6 +190,12 @@ def in_factors(dense: Float[Tensor, "... d_key d_value"]) -> Write:
     return Write(key, value, rank=rank) if rank > 1 else Write(key[..., 0, :], value[..., 0, :])
 
 
+def top_pair(matrix: Float[Tensor, "... d_key d_value"]) -> Write:
+    """The first singular pair, of norm 1: of all writes of norm 1 the one with the largest inner product."""
+    U, _, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return Write(U[..., 0], Vh[..., 0, :])
+
+
 def leading(
     x: Float[Tensor, "n d_key d_value"], rank: int = 1, rounds: int = 8
 ) -> tuple[Float[Tensor, "n rank d_key"], Float[Tensor, "n rank d_value"]]:

@@ -83,6 +83,9 @@ def jittered(model: PreTrainedModel, amount: float, step: int) -> Iterator[None]
     """
     embeddings: Any = model.get_input_embeddings()
     weight = embeddings.weight.data
+    if not amount:
+        yield
+        return
     kept = weight.clone()
     random = torch.Generator().manual_seed(step)
     noise = torch.randn(weight.shape, generator=random) / weight.shape[1] ** 0.5

@@ -16,6 +16,7 @@ from writesae.futures.replay import Native, Replayer, stacked
 from writesae.hooks.attachable import fit
 from writesae.hooks.sites import Head
 from writesae.recurrence import Read, Write, at_least_float32, memory_dtype
+from writesae.recurrence.matrices import top_pair
 from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import encode_matrices, target_of
 from writesae.stores.windows import Windows
@@ -145,8 +146,7 @@ def flat_svd(native: Native, flat: WriteSAE, window: Int[Tensor, " firing"], pos
     window, position = window.to(values.device), position.to(values.device)
     values, indices = values[window, position], indices[window, position]
     codes = values.new_zeros(len(values), flat.cfg.n_atoms).scatter_add(-1, indices, values)
-    left, _, right = torch.linalg.svd(at_least_float32(flat.decode(codes)), full_matrices=False)
-    return Write(left[..., 0], right[..., 0, :]).to(native.ids.device)
+    return top_pair(at_least_float32(flat.decode(codes))).to(native.ids.device)
 
 
 class Tester:

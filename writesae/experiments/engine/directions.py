@@ -23,6 +23,7 @@ from writesae.hooks import Add
 from writesae.hooks.names import inputs, name_of
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
+from writesae.recurrence.matrices import top_pair
 
 Key: TypeAlias = Literal["native", "signed", "read"] | Float[Tensor, " d_key"]
 
@@ -82,7 +83,7 @@ def gradient_direction(places: Places) -> Write:
     To first order through the whole model (`writesae.gradients`): the first singular pair of the gradient with respect
     to the write, ``[batch, n]``, one backward pass for all places.
     """
-    return _in_parts(places, lambda rows: _first_pair(_log_p(places, rows)[1]))
+    return _in_parts(places, lambda rows: top_pair(_log_p(places, rows)[1]))
 
 
 def optimised_direction(places: Places, steps: int = 6) -> Write:
@@ -95,7 +96,7 @@ def optimised_direction(places: Places, steps: int = 6) -> Write:
     """
 
     def improved(rows: slice) -> Write:
-        write = best = _first_pair(_log_p(places, rows)[1])
+        write = best = top_pair(_log_p(places, rows)[1])
         highest = torch.full(write.shape[:1], -torch.inf, device=write.key.device)
         for step in range(1, steps + 2):
             log_p, M = _log_p(places, rows, write)
@@ -103,7 +104,7 @@ def optimised_direction(places: Places, steps: int = 6) -> Write:
             best = Write(torch.where(better, write.key, best.key), torch.where(better, write.value, best.value))
             highest = torch.maximum(highest, log_p)
             M = M / M.flatten(-2).norm(dim=-1).clamp_min(1e-30)[..., None, None]
-            write = _first_pair(write.dense() + M / step)
+            write = top_pair(write.dense() + M / step)
         return best
 
     return _in_parts(places, improved)
@@ -130,11 +131,6 @@ def _log_p(
     return found.value.detach(), M[each, torch.searchsorted(wanted, columns)]
 
 
-def _first_pair(M: Float[Tensor, "batch n d_key d_value"]) -> Write:
-    U, _, Vh = torch.linalg.svd(M, full_matrices=False)
-    return Write(U[..., 0], Vh[..., 0, :])
-
-
 def _in_parts(places: Places, run: Callable[[slice], Write]) -> Write:
     """``run`` of all rows, as many at a time as the memory has room for."""
     parts = [write for _, write in in_batches(places.model, len(places.tokens), run)]
@@ -156,8 +152,10 @@ def choose_writes(
         generator: for random values.
     """
     lead, (d_key, d_value) = places.positions.shape, (places.native.d_key, places.native.d_value)
-    if direction in ("gradient", "optimised"):
-        direction = gradient_direction if direction == "gradient" else optimised_direction
+    if direction == "gradient":
+        direction = gradient_direction
+    elif direction == "optimised":
+        direction = optimised_direction
     if callable(direction):
         write = direction(places)
         if (write.shape, write.d_key, write.d_value) != (lead, d_key, d_value):
