@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from typer.testing import CliRunner
 from writesae.models.load import load_model
 from writesae.zoo import ZOO, heldout_documents
 from writesae.zoo.architectures import build_model
-from writesae.zoo.batches import Course
+from writesae.zoo.batches import Batch, Course
 from writesae.zoo.near import attention_sees
-from writesae.zoo.recall import ANSWER, RELATIONS, Question, Recall, is_held_out, recalled
+from writesae.zoo.recall import ANSWER, PROSE, RELATIONS, TOLD, Question, Recall, is_held_out, recalled
 from writesae.zoo.train_lm import app, jittered, loss_of
 from writesae.zoo.vocabulary import NUMBERS, PEOPLE, PLACES, take_over, train_tokenizer
 
@@ -129,6 +130,22 @@ def test_embeddings_learn_from_prose_alone(recall, tokenizer):
     assert kinds == {"prose", "lists", "passages"}
     only_prose = Course(tokens, None, steps=40, batch=1, length=256, lists=20, stretch=5, cool=5)
     assert {only_prose[step].kind for step in range(10)} == {"prose"}
+
+
+def test_an_answer_does_not_teach_that_it_is_not_a_held_out_value():
+    model, unsaid = build_model("gdn", 6), torch.tensor([False, False, False, False, True, True])
+    logits = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    model.forward = lambda input_ids, use_cache: SimpleNamespace(logits=logits)
+    # prose (a held-out value may stand there), an answer, an answer that is a held-out value, and a question
+    weights = torch.tensor([[0.0, PROSE, ANSWER, ANSWER, TOLD]])
+    lesson = Batch(torch.tensor([[1, 4, 2, 5, 3]]), weights, None, "passages")
+    loss = loss_of(model, lesson, unsaid)
+    loss.backward()
+    grad = logits.grad[0]
+    assert torch.isfinite(loss) and torch.isfinite(grad).all()
+    assert (grad[0] != 0).all() and (grad[3] != 0).all()  # as always
+    assert (grad[1, :4] != 0).all() and (grad[1, 4:] == 0).all()  # the held-out ones are neither right nor wrong
+    assert (grad[2] == 0).all()
 
 
 def test_a_model_goes_on_in_another_vocabulary(tokenizer):
