@@ -166,7 +166,7 @@ def installing(reports: list[Report]) -> str:
         for key, outcome in report.outcomes.items():
             if outcome.experiment != "install" or "_1_" in key or key.startswith("install_1"):
                 continue
-            direction = "gradient" if "gradient" in key else "formula"
+            direction = next((way for way in ("gradient", "optimised") if way in key), "formula")
             layer, head = outcome.sites[0]
             where = f"all heads of layer {layer}" if "all_heads" in key else f"layer {layer} head {head}"
             strata = ("ranks 2 to 10", "ranks 11 to 100", "ranks 101 to 1000", "ranks 1001 and up")

@@ -26,7 +26,7 @@ from writesae.stores import Windows
 from writesae.stores.texts import read
 from writesae.zoo import corpus, heldout_documents
 
-SITES = ["tiny-gdn:2.0", "tiny-mamba2:4.0", "tiny-mamba2:6.11", "tiny-rwkv7:3.5", "tiny-rwkv7:3.4"]
+SITES = ["tiny-gdn:2.1", "tiny-mamba2:4.1", "tiny-mamba2:6.11", "tiny-rwkv7:3.1", "tiny-rwkv7:3.4"]
 CONTEXT = 512
 
 

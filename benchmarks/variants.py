@@ -1,7 +1,7 @@
 """Variants of SAEs on the shipped models, like the paper's tables 5 to 7: error, atoms alive, L0, cosine to the writes.
 
     python benchmarks/variants.py                                           # about a quarter of an hour on two cores
-    python benchmarks/variants.py --site tiny-gdn:2.0 --target write --k 1
+    python benchmarks/variants.py --site tiny-gdn:2.1 --target write --k 4 --variant TiedSAE --variant WriteSAE
 
 Each variant is trained on the same sequences of real text, and measured on others. ``write`` is the cosine of the
 strongest atom, at the token where it is active, to what the model writes at that token: its median over tokens, and
@@ -28,7 +28,7 @@ from writesae.stores.texts import read
 from writesae.stores.windows import Windows
 from writesae.zoo import corpus
 
-SITES = ["tiny-gdn:2.0", "tiny-mamba2:4.0", "tiny-rwkv7:3.4"]
+SITES = ["tiny-gdn:2.1", "tiny-mamba2:4.1", "tiny-rwkv7:3.4"]
 VARIANTS: list[tuple[str, str]] = [
     ("WriteSAE", "topk"),
     ("WriteSAE", "batch_topk"),
@@ -44,6 +44,7 @@ VARIANTS: list[tuple[str, str]] = [
 
 def main(
     site: Annotated[list[str] | None, typer.Option(help="MODEL:LAYER.HEAD; repeat for several.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Only these, with TopK; repeat for several.")] = None,
     target: Annotated[str, typer.Option(help="write, delta or state.")] = "state",
     atoms: Annotated[int, typer.Option(help="Atoms of each SAE.")] = 1024,
     k: Annotated[int, typer.Option(help="Active atoms.")] = 32,
@@ -64,15 +65,15 @@ def main(
         model = HookedRecurrentModel.from_pretrained(name)
         ids = Windows.cut(model, [d.text for d in documents], context).spread(tokens).tokens
         store = record(model, ids, [(layer, head)], progress=False)
-        for variant, sparsity in VARIANTS:
+        for kind, sparsity in [(name, "topk") for name in variant or ()] or VARIANTS:
             options: Any = dict(n_atoms=atoms, k=k, steps=steps, lr=lr, batch_size=512, progress=False)
             marks: list[dict[str, Any]] = []
             options |= dict(log=marks.append, log_every=steps)
-            sae = train_store(store, target=target, variant=variant, sparsity=sparsity, **options)[layer, head]  # type: ignore[arg-type]
+            sae = train_store(store, target=target, variant=kind, sparsity=sparsity, **options)[layer, head]  # type: ignore[arg-type]
             found = sae.cfg.training["held_out"]
             by_token, by_atom = cosine_to_writes(store, sae)
             row = (
-                place, variant, sparsity, f"{found['nmse']:.3f}", f"{found['mse']:.2e}", f"{found['alive']:.0%}",
+                place, kind, sparsity, f"{found['nmse']:.3f}", f"{found['mse']:.2e}", f"{found['alive']:.0%}",
                 f"{found['l0']:.1f}", f"{by_token:.2f}", f"{by_atom:.2f}", f"{512 * steps / marks[0]['seconds']:.0f}",
             )  # fmt: skip
             table.add_row(*row)
