@@ -207,6 +207,6 @@ class WriteSAE(NamesElsewhere, Autoencoder):
             ValueError: model or texts are wanted and not given.
             FileNotFoundError: the folder has no such page.
 
-        >>> WriteSAE.from_pretrained("tiny-gdn/L2H1").show(53)
+        >>> WriteSAE.from_pretrained("tiny-gdn/L2H1").show(7)
         """
         return given("show")(self, atom, model=model, texts=texts, pages=pages, check_model=check_model)
