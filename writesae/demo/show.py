@@ -89,7 +89,7 @@ def run(
     outcomes = changed(model, where.places, saes)
     console.print(table_of(outcomes, "What the model says after a change", "changed in its memory"))
     console.print(verdict(model, where, saes, outcomes))
-    untold = f"Planted, and steered by it: “{UNTOLD} ... was called”"
+    untold = f"Planted where no name is told: “{UNTOLD} ... was called”"
     console.print(table_of(planted(model, where.places), untold, "added at its full stop"))
     console.print(swapped(model))
 
