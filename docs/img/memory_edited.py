@@ -1,7 +1,7 @@
 """Draws docs/img/memory_edited-{light,dark}.svg, the picture at the top of README, from a run of `tiny-gdn`.
 
-A text tells a name, goes on about something else, and asks for it. One head wrote the name down. That write is exchanged
-for the one of a text that tells another name: the state of that head before and after, and the model's answer.
+A text tells a name, goes on about something else, and asks for it. One head wrote the name down. That write is
+exchanged for the one of a text that tells another name: the head's state before and after, and the model's answer.
 
     python docs/img/memory_edited.py
 """
@@ -21,8 +21,8 @@ FOLDER = Path(__file__).parent
 LAYER, HEAD = 2, 1
 NAME, OTHER = " Henry", " Robert"
 STORY = (
-    "The captain was called{}. The ship went out of the harbour in the morning, and the people of the town looked at it "
-    "for a long time. It was written that the captain was called"
+    "The captain was called{}. The ship went out of the harbour in the morning, and the people of the town looked at "
+    "it for a long time. It was written that the captain was called"
 )
 THEMES = {
     "light": {

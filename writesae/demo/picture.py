@@ -20,9 +20,9 @@ def draw(where: Held, outcomes: Sequence[Outcome], results: Sequence[Replacement
 
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
     figure = plt.figure(figsize=(11, 7.5), layout="constrained")
-    top, below = figure.subfigures(2, 1)
-    _draw_grid(top.subplots(), where)
-    left, right = below.subplots(1, 2, width_ratios=(1.4, 1))
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.4, 1))
+    top, left, right = (figure.add_subplot(part) for part in (grid[0, :], grid[1, 0], grid[1, 1]))
+    _draw_grid(top, where)
     _draw_outcomes(left, outcomes)
     _draw_rates(right, results)
     partial = path.with_name(path.name + ".partial")
