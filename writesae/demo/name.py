@@ -129,12 +129,11 @@ def changed(model: HookedRecurrentModel, places: Sequence[Place], saes: Sequence
             [(Replace(p.layer, p.head, write=like(write_at(own, p), random)), p) for p in places],
         ),
     ]
-    if sae := sae_of(places, saes):
-        at = [p for p in places if p[:2] == tuple(sae.place)]
-        which = "it" if one else f"{len(at)} of them"
-        rows.append((f"an atom for {which}", [(Substitute(sae), p) for p in at]))
-        if not one:
-            rows.append((f"{which} deleted", deleted(at)))
+    if pairs := with_sae(places, saes):
+        which = "it" if one else f"{len(pairs)} of them"
+        rows.append((f"an atom for {which}", [(Substitute(sae), p) for p, sae in pairs]))
+        if len(pairs) < len(places):  # what the atoms are to be compared with
+            rows.append((f"{which} deleted", deleted([p for p, _ in pairs])))
     made = [said(model, edits, done) for done, edits in rows]
     before, after = (model.memory(TOLD.format(name) + BETWEEN) for name in (NAME, OTHER))
     swapped = before.with_heads(after, every_head(model))
@@ -159,9 +158,9 @@ def planted(model: HookedRecurrentModel, places: Sequence[Place]) -> list[Outcom
     ]
 
 
-def sae_of(places: Sequence[Place], saes: Sequence[WriteSAE]) -> WriteSAE | None:
-    """That of the first of these writes whose head has one."""
-    return next((sae for p in places for sae in saes if tuple(sae.place) == p[:2]), None)
+def with_sae(places: Sequence[Place], saes: Sequence[WriteSAE]) -> list[tuple[Place, WriteSAE]]:
+    """Those of these writes whose heads have an SAE, and which."""
+    return [(p, sae) for p in places for sae in saes if tuple(sae.place) == p[:2]]
 
 
 def every_head(model: HookedRecurrentModel) -> list[tuple[int, int]]:

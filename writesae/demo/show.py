@@ -27,8 +27,8 @@ from writesae.demo.name import (
     every_head,
     held,
     planted,
-    sae_of,
     said,
+    with_sae,
     write_at,
     written,
 )
@@ -165,20 +165,24 @@ def table_of(outcomes: Sequence[Outcome], title: str, first: str) -> Table:
 @torch.no_grad()
 def verdict(model: HookedRecurrentModel, where: Held, saes: Sequence[WriteSAE], outcomes: Sequence[Outcome]) -> str:
     """What the table shows that a glance may miss: whether the name is gone with its writes, and what an atom keeps."""
-    says = {row.done: row.says for row in outcomes}
-    lines = []
-    if says[next(done for done in says if "deleted" in done)] == NAME:
-        lines.append(f"With these writes deleted {NAME.strip()} is still likeliest: other writes hold it too.")
-    if (sae := sae_of(where.places, saes)) is None:
+    lines, name = [], NAME.strip()
+    keep = {row.done: row.says == NAME for row in outcomes}
+    gone = [done for done in keep if done.endswith(" deleted")]  # all of them; and those with an SAE, if they are fewer
+    if keep[gone[0]]:
+        lines.append(f"With these writes deleted {name} is still likeliest: others hold it too.")
+    if not (pairs := with_sae(where.places, saes)):
         return "\n".join([*lines, "None of these writes is of a head with an SAE.\n"])
-    write = write_at(written(model, NAME), next(p for p in where.places if p[:2] == tuple(sae.place)))
-    atom = sae.atom(int(sae.topk(write[None], 1)[1]))
-    kept = says[next(done for done in says if done.startswith("an atom"))] == NAME
-    lines.append(
-        f"One atom in the place of a write {'keeps' if kept else 'does not keep'} the name here "
-        f"(cosine of atom and write {float(atom.cosine(write)):.2f}).\n"
-    )
-    return "\n".join(lines)
+    own = written(model, NAME)
+    cosines = []
+    for place, sae in pairs:
+        write = write_at(own, place)
+        cosines.append(f"{float(sae.atom(int(sae.topk(write[None], 1)[1])).cosine(write)):.2f}")
+    kept = keep[next(done for done in keep if done.startswith("an atom"))]
+    if kept and keep[gone[-1]]:
+        lines.append(f"Whether an atom keeps {name} does not show: it is also said without what the atom replaces.")
+    else:
+        lines.append(f"One atom in the place of each write {'keeps' if kept else 'does not keep'} the name.")
+    return "\n".join([*lines, f"Cosine of atom and write: {', '.join(cosines)}.\n"])
 
 
 @torch.no_grad()
