@@ -129,6 +129,8 @@ def test_demo_runs_and_leaves_a_picture(model, tmp_path):
     picture = tmp_path / "demo.png"
     result = runner.invoke(app, ["demo", "--model", model, "--firings", "12", "--picture", str(picture)])
     assert result.exit_code == 0, result.output
-    for part in ("bits per byte", "writes at each token", "Replacement test", "beats deletion", "Steering", "Done in"):
+    parts = ("bits per byte", "holds the name", "deleted", "exchanged", "random", "an atom", "Planted", "Done in")
+    for part in parts:
         assert part in result.output
+    assert max(map(len, result.output.splitlines())) <= 80 + len(str(picture)), "wider than a terminal"
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -122,8 +122,8 @@ def test_the_picture_of_readme_shows_what_the_model_does() -> None:
     with torch.no_grad():
         found = script.run()
     readme = (ROOT / "README.md").read_text("utf-8")
-    assert found["words"][0] == "time"
-    assert f"'time' rises from {100 * found['p'][0]:.0f}% to {100 * found['q'][0]:.0f}%" in readme
+    assert found["words"][0] == "Robert"
+    assert f"'Robert' rises from {100 * found['p'][0]:.0f}% to {100 * found['q'][0]:.0f}%" in readme
     torch.testing.assert_close(found["before"] + found["change"], found["after"])
     assert found["change"].norm() > 0.1
     for theme in script.THEMES:

@@ -1,7 +1,7 @@
 """Our SAEs in SAELens 6: importing this module makes ``"writesae"`` one of its architectures.
 
     >>> import sae_lens, writesae.saelens
-    >>> sae = sae_lens.SAE.load_from_disk("runs/saes/L2H0")    # the folder that WriteSAE.save_pretrained wrote
+    >>> sae = sae_lens.SAE.load_from_disk("runs/saes/L2H1")    # the folder that WriteSAE.save_pretrained wrote
     >>> acts = sae.encode(write.dense().flatten(-2))           # [..., d_key * d_value] -> [..., n_atoms]
     >>> sae.save_model("runs/copy")                            # which WriteSAE.from_pretrained reads
 

@@ -1,7 +1,7 @@
 """Draws docs/img/memory_edited-{light,dark}.svg, the picture at the top of README, from a run of `tiny-gdn`.
 
-One head writes down which preposition opened a phrase. What it writes in one sentence is put into another: the state of
-that head before and after, and the model's next token before and after.
+A text tells a name, goes on about something else, and asks for it. One head wrote the name down. That write is
+exchanged for the one of a text that tells another name: the head's state before and after, and the model's answer.
 
     python docs/img/memory_edited.py
 """
@@ -18,8 +18,12 @@ import torch
 import writesae as ws
 
 FOLDER = Path(__file__).parent
-LAYER, HEAD = 2, 3
-SOURCE, TARGET = "We have peace at home, and at the same", "We have peace at home, and by the same"
+LAYER, HEAD = 2, 1
+NAME, OTHER = " Henry", " Robert"
+STORY = (
+    "The captain was called{}. The ship went out of the harbour in the morning, and the people of the town looked at "
+    "it for a long time. It was written that the captain was called"
+)
 THEMES = {
     "light": {
         "ink": "#1f2328",
@@ -44,19 +48,21 @@ THEMES = {
 def run() -> dict[str, Any]:
     """States ``[d_key, d_value]`` of the head after the last token, and probabilities of the next one."""
     model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
-    tokens = model.to_str_tokens(TARGET)
-    place = len(tokens) - 2  # " the": the token at which this head writes
-    write = model.run_with_cache(SOURCE)[1].write(LAYER)[0, place, HEAD]
+    text, other = STORY.format(NAME), STORY.format(OTHER)
+    tokens = model.to_str_tokens(text)
+    place = tokens.index(NAME)
+    write = model.run_with_cache(other)[1].write(LAYER)[0, place, HEAD]
 
     def state(cache: ws.ActivationCache) -> torch.Tensor:
         return cache.state(LAYER, positions=[-1])[0, 0, HEAD]
 
-    native, cache = model.run_with_cache(TARGET)
+    native, cache = model.run_with_cache(text)
     with model.intervene(ws.Replace(LAYER, HEAD, write=write), positions=[place]):
-        edited, edited_cache = model.run_with_cache(TARGET)
+        edited, edited_cache = model.run_with_cache(text)
     p, q = native[0, -1].softmax(-1), edited[0, -1].softmax(-1)
-    shown = [*q.topk(2).indices.tolist(), *p.topk(2).indices.tolist()]
+    shown = list(dict.fromkeys([*q.topk(2).indices.tolist(), *p.topk(2).indices.tolist()]))
     return {
+        "later": len(tokens) - 1 - place,
         "before": state(cache),
         "change": state(edited_cache) - state(cache),
         "after": state(edited_cache),
@@ -83,9 +89,9 @@ def draw(found: dict[str, Any], theme: dict[str, str]) -> Any:
         found[name].abs().max().item() for name in ("before", "change", "after")
     )  # few entries are larger
     matrices = [
-        ("before", 0.010, "its memory", "“… and by the same”"),
-        ("change", 0.235, "one write exchanged", "for that of “… and at the same”"),
-        ("after", 0.460, "its memory, edited", "“… and by the same”"),
+        ("before", 0.010, "its memory", "“… was called Henry. …”"),
+        ("change", 0.235, "one write exchanged", "for that of “… Robert. …”"),
+        ("after", 0.460, "its memory, edited", f"asked {found['later']} tokens later"),
     ]
     for name, left, title, below in matrices:
         axis = figure.add_axes((left, 0.17, 0.19, 0.63))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from writesae.saes import WriteSAE
 
 ModelName = Annotated[str, typer.Argument(help="A shipped model (tiny-gdn), a hub id or a folder.")]
-SAEName = Annotated[str, typer.Argument(help="A shipped SAE (tiny-gdn/L2H0), a folder or a hub id.")]
+SAEName = Annotated[str, typer.Argument(help="A shipped SAE (tiny-gdn/L2H1), a folder or a hub id.")]
 ModelOfSAE = Annotated[str | None, typer.Option(help="The SAE's model, if not the one that the SAE names.")]
 HeldOutText = Annotated[
     Path | None,

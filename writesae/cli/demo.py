@@ -19,7 +19,7 @@ def demo(
     dtype: DType = None,
     picture: Annotated[Path, typer.Option(help="Where to save the picture.")] = Path("writesae-demo.png"),
 ) -> None:
-    """See what a model writes to memory, an atom that replaces a write, and an atom that steers a generation."""
+    """See which write holds a name, and what a model says when it is deleted, exchanged, planted or made an atom."""
     from writesae.demo import run
 
     quiet()

@@ -26,7 +26,7 @@ ORDER = 4.5
 
 def evaluate(
     model: ModelName,
-    saes: Annotated[list[str], typer.Argument(help="Shipped SAEs (tiny-gdn/L2H0), folders or hub ids, one per head.")],
+    saes: Annotated[list[str], typer.Argument(help="Shipped SAEs (tiny-gdn/L2H1), folders or hub ids, one per head.")],
     text: HeldOutText = None,
     context: Annotated[int, typer.Option(help="Tokens read at once, from an empty memory.", min=2)] = 256,
     tokens: Annotated[int, typer.Option(help="Tokens read in all, spread over the text.", min=2)] = 20_000,

@@ -389,7 +389,7 @@ class HookedRecurrentModel(NamesElsewhere, GeneratingModel):
     def encode(self, sae: AttachableSAE, x: Text, *, check_model: bool = True, **kwargs: Any) -> Any:
         """Which atoms of an SAE are active at every token, and how strongly; see `WriteSAE.read`.
 
-        >>> codes = model.encode(WriteSAE.from_pretrained("tiny-gdn/L2H0"), "The state of the Union")
+        >>> codes = model.encode(WriteSAE.from_pretrained("tiny-gdn/L2H1"), "The state of the Union")
         >>> codes.values.shape, codes.indices.shape        # [batch, pos, m], largest first
         """
         return sae.read(self, x, check_model=check_model, **kwargs)

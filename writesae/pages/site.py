@@ -146,6 +146,6 @@ def page_name(atom: int) -> str:
 
 
 def name_of(sae: WriteSAE) -> str:
-    """``tiny-gdn/L2H0``: model and head."""
+    """``tiny-gdn/L2H1``: model and head."""
     place = sae.place.folder
     return place if sae.cfg.model_id is None else f"{sae.cfg.model_id}/{place}"

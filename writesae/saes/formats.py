@@ -89,7 +89,7 @@ def recognised(folder: Path) -> Format:
 
 def locate(folder_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None) -> Path:
     """The root folder in which an SAE, or the subfolder with it, lies: one that exists here, else a shipped one
-    (``"tiny-gdn/L2H0"``), else ``"owner/name"`` on the hub, of which only the files of one format are fetched."""
+    (``"tiny-gdn/L2H1"``), else ``"owner/name"`` on the hub, of which only the files of one format are fetched."""
     folder, name = Path(folder_or_hub_id), str(folder_or_hub_id)
     if folder.is_dir():
         return folder

@@ -25,7 +25,7 @@ class Recode(OfItsHead):
     """Read with the SAE, change activations, and put what the SAE makes of them in the place of what it read.
 
     >>> with model.intervene(ws.Recode(sae)): ...                             # run with the SAE
-    >>> with model.intervene(ws.Recode(sae, ablate=[53], error_term=True)): ...   # take one atom out, leave the rest
+    >>> with model.intervene(ws.Recode(sae, ablate=[7], error_term=True)): ...   # take one atom out, leave the rest
 
     All active atoms count, whatever ``k`` and the sparsity, and mean and bias if the SAE has them; where no atom is
     active, they alone are written. `Substitute` is the paper's edit by the top atom.

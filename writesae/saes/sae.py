@@ -101,7 +101,7 @@ class WriteSAE(NamesElsewhere, Autoencoder):
         revision: str | None = None,
         device: torch.device | str = "cpu",
     ) -> S:
-        """Load a saved SAE from a folder, the ones shipped here (``"tiny-gdn/L2H0"``), or the hub, as float32.
+        """Load a saved SAE from a folder, the ones shipped here (``"tiny-gdn/L2H1"``), or the hub, as float32.
 
         A folder with a ``best.pt`` of the paper's code in place of our two files will do (see `load_reference`), and
         so will any other format that was registered (`register_format`).
@@ -207,6 +207,6 @@ class WriteSAE(NamesElsewhere, Autoencoder):
             ValueError: model or texts are wanted and not given.
             FileNotFoundError: the folder has no such page.
 
-        >>> WriteSAE.from_pretrained("tiny-gdn/L2H0").show(53)
+        >>> WriteSAE.from_pretrained("tiny-gdn/L2H1").show(7)
         """
         return given("show")(self, atom, model=model, texts=texts, pages=pages, check_model=check_model)

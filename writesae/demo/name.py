@@ -1,0 +1,174 @@
+"""A name that a text tells once and asks for later: which writes hold it, and what is said when they are changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from writesae.gradients import Logit
+from writesae.hooks import ActivationCache, Add, Delete, Intervention, Replace
+from writesae.jobs.progress import Progress
+from writesae.methods import Patching, patching
+from writesae.model import HookedRecurrentModel
+from writesae.recurrence import Write
+from writesae.saes import Substitute, WriteSAE
+
+NAME, OTHER = " Henry", " Robert"
+TOLD, UNTOLD = "The captain was called{}.", "The captain was an old man."
+BETWEEN = " The ship went out of the harbour in the morning, and the people of the town looked at it for a long time."
+ASKED = " It was written that the captain was called"
+
+
+class Place(NamedTuple):
+    """One write: of which layer and head, at which token."""
+
+    layer: int
+    head: int
+    position: int
+
+
+class Outcome(NamedTuple):
+    """What the model says after an edit, and how likely the two names are."""
+
+    done: str
+    says: str
+    name: float
+    other: float
+
+
+class Held(NamedTuple):
+    """Where the name is held.
+
+    Attributes:
+        found: every write exchanged by itself for that of the text with the other name.
+        places: the fewest, in the order of what each restores, that together bring the other name.
+        enough: whether they do.
+    """
+
+    found: Patching
+    places: list[Place]
+    enough: bool
+
+    def restored(self, place: Place) -> float:
+        """How much of the way to the other name one of them goes alone."""
+        return float(self.found.restored[self.found.layers.index(place.layer), place.head, place.position])
+
+
+Edits = Sequence[tuple[Intervention, Place]]
+
+
+def story(name: str) -> str:
+    """A name is told, the text goes on, and the name is asked for."""
+    return TOLD.format(name) + BETWEEN + ASKED
+
+
+@torch.no_grad()
+def held(model: HookedRecurrentModel, progress: Progress | None = None, most: int = 12) -> Held:
+    """Exchange each write for that of the text with the other name; then as many together as it takes."""
+    number = Logit(OTHER, minus=NAME)
+    found = patching(model, story(OTHER), story(NAME), number, estimate=False, progress=progress)
+    ranked = sorted(found.top(found.grid.numel()), key=lambda part: -part[3])  # those that speak against it last
+    places = [Place(*where) for *where, _ in ranked[:most]]
+    cache = written(model, OTHER)
+    for n in range(1, most + 1):
+        if said(model, exchanged(cache, places[:n])).says == OTHER:
+            return Held(found, places[:n], enough=True)
+    return Held(found, places, enough=False)
+
+
+def written(model: HookedRecurrentModel, name: str) -> ActivationCache:
+    return model.run_with_cache(story(name))[1]
+
+
+def write_at(cache: ActivationCache, place: Place) -> Write:
+    return cache.write(place.layer)[0, place.position, place.head]
+
+
+def exchanged(cache: ActivationCache, places: Sequence[Place]) -> Edits:
+    return [(Replace(p.layer, p.head, write=write_at(cache, p)), p) for p in places]
+
+
+def deleted(places: Sequence[Place]) -> Edits:
+    return [(Delete(p.layer, p.head), p) for p in places]
+
+
+@torch.no_grad()
+def said(model: HookedRecurrentModel, edits: Edits, done: str = "", text: str = story(NAME)) -> Outcome:
+    """What it says after a text, with edits at their tokens."""
+    with ExitStack() as stack:
+        for edit, place in edits:
+            stack.enter_context(model.intervene(edit, positions=[place.position]))
+        return outcome(model, model(text), done)
+
+
+def outcome(model: HookedRecurrentModel, logits: Float[Tensor, "1 pos vocab"], done: str) -> Outcome:
+    p = logits[0, -1].float().softmax(-1)
+    name, other = (float(p[model.to_single_token(n)]) for n in (NAME, OTHER))
+    return Outcome(done, model.to_str_tokens([int(p.argmax())])[0], name, other)
+
+
+@torch.no_grad()
+def changed(model: HookedRecurrentModel, places: Sequence[Place], saes: Sequence[WriteSAE]) -> list[Outcome]:
+    """Those writes deleted, exchanged or replaced by an atom, beside controls; and all states exchanged."""
+    own, other = written(model, NAME), written(model, OTHER)
+    elsewhere = [Place(layer, head, t + 1) for layer, head, t in places]
+    random = torch.Generator().manual_seed(0)
+    one = len(places) == 1
+    rows: list[tuple[str, Edits]] = [
+        ("nothing", []),
+        ("that write deleted" if one else f"those {len(places)} writes deleted", deleted(places)),
+        ("next token's deleted instead", deleted(elsewhere)),
+        (f"exchanged for{OTHER}'s", exchanged(other, places)),
+        (
+            "random written instead",
+            [(Replace(p.layer, p.head, write=like(write_at(own, p), random)), p) for p in places],
+        ),
+    ]
+    if pairs := with_sae(places, saes):
+        which = "it" if one else f"{len(pairs)} of them"
+        rows.append((f"an atom for {which}", [(Substitute(sae), p) for p, sae in pairs]))
+        if len(pairs) < len(places):  # what the atoms are to be compared with
+            rows.append((f"{which} deleted", deleted([p for p, _ in pairs])))
+    made = [said(model, edits, done) for done, edits in rows]
+    before, after = (model.memory(TOLD.format(name) + BETWEEN) for name in (NAME, OTHER))
+    swapped = before.with_heads(after, every_head(model))
+    return [*made, outcome(model, model(ASKED, memory=swapped), f"all states of{OTHER}'s text")]
+
+
+@torch.no_grad()
+def planted(model: HookedRecurrentModel, places: Sequence[Place]) -> list[Outcome]:
+    """The writes that hold the name, added to the memory of a text that tells none; and random ones of their size."""
+    own, random = written(model, NAME), torch.Generator().manual_seed(0)
+    text, end = UNTOLD + BETWEEN + ASKED, len(model.to_str_tokens(UNTOLD)) - 1
+    writes = [(p, write_at(own, p)) for p in places]
+    rows: list[tuple[str, list[Write]]] = [
+        ("as it is", []),
+        (f"with{NAME}'s added", [write for _, write in writes]),
+        ("with random added", [like(write, random) for _, write in writes]),
+    ]
+    at_end = [Place(p.layer, p.head, end) for p in places]
+    return [
+        said(model, [(Add(p.layer, p.head, write=w), p) for p, w in zip(at_end, put_in, strict=False)], done, text)
+        for done, put_in in rows
+    ]
+
+
+def with_sae(places: Sequence[Place], saes: Sequence[WriteSAE]) -> list[tuple[Place, WriteSAE]]:
+    """Those of these writes whose heads have an SAE, and which."""
+    return [(p, sae) for p in places for sae in saes if tuple(sae.place) == p[:2]]
+
+
+def every_head(model: HookedRecurrentModel) -> list[tuple[int, int]]:
+    return [(site.layer, head) for site in model.sites for head in range(site.n_heads)]
+
+
+def like(write: Write, random: torch.Generator) -> Write:
+    """A random rank-1 write of the same size."""
+    key, value = (torch.randn(x.shape[-1], generator=random).to(x) for x in (write.key, write.value))
+    made = Write(key, value)
+    return made * float(write.norm() / made.norm())

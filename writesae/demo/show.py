@@ -1,0 +1,216 @@
+"""What `writesae demo` prints. Offline, on a CPU."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from writesae.demo.name import (
+    ASKED,
+    BETWEEN,
+    NAME,
+    OTHER,
+    TOLD,
+    UNTOLD,
+    Held,
+    Outcome,
+    changed,
+    every_head,
+    held,
+    planted,
+    said,
+    with_sae,
+    write_at,
+    written,
+)
+from writesae.demo.picture import draw
+from writesae.experiments import ReplacementResult, replacement_test
+from writesae.jobs.progress import Bars
+from writesae.model import HookedRecurrentModel
+from writesae.saes import WriteSAE
+from writesae.zoo import ZOO, heldout_documents, shipped_models, shipped_saes
+
+SEA = (
+    "Captain Ahab stood upon the deck of the Pequod, and looked out over the waves for the white whale; the "
+    "harpooneers and the mates were in the boats, and the old man cried out to them to row."
+)
+TREASURY = (
+    "The Congress has passed the laws that were needed for the Treasury. The revenues of the Government for the fiscal "
+    "year, and the expenditures of the departments, are in the report of the Secretary."
+)
+GOES_ON = " And the"
+WIDTH = 78  # of everything that is printed
+
+
+def run(
+    name: str = "tiny-gdn",
+    n_firings: int = 300,
+    picture: Path | None = None,
+    console: Console | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+) -> None:
+    """Everything `writesae demo` shows.
+
+    Args:
+        name: a shipped model that comes with SAEs.
+        n_firings: firings tested by the replacement test, per SAE.
+        picture: PNG file to write; None for none.
+        console: where to print; None for the standard output.
+        device, dtype: of the model, see `HookedRecurrentModel.from_pretrained`.
+
+    Raises:
+        ValueError: not a shipped model that comes with SAEs.
+    """
+    console = console or Console()
+    began = time.monotonic()
+    if name not in shipped_models():
+        raise ValueError(f"the demo needs a shipped model with SAEs: {', '.join(shipped_models())}; got {name}")
+    with console.status(f"loading {name}"):
+        model = HookedRecurrentModel.from_pretrained(name, device=device, dtype=dtype)
+        saes = [WriteSAE.from_pretrained(folder, device=device) for folder in shipped_saes(name)]
+    if not saes:
+        raise ValueError(f"no SAEs are shipped with {name}")
+    console.print(about(name, model, saes))
+
+    with Bars(transient=True) as bars:
+        n_writes = sum(site.n_heads for site in model.sites) * len(model.to_str_tokens(TOLD + BETWEEN + ASKED))
+        where = held(model, bars.add("which write holds the name", n_writes))
+    console.print(told(model, where))
+    outcomes = changed(model, where.places, saes)
+    console.print(table_of(outcomes, "What the model says after a change", "changed in its memory"))
+    console.print(verdict(model, where, saes, outcomes))
+    untold = f"Planted where no name is told: “{UNTOLD} ... was called”"
+    console.print(table_of(planted(model, where.places), untold, "added at its full stop"))
+    console.print(swapped(model))
+
+    with Bars(transient=True) as bars:
+        lines = [bars.add(f"replacement test, {sae.place.words}", n_firings) for sae in saes]
+        results = [
+            replacement_test(model, sae, heldout_documents(), n_firings=n_firings, progress=bar)
+            for sae, bar in zip(saes, lines, strict=True)
+        ]
+    console.print(replaced(results))
+    if picture is not None:
+        with console.status("drawing"):
+            draw(where, outcomes, results, picture)
+        console.print(f"Picture: {picture}")
+    console.print(f"Done in {time.monotonic() - began:.0f} s.")
+
+
+def about(name: str, model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> Panel:
+    """What was loaded."""
+    record = json.loads((ZOO / name / "training.json").read_text())
+    site = model.sites[0]
+    n_parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    layers = ", ".join(str(s.layer) for s in model.sites)
+    lines = (
+        f"{type(model.hf_model).__name__}, {n_parameters:.1f} M parameters; recurrent layers {layers}, each with "
+        f"{site.n_heads} states of {site.d_key} x {site.d_value}.",
+        f"On held-out text it needs {record['held_out_bits_per_byte']:.2f} bits per byte "
+        f"(xz -9: {record['xz_bits_per_byte']:.2f}).",
+        "SAEs: " + "; ".join(f"{sae.place.words}, {sae.cfg.n_atoms} rank-1 atoms" for sae in saes) + ".",
+    )
+    return Panel("\n".join(lines), title=name, width=WIDTH)
+
+
+def told(model: HookedRecurrentModel, where: Held) -> Panel:
+    """The story, what the model says, and which writes hold the name."""
+    says = said(model, []).says
+    text = Text.assemble(
+        (TOLD.partition("{}")[0], "dim"), (NAME, "bold"), (f".{BETWEEN}{ASKED}", "dim"), (says, "bold green")
+    )
+    if says != NAME:
+        text.append(f"\n\nThe model does not say {NAME.strip()}: it did not remember.")
+    places, tokens = where.places, where.found.tokens
+    parts = [
+        f"{tokens[t]!r}, layer {layer} head {head} ({where.restored(place):.0%} of the way alone)"
+        for place in places[:4]
+        for layer, head, t in [place]
+    ] + ([f"and {len(places) - 4} more"] if len(places) > 4 else [])
+    lead = "the write at " if len(places) == 1 else f"{len(places)} writes together: at "
+    text.append(
+        f"\n\nWhich of its {where.found.grid.numel():,} writes holds the name? Each was exchanged for the one of a "
+        f"text that says {OTHER.strip()}. "
+        + (f"What brings {OTHER.strip()}: " if where.enough else f"Nothing brings {OTHER.strip()}, not even ")
+        + lead
+        + "; ".join(parts)
+        + "."
+    )
+    return Panel(text, title="A name is told once, and asked for later", width=WIDTH)
+
+
+def table_of(outcomes: Sequence[Outcome], title: str, first: str) -> Table:
+    """What was done, what the model says, and a bar for each name."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, width=WIDTH)
+    table.add_column(first)
+    table.add_column("it says", width=9, no_wrap=True)
+    for name in (NAME, OTHER):
+        table.add_column(f"p({name.strip()})", width=14)
+    for row in outcomes:
+        bars = [Text(f"{p:4.0%} " + "█" * round(9 * p)) for p in (row.name, row.other)]
+        table.add_row(row.done, Text(repr(row.says.strip())[1:-1]), *bars)
+    return table
+
+
+@torch.no_grad()
+def verdict(model: HookedRecurrentModel, where: Held, saes: Sequence[WriteSAE], outcomes: Sequence[Outcome]) -> str:
+    """What the table shows that a glance may miss: whether the name is gone with its writes, and what an atom keeps."""
+    lines, name = [], NAME.strip()
+    keep = {row.done: row.says == NAME for row in outcomes}
+    gone = [done for done in keep if done.endswith(" deleted")]  # all of them; and those with an SAE, if they are fewer
+    if keep[gone[0]]:
+        lines.append(f"With these writes deleted {name} is still likeliest: others hold it too.")
+    if not (pairs := with_sae(where.places, saes)):
+        return "\n".join([*lines, "None of these writes is of a head with an SAE.\n"])
+    own = written(model, NAME)
+    cosines = []
+    for place, sae in pairs:
+        write = write_at(own, place)
+        cosines.append(f"{float(sae.atom(int(sae.topk(write[None], 1)[1])).cosine(write)):.2f}")
+    kept = keep[next(done for done in keep if done.startswith("an atom"))]
+    if kept and keep[gone[-1]]:
+        lines.append(f"Whether an atom keeps {name} does not show: it is also said without what the atom replaces.")
+    else:
+        lines.append(f"One atom in the place of each write {'keeps' if kept else 'does not keep'} the name.")
+    return "\n".join([*lines, f"Cosine of atom and write: {', '.join(cosines)}.\n"])
+
+
+@torch.no_grad()
+def swapped(model: HookedRecurrentModel) -> Panel:
+    """How a text about the sea goes on, and how with the memory of another text."""
+    sea, treasury = model.memory(SEA), model.memory(TREASURY)
+    made = [
+        ("after a text about a ship", sea),
+        ("its states exchanged for those of a text about the Treasury", sea.with_heads(treasury, every_head(model))),
+        ("after the text about the Treasury", treasury),
+    ]
+    lines = []
+    for words, memory in made:
+        text = model.generate(GOES_ON, memory=memory, max_new_tokens=16, do_sample=False, repetition_penalty=1.3)
+        lines.append(Text.assemble((words, "dim"), "\n  " + " ".join(str(text).split())))
+    return Panel(Text("\n").join(lines), title="A whole memory exchanged", width=WIDTH)
+
+
+def replaced(results: Sequence[ReplacementResult]) -> Table:
+    """One line per SAE: how often an atom in place of a write stays closer to the model than a deletion."""
+    table = Table(title="Atoms in place of writes, on held-out text", box=box.SIMPLE_HEAD, width=WIDTH)
+    table.caption = "how often closer to the model than a deletion is, with 95% intervals"
+    for column in ("SAE", "firings", "an atom", "with next tokens", "random write"):
+        table.add_column(column, justify="left" if column == "SAE" else "right", no_wrap=True)
+    for result in results:
+        rates = [result.wins("atom", "delete"), result.wins("atom", "delete", "through")]
+        rates.append(result.wins("random", "delete", "through"))
+        shown = (f"{100 * r.rate:.0f}% [{100 * r.low:.0f}, {100 * r.high:.0f}]" for r in rates)
+        layer, head = result.places[0]
+        table.add_row(f"layer {layer} head {head}", str(result.n), *shown)
+    return table
