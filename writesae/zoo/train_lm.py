@@ -4,6 +4,7 @@
     python -m writesae.zoo.train_lm train runs/mamba --arch mamba2        # another architecture
     python -m writesae.zoo.train_lm train runs/mine --text my_texts/      # your own .txt files
     python -m writesae.zoo.train_lm export runs/tiny my-tiny-gdn          # the latest checkpoint as a model folder
+    python -m writesae.zoo.train_lm ask my-tiny-gdn                       # how much a model recalls
 
 Interrupt it whenever you like (Ctrl-C); the same command continues exactly from the last checkpoint.
 """
@@ -290,6 +291,24 @@ def export(
     }
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps({k: v for k, v in record.items() if k not in ("heads", "settings")}, indent=1))
+
+
+@app.command()
+def ask(
+    model: Annotated[str, typer.Argument(help="A shipped model or a model folder.")],
+    questions: Annotated[int, typer.Option(help="Questions of each kind.")] = 200,
+    text: Annotated[Path | None, typer.Option(help="The text it was trained on, if not the default corpus.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where the default corpus is kept.")] = None,
+) -> None:
+    """How many facts a model recalls, in percent, after 16, 64 and 200 tokens of prose."""
+    hooked = HookedRecurrentModel.from_pretrained(model, dtype="float32")
+    documents, _ = corpus.split(read(text or corpus.fetch(cache)))
+    facts = Recall(hooked.tokenizer, [d.text for d in documents])
+    for n, held_out in ((1, True), (3, True), (1, False)):
+        asked = (facts.questions(questions, gap, n, held_out) for gap in (16, 64, 200))
+        rates = (sum(recalled(hooked.hf_model, some)) / questions for some in asked)
+        values = "held-out values" if held_out else "values seen in training"
+        print(f"{n} told, {values}: {', '.join(f'{100 * rate:.1f}' for rate in rates)}", flush=True)
 
 
 if __name__ == "__main__":
