@@ -118,7 +118,7 @@ def test_quality_is_that_of_dense_matrices(model: HookedRecurrentModel, ids: Ten
 
 def test_file_and_command(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
-    command = ["evaluate", "tiny-gdn", "tiny-gdn/L2H0", "tiny-gdn/L0H0", "--tokens", "512", "--context", "64"]
+    command = ["evaluate", "tiny-gdn", "tiny-gdn/L2H1", "tiny-gdn/L0H0", "--tokens", "512", "--context", "64"]
     done = CliRunner().invoke(app, [*command, "--json", str(path)])
     assert done.exit_code == 0, done.output
     assert "loss recovered" in done.output and "all heads" in done.output
@@ -131,7 +131,7 @@ def test_file_and_command(tmp_path: Path) -> None:
         1 - behaviour["kl_div_with_sae"] / behaviour["kl_div_with_ablation"], rel=1e-5
     )
     assert 0.5 < behaviour["kl_div_score"] < 1
-    twice = CliRunner().invoke(app, ["evaluate", "tiny-gdn", "tiny-gdn/L2H0", "tiny-gdn/L2H0"])
+    twice = CliRunner().invoke(app, ["evaluate", "tiny-gdn", "tiny-gdn/L2H1", "tiny-gdn/L2H1"])
     assert twice.exit_code == 1 and "two SAEs of one head" in twice.stderr
 
 

@@ -127,7 +127,7 @@ def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_stands_for_the_weights_and_the_place() -> None:
-    sae = WriteSAE.from_pretrained("tiny-gdn/L2H0")
+    sae = WriteSAE.from_pretrained("tiny-gdn/L2H1")
     digest = hashlib.sha256(b"2.0.write.topk")
     for name in sorted(sae.state_dict()):
         digest.update(name.encode() + sae.state_dict()[name].numpy().tobytes())
