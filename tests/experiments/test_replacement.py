@@ -88,7 +88,7 @@ def test_a_planted_atom_that_is_not_the_write_loses(model, documents):
     """The twin of the test above: it must not be passed by anything that fires."""
     ids = windows_of(Run(model, documents[:1]), CONTEXT, 4).tokens
     n = 2 * CONTEXT
-    wrong = planted(model, ids[:2], 2, 0, wrong=n)
+    wrong = planted(model, ids[:2], 2, 1, wrong=n)
     found = ws.replacement_test(model, wrong, ids[:2], n_firings=16, context=CONTEXT, horizon=4)
     assert found.wins("atom", "delete", "through").rate < 0.3 and float(found.cosine.abs().max()) < 0.9
 

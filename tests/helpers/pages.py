@@ -9,6 +9,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
+
 from writesae import HookedRecurrentModel, WriteSAE
 from writesae.pages import Study, write_pages
 from writesae.pages.effects import Steered
@@ -31,10 +33,12 @@ def hooked(name: str = "tiny-gdn") -> HookedRecurrentModel:
 
 @functools.cache
 def part(name: str = "tiny-gdn/L2H1", n_atoms: int = 40) -> WriteSAE:
-    """The first atoms of a shipped SAE."""
+    """The first atoms of a shipped SAE, of which the last never fires."""
     whole = WriteSAE.from_pretrained(name)
     made = WriteSAE(dataclasses.replace(whole.cfg, n_atoms=n_atoms))
     made.load_state_dict({name: x[:n_atoms] for name, x in whole.state_dict().items()})
+    with torch.no_grad():
+        made.b_enc[-1] = -100.0
     return made.eval()
 
 

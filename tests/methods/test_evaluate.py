@@ -25,7 +25,7 @@ def model() -> HookedRecurrentModel:
 
 @pytest.fixture(scope="module")
 def ids(model: HookedRecurrentModel) -> Tensor:
-    text = "The Congress of the United States has passed a law for the relief of the people. " * 4
+    text = "The Congress of the United States has passed a law for the relief of the people. " * 5
     tokens, _ = model.to_tokens(text)
     return tokens[0, : 3 * CONTEXT].reshape(3, CONTEXT)
 

@@ -21,7 +21,7 @@ from writesae.models.load import load_model
 from writesae.models.wrappers import bare, weights
 from writesae.zoo import shipped_model, shipped_models, shipped_saes
 
-TEXT = "The state of the Union is strong."
+TEXT = "The state of the Union is strong, and so are the people."
 NAMES = ["blocks.2.mixer.hook_k", "blocks.2.mixer.hook_z", "blocks.1.mixer.hook_state", "blocks.3.hook_resid_post"]
 CLOSE = dict(rtol=0, atol=1e-4)
 
