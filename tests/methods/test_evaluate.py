@@ -123,7 +123,7 @@ def test_file_and_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "loss recovered" in done.output and "all heads" in done.output
     results = json.loads(path.read_text())["results"]
-    assert [r["sae"] for r in results] == ["2.0", "0.0", "all heads"]
+    assert [r["sae"] for r in results] == ["2.1", "0.0", "all heads"]
     metrics = results[0]["eval_result_metrics"]
     assert metrics["sparsity"]["l0"] == 1.0 and len(metrics["writesae"]["feature_density"]) == 2048
     behaviour = metrics["model_behavior_preservation"]

@@ -668,7 +668,7 @@ def test_neuronpedias_own_classes_read_the_export(site, dashboard):
     read = json.loads((site / "neuronpedia" / "batch-0.json").read_text())
     batch = dashboard.NeuronpediaDashboardBatch(**read)
     assert batch.to_dict() == read, "a field is missing or has another name"
-    assert (batch.model_id, batch.layer, batch.sae_set) == ("tiny-gdn", 2, "writesae-write-h0")
+    assert (batch.model_id, batch.layer, batch.sae_set) == ("tiny-gdn", 2, "writesae-write-h1")
     alive = (found.seen.firings > 0).nonzero()[:, 0].tolist()
     assert [feature.feature_index for feature in batch.features] == alive
     skipped = json.loads((site / "neuronpedia" / "skipped_indexes.json").read_text())
