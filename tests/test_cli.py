@@ -69,7 +69,7 @@ def test_records_in_a_file(tmp_path):
     found = read_json(tmp_path / "hooks.json")
     assert found["layers"][0] | {"rule": ""} == {"layer": 0, "n_heads": 4, "d_key": 32, "d_value": 32, "rule": ""}
     assert found["names"][0] == "blocks.0.hook_resid_pre" and {"name", "shape", "what"} == set(found["hook_points"][0])
-    command = ["contexts", "tiny-gdn/L2H0", "--text", str(text), "--json", str(tmp_path / "contexts.json")]
+    command = ["contexts", "tiny-gdn/L2H1", "--text", str(text), "--json", str(tmp_path / "contexts.json")]
     result = runner.invoke(app, command)
     assert result.exit_code == 0, result.output
     found = read_json(tmp_path / "contexts.json")

@@ -51,7 +51,7 @@ import json, sys, torch
 import writesae as ws
 from writesae.saes.paper.convert import convert
 model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
-sae = ws.WriteSAE.from_pretrained("tiny-gdn/L2H0")
+sae = ws.WriteSAE.from_pretrained("tiny-gdn/L2H1")
 text = "The state of the Union is strong and the people"
 _, cache = model.run_with_cache(text)
 

@@ -125,7 +125,7 @@ def test_bad_questions(model):
         attribute(model, ["one", "two"])
     with pytest.raises(ValueError, match=r"'Constantinople' is \d+ tokens"):
         attribute(model, TEXT, "Constantinople")
-    with pytest.raises(ValueError, match="token id 99999 is outside the model's vocabulary of 2048"):
+    with pytest.raises(ValueError, match=f"token id 99999 is outside the model's vocabulary of {model.n_vocab}"):
         attribute(model, TEXT, 99999)
     with pytest.raises(IndexError, match=r"position 99 is out of range: the text has \d+ tokens"):
         attribute(model, TEXT, position=99)

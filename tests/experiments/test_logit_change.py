@@ -18,7 +18,7 @@ def found(request):
     model = ws.HookedRecurrentModel.from_pretrained(request.param)
     sae = ws.WriteSAE.from_pretrained(shipped_saes(request.param)[0])
     result = logit_change(
-        model, sae, heldout_documents(), atoms=4, n_prompts=16, context=32, lags=(0, 3), epsilons=(0.1, 1.0)
+        model, sae, heldout_documents(), atoms=4, n_prompts=16, context=32, lags=(0, 3), epsilons=(0.03, 1.0)
     )
     return model, sae, result
 
@@ -104,8 +104,8 @@ def test_proportional_knows_nothing_but_the_other_epsilon():
 def test_numbers_records_and_picture(found):
     _, _, result = found
     numbers = {n.name: n for n in result.numbers()}
-    assert numbers["R², first order, epsilon 0.1"].value == result.r_squared("first order", 0)
-    assert "R², three factors, prefactor fitted, epsilon 1" in numbers and "R², proportional, epsilon 0.1" in numbers
+    assert numbers["R², first order, epsilon 0.03"].value == result.r_squared("first order", 0)
+    assert "R², three factors, prefactor fitted, epsilon 1" in numbers and "R², proportional, epsilon 0.03" in numbers
     records = result.records()
     assert len(records) == result.measured.numel()
     row = records.iloc[37]

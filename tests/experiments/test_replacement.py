@@ -13,7 +13,7 @@ from writesae.experiments.population import PopulationResult, population_test
 from writesae.experiments.replacement import ReplacementResult
 from writesae.hooks.sites import Head
 from writesae.saes import SAEConfig
-from writesae.zoo import heldout_documents
+from writesae.zoo import heldout_documents, shipped_saes
 
 CONTEXT = 48
 
@@ -25,7 +25,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def sae():
-    return ws.WriteSAE.from_pretrained("tiny-gdn/L2H0")
+    return ws.WriteSAE.from_pretrained("tiny-gdn/L2H1")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_planted_atom_that_is_not_the_write_loses(model, documents):
     """The twin of the test above: it must not be passed by anything that fires."""
     ids = windows_of(Run(model, documents[:1]), CONTEXT, 4).tokens
     n = 2 * CONTEXT
-    wrong = planted(model, ids[:2], 2, 0, wrong=n)
+    wrong = planted(model, ids[:2], 2, 1, wrong=n)
     found = ws.replacement_test(model, wrong, ids[:2], n_firings=16, context=CONTEXT, horizon=4)
     assert found.wins("atom", "delete", "through").rate < 0.3 and float(found.cosine.abs().max()) < 0.9
 
@@ -164,7 +164,7 @@ def test_equal_to_a_replay_firing_by_firing(model, sae, documents, read, broken)
     windows = windows_of(Run(model, documents), CONTEXT, 3)
     ids, document = windows.tokens, windows.document
     assert torch.equal(found.document, document[found.window])
-    edits = {"atom": ws.Substitute(sae), "matched": ws.Substitute(sae, norm="native"), "delete": ws.Delete(2, 0)}
+    edits = {"atom": ws.Substitute(sae), "matched": ws.Substitute(sae, norm="native"), "delete": ws.Delete(2, 1)}
     errors = []
     for i, (w, t) in enumerate(zip(found.window.tolist(), found.position.tolist(), strict=True)):
         here = slice(t + (read == "next"), t + 4)
@@ -329,7 +329,7 @@ def test_too_little_text_or_too_few_firings_is_an_error(model, sae, documents):
         ValueError, match=r"the text makes 0 windows of 96 tokens \(the longest text has \d+\), and 1 is needed"
     ):
         ws.replacement_test(model, sae, short)
-    with pytest.raises(ValueError, match=r"the SAE at layer 2 head 0 fired at only \d+ tokens of \d+ windows of 96"):
+    with pytest.raises(ValueError, match=r"the SAE at layer 2 head 1 fired at only \d+ tokens of \d+ windows of 96"):
         ws.replacement_test(model, sae, short * 40)
     with pytest.raises(
         ValueError, match=r"context=20 leaves no token with 5 tokens before it and 16 \(horizon\) after"
@@ -337,7 +337,7 @@ def test_too_little_text_or_too_few_firings_is_an_error(model, sae, documents):
         ws.replacement_test(model, sae, documents, context=20)
     with pytest.raises(ValueError, match=r"fired at only 0 tokens"):
         ws.replacement_test(model, silent(sae), documents[:1])
-    with pytest.raises(ValueError, match=r"atom 7 at layer 2 head 0 fired at only \d+ tokens"):
+    with pytest.raises(ValueError, match=r"atom 7 at layer 2 head 1 fired at only \d+ tokens"):
         ws.replacement_test(model, sae, documents[:1], atom=7)
     with pytest.raises(ValueError, match=r"no atom of the SAE fires 5 times in \d+ windows.*most frequent one 0 times"):
         population_test(model, silent(sae), documents[:1])
@@ -353,9 +353,9 @@ def test_what_does_not_exist_or_fit_is_an_error(model, sae, documents):
         run(conditions=("erase",))
     with pytest.raises(ValueError, match=r"'flat_svd' and flat=, an SAE of the same head, come together"):
         run(conditions=("flat_svd",))
-    with pytest.raises(ValueError, match=r"no flat SAE for layer 2 head 0: flat= has layer 0 head 0"):
+    with pytest.raises(ValueError, match=r"no flat SAE for layer 2 head 1: flat= has layer 0 head 0"):
         run(flat=ws.WriteSAE.from_pretrained("tiny-gdn/L0H0"))
-    with pytest.raises(ValueError, match=r"two SAEs of layer 2 head 0"):
+    with pytest.raises(ValueError, match=r"two SAEs of layer 2 head 1"):
         run([sae, sae])
     with pytest.raises(ValueError, match=r"no SAE given"):
         run([])
@@ -365,5 +365,6 @@ def test_what_does_not_exist_or_fit_is_an_error(model, sae, documents):
         run(n_firings=0)
     with pytest.raises(ValueError, match=r"classes of 2 atoms; this SAE has 2048"):
         population_test(model, sae, documents[:1], classes=["register", "bundle"])
-    with pytest.raises(ValueError, match=r"this SAE is for layer 4, not recurrent here"):
-        run(ws.WriteSAE.from_pretrained("tiny-mamba2/L4H0"))
+    deeper = ws.WriteSAE.from_pretrained(shipped_saes("tiny-mamba2")[-1])
+    with pytest.raises(ValueError, match=rf"this SAE is for layer {deeper.cfg.layer}, not recurrent here"):
+        run(deeper)

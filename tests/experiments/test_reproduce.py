@@ -126,15 +126,17 @@ def test_wrong_questions(given, tmp_path):
 
 
 def test_the_command(tmp_path):
-    arguments = ["reproduce", "--model", "tiny-gdn", "--sae", "tiny-gdn/L2H0", "--quick", "--out", str(tmp_path)]
+    arguments = ["reproduce", "--model", "tiny-gdn", "--sae", "tiny-gdn/L2H1", "--quick", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, [*arguments, "--only", "sign_test"])
     assert result.exit_code == 0, result.output
-    assert "report.html" in result.output and "sign_test_gradient_L2H0" in result.output
-    assert json.loads((tmp_path / "sign_test_L2H0" / "outcome.json").read_text())["model_id"] == "tiny-gdn"
+    assert "report.html" in result.output and "sign_test_gradient_L2H1" in result.output
+    assert json.loads((tmp_path / "sign_test_L2H1" / "outcome.json").read_text())["model_id"] == "tiny-gdn"
+    deeper = shipped_saes("tiny-rwkv7")[-1]
+    layer = ws.WriteSAE.from_pretrained(deeper).cfg.layer
     for wrong, message in (
         (["--only", "replacement"], "no experiment 'replacement'"),
         (["--text", str(tmp_path / "nowhere")], "does not exist"),
-        (["--sae", "tiny-rwkv7/L3H4"], "this SAE is for layer 3, not recurrent here"),
+        (["--sae", f"tiny-rwkv7/{deeper.name}"], f"this SAE is for layer {layer}, not recurrent here"),
     ):
         result = CliRunner().invoke(app, [*arguments, *wrong])
         assert result.exit_code == 1 and message in " ".join(result.output.split()), result.output

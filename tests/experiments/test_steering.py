@@ -45,7 +45,7 @@ def gdn(load):
 
 @pytest.fixture(scope="module")
 def sae():
-    return ws.WriteSAE.from_pretrained("tiny-gdn/L2H0")
+    return ws.WriteSAE.from_pretrained("tiny-gdn/L2H1")
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +144,11 @@ def test_targets_are_single_tokens_of_the_vocabulary(gdn):
     assert gdn.tokenizer.decode([int(one[0])]) == " war" and int(one[1]) == 5
     with pytest.raises(ValueError, match=r"target 'war' is 2 tokens, \['w', 'ar'\]: .* one token; ' war' is one"):
         token_ids(gdn, "war")
-    with pytest.raises(IndexError, match="target 2048 is outside the vocabulary: token ids are 0 to 2047"):
-        token_ids(gdn, 2048)
+    with pytest.raises(IndexError, match="target 4096 is outside the vocabulary: token ids are 0 to 4095"):
+        token_ids(gdn, 4096)
     with pytest.raises(ValueError, match="targets is empty"):
         token_ids(gdn, [])
-    assert not ordinary_tokens(gdn)[gdn.tokenizer.eos_token_id] and ordinary_tokens(gdn).sum() == 2047
+    assert not ordinary_tokens(gdn)[gdn.tokenizer.eos_token_id] and ordinary_tokens(gdn).sum() == gdn.n_vocab - 1
 
 
 def test_positions_that_do_not_exist(gdn):
@@ -295,7 +295,7 @@ def test_erasing_equals_a_replay_firing_by_firing(gdn, sae, text, frequent, brok
         ids = windows[int(e.window[i])][None, : t + 1]
 
         def nothing(v, hook, at=t - broken):
-            v[:, at, 0] = 0
+            v[:, at, sae.cfg.head] = 0
 
         native, edited = gdn(ids)[0, -1], gdn.run_with_hooks(ids, [("blocks.2.mixer.hook_v", nothing)])[0, -1]
         change = (edited.log_softmax(-1) - native.log_softmax(-1))[found.token]
@@ -334,14 +334,14 @@ def test_effects_of_known_numbers():
     assert nothing[0].value == 0 and nothing[1].value == 1
 
 
-def test_bad_erasures(gdn, sae, text, as_users_run_it):
-    dead = ws.WriteSAE.from_pretrained("tiny-gdn/L2H0")
+def test_bad_erasures(gdn, sae, text, frequent, as_users_run_it):
+    dead = ws.WriteSAE.from_pretrained("tiny-gdn/L2H1")
     with torch.no_grad():
         dead.b_enc[3] = -100.0
     with pytest.raises(ValueError, match=r"atom 3 never fires at any of [\d,]+ tokens of the text; n=10 firings"):
         erase(gdn, dead, 3, text[:1], n=10)
     with pytest.raises(ValueError, match=r"fires at \d+ of [\d,]+ tokens of the text; n=5000 firings, and 2500 other"):
-        erase(gdn, sae, 149, text[:2], n=5000)
+        erase(gdn, sae, frequent, text[:2], n=5000)
     with pytest.raises(ValueError, match="the text makes 0 windows of 64 tokens"):
         erase(gdn, sae, 3, "Call me Ishmael.")
     with pytest.raises(ValueError, match="mode='cut': allowed are 'delete' and 'subtract'"):
@@ -404,7 +404,7 @@ def installed(gdn):
 @torch.no_grad()
 def test_strata_hold_what_they_say(gdn, installed):
     bounds = {"ranks 2 to 10": (2, 10), "ranks 11 to 100": (11, 100), "ranks 101 to 1000": (101, 1000)}
-    bounds |= {"ranks 1001 and up": (1001, 2048)}
+    bounds |= {"ranks 1001 and up": (1001, 4096)}
     table = installed.records()
     for prompt, here in table[table.scale == 4].groupby("prompt"):
         logits = gdn(PROMPTS[prompt])[0, -1]
@@ -609,7 +609,7 @@ def test_texts_do_not_depend_on_the_batch_and_follow_the_model(gdn, commas, ampl
     for i, prompt in enumerate(prompts):
         ids = gdn.to_tokens(prompt)[0]
         for positions in (slice(ids.shape[1], None), None):
-            with gdn.intervene(ws.Add(2, 0, write=write), positions=positions):
+            with gdn.intervene(ws.Add(2, commas.sae.cfg.head, write=write), positions=positions):
                 new = go_on(gdn, ids, None, 16, chance=CommonRandomNumbers(torch.tensor([i]), 0.7, 0), whole=True)
             everywhere.append(gdn.tokenizer.decode(new[0]))
     assert everywhere[::2] == list(amplified.texts["300x"]) != everywhere[1::2]

@@ -192,7 +192,7 @@ def test_errors_say_the_fix(tmp_path):
             explained(server.url, out=tmp_path / "x.json", width=8)
         with pytest.raises(IndexError):
             explained(server.url, atoms=[4])
-    other = ws.WriteSAE.from_pretrained("tiny-gdn/L2H0")
+    other = ws.WriteSAE.from_pretrained("tiny-gdn/L2H1")
     with pytest.raises(ValueError, match=r"labels of another SAE .*give the file of this SAE"):
         ws.Labels.load(tmp_path / "x.json", other)
     text = (tmp_path / "x.json").read_text()
@@ -294,7 +294,7 @@ def test_the_command_line_and_pages(tmp_path, monkeypatch):
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
-    other = ws.WriteSAE.from_pretrained("tiny-gdn/L2H0")
+    other = ws.WriteSAE.from_pretrained("tiny-gdn/L2H1")
     with pytest.raises(ValueError, match="labels of another SAE"):
         ws.write_pages(planted.model(), other, words[:1], tmp_path / "y", labels="labels.json")
     assert not (tmp_path / "y").exists()

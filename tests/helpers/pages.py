@@ -9,13 +9,15 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
+
 from writesae import HookedRecurrentModel, WriteSAE
 from writesae.pages import Study, write_pages
 from writesae.pages.effects import Steered
 from writesae.pages.render import alone, assets, atom_page, index_page
 from writesae.pages.site import DATA
 from writesae.pages.study import Tokens, study
-from writesae.zoo import heldout_documents
+from writesae.zoo import heldout_documents, shipped_saes
 
 NASTY = (
     'The <script>alert("a")</script> of the </script><img src="x" onerror="alert(1)"> and <b id="bold">bold</b> words, '
@@ -30,12 +32,19 @@ def hooked(name: str = "tiny-gdn") -> HookedRecurrentModel:
 
 
 @functools.cache
-def part(name: str = "tiny-gdn/L2H0", n_atoms: int = 40) -> WriteSAE:
-    """The first atoms of a shipped SAE."""
+def part(name: str = "tiny-gdn/L2H1", n_atoms: int = 40) -> WriteSAE:
+    """The first atoms of a shipped SAE, of which the last never fires."""
     whole = WriteSAE.from_pretrained(name)
     made = WriteSAE(dataclasses.replace(whole.cfg, n_atoms=n_atoms))
     made.load_state_dict({name: x[:n_atoms] for name, x in whole.state_dict().items()})
+    with torch.no_grad():
+        made.b_enc[-1] = -100.0
     return made.eval()
+
+
+def part_of(model: str) -> WriteSAE:
+    """The first atoms of the last SAE shipped with a model."""
+    return part(f"{model}/{shipped_saes(model)[-1].name}")
 
 
 @functools.cache
@@ -51,7 +60,7 @@ def site() -> Path:
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     index = write_pages(
-        hooked(), part(), texts(), folder, atoms=3, name="tiny-gdn/L2H0", source="A few texts", neuronpedia=True
+        hooked(), part(), texts(), folder, atoms=3, name="tiny-gdn/L2H1", source="A few texts", neuronpedia=True
     )
     return index.parent
 
@@ -59,7 +68,7 @@ def site() -> Path:
 @functools.cache
 def studied() -> Study:
     """What the site was made of."""
-    return study(hooked(), part(), texts(), atoms=3, folder=site() / DATA, name="tiny-gdn/L2H0", source="A few texts")
+    return study(hooked(), part(), texts(), atoms=3, folder=site() / DATA, name="tiny-gdn/L2H1", source="A few texts")
 
 
 @functools.cache

@@ -36,11 +36,11 @@ def test_a_write_taken_out_is_missed_by_as_much():
     model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
     text = "The state of the Union is strong, and the people of the States"
     _, cache = model.run_with_cache(text)
-    pattern, written = cache.pattern(2, 1)[0], cache.write(2).value[0, :, 1]
+    pattern, written = cache.pattern(2, 0)[0], cache.write(2).value[0, :, 0]
     for j in (0, 3, 7):
-        with model.intervene(ws.Delete(2, 1), positions=j):
+        with model.intervene(ws.Delete(2, 0), positions=j):
             _, without = model.run_with_cache(text)
-        missed = cache["o", 2][0, :, 1] - without["o", 2][0, :, 1]
+        missed = cache["o", 2][0, :, 0] - without["o", 2][0, :, 0]
         torch.testing.assert_close(missed, pattern[:, j, None] * written[j], rtol=1e-4, atol=1e-6)
     assert (pattern[:, 3, None] * written[7] - missed).abs().max() > 1e-3  # the twin: of another token
 

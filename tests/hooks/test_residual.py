@@ -139,7 +139,7 @@ def test_reconstruct_and_steer_are_what_hooks_would_do(gdn: Any, sae: Any, posit
 
 @torch.no_grad()
 def test_one_block_for_the_stream_and_the_memory(gdn: Any, sae: Any) -> None:
-    write_sae = WriteSAE.from_pretrained("tiny-gdn/L2H0")
+    write_sae = WriteSAE.from_pretrained("tiny-gdn/L2H1")
     with gdn.intervene([Reconstruct(sae), Substitute(write_sae)], positions=[3, 5]):
         together, cache = gdn.run_with_cache(TEXT)
     with gdn.intervene(Substitute(write_sae), positions=[3, 5]), gdn.intervene(Reconstruct(sae), positions=[3, 5]):
@@ -200,7 +200,7 @@ def test_bfloat16(gdn: Any, sae: Any) -> None:
 
 
 def test_mistakes(gdn: Any, sae: Any) -> None:
-    d_model, write_sae = gdn.W_E.shape[1], WriteSAE.from_pretrained("tiny-gdn/L2H0")
+    d_model, write_sae = gdn.W_E.shape[1], WriteSAE.from_pretrained("tiny-gdn/L2H1")
     transcoder = DictionarySAE(d_model)
     transcoder.cfg.d_out = d_model
     for make, error, text in [

@@ -121,7 +121,7 @@ def make_outcome(folder: Path) -> None:
 @functools.cache
 def replacement() -> Any:
     text = Path(shipped_model("tiny-gdn") or "").parent.joinpath("heldout.txt").read_text("utf-8")[:6000]
-    return ws.replacement_test(model(), ws.WriteSAE.from_pretrained("tiny-gdn/L2H0"), text, n_firings=4)
+    return ws.replacement_test(model(), ws.WriteSAE.from_pretrained("tiny-gdn/L2H1"), text, n_firings=4)
 
 
 def read_outcome(folder: Path) -> Any:

@@ -98,7 +98,7 @@ def test_generate(architecture: Architecture, dtype: torch.dtype, device: torch.
 
 def test_an_sae_on_the_cpu_beside_a_model_on_the_device(device: torch.device) -> None:
     model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn", device=device)
-    on_cpu, sae = ws.HookedRecurrentModel.from_pretrained("tiny-gdn"), ws.WriteSAE.from_pretrained("tiny-gdn/L2H0")
+    on_cpu, sae = ws.HookedRecurrentModel.from_pretrained("tiny-gdn"), ws.WriteSAE.from_pretrained("tiny-gdn/L2H1")
     text = "The state of the Union is strong, and the people are well."
     for attach in (
         lambda m: m.intervene(ws.Substitute(sae)),

@@ -8,7 +8,9 @@ import pytest
 import writesae as ws
 from writesae import HookedRecurrentModel
 
-TEXTS = ["We have peace at home, and at the same", "The people of the United", "It is at the same"]
+TOLD = ["The captain was called{}. It was written that the captain was called",
+        "The surgeon was called{}. The people of the town said that the surgeon was called"]  # fmt: skip
+TEXTS = [TOLD[0].format(" Henry"), "The people of the United", TOLD[1].format(" Henry")]
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +19,7 @@ def model() -> HookedRecurrentModel:
 
 
 def test_attributions_of_several_texts(model: HookedRecurrentModel) -> None:
-    answers = [model.to_single_token(word) for word in (" time", " States", " time")]
+    answers = [model.to_single_token(word) for word in (" Henry", " States", " Henry")]
     own = [{"of": ws.Logit(answer)} for answer in answers]
     found = ws.each_text(ws.direct_attribution, model, TEXTS, by="head", per_text=own)
     alone = [ws.direct_attribution(model, t, by="head", **given) for t, given in zip(TEXTS, own, strict=True)]
@@ -33,7 +35,7 @@ def test_attributions_of_several_texts(model: HookedRecurrentModel) -> None:
     assert set(found.records().text) == {0, 1, 2} and len(found) == 3 and found[1].title == alone[1].title
     numbers = {number.name: number for number in found.numbers()}
     assert numbers["sum of all parts"].value == pytest.approx(np.mean([result.value for result in alone]))
-    top = numbers["contribution of part head, layer 2, head 3"]
+    top = numbers["contribution of part head, layer 2, head 1"]
     assert top.low is not None and top.low < top.value < top.high  # type: ignore[operator]
     assert found.plot().axes
     # The twin: of fewer texts the means are others.
@@ -42,17 +44,17 @@ def test_attributions_of_several_texts(model: HookedRecurrentModel) -> None:
 
 
 def test_pairs_and_sweeps(model: HookedRecurrentModel) -> None:
-    time = ws.Logit(model.to_single_token(" time"))
-    pairs = [(t, t.replace(" at the", " by the")) for t in (TEXTS[0], TEXTS[2])]
+    name = ws.Logit(model.to_single_token(" Henry"), minus=model.to_single_token(" Robert"))
+    pairs = [(text.format(" Henry"), text.format(" Robert")) for text in TOLD]
     done: list[int] = []
-    found = ws.each_text(ws.patching, model, pairs, time, "write", progress=done.append)
-    assert done == [1, 2] and tuple(found.mean().loc[0, ["layer", "head"]]) == (2, 3)
-    alone = [ws.patching(model, *pair, time, "write").restored[2, 3].sum() for pair in pairs]
+    found = ws.each_text(ws.patching, model, pairs, name, "write", progress=done.append)
+    assert done == [1, 2] and tuple(found.mean().loc[0, ["layer", "head"]]) == (2, 1)
+    alone = [ws.patching(model, *pair, name, "write").restored[2, 1].sum() for pair in pairs]
     assert found.mean().restored[0] == pytest.approx(float(sum(alone)) / 2, abs=1e-5)
-    sweep = ws.each_text(ws.knockout_sweep, model, [TEXTS[0], TEXTS[2]], time, sources=slice(-3, -1), by_head=True)
-    assert tuple(sweep.mean().loc[0, ["first_layer", "head"]]) == (2, 3)
-    patterns = ws.each_text(ws.pattern, model, [TEXTS[0], TEXTS[2]], 2, 3)
-    assert {" same", " the"} <= set(patterns.mean("query_token").query_token)
+    sweep = ws.each_text(ws.knockout_sweep, model, [TEXTS[0], TEXTS[2]], name, sources=slice(3, 8), by_head=True)
+    assert tuple(sweep.mean().loc[0, ["first_layer", "head"]]) == (2, 1)
+    patterns = ws.each_text(ws.pattern, model, [TEXTS[0], TEXTS[2]], 2, 1)
+    assert {" Henry", " called"} <= set(patterns.mean("query_token").query_token)
 
 
 def test_what_is_refused(model: HookedRecurrentModel) -> None:
@@ -61,7 +63,7 @@ def test_what_is_refused(model: HookedRecurrentModel) -> None:
     with pytest.raises(ValueError, match=r"1 entries in per_text= for 3 texts"):
         ws.each_text(ws.pattern, model, TEXTS, 2, 3, per_text=[{}])
     with pytest.raises(ValueError, match="text 1: the clean text has"):
-        pairs = [(TEXTS[0], TEXTS[0].replace(" at the", " by the")), (TEXTS[0], TEXTS[1])]
+        pairs = [(TEXTS[0], TOLD[0].format(" Robert")), (TEXTS[0], TEXTS[1])]
         ws.each_text(ws.patching, model, pairs, ws.Logit(5), "write")
     found = ws.each_text(ws.pattern, model, TEXTS[:2], 2, 3)
     with pytest.raises(KeyError, match="no column 'heads' in the records"):

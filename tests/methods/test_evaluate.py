@@ -25,7 +25,7 @@ def model() -> HookedRecurrentModel:
 
 @pytest.fixture(scope="module")
 def ids(model: HookedRecurrentModel) -> Tensor:
-    text = "The Congress of the United States has passed a law for the relief of the people. " * 4
+    text = "The Congress of the United States has passed a law for the relief of the people. " * 5
     tokens, _ = model.to_tokens(text)
     return tokens[0, : 3 * CONTEXT].reshape(3, CONTEXT)
 
@@ -118,12 +118,12 @@ def test_quality_is_that_of_dense_matrices(model: HookedRecurrentModel, ids: Ten
 
 def test_file_and_command(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
-    command = ["evaluate", "tiny-gdn", "tiny-gdn/L2H0", "tiny-gdn/L0H0", "--tokens", "512", "--context", "64"]
+    command = ["evaluate", "tiny-gdn", "tiny-gdn/L2H1", "tiny-gdn/L0H0", "--tokens", "512", "--context", "64"]
     done = CliRunner().invoke(app, [*command, "--json", str(path)])
     assert done.exit_code == 0, done.output
     assert "loss recovered" in done.output and "all heads" in done.output
     results = json.loads(path.read_text())["results"]
-    assert [r["sae"] for r in results] == ["2.0", "0.0", "all heads"]
+    assert [r["sae"] for r in results] == ["2.1", "0.0", "all heads"]
     metrics = results[0]["eval_result_metrics"]
     assert metrics["sparsity"]["l0"] == 1.0 and len(metrics["writesae"]["feature_density"]) == 2048
     behaviour = metrics["model_behavior_preservation"]
@@ -131,7 +131,7 @@ def test_file_and_command(tmp_path: Path) -> None:
         1 - behaviour["kl_div_with_sae"] / behaviour["kl_div_with_ablation"], rel=1e-5
     )
     assert 0.5 < behaviour["kl_div_score"] < 1
-    twice = CliRunner().invoke(app, ["evaluate", "tiny-gdn", "tiny-gdn/L2H0", "tiny-gdn/L2H0"])
+    twice = CliRunner().invoke(app, ["evaluate", "tiny-gdn", "tiny-gdn/L2H1", "tiny-gdn/L2H1"])
     assert twice.exit_code == 1 and "two SAEs of one head" in twice.stderr
 
 

@@ -58,7 +58,7 @@ def test_bad_input(model):
         (dict(window=4), ValueError, r"window=4: give a number of layers, 1 to 3"),
         (dict(window=2, by_head=True), ValueError, r"by_head=True with window=2"),
         (dict(layers=[3]), IndexError, r"layer 3 is not recurrent"),
-        (dict(sources=17), IndexError, r"source at position 17: allowed are -17 to 16"),
+        (dict(sources=17), IndexError, r"source at position 17: allowed are -15 to 14"),
         (dict(sources=-1), ValueError, r"each source needs a target after it"),
         (dict(text=["a", "b"]), ValueError, r"text holds 2 texts"),
         (dict(metric=ws.Logit(5, at=3)), ValueError, r"at=3 in the metric"),

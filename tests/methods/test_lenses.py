@@ -116,13 +116,14 @@ def test_result_and_ids_without_tokenizer(gdn: Any) -> None:
     bare.tokenizer = None
     ids = gdn.to_tokens(TEXTS[0])[0]
     found, named = (ws.logit_lens(m, ids, ["resid_post", "head_out"]) for m in (bare, gdn))
-    assert found.words[int(ids[0, 0])] == str(int(ids[0, 0])) and named.words[int(ids[0, 0])] == "T"
+    first = int(ids[0, 0])
+    assert found.words[first] == str(first) and named.words[first] == "The"
     table = named.records()
     assert len(table) == named.kl.numel() and set(table["what"]) == {"resid_post", "head_out"}
     assert len(named.numbers()) == 2 * (gdn.n_layers + 10) and len(named.plot().axes) == 2
-    assert len(named.plot(first=4).axes[0].texts) == 2 * len(named.places)
-    with pytest.raises(IndexError, match="sequence=0, first=6: there is no such token"):
-        named.plot(first=6)
+    assert len(named.plot(first=3).axes[0].texts) == 2 * len(named.places)
+    with pytest.raises(IndexError, match="sequence=0, first=5: there is no such token"):
+        named.plot(first=5)
     shifted = ws.logit_lens(gdn, ids, target=ids.roll(-1, 1))
     assert torch.equal(shifted.target, ids[0].roll(-1))
 
@@ -182,9 +183,9 @@ def test_bad_input(gdn: Any) -> None:
         (dict(at="resid_mid"), ValueError, "at='resid_mid': the lens looks at resid_pre, mixer_out"),
         (dict(layers=[9]), IndexError, r"layer 9 has no resid_post; layers that do: \[0, 1, 2, 3\]"),
         (dict(at="head_out", layers=[3]), IndexError, r"layer 3 has no head_out; layers that do: \[0, 1, 2\]"),
-        (dict(positions=[40]), IndexError, "position 40 is out of range: sequence 0 has 6 tokens"),
+        (dict(positions=[40]), IndexError, "position 40 is out of range: sequence 0 has 5 tokens"),
         (dict(positions=[]), ValueError, r"positions=\[\] asks for nothing"),
-        (dict(k=0), ValueError, "k=0: give 1 to 2048"),
+        (dict(k=0), ValueError, "k=0: give 1 to 4096"),
         (dict(target=10**6), ValueError, "outside the model's vocabulary"),
     ]:
         with pytest.raises(error, match=match):

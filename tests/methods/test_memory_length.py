@@ -120,7 +120,7 @@ def test_the_whole(gdn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_token_ids_and_bad_input(gdn: Any) -> None:
     bare = ws.HookedRecurrentModel(gdn.hf_model)
     bare.tokenizer = None
-    ids = torch.randint(2048, (2, 32), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(4096, (2, 32), generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = dict(context=32, writes=2, reads=2, layers=[1], progress=False)
     unknown = ws.memory_length(bare, ids, **options)
     assert unknown.delimiter is None and "delimiter_share" not in unknown.records() and "not known" in unknown.about

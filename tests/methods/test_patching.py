@@ -162,7 +162,7 @@ def test_numbers_records_and_picture(found):
 def test_bad_input(found):
     model, clean, corrupted, metric = found
     for given, error, match in (
-        ((clean, corrupted[:-1], metric), ValueError, r"the clean text has 17 tokens and the corrupted one 16"),
+        ((clean, corrupted[:-1], metric), ValueError, r"the clean text has 15 tokens and the corrupted one 14"),
         ((clean, corrupted, metric, "w"), ValueError, r"what='w': no layer has such a hook point; there are"),
         ((clean, clean, metric), ValueError, r"after both texts, so nothing can be restored"),
         ((["a", "b"], corrupted, metric), ValueError, r"clean holds 2 texts"),
@@ -174,7 +174,7 @@ def test_bad_input(found):
             ws.patching(model, *given)
     with pytest.raises(IndexError, match=r"layer 3 has no write; layers that do: \[0, 1, 2\]"):
         ws.patching(model, clean, corrupted, metric, layers=[3])
-    with pytest.raises(IndexError, match=r"position 17 of the corrupted text: allowed are 0 to 16"):
+    with pytest.raises(IndexError, match=r"position 17 of the corrupted text: allowed are 0 to 14"):
         ws.patching(model, clean, corrupted, metric, positions=[(0, 17)])
     with pytest.raises(ValueError, match="twice"):
         ws.patching(model, clean, corrupted, metric, positions=[(0, 1), (1, 1)])

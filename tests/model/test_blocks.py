@@ -14,6 +14,7 @@ import torch
 
 import writesae as ws
 from architectures import N_VOCAB, Architecture, each_architecture
+from writesae.zoo import shipped_models, shipped_saes
 
 TEXT = "The state of the Union"
 MADE: dict[str, Callable[[ws.HookedRecurrentModel], Any]] = {
@@ -111,16 +112,16 @@ def test_a_model_that_was_made_under_inference_mode() -> None:
 def test_device() -> None:
     model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn", device="meta")
     assert {p.device.type for p in model.parameters()} == {"meta"}
-    sae = ws.WriteSAE.from_pretrained("tiny-gdn/L2H0", device="meta")
+    sae = ws.WriteSAE.from_pretrained("tiny-gdn/L2H1", device="meta")
     assert {p.device.type for p in sae.parameters()} == {"meta"}
     with pytest.raises(TypeError, match="device and device_map both say where"):
         ws.HookedRecurrentModel.from_pretrained("tiny-gdn", device="cpu", device_map="cpu")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["tiny-gdn/L2H0", "tiny-mamba2/L4H0", "tiny-rwkv7/L3H4"])
+@pytest.mark.parametrize("name", shipped_models())
 def test_calling_an_sae(name: str) -> None:
-    sae, model = ws.WriteSAE.from_pretrained(name), ws.HookedRecurrentModel.from_pretrained(name.split("/")[0])
+    sae, model = ws.WriteSAE.from_pretrained(shipped_saes(name)[-1]), ws.HookedRecurrentModel.from_pretrained(name)
     x = model.run_with_cache(TEXT)[1].write(sae.cfg.layer)[0, :, sae.cfg.head].dense()
     assert torch.equal(sae(x), sae.decode(sae.encode(x))) and not torch.allclose(sae(x), sae(2 * x))
 
@@ -129,7 +130,7 @@ def test_calling_a_compiled_sae() -> None:
     """In a process of its own: the checks of shapes that tests run with are nothing that can be compiled."""
     code = """
 import torch, writesae as ws
-sae = ws.WriteSAE.from_pretrained("tiny-gdn/L2H0")
+sae = ws.WriteSAE.from_pretrained("tiny-gdn/L2H1")
 x = torch.randn(5, sae.cfg.d_key, sae.cfg.d_value)
 found = torch.compile(sae, backend="eager")(x)
 torch.testing.assert_close(found, sae(x))
@@ -141,8 +142,8 @@ with torch.no_grad():
     with model.intervene(ws.Substitute(sae)): expected = model(text)
     with model.intervene(ws.Substitute(compiled)): torch.testing.assert_close(model(text), expected)
     assert not torch.allclose(expected, before)
-    with model.intervene(sae, atom=53, scale=1.0): expected = model(text)
-    with model.intervene(compiled, atom=53, scale=1.0): torch.testing.assert_close(model(text), expected)
+    with model.intervene(sae, atom=5, scale=1.0): expected = model(text)
+    with model.intervene(compiled, atom=5, scale=1.0): torch.testing.assert_close(model(text), expected)
     assert not torch.allclose(expected, before)
 assert torch.equal(model.encode(compiled, text).indices, model.encode(sae, text).indices)
 """

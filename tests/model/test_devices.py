@@ -376,8 +376,8 @@ COMMANDS = {
     "demo": ["demo"],
     "extract": ["extract", "tiny-gdn", "out", "--site", "0.0", "--text", "."],
     "train": ["train", "tiny-gdn", "out", "--site", "0.0", "--text", "."],
-    "contexts": ["contexts", "tiny-gdn/L2H0"],
-    "pages": ["pages", "tiny-gdn/L2H0"],
+    "contexts": ["contexts", "tiny-gdn/L2H1"],
+    "pages": ["pages", "tiny-gdn/L2H1"],
     "reproduce": ["reproduce", "--model", "tiny-gdn"],
 }
 

@@ -19,9 +19,9 @@ import writesae as ws
 from writesae.hooks import graphs
 from writesae.models.load import load_model
 from writesae.models.wrappers import bare, weights
-from writesae.zoo import shipped_model
+from writesae.zoo import shipped_model, shipped_models, shipped_saes
 
-TEXT = "The state of the Union is strong."
+TEXT = "The state of the Union is strong, and so are the people."
 NAMES = ["blocks.2.mixer.hook_k", "blocks.2.mixer.hook_z", "blocks.1.mixer.hook_state", "blocks.3.hook_resid_post"]
 CLOSE = dict(rtol=0, atol=1e-4)
 
@@ -38,7 +38,7 @@ def plain() -> ws.HookedRecurrentModel:
 
 @pytest.fixture(scope="module")
 def sae() -> ws.WriteSAE:
-    return ws.WriteSAE.from_pretrained("tiny-gdn/L2H0")
+    return ws.WriteSAE.from_pretrained("tiny-gdn/L2H1")
 
 
 def halved(value: Tensor, hook: Any) -> Tensor:
@@ -60,7 +60,7 @@ def everything(model: Any, tokenizer: Any = None) -> dict[str, Any]:
         found["deleted"] = model(TEXT)
     with model.intervene(ws.Delete(1)):
         found["continued"] = model.generate(TEXT, max_new_tokens=5, do_sample=False)
-    steering = ws.Add(2, 0, write=ws.WriteSAE.from_pretrained("tiny-gdn/L2H0").atom(609), scale=4, relative=True)
+    steering = ws.Add(2, 1, write=ws.WriteSAE.from_pretrained("tiny-gdn/L2H1").atom(5), scale=4, relative=True)
     with model.intervene(steering):
         found["steered"] = model.generate("The captain", max_new_tokens=8, do_sample=False)
     found["logits again"] = model(TEXT)
@@ -139,14 +139,14 @@ def test_saes_and_adapters(plain: Any, sae: ws.WriteSAE) -> None:
     peft_model = adapted(load(), "lora")
     model = ws.HookedRecurrentModel(peft_model, plain.tokenizer)
     text = r"of layer 2|weights of that layer here are others \([\w-]+\), active adapters included. check_model=False"
-    with pytest.raises(ValueError, match=text), model.intervene(sae, atom=609, scale=3):
+    with pytest.raises(ValueError, match=text), model.intervene(sae, atom=5, scale=3):
         pass
-    with model.intervene(sae, atom=609, scale=3, check_model=False):
+    with model.intervene(sae, atom=5, scale=3, check_model=False):
         assert (model(TEXT) - peft_model(**plain.tokenizer(TEXT, return_tensors="pt")).logits).abs().max() == 0
-    with peft_model.disable_adapter(), model.intervene(sae, atom=609, scale=3):
+    with peft_model.disable_adapter(), model.intervene(sae, atom=5, scale=3):
         model(TEXT)
     elsewhere = ws.HookedRecurrentModel(adapted(load(), "lora", ["gate_proj", "q_proj"]), plain.tokenizer)
-    with elsewhere.intervene(sae, atom=609, scale=3):  # the layer itself is what it was
+    with elsewhere.intervene(sae, atom=5, scale=3):  # the layer itself is what it was
         elsewhere(TEXT)
 
 
@@ -397,12 +397,12 @@ def test_one_graph_for_all_is_refused_with_the_reason(plain: Any) -> None:
 # bfloat16 -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name, layer, site", [("tiny-gdn", 2, "L2H0"), ("tiny-mamba2", 4, "L4H0"), ("tiny-rwkv7", 3, "L3H4")]
-)
+@pytest.mark.parametrize("name", shipped_models())
 @torch.no_grad()
-def test_bfloat16_on_real_text(name: str, layer: int, site: str) -> None:
+def test_bfloat16_on_real_text(name: str) -> None:
     """Every hook point fires, edits act by as much as in float32, SAEs read the same; states are float32."""
+    sae = ws.WriteSAE.from_pretrained(shipped_saes(name)[-1])
+    layer = sae.cfg.layer
     model = ws.HookedRecurrentModel.from_pretrained(name)
     half = ws.HookedRecurrentModel.from_pretrained(name, dtype=torch.bfloat16)
     (logits, cache), (low, low_cache) = model.run_with_cache(TEXT), half.run_with_cache(TEXT)
@@ -421,7 +421,6 @@ def test_bfloat16_on_real_text(name: str, layer: int, site: str) -> None:
     assert effect.abs().max() > 5 * rounding > 0
     assert torch.cosine_similarity(effect.flatten(), low_effect.flatten(), dim=0) > 0.98
 
-    sae = ws.WriteSAE.from_pretrained(f"{name}/{site}")
     assert half.fingerprint(layer) == model.fingerprint(layer)
     codes, low_codes = model.encode(sae, TEXT), half.encode(sae, TEXT)
     assert (codes.indices == low_codes.indices).float().mean() > 0.8

@@ -51,7 +51,7 @@ def test_a_compiled_model():
     with late_logits(compiled) as end:
         compiled(tokens())
     torch.testing.assert_close(end.at(ROWS, COLUMNS), expected[ROWS, COLUMNS], rtol=0, atol=1e-4)
-    assert end.last().at(torch.tensor([1]), torch.tensor([0])).shape == (1, 2048)
+    assert end.last().at(torch.tensor([1]), torch.tensor([0])).shape == (1, 4096)
 
 
 def test_a_gradient_of_one_column_is_that_of_all():
@@ -72,7 +72,7 @@ def test_a_gradient_of_one_column_is_that_of_all():
 
 def test_rows_go_together_as_far_as_there_is_room(monkeypatch):
     model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
-    ids = torch.randint(2048, (9, 12), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(4096, (9, 12), generator=torch.Generator().manual_seed(2))
     whole = gradient(model, ids, ws.Logit(5), [1])[1].output
 
     def run(rows: slice) -> torch.Tensor:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from writesae import Delete, HookedRecurrentModel, Substitute, Write, WriteSAE
-from writesae.zoo import shipped_model
+from writesae.zoo import shipped_model, shipped_models, shipped_saes
 
 TEXT = "The state of the Union is strong."
-SAES = {"tiny-gdn": "tiny-gdn/L2H0", "tiny-mamba2": "tiny-mamba2/L4H0", "tiny-rwkv7": "tiny-rwkv7/L3H4"}
-each_model = pytest.mark.parametrize("name", list(SAES))
+each_model = pytest.mark.parametrize("name", shipped_models())
 # An open loop over the steps of a generation ends with this warning of nnsight's.
 open_loops_end = pytest.mark.filterwarnings("ignore:.*was never reached. the loop asked for a step:UserWarning")
 
@@ -145,7 +144,7 @@ def test_gradients(traced: Any) -> None:
 @each_model
 def test_our_edits_in_its_runs(traced: Any, name: str) -> None:
     model, nn_model, ids = traced
-    before, sae = model(ids), WriteSAE.from_pretrained(SAES[name])
+    before, sae = model(ids), WriteSAE.from_pretrained(shipped_saes(name)[-1])
     layer = sae.cfg.layer
     read = envoy(model, nn_model, f"blocks.{layer}.mixer.hook_o")
     for what in ([Delete(layer, sae.cfg.head)], [Substitute(sae)]):

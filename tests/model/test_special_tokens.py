@@ -113,7 +113,7 @@ def test_said_to_the_model_it_is_so_everywhere(tmp_path: Path) -> None:
 
 
 def test_a_store_is_not_continued_with_other_tokens(tmp_path: Path) -> None:
-    ids = torch.randint(2048, (2, 8), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(4096, (2, 8), generator=torch.Generator().manual_seed(0))
     ws.extract(a_model(), ids, [(0, 0)], tmp_path, progress=False)
     with pytest.raises(ValueError, match="was begun otherwise: reading"):
         ws.extract(a_model(prepend_bos=False), ids, [(0, 0)], tmp_path, progress=False)
@@ -122,7 +122,7 @@ def test_a_store_is_not_continued_with_other_tokens(tmp_path: Path) -> None:
 def test_headers_without_it_are_those_of_before() -> None:
     """Shards carry a hash of the header: it must be the one that older versions made."""
     model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
-    store = ws.record(model, torch.randint(2048, (1, 8)), [(0, 0)], progress=False)
+    store = ws.record(model, torch.randint(4096, (1, 8)), [(0, 0)], progress=False)
     header = store.info.to_dict()
     assert "reading" not in header and StoreInfo.from_json(dict(header)) == store.info
     assert StoreInfo.from_json(dict(header)).identity == store.info.identity

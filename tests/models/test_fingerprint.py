@@ -50,7 +50,7 @@ def test_other_weights_have_other_fingerprints(name: str, dtype: torch.dtype) ->
 
 def test_fingerprints_of_010() -> None:
     """The shipped SAEs have them: exact in float32 and bfloat16, taken as they are, with a warning, in others."""
-    cfg = ws.WriteSAE.from_pretrained("tiny-gdn/L2H0").cfg
+    cfg = ws.WriteSAE.from_pretrained("tiny-gdn/L2H1").cfg
     assert cfg.fingerprint is not None
     cfg = dataclasses.replace(cfg, fingerprint=cfg.fingerprint.partition("-")[0])
     wrong = dataclasses.replace(cfg, fingerprint="0" * 16)
@@ -75,7 +75,9 @@ def test_fingerprints_of_other_forms() -> None:
 @torch.no_grad()
 def test_an_sae_acts_in_every_dtype() -> None:
     """Refused in float16 before, though right: the edit's effect is that in float32, within the dtype's rounding."""
-    ids, sae = torch.arange(24)[None] + 60, ws.WriteSAE.from_pretrained("tiny-gdn/L2H0")
+    text = "The captain was called Henry. The ship went out of the harbour. It was written that the captain was called"
+    ids = ws.HookedRecurrentModel.from_pretrained("tiny-gdn").to_tokens(text)[0]
+    sae = ws.WriteSAE.from_pretrained("tiny-gdn/L2H1")
     effects = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         model = ws.HookedRecurrentModel(load(dtype))
@@ -84,13 +86,13 @@ def test_an_sae_acts_in_every_dtype() -> None:
         with model.intervene(ws.Substitute(sae)):
             effects[dtype] = model(ids).float() - before
     right = effects.pop(torch.float32)
-    assert right.norm() > 1
+    assert right.norm() > 100, "where it is small, it drowns in the rounding of logits"
     for dtype, found in effects.items():
-        assert (found - right).norm() < right.norm() * 64 * torch.finfo(dtype).eps
+        assert (found - right).norm() < right.norm() * 16 * torch.finfo(dtype).eps
 
 
 def test_a_model_in_other_dtypes_than_the_sae_recorded() -> None:
-    cfg = ws.WriteSAE.from_pretrained("tiny-gdn/L2H0").cfg
+    cfg = ws.WriteSAE.from_pretrained("tiny-gdn/L2H1").cfg
     models = [ws.HookedRecurrentModel(load(dtype)) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
     for trained in models:
         of_layer = dataclasses.replace(cfg, fingerprint=trained.fingerprint(2))

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import pages
 import writesae as ws
-from pages import SEARCHED, hooked, part, studied, texts
+from pages import SEARCHED, hooked, part, part_of, studied, texts
 from writesae import WriteSAE
 from writesae.cli import app
 from writesae.experiments.engine.directions import promotion
@@ -47,9 +47,9 @@ from writesae.pages.render import (
 from writesae.pages.study import study
 from writesae.pages.survey import BIN, QUANTILES, cut_windows, survey
 from writesae.saes import SAEConfig
-from writesae.zoo import heldout_documents
+from writesae.zoo import heldout_documents, shipped_models
 
-MODELS = {"tiny-gdn": "tiny-gdn/L2H0", "tiny-mamba2": "tiny-mamba2/L4H0", "tiny-rwkv7": "tiny-rwkv7/L3H4"}
+each_model = pytest.mark.parametrize("name", shipped_models())
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def site() -> Path:
 # --- the pass over the texts ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@each_model
 def test_one_pass_finds_what_separate_passes_find(name):
-    model, sae = hooked(name), part(MODELS[name])
+    model, sae = hooked(name), part_of(name)
     ids = cut_windows(model, texts()[0], 64)
     whole = torch.stack([window.tokens for window in ids if len(window.tokens) == 64])
     found = survey(model, sae, cut_windows(model, whole, 64), n=4, before=5, after=3)
@@ -95,7 +95,7 @@ def test_classes_and_the_sample_are_those_of_the_firings():
             assert int(sample["token"][i]) == int(window.tokens[place])
             if i < 2:
                 _, cache = model.run_with_cache(window.tokens)
-                write = cache.write(2)[:, [place], 0]
+                write = cache.write(2)[:, [place], 1]
                 value, index = (x.detach() for x in sae.topk(write, 1))
                 assert int(index) == atom and float(value) == pytest.approx(float(sample["activation"][i]), rel=1e-3)
                 cosine = float(sae.atom(atom).cosine(write).detach())
@@ -164,12 +164,12 @@ def test_samples_stand_at_quantiles():
     assert found.at_quantiles(dead) == []
 
 
-@pytest.mark.parametrize("name", MODELS)
+@each_model
 @torch.no_grad()
 def test_readers_are_the_reads_of_a_write(name):
     """With the model's own write in the place of an atom: the head's pattern times what was written. Another head's
     pattern is another."""
-    model, sae = hooked(name), part(MODELS[name])
+    model, sae = hooked(name), part_of(name)
     layer, head = sae.place
     ids = model.to_tokens(texts()[0])[0][0, :40]
     _, cache = model.run_with_cache(ids)
@@ -190,7 +190,7 @@ def test_what_all_atoms_promote_is_taken_off():
     fires = made.survey.seen.firings > 0
     value = made.decoder.value
     atom = made.survey.most_frequent(1)[0]
-    effect = direct_effect(made.model, 2, 0, (value[atom] - value[fires].mean(0))[None])[0]
+    effect = direct_effect(made.model, 2, 1, (value[atom] - value[fires].mean(0))[None])[0]
     assert made.distinct[atom].promoted[0][1] == pytest.approx(float(effect.max()), abs=1e-5)
     first = lambda lists: len({lists[i].promoted[0][0] for i in fires.nonzero()[:, 0].tolist()})  # noqa: E731
     assert first(made.distinct) >= first(made.direct) and made.distinct[atom] != made.direct[atom]
@@ -199,9 +199,9 @@ def test_what_all_atoms_promote_is_taken_off():
 # --- from the weights -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@each_model
 def test_direct_effect_is_the_promotion_of_each_token(name):
-    model, sae = hooked(name), part(MODELS[name])
+    model, sae = hooked(name), part_of(name)
     value, (layer, head) = Decoder.of(sae).value, (sae.cfg.layer, sae.cfg.head)
     effect = direct_effect(model, layer, head, value[:4])
     every = promotion(model, layer, head, torch.arange(model.W_U.shape[1]))  # [vocab, d_value]
@@ -234,10 +234,10 @@ def test_pairs_and_nearest_are_those_of_the_dense_atoms(variant):
 # --- from running the model -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@each_model
 def test_the_measured_effect_is_the_gradients(name):
     """For the most promoted and the most suppressed token: the product of the atom with that logit's gradient."""
-    model, sae = hooked(name), part(MODELS[name])
+    model, sae = hooked(name), part_of(name)
     windows = cut_windows(model, texts()[:3])
     found = survey(model, sae, windows)
     atoms = found.most_frequent(2)
@@ -256,7 +256,8 @@ def test_the_measured_effect_is_the_gradients(name):
             grad, head = ws.gradient(model, ids, of, [sae.cfg.layer])[sae.cfg.layer], sae.cfg.head
             wanted = firing.activation * float(grad.prices(head, sae.decoder.detach())[0, place, atom])
             assert float(row[token]) == pytest.approx(wanted, rel=0.01)
-            other = firing.activation * float(grad.prices(head + 1, sae.decoder.detach())[0, place, atom])
+            next_head = (head + 1) % model.site(sae.cfg.layer).n_heads
+            other = firing.activation * float(grad.prices(next_head, sae.decoder.detach())[0, place, atom])
             assert float(row[token]) != pytest.approx(other, rel=0.02), "twin: another head"
 
 
@@ -278,7 +279,7 @@ def test_replaced_counts_are_those_of_substituting_by_hand():
     for window, place in list(zip(tested.window.tolist(), tested.position.tolist(), strict=True))[:3]:
         ids = halves[window : window + 1, : place + 1]
         plain_logits = model(ids)[:, -1].double().log_softmax(-1)
-        for edit in (ws.Substitute(sae), ws.Delete(2, 0)):
+        for edit in (ws.Substitute(sae), ws.Delete(2, 1)):
             with model.intervene(edit, positions=[place], check_model=False):
                 moved = model(ids)[:, -1].double().log_softmax(-1)
             scores.append(float((moved.exp() * (moved - plain_logits)).sum()))
@@ -488,7 +489,7 @@ def test_pages_say_what_was_measured(site):
     assert (
         "By running the model" not in pages_of[measured[0]] and "Measured, through the model" in pages_of[measured[0]]
     )
-    command = f"in the folder of this site: writesae pages tiny-gdn/L2H0 --out . --atom {other}"
+    command = f"in the folder of this site: writesae pages tiny-gdn/L2H1 --out . --atom {other}"
     assert pages_of[other].count("Not measured for this atom") == 1 == pages_of[other].count(command)
     assert "It never fires in" in pages_of[dead] and "never fires in this text" in pages_of[dead]
     for atom, text in pages_of.items():
@@ -599,14 +600,14 @@ def test_show_is_the_page_of_the_site(site):
     assert (
         tag == "iframe"
         and attributes["srcdoc"] == shown.html
-        and attributes["title"] == f"Atom {atom} of tiny-gdn/L2H0"
+        and attributes["title"] == f"Atom {atom} of tiny-gdn/L2H1"
     )
     assert '<html lang="en" class="alone">' in shown.html and '<html lang="en" class="alone">' in kept.html
     sae.show(atom + 1, model=model, texts=read)
     assert showing._last["study"].survey is pass_over_the_texts, "it serves all atoms of an SAE"
     sae.show(atom, model=model, texts=["The State of the Union is strong."])
     assert showing._last["study"].survey is not pass_over_the_texts
-    assert repr(shown) == f"Page(title='Atom {atom} of tiny-gdn/L2H0', height=900)"
+    assert repr(shown) == f"Page(title='Atom {atom} of tiny-gdn/L2H1', height=900)"
 
 
 def test_show_takes_the_shipped_model_and_texts(tmp_path):
@@ -667,7 +668,7 @@ def test_neuronpedias_own_classes_read_the_export(site, dashboard):
     read = json.loads((site / "neuronpedia" / "batch-0.json").read_text())
     batch = dashboard.NeuronpediaDashboardBatch(**read)
     assert batch.to_dict() == read, "a field is missing or has another name"
-    assert (batch.model_id, batch.layer, batch.sae_set) == ("tiny-gdn", 2, "writesae-write-h0")
+    assert (batch.model_id, batch.layer, batch.sae_set) == ("tiny-gdn", 2, "writesae-write-h1")
     alive = (found.seen.firings > 0).nonzero()[:, 0].tolist()
     assert [feature.feature_index for feature in batch.features] == alive
     skipped = json.loads((site / "neuronpedia" / "skipped_indexes.json").read_text())

@@ -307,7 +307,7 @@ def test_an_atoms_page_says_the_numbers(browser, site):
     seen = opened(browser, site / "atom" / f"{atom:05d}.html")
     page, made = seen.page, studied()
     found = made.survey
-    assert page.title() == f"Atom {atom} · tiny-gdn/L2H0"
+    assert page.title() == f"Atom {atom} · tiny-gdn/L2H1"
     rate = int(found.seen.firings[atom]) / found.n_tokens
     assert page.locator(".tiles dd").first.inner_text() == percent(rate)
     assert page.locator("#strongest li").count() == len(found.strongest[atom])

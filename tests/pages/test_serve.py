@@ -15,6 +15,7 @@ import pages
 import writesae as ws
 from browser import chromium, watch
 from pages import hooked, part
+from writesae.zoo import shipped_saes
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra [serve]")
 pytest.importorskip("starlette", reason="needs the extra [serve]")
@@ -30,7 +31,7 @@ TEXT = "The state of the Union is strong"
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    app = application(hooked(), part(), pages.site(), name="tiny-gdn/L2H0")
+    app = application(hooked(), part(), pages.site(), name="tiny-gdn/L2H1")
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", loop="asyncio", http="h11")
     )
@@ -98,7 +99,7 @@ def test_what_it_refuses(port: int) -> None:
     assert ask(port, "/../pyproject.toml")[0] == 404 and ask(port, "/no-such-page")[0] == 404
     with pytest.raises(FileNotFoundError, match="write the site first"):
         application(hooked(), part(), "no such folder")
-    other = ws.WriteSAE.from_pretrained("tiny-rwkv7/L3H4")
+    other = ws.WriteSAE.from_pretrained(shipped_saes("tiny-rwkv7")[0])
     with pytest.raises(ValueError):
         application(hooked(), other, pages.site())
 

@@ -368,7 +368,7 @@ def test_contexts_of_some_atoms() -> None:
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[HookedRecurrentModel, WriteSAE]:
-    return HookedRecurrentModel.from_pretrained("tiny-gdn"), WriteSAE.from_pretrained("tiny-gdn/L2H0")
+    return HookedRecurrentModel.from_pretrained("tiny-gdn"), WriteSAE.from_pretrained("tiny-gdn/L2H1")
 
 
 def text_of(table: Any) -> str:
@@ -512,7 +512,7 @@ def test_the_command(tmp_path: Any, tiny: tuple[HookedRecurrentModel, WriteSAE])
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     codes = model.encode(sae, text)
     fires, never = int(codes.indices[0, 3, 0]), int((codes.fired == 0).nonzero()[0])
-    command = ["contexts", "tiny-gdn/L2H0", "--text", str(tmp_path / "a.txt")]
+    command = ["contexts", "tiny-gdn/L2H1", "--text", str(tmp_path / "a.txt")]
     result = runner.invoke(app, [*command, "--atom", str(fires), "--atom", str(never), "-n", "3"])
     assert result.exit_code == 0, result.output
     assert f"atom {fires} fires" in result.output and "«" in result.output
@@ -525,9 +525,9 @@ def test_the_command(tmp_path: Any, tiny: tuple[HookedRecurrentModel, WriteSAE])
     ("arguments", "says"),
     [
         (["tiny-gdn/none"], "no SAE tiny-gdn/none is shipped"),
-        (["tiny-gdn/L2H0", "--text", "no-such-file"], "no-such-file does not exist"),
-        (["tiny-gdn/L2H0", "--atom", "2048"], "atom 2048: this SAE has atoms 0 to 2047"),
-        (["tiny-gdn/L2H0", "--model", "tiny-rwkv7"], "this SAE "),
+        (["tiny-gdn/L2H1", "--text", "no-such-file"], "no-such-file does not exist"),
+        (["tiny-gdn/L2H1", "--atom", "2048"], "atom 2048: this SAE has atoms 0 to 2047"),
+        (["tiny-gdn/L2H1", "--model", "tiny-rwkv7"], "this SAE "),
     ],
 )
 def test_wrong_input_is_one_clear_line(arguments: list[str], says: str) -> None:

@@ -127,15 +127,15 @@ def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_stands_for_the_weights_and_the_place() -> None:
-    sae = WriteSAE.from_pretrained("tiny-gdn/L2H0")
-    digest = hashlib.sha256(b"2.0.write.topk")
+    sae = WriteSAE.from_pretrained("tiny-gdn/L2H1")
+    digest = hashlib.sha256(b"2.1.write.topk")
     for name in sorted(sae.state_dict()):
         digest.update(name.encode() + sae.state_dict()[name].numpy().tobytes())
     assert sae.fingerprint() == digest.hexdigest()[:16]
     before = sae.fingerprint()
-    sae.cfg = dataclasses.replace(sae.cfg, head=1)
-    assert sae.fingerprint() != before
     sae.cfg = dataclasses.replace(sae.cfg, head=0)
+    assert sae.fingerprint() != before
+    sae.cfg = dataclasses.replace(sae.cfg, head=1)
     with torch.no_grad():
         sae.b_enc[0] += 1e-3
     assert sae.fingerprint() != before

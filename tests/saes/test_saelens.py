@@ -221,8 +221,8 @@ def test_older_folders(tmp_path: Path) -> None:
 
 
 def test_names_and_checksums_through_the_converter(tmp_path: Path) -> None:
-    theirs = load("tiny-gdn/L2H0", converter=from_disk, dtype="float64")  # type: ignore[arg-type]
-    assert theirs.cfg.own() == WriteSAE.from_pretrained("tiny-gdn/L2H0").cfg and theirs.dtype == torch.float64
+    theirs = load("tiny-gdn/L2H1", converter=from_disk, dtype="float64")  # type: ignore[arg-type]
+    assert theirs.cfg.own() == WriteSAE.from_pretrained("tiny-gdn/L2H1").cfg and theirs.dtype == torch.float64
     folder = make().save_pretrained(tmp_path)
     other = make(decoder_bias=False).save_pretrained(tmp_path / "other")
     shutil.copy(other / CONFIG, tmp_path / "config")

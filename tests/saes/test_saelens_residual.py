@@ -34,7 +34,7 @@ def model() -> ws.HookedRecurrentModel:
 
 @pytest.fixture(scope="module")
 def write_sae() -> ws.WriteSAE:
-    return ws.WriteSAE.from_pretrained("tiny-gdn/L2H0")
+    return ws.WriteSAE.from_pretrained("tiny-gdn/L2H1")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def model() -> HookedRecurrentModel:
 
 @pytest.fixture(scope="module")
 def sae() -> WriteSAE:
-    return WriteSAE.from_pretrained("tiny-gdn/L2H0")
+    return WriteSAE.from_pretrained("tiny-gdn/L2H1")
 
 
 @dataclass(frozen=True)
