@@ -39,6 +39,9 @@ def test_a_shipped_model_compresses_held_out_text_better_than_xz(name):
     assert record["held_out_bits_per_byte"] < record["xz_bits_per_byte"]
 
 
+RECALLS = {"tiny-gdn": 0.8, "tiny-mamba2": 0.9, "tiny-rwkv7": 0.95}  # of held-out values, at least
+
+
 def told(tokenizer: PreTrainedTokenizerBase, question: Question) -> list[int]:
     """Positions of the sentence that tells the fact, the full stop behind the value included."""
     assert question.prompt.count(question.answer[0]) == 1, "prose says it too"
@@ -53,7 +56,7 @@ def test_a_shipped_model_recalls_what_it_was_told_once(name):
     """Values that no training told, 64 tokens later; and not, if nothing is written where they are told."""
     model = ws.HookedRecurrentModel.from_pretrained(name)
     questions = Recall(model.tokenizer, heldout_documents()).questions(60, gap=64)
-    assert sum(recalled(model.hf_model, questions)) > 0.85 * len(questions)
+    assert sum(recalled(model.hf_model, questions)) > RECALLS[name] * len(questions)
     nothing, forgetful = [ws.Delete(site.layer) for site in model.sites], []
     for question in questions:
         with model.intervene(nothing, positions=told(model.tokenizer, question)):
