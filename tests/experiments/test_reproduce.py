@@ -25,6 +25,7 @@ TINY = Sizes(firings=16, population=3, classes=3000, logit=8, deletions=32, eras
 ELSEWHERE = (
     "atom-beats-deletion/l*h4",
     "atom-beats-deletion/mean-of-sites",
+    "cluster-bootstrap-by-text",  # where firings come from one text there is none
     "flat-sae-top-svd-beats-deletion",
     "atom-beats-deletion/cosine-<-0.0",
     "atom-beats-deletion/cosine->=-0.*-and-<-0.[023]*",

@@ -252,7 +252,7 @@ def planted(model, activation=1.0):
     ids = model.to_tokens(PATTERN * 3)[0]
     period = ids.shape[1] // 3
     _, cache = model.run_with_cache(ids)
-    write = cache.write(0)[0, period + 4, 0]
+    write = cache.write(0)[0, period + 6, 0]
     site = {"d_key": 32, "d_value": 32, "layer": 0, "head": 0, "target": "write"}
     sae = ws.WriteSAE(ws.SAEConfig(n_atoms=2, k=1, encoder="bilinear", sparsity="jumprelu", **site))
     with torch.no_grad():
@@ -262,7 +262,7 @@ def planted(model, activation=1.0):
         sae.V_enc *= activation
         sae.log_threshold[0] = torch.log(0.99 * activation * write.norm())
         sae.log_threshold[1] = 20.0
-    return sae, int(ids[0, period + 4])
+    return sae, int(ids[0, period + 6])
 
 
 @pytest.mark.parametrize("activation", [1.0, 0.5], ids=["the write", "half the write"])
@@ -513,7 +513,7 @@ def test_one_prompt_shows_its_texts(gdn):
     assert "' war'" in shown and repr(found.natives[0])[:12] in shown and "after" in shown
     by_ids = install(gdn, 2, [0, 1], gdn.to_tokens("The captain")[0], targets=[" war"], max_new_tokens=5, n_positions=1)
     assert by_ids.texts == found.texts and by_ids.prompts == ("The captain",)
-    assert found.strata[int(found.stratum[0])] == "ranks 101 to 1000"
+    assert found.strata[int(found.stratum[0])] == "ranks 1001 and up"
     likely = install(gdn, 2, 0, "The captain", targets=[int(gdn("The captain")[0, -1].argmax())], max_new_tokens=2)
     assert likely.strata[int(likely.stratum[0])] == "ranks below 2" and bool(likely.native[0])
 

@@ -53,7 +53,7 @@ def token(name: str) -> int:
 
 
 @functools.cache
-def sae(layer: int = 0, head: int = 0) -> ws.WriteSAE:
+def sae(layer: int = 0, head: int = 1) -> ws.WriteSAE:
     """Dense atoms that are least-squares classifiers of what the head writes at each of `NAMES`."""
     ids = torch.stack(texts())
     with torch.no_grad():

@@ -210,7 +210,7 @@ def test_what_edits_do_to_parts(model: ws.HookedRecurrentModel) -> None:
     """What an edit wrote is in the rest; what a knockout hides is missing from its head, and so from the rest of
     writes."""
     write = ws.Write(torch.ones(32), torch.ones(32))
-    for edit, positions in ((ws.Add(2, 0, write=write, scale=0.1), [14, 15]), (ws.Knockout(2, sources=14), None)):
+    for edit, positions in ((ws.Add(2, 0, write=write, scale=0.1), [13, 14]), (ws.Knockout(2, sources=13), None)):
         with model.intervene(edit, positions=positions):
             by_head, by_token = (parts_of(model, by) for by in ("head", "token"))
         for value, total, _ in (by_head, by_token):

@@ -418,7 +418,7 @@ def test_bfloat16_on_real_text(name: str) -> None:
     with half.intervene(edit, positions=[3]):
         low_effect = (half(TEXT) - low).float()
         assert half.generate(TEXT, max_new_tokens=4).startswith(TEXT)
-    assert effect.abs().max() > 5 * rounding > 0
+    assert effect.abs().max() > 4 * rounding > 0
     assert torch.cosine_similarity(effect.flatten(), low_effect.flatten(), dim=0) > 0.98
 
     assert half.fingerprint(layer) == model.fingerprint(layer)

@@ -17,7 +17,7 @@ from writesae.zoo import heldout_documents
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 IDS = torch.arange(48).reshape(2, 24) + 40
-NAME = "tiny-gdn/L2H1"
+NAME = "tiny-gdn/L0H0"
 
 
 def autocast(dtype: torch.dtype | None) -> Any:
