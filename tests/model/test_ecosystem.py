@@ -413,12 +413,12 @@ def test_bfloat16_on_real_text(name: str) -> None:
     assert (state - low_state).norm() < 0.03 * state.norm()
 
     edit = ws.Delete(layer)
-    with model.intervene(edit, positions=[3]):
+    with model.intervene(edit, positions=range(2, 10)):
         effect = model(TEXT) - logits
-    with half.intervene(edit, positions=[3]):
+    with half.intervene(edit, positions=range(2, 10)):
         low_effect = (half(TEXT) - low).float()
         assert half.generate(TEXT, max_new_tokens=4).startswith(TEXT)
-    assert effect.abs().max() > 4 * rounding > 0
+    assert effect.abs().max() > 5 * rounding > 0
     assert torch.cosine_similarity(effect.flatten(), low_effect.flatten(), dim=0) > 0.98
 
     assert half.fingerprint(layer) == model.fingerprint(layer)

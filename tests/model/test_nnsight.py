@@ -100,9 +100,10 @@ def test_generating(traced: Any) -> None:
     model, nn_model, ids = traced
     settings = dict(max_new_tokens=5, do_sample=False)
     plain = model.generate(ids, **settings)
-    hook = envoy(model, nn_model, "blocks.2.mixer.hook_v")
+    point = f"blocks.{model.sites[-1].layer}.mixer.hook_v"
+    hook = envoy(model, nn_model, point)
     seen = []
-    with model.hooks([("blocks.2.mixer.hook_v", lambda value, _: seen.append(-30 * value) or -30 * value)]):
+    with model.hooks([(point, lambda value, _: seen.append(-30 * value) or -30 * value)]):
         expected = model.generate(ids, **settings)
     with nn_model.trace(ids, fn=model.hf_model.generate, **settings) as tracer:
         found = list().save()
