@@ -121,7 +121,7 @@ def test_bad_input(found):
         logit_change(model, sae, "Too short.")
     with pytest.raises(ValueError, match=r"lags=\(40,\), context=64.*lags are 0 to 31"):
         logit_change(model, sae, heldout_documents(), lags=(40,))
-    with pytest.raises(IndexError, match="atoms 0 to"):
+    with pytest.raises(IndexError, match=f"atoms 0 to {sae.cfg.n_atoms - 1}"):
         logit_change(model, sae, heldout_documents(), atoms=[5000], n_prompts=8)
     with pytest.raises(ValueError, match=r"2000 atoms were asked for, and \d+ fire in the prompts"):
         logit_change(model, sae, heldout_documents(), atoms=2000, n_prompts=8)

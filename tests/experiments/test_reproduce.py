@@ -18,14 +18,13 @@ from writesae.experiments.report.paper import TABLE
 from writesae.experiments.report.reproduction import EXPERIMENTS, Sizes, reproduce
 from writesae.zoo import heldout_documents, shipped_saes
 
-TINY = Sizes(firings=16, population=3, classes=3000, logit=8, deletions=32, erase=8, signs=16, prompts=4, tokens=12)
+TINY = Sizes(firings=48, population=3, classes=3000, logit=8, deletions=32, erase=8, signs=16, prompts=4, tokens=12)
 
 
 # Numbers of the paper that are of other heads, of atoms that ours have none of, or need SAEs that are not given here.
 ELSEWHERE = (
     "atom-beats-deletion/l*h4",
     "atom-beats-deletion/mean-of-sites",
-    "cluster-bootstrap-by-text",  # where firings come from one text there is none
     "flat-sae-top-svd-beats-deletion",
     "atom-beats-deletion/cosine-<-0.0",
     "atom-beats-deletion/cosine->=-0.*-and-<-0.[023]*",

@@ -48,11 +48,14 @@ class Held(NamedTuple):
         found: every write exchanged by itself for that of the text with the other name.
         places: the fewest, in the order of what each restores, that together bring the other name.
         enough: whether they do.
+        own, other: what was written in the story, and in that with the other name.
     """
 
     found: Patching
     places: list[Place]
     enough: bool
+    own: ActivationCache
+    other: ActivationCache
 
     def restored(self, place: Place) -> float:
         """How much of the way to the other name one of them goes alone."""
@@ -74,15 +77,11 @@ def held(model: HookedRecurrentModel, progress: Progress | None = None, most: in
     found = patching(model, story(OTHER), story(NAME), number, estimate=False, progress=progress)
     ranked = sorted(found.top(found.grid.numel()), key=lambda part: -part[3])  # those that speak against it last
     places = [Place(*where) for *where, _ in ranked[:most]]
-    cache = written(model, OTHER)
+    own, other = (model.run_with_cache(story(name))[1] for name in (NAME, OTHER))
     for n in range(1, most + 1):
-        if said(model, exchanged(cache, places[:n])).says == OTHER:
-            return Held(found, places[:n], enough=True)
-    return Held(found, places, enough=False)
-
-
-def written(model: HookedRecurrentModel, name: str) -> ActivationCache:
-    return model.run_with_cache(story(name))[1]
+        if said(model, exchanged(other, places[:n])).says == OTHER:
+            return Held(found, places[:n], True, own, other)
+    return Held(found, places, False, own, other)
 
 
 def write_at(cache: ActivationCache, place: Place) -> Write:
@@ -113,9 +112,9 @@ def outcome(model: HookedRecurrentModel, logits: Float[Tensor, "1 pos vocab"], d
 
 
 @torch.no_grad()
-def changed(model: HookedRecurrentModel, places: Sequence[Place], saes: Sequence[WriteSAE]) -> list[Outcome]:
+def changed(model: HookedRecurrentModel, where: Held, saes: Sequence[WriteSAE]) -> list[Outcome]:
     """Those writes deleted, exchanged or replaced by an atom, beside controls; and all states exchanged."""
-    own, other = written(model, NAME), written(model, OTHER)
+    places = where.places
     elsewhere = [Place(layer, head, t + 1) for layer, head, t in places]
     random = torch.Generator().manual_seed(0)
     one = len(places) == 1
@@ -123,10 +122,10 @@ def changed(model: HookedRecurrentModel, places: Sequence[Place], saes: Sequence
         ("nothing", []),
         ("that write deleted" if one else f"those {len(places)} writes deleted", deleted(places)),
         ("next token's deleted instead", deleted(elsewhere)),
-        (f"exchanged for{OTHER}'s", exchanged(other, places)),
+        (f"exchanged for{OTHER}'s", exchanged(where.other, places)),
         (
             "random written instead",
-            [(Replace(p.layer, p.head, write=like(write_at(own, p), random)), p) for p in places],
+            [(Replace(p.layer, p.head, write=like(write_at(where.own, p), random)), p) for p in places],
         ),
     ]
     if pairs := with_sae(places, saes):
@@ -141,17 +140,17 @@ def changed(model: HookedRecurrentModel, places: Sequence[Place], saes: Sequence
 
 
 @torch.no_grad()
-def planted(model: HookedRecurrentModel, places: Sequence[Place]) -> list[Outcome]:
+def planted(model: HookedRecurrentModel, where: Held) -> list[Outcome]:
     """The writes that hold the name, added to the memory of a text that tells none; and random ones of their size."""
-    own, random = written(model, NAME), torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(0)
     text, end = UNTOLD + BETWEEN + ASKED, len(model.to_str_tokens(UNTOLD)) - 1
-    writes = [(p, write_at(own, p)) for p in places]
+    writes = [write_at(where.own, p) for p in where.places]
     rows: list[tuple[str, list[Write]]] = [
         ("as it is", []),
-        (f"with{NAME}'s added", [write for _, write in writes]),
-        ("with random added", [like(write, random) for _, write in writes]),
+        (f"with{NAME}'s added", writes),
+        ("with random added", [like(write, random) for write in writes]),
     ]
-    at_end = [Place(p.layer, p.head, end) for p in places]
+    at_end = [Place(p.layer, p.head, end) for p in where.places]
     return [
         said(model, [(Add(p.layer, p.head, write=w), p) for p, w in zip(at_end, put_in, strict=False)], done, text)
         for done, put_in in rows

@@ -30,7 +30,6 @@ from writesae.demo.name import (
     said,
     with_sae,
     write_at,
-    written,
 )
 from writesae.demo.picture import draw
 from writesae.experiments import ReplacementResult, replacement_test
@@ -86,11 +85,11 @@ def run(
         n_writes = sum(site.n_heads for site in model.sites) * len(model.to_str_tokens(TOLD + BETWEEN + ASKED))
         where = held(model, bars.add("which write holds the name", n_writes))
     console.print(told(model, where))
-    outcomes = changed(model, where.places, saes)
+    outcomes = changed(model, where, saes)
     console.print(table_of(outcomes, "What the model says after a change", "changed in its memory"))
     console.print(verdict(model, where, saes, outcomes))
     untold = f"Planted where no name is told: “{UNTOLD} ... was called”"
-    console.print(table_of(planted(model, where.places), untold, "added at its full stop"))
+    console.print(table_of(planted(model, where), untold, "added at its full stop"))
     console.print(swapped(model))
 
     with Bars(transient=True) as bars:
@@ -172,10 +171,9 @@ def verdict(model: HookedRecurrentModel, where: Held, saes: Sequence[WriteSAE], 
         lines.append(f"With these writes deleted {name} is still likeliest: others hold it too.")
     if not (pairs := with_sae(where.places, saes)):
         return "\n".join([*lines, "None of these writes is of a head with an SAE.\n"])
-    own = written(model, NAME)
     cosines = []
     for place, sae in pairs:
-        write = write_at(own, place)
+        write = write_at(where.own, place)
         cosines.append(f"{float(sae.atom(int(sae.topk(write[None], 1)[1])).cosine(write)):.2f}")
     kept = keep[next(done for done in keep if done.startswith("an atom"))]
     if kept and keep[gone[-1]]:

@@ -73,10 +73,10 @@ def loss_of(model: PreTrainedModel, batch: Batch, held_out: Tensor) -> Tensor:
     logits = model(input_ids=batch.ids[:, :-1], use_cache=False).logits.flatten(0, 1)
     targets, weights = batch.ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()
     answers = weights == ANSWER
-    weights = weights.masked_fill(answers & held_out[targets], 0.0)  # a piece of an invented name may be held out
     if answers.any():
+        uncounted = answers & held_out[targets]  # a piece of an invented name may be a value that is held out
+        weights, targets = weights.masked_fill(uncounted, 0.0), targets.masked_fill(uncounted, 0)
         logits = logits.masked_fill(answers[:, None] & held_out, float("-inf"))
-        targets = targets.masked_fill(answers & held_out[targets], 0)  # counts nothing, and must be finite
     return F.cross_entropy(logits, targets, reduction="none") @ weights / weights.sum()
 
 
