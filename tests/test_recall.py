@@ -16,7 +16,7 @@ from writesae.zoo.batches import Batch, Course
 from writesae.zoo.near import attention_sees
 from writesae.zoo.recall import ANSWER, PROSE, RELATIONS, TOLD, Question, Recall, is_held_out, recalled
 from writesae.zoo.train_lm import app, jittered, loss_of
-from writesae.zoo.vocabulary import NUMBERS, PEOPLE, PLACES, take_over, train_tokenizer
+from writesae.zoo.vocabulary import NUMBERS, PEOPLE, PLACES, take_over, tell_apart, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,27 @@ def test_a_model_goes_on_in_another_vocabulary(tokenizer):
         here, there = (t(word, add_special_tokens=False)["input_ids"][0] for t in (tokenizer, spoke))
         assert torch.equal(after[here], before[there])
     assert torch.equal(model.model.layers[1].attn.k_proj.weight, old.model.layers[1].attn.k_proj.weight)
+
+
+def test_rare_tokens_are_told_apart_and_stay_as_unlikely():
+    model = build_model("gdn", 300)
+    weight = model.get_input_embeddings().weight.data
+    rare = torch.arange(200, 300)
+    common = 2.5 * weight[1]  # as training leaves them
+    weight[rare] = common + 0.001 * torch.randn(100, weight.shape[1])
+    before = weight.clone()
+    tokens = torch.cat([torch.arange(200).repeat(30), torch.arange(200, 250).repeat(20)])
+
+    def alike():
+        unit = torch.nn.functional.normalize(weight[rare])
+        return float((unit @ unit.T).fill_diagonal_(0).max())
+
+    assert alike() > 0.99
+    assert torch.equal(tell_apart(model, tokens, 1.0), rare) and alike() < 0.95
+    assert torch.equal(weight[:200], before[:200])
+    added, shared = weight[rare] - before[rare], before[rare].mean(0)
+    torch.testing.assert_close(added.norm(dim=1), before.norm(dim=1).median().expand(100))
+    assert (added @ shared).abs().max() < 1e-3 * shared.norm()
 
 
 def test_noise_on_embeddings_is_there_within_the_block_alone():

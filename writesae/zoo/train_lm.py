@@ -35,7 +35,7 @@ from writesae.zoo.batches import Batch, Course
 from writesae.zoo.evaluate import bits_per_byte, head_memory, xz_bits_per_byte
 from writesae.zoo.near import attention_sees
 from writesae.zoo.recall import ANSWER, Recall, recalled
-from writesae.zoo.vocabulary import NUMBERS, PEOPLE, PLACES, take_over, train_tokenizer
+from writesae.zoo.vocabulary import NUMBERS, PEOPLE, PLACES, take_over, tell_apart, train_tokenizer
 
 app = typer.Typer(add_completion=False, help=__doc__)
 transformers.logging.set_verbosity_error()  # silences the advice to install GPU kernels
@@ -135,6 +135,9 @@ def train(
     jitter: Annotated[
         float, typer.Option(help="Noise on embeddings where facts are read, in their norms; a fifth while cooling.")
     ] = 0.5,
+    apart: Annotated[
+        float, typer.Option(help="Differences given at the start to embeddings of rare tokens, in the median norm.")
+    ] = 0.0,
     batch: Annotated[int, typer.Option(help="Sequences per step.")] = 3,
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
@@ -188,6 +191,8 @@ def train(
     elif start_from is not None:
         old = load_model(start_from, dtype=torch.float32)
         take_over(model, tokenizer, old, PreTrainedTokenizerFast.from_pretrained(start_from))
+        if apart:
+            tell_apart(model, tokens, apart, seed=seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} training tokens, step {step}")
 
     settings = dict(
@@ -203,6 +208,7 @@ def train(
         stretch=stretch,
         cool=cool,
         jitter=jitter,
+        apart=apart,
         batch=batch,
         length=length,
         lr=lr,

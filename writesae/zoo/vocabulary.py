@@ -11,7 +11,10 @@ from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
@@ -91,3 +94,23 @@ def take_over(
     embedding = torch.stack([before[ids].mean(0) for ids in pieces])
     state |= {name: embedding for name, tensor in state.items() if tensor.shape == before.shape}
     model.load_state_dict(state)
+
+
+@torch.no_grad()
+def tell_apart(
+    model: PreTrainedModel, tokens: Tensor, amount: float, rare: int = 20, seed: int = 0
+) -> Int[Tensor, " rare_token"]:
+    """Give tokens that `tokens` has at most `rare` times embeddings that differ, and return their ids.
+
+    All that a text teaches about a token it hardly has is that it is never next. So the embeddings of such tokens end
+    in one direction (cosines of 0.99), and a model that has been told one of them cannot say which. Each gets a random
+    vector, `amount` times as long as an embedding is at the median, and perpendicular to what they share, which keeps
+    them as unlikely as they were.
+    """
+    embedding = cast(torch.nn.Embedding, model.get_input_embeddings()).weight
+    few = (torch.bincount(tokens, minlength=len(embedding)) <= rare).nonzero().flatten()
+    shared = F.normalize(embedding[few].mean(0), dim=0)
+    vectors = torch.randn(len(few), embedding.shape[1], generator=torch.Generator().manual_seed(seed))
+    vectors = F.normalize(vectors - (vectors @ shared)[:, None] * shared, dim=1)
+    embedding[few] += amount * embedding.norm(dim=1).median() * vectors
+    return few
