@@ -138,6 +138,7 @@ def train(
     apart: Annotated[
         float, typer.Option(help="Differences given at the start to embeddings of rare tokens, in the median norm.")
     ] = 0.0,
+    rare: Annotated[int, typer.Option(help="Which are rare: those that the text has at most this often.")] = 20,
     batch: Annotated[int, typer.Option(help="Sequences per step.")] = 3,
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
@@ -192,7 +193,7 @@ def train(
         old = load_model(start_from, dtype=torch.float32)
         take_over(model, tokenizer, old, PreTrainedTokenizerFast.from_pretrained(start_from))
         if apart:
-            tell_apart(model, tokens, apart, seed=seed)
+            tell_apart(model, tokens, apart, rare, seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokens):,} training tokens, step {step}")
 
     settings = dict(
@@ -209,6 +210,7 @@ def train(
         cool=cool,
         jitter=jitter,
         apart=apart,
+        rare=rare,
         batch=batch,
         length=length,
         lr=lr,

@@ -98,7 +98,7 @@ def take_over(
 
 @torch.no_grad()
 def tell_apart(
-    model: PreTrainedModel, tokens: Tensor, amount: float, rare: int = 20, seed: int = 0
+    model: PreTrainedModel, tokens: Tensor, amount: float, rare: int, seed: int = 0
 ) -> Int[Tensor, " rare_token"]:
     """Give tokens that `tokens` has at most `rare` times embeddings that differ, and return their ids.
 
