@@ -2,9 +2,9 @@
 
     python benchmarks/registers.py --model tiny-gdn --sae tiny-gdn/L0H0 --sae runs/L1H1 --sae tiny-gdn/L2H1
 
-The paper's 92.4% (section 3.2, figure 14) pools 4,851 firings of 18 register features, of layers 1, 9 and 17. It does not
-say how the 18 were chosen among the registers. Here they are, of each SAE, the registers (`atom_classes`) that fire most
-often, and beside them as many that are drawn at random.
+The paper's 92.4% (section 3.2, figure 14) pools 4,851 firings of 18 register features, of layers 1, 9 and 17. It does
+not say how the 18 were chosen among the registers. Here they are, of each SAE, the registers (`atom_classes`) that fire
+most often, and beside them as many that are drawn at random.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def main(
 def add(table: Table, name: str, found: list[ws.ReplacementResult]) -> None:
     """A row of several results, their firings pooled."""
     n, atoms = sum(r.n for r in found), sum(len(r.atom.unique()) for r in found)
-    won = [
-        sum(int((r.score("atom", when) < r.score("delete", when)).sum()) for r in found) for when in ("at", "through")
-    ]
+    won = [sum(int((r.score("atom", w) < r.score("delete", w)).sum()) for r in found) for w in ("at", "through")]
     table.add_row(name, str(atoms), f"{n:,}", *(str(wilson(count, n)) for count in won))
 
 
