@@ -271,10 +271,13 @@ def test_the_command_line_and_pages(tmp_path, monkeypatch):
     ask = ["explain", "sae", "--model", "oracle", "--text", "texts", "--out", "labels.json", "--width", "16"]
     with oracle() as server:
         command = [*ask, "--base-url", server.url]
-        dry = runner.invoke(app, [*command, "--dry-run"])
+        dry = runner.invoke(app, [*command, "--dry-run", "--json", "plan.json"])
         assert dry.exit_code == 0 and "3 atoms to label with oracle" in dry.output and server.n == 0
         assert not Path("labels.json").exists()
-        result = runner.invoke(app, command)
+        assert "3 atoms to label with oracle" in json.loads(Path("plan.json").read_text())["plan"][0]
+        result = runner.invoke(app, [*command, "--json", "shown.json"])
+    kept, shown = (json.loads(Path(name).read_text())["atoms"] for name in ("labels.json", "shown.json"))
+    assert len(kept) == 3 and shown == kept
     assert result.exit_code == 0, result.output
     assert all(f'the word "{name}"' in result.output for name in planted.NAMES)
     result = runner.invoke(app, [*ask, "--base-url", server.url])

@@ -42,7 +42,8 @@ def serve(
     """Serve the pages to this machine, and run the model: type a text to see what fires, and steer with an atom.
 
     The site is that of `writesae pages`; the same folder again continues. Only this machine is answered. Needs the
-    extra [serve]. Ctrl-C ends it.
+    extra [serve]. Ctrl-C ends it. There is no --json, since it has no result: `writesae pages --json` writes what the
+    index shows.
     """
     from rich.console import Console
 
