@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -202,8 +203,8 @@ def test_errors_say_the_fix(tmp_path):
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'pip install "writesae\[explain\]"'):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'writesae\[explain\]'"):
         ws.ChatServer("http://localhost:8000/v1", "m")
 
 

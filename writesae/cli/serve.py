@@ -49,10 +49,9 @@ def serve(
 
     quiet()
     with plainly():
-        try:
-            import uvicorn
-        except ImportError as error:
-            raise ImportError("the server needs the extra [serve]: pip install 'writesae[serve]'") from error
+        from writesae.jobs.extras import extra
+
+        uvicorn = extra("uvicorn")
         from writesae.pages import write_pages
         from writesae.pages.serve import HOST, application
 

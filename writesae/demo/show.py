@@ -35,6 +35,7 @@ from writesae.demo.name import (
 )
 from writesae.demo.picture import draw
 from writesae.experiments import ReplacementResult, replacement_test
+from writesae.jobs.extras import MissingExtra
 from writesae.jobs.progress import Bars
 from writesae.model import HookedRecurrentModel
 from writesae.results.statistics import Rate
@@ -106,9 +107,12 @@ def run(
         ]
     console.print(replaced(results))
     if picture is not None:
-        with console.status("drawing"):
-            draw(where, outcomes, results, picture)
-        console.print(f"Picture: {picture}")
+        try:
+            with console.status("drawing"):
+                draw(where, outcomes, results, picture)
+            console.print(f"Picture: {picture}")
+        except MissingExtra as missing:
+            console.print(f"No picture: {missing}", markup=False, highlight=False)
     console.print(f"Done in {time.monotonic() - began:.0f} s.")
     return {
         "model": name,

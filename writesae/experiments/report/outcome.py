@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from writesae.hooks.sites import Head
 from writesae.jobs.disk import plain, read_json, remove_halves, write_json, write_whole
+from writesae.jobs.extras import extra
 from writesae.jobs.versions import versions
 from writesae.results.result import Number, Result, png_of
 
@@ -79,8 +80,7 @@ class Outcome:
 
     def records(self) -> pd.DataFrame:
         """One row per observation; ValueError if the experiment failed."""
-        import pandas as pd
-
+        pd = extra("pandas")
         if RECORDS not in self.files:
             raise ValueError(f"{self.folder} has no records: {self.experiment} failed ({self.error})")
         # Text stays what it is, "NA" and "" too; what is missing is missing from a column of numbers.
