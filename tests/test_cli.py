@@ -76,6 +76,43 @@ def test_records_in_a_file(tmp_path):
     assert found["n_tokens"] > 5 and any(atom["contexts"] for atom in found["atoms"])
 
 
+def test_every_command_with_a_result_has_json(tmp_path):
+    """And a folder of that name is refused before anything is loaded; `serve`, which has none, says so."""
+    for command in app.registered_commands:
+        name = command.name or ""
+        said = " ".join(runner.invoke(app, [name, "--help"]).output.split())
+        if name == "serve":
+            assert "no --json, since it has no result" in said
+            continue
+        needed = {"convert": ["x", "y"], "evaluate": ["x", "y"], "extract": ["x", "y"], "train": ["x", "y"]}
+        result = runner.invoke(app, [name, *needed.get(name, ["x"]), "--json", str(tmp_path)])
+        assert "--json" in said and result.exit_code == 2 and "directory" in result.output, name
+
+
+def test_what_a_store_pages_and_a_report_are_as_records(tmp_path):
+    """Each command's own numbers; also of a run that only finds everything done."""
+    text, store, found = tmp_path / "text.txt", tmp_path / "store", tmp_path / "found.json"
+    text.write_text("\n".join(heldout_documents()[:3]))
+
+    def records(*command: str):
+        result = runner.invoke(app, [*command, "--json", str(found)])
+        assert result.exit_code == 0, result.output
+        return read_json(found)
+
+    extract = "extract", "tiny-gdn", str(store), "--site", "2.1", "--text", str(text), "--context", "64"
+    first = records(*extract)
+    assert first["sites"] == ["2.1"] and first["n_sequences"] > 3 and first["report"]["state_error"]["2.1"]["max"] < 0.1
+    assert records(*extract) == first
+    rows = records("pages", "tiny-gdn/L2H1", "--text", str(text), "--out", str(tmp_path / "site"), "--atoms", "0")
+    assert [row["atom"] for row in rows["atoms"]] == list(range(2048)) and Path(rows["index"]).is_file()
+    told = records(
+        "reproduce", "--model", "tiny-gdn", "--only", "logit_change", "--quick", "--text", str(text),
+        "--out", str(tmp_path / "report"),
+    )  # fmt: skip
+    assert {outcome["experiment"] for outcome in told["outcomes"]} == {"logit_change"}
+    assert all(outcome["numbers"] and Path(outcome["folder"]).is_dir() for outcome in told["outcomes"])
+
+
 def test_version():
     result = runner.invoke(app, ["--version"])
     assert result.exit_code == 0 and result.output == f"writesae {version('writesae')}\n"
@@ -126,9 +163,11 @@ def test_an_unknown_model_is_one_clear_line(command):
 
 @pytest.mark.parametrize("model", shipped_models())
 def test_demo_runs_and_leaves_a_picture(model, tmp_path):
-    picture = tmp_path / "demo.png"
-    result = runner.invoke(app, ["demo", "--model", model, "--firings", "12", "--picture", str(picture)])
+    picture, kept = tmp_path / "demo.png", ["--json", str(tmp_path / "demo.json")]
+    result = runner.invoke(app, ["demo", "--model", model, "--firings", "12", "--picture", str(picture), *kept])
     assert result.exit_code == 0, result.output
+    found = read_json(tmp_path / "demo.json")
+    assert found["model"] == model and found["changed"][0]["says"] == " Henry" and len(found["replaced"]) == 2
     parts = ("bits per byte", "holds the name", "deleted", "exchanged", "random", "an atom", "Planted", "Done in")
     for part in parts:
         assert part in result.output

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -202,8 +203,8 @@ def test_errors_say_the_fix(tmp_path):
 
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'pip install "writesae\[explain\]"'):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'writesae\[explain\]'"):
         ws.ChatServer("http://localhost:8000/v1", "m")
 
 
@@ -271,10 +272,13 @@ def test_the_command_line_and_pages(tmp_path, monkeypatch):
     ask = ["explain", "sae", "--model", "oracle", "--text", "texts", "--out", "labels.json", "--width", "16"]
     with oracle() as server:
         command = [*ask, "--base-url", server.url]
-        dry = runner.invoke(app, [*command, "--dry-run"])
+        dry = runner.invoke(app, [*command, "--dry-run", "--json", "plan.json"])
         assert dry.exit_code == 0 and "3 atoms to label with oracle" in dry.output and server.n == 0
         assert not Path("labels.json").exists()
-        result = runner.invoke(app, command)
+        assert "3 atoms to label with oracle" in json.loads(Path("plan.json").read_text())["plan"][0]
+        result = runner.invoke(app, [*command, "--json", "shown.json"])
+    kept, shown = (json.loads(Path(name).read_text())["atoms"] for name in ("labels.json", "shown.json"))
+    assert len(kept) == 3 and shown == kept
     assert result.exit_code == 0, result.output
     assert all(f'the word "{name}"' in result.output for name in planted.NAMES)
     result = runner.invoke(app, [*ask, "--base-url", server.url])

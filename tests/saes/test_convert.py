@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import reference_sae
 from writesae.cli import app
+from writesae.jobs.disk import read_json
 from writesae.saes import SAEConfig, WriteSAE
 from writesae.saes.paper.convert import convert, load_reference
 
@@ -529,7 +530,11 @@ def test_convert_on_the_command_line(tmp_path):
     make(tmp_path / "in/bilinear_L9_H4", name="final.pt")
     save(tmp_path / "in/L1_H2/best.pt", reference_sae.random_tensors("rank1", 40, D_K, D_V, 2))
     make(tmp_path / "in/bad", sae=Code())
-    result = runner.invoke(app, ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--model", "a/b"])
+    kept = ["--json", str(tmp_path / "all.json")]
+    result = runner.invoke(app, ["convert", str(tmp_path / "in"), str(tmp_path / "out"), "--model", "a/b", *kept])
+    found = {one["checkpoint"]: one for one in read_json(tmp_path / "all.json")["checkpoints"]}
+    assert "wants to run code" in found["bad/best.pt"]["error"] and found["L1_H2/best.pt"]["cfg"]["model_id"] == "a/b"
+    assert found["bilinear_L9_H4/best.pt"]["passed_over"] == ["final.pt"]
     assert result.exit_code == 1 and "Traceback" not in result.output
     for part in (
         "rank1", "1.2", "9.4", "6x5", "0.25", "not listed", "bilinear_L9_H4/best.pt: left final.pt beside it alone",

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from writesae.jobs.disk import write_json
+from writesae.jobs.extras import extra
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,9 +106,7 @@ class CheckResult:
 
     def to_dataframe(self) -> pd.DataFrame:
         """A table with a row for each of `rows`."""
-        import pandas as pd
-
-        return pd.DataFrame(self._records())
+        return extra("pandas").DataFrame(self._records())
 
     def table(self) -> Table:
         """The rows, for a terminal or a notebook; the environment stands above them."""

@@ -50,6 +50,11 @@ Unchecked = Annotated[
 AUTO = "auto"  # the default of --device
 
 
+def json_file(what: str) -> Any:
+    """The option ``--json``: what a command shows, as a file. A folder of that name is refused before anything runs."""
+    return typer.Option("--json", help=f"A JSON file for {what}.", dir_okay=False, writable=True)
+
+
 def quiet() -> None:
     """Without transformers' advice to install GPU kernels, and without bars for loading small files."""
     import transformers

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli._shared import AUTO, Device, DType, ModelName, plainly, quiet
+from writesae.cli._shared import AUTO, Device, DType, ModelName, json_file, plainly, quiet
 
 ORDER = 2.5
 
@@ -21,7 +21,7 @@ def check(
         bool, typer.Option("--all-layers", help="Look into every recurrent layer, not the first, middle and last.")
     ] = False,
     costs: Annotated[bool, typer.Option(help="Measure time and memory too.")] = True,
-    json: Annotated[Path | None, typer.Option(help="A file for the records.")] = None,
+    json: Annotated[Path | None, json_file("the rows")] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
     """Check on your model, device, dtype and kernels that hooks and edits do what they claim.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli._shared import plainly
+from writesae.cli._shared import json_file, plainly
 
 ORDER = 8
 
@@ -19,20 +19,24 @@ def convert(
     layer: Annotated[int | None, typer.Option(help="Layer, where the checkpoint does not say.", min=0)] = None,
     head: Annotated[int | None, typer.Option(help="Head, where the checkpoint does not say.", min=0)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    json: Annotated[Path | None, json_file("what became of each checkpoint")] = None,
 ) -> None:
     """Convert checkpoints of the paper's own code (JackYoung27/writesae-ckpts) to SAEs of this package."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from writesae.jobs.disk import plain, write_json
     from writesae.saes.paper.convert import conversions
 
     names = ("checkpoint", "type", "site", "matrices", "atoms", "k", "val. MSE", "SHA-256", "to")
-    table, remarks, failed = Table(*names), [], []
+    table, remarks, failed, records = Table(*names), [], [], []
     with plainly():
         for done in conversions(source, out, model_id=model, layer=layer, head=head, revision=revision):
+            records.append({"checkpoint": str(done.checkpoint), "passed_over": done.passed_over})
             if isinstance(done.result, Exception):
                 failed.append(str(done.result))
+                records[-1]["error"] = failed[-1]
                 continue
             cfg, record = done.result.cfg, done.result.cfg.training["reference"]
             mse = record.get("val_mse", record.get("best_val_mse"))
@@ -42,6 +46,7 @@ def convert(
                 "" if mse is None else f"{mse:.3g}", "verified" if record["verified"] else "not listed", done.folder,
             )  # fmt: skip
             table.add_row(*(Text(str(cell)) for cell in cells))
+            records[-1] |= {"folder": str(done.folder), "cfg": plain(cfg.to_dict())}
             if record["assumed"]:
                 remarks.append(f"{done.checkpoint}: assumed {', '.join(record['assumed'])}, which nothing says")
             if done.passed_over:
@@ -51,5 +56,7 @@ def convert(
             console.print(table)
         for remark in remarks:
             console.print(remark, markup=False, highlight=False)
+        if json is not None:
+            write_json(json, {"source": source, "checkpoints": records})
         if failed:
             raise ValueError("\nwritesae: ".join(failed))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli._shared import AUTO, Device, DType, plainly, quiet
+from writesae.cli._shared import AUTO, Device, DType, json_file, plainly, quiet
 
 ORDER = 1
 
@@ -18,10 +18,14 @@ def demo(
     device: Device = AUTO,
     dtype: DType = None,
     picture: Annotated[Path, typer.Option(help="Where to save the picture.")] = Path("writesae-demo.png"),
+    json: Annotated[Path | None, json_file("all that is shown")] = None,
 ) -> None:
     """See which write holds a name, and what a model says when it is deleted, exchanged, planted or made an atom."""
     from writesae.demo import run
+    from writesae.jobs.disk import write_json
 
     quiet()
     with plainly():
-        run(model, firings, picture, device=device, dtype=dtype)
+        found = run(model, firings, picture, device=device, dtype=dtype)
+        if json is not None:
+            write_json(json, found)

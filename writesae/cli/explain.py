@@ -17,6 +17,7 @@ from writesae.cli._shared import (
     SAEName,
     SpecialTokens,
     Unchecked,
+    json_file,
     plainly,
     quiet,
     read_texts,
@@ -45,6 +46,7 @@ def explain(
     at_once: Annotated[int, typer.Option(help="Calls that run together.", min=1)] = 8,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.", min=0.1)] = 120.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many calls and tokens it takes.")] = False,
+    json: Annotated[Path | None, json_file("what was asked, the labels and their scores")] = None,
     device: Device = AUTO,
     dtype: DType = None,
     prepend_bos: PrependBos = None,
@@ -62,6 +64,7 @@ def explain(
         from rich.text import Text
 
         from writesae.explaining import ChatModel, ChatServer, explain
+        from writesae.jobs.disk import write_json
         from writesae.models.devices import device_named
 
         if base_url is not None:
@@ -74,11 +77,18 @@ def explain(
         name = Path(sae.removesuffix("/"))
         file = out or Path("runs") / f"labels-{name.parent.name}-{name.name}.json".replace("--", "-")
         error = Console(stderr=True)
+        plan: list[str] = []
+
+        def say(words: str) -> None:
+            plan.append(words)
+            error.print(words, markup=False, highlight=False)
+
         made = explain(
             hooked, found, read_texts(text), chat, out=file, atoms=atom or atoms, scores=scores, width=width,
-            shown=shown, tested=tested, check_model=not unchecked, dry_run=dry_run, console=error,
-            say=lambda words: error.print(words, markup=False, highlight=False),
+            shown=shown, tested=tested, check_model=not unchecked, dry_run=dry_run, console=error, say=say,
         )  # fmt: skip
+        if json is not None:
+            write_json(json, {"plan": plan, **made.to_dict()})
     if dry_run:
         return
     table = Table()

@@ -14,6 +14,7 @@ from writesae.cli._shared import (
     ModelName,
     PrependBos,
     SpecialTokens,
+    json_file,
     plainly,
     quiet,
     reading,
@@ -49,6 +50,7 @@ def extract(
         typer.Option(help="Use at most this many tokens: spread over text files, the first ones of a data set."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Precision of the store: float16, bfloat16 or float32.")] = "float16",
+    json: Annotated[Path | None, json_file("sizes and errors of the store")] = None,
     device: Device = AUTO,
     model_dtype: DType = None,
     prepend_bos: PrependBos = None,
@@ -68,6 +70,7 @@ def extract(
         from rich.console import Console
 
         import writesae.stores.extraction as making
+        from writesae.jobs.disk import plain, write_json
         from writesae.jobs.processes import Processes
         from writesae.model import HookedRecurrentModel
         from writesae.stores import texts
@@ -91,6 +94,10 @@ def extract(
         store = making.extract(
             hooked, ids, sites, out, batch_size=batch, shard_sequences=shard, dtype=getattr(torch, dtype), source=source
         )
+        if json is not None and team.first:
+            sizes = ("n_sequences", "context", "bytes_per_token", "times_smaller", "report")
+            record = {"folder": str(out), "sites": list(map(str, store.info.sites)), "dtype": store.info.dtype}
+            write_json(json, plain(record | {name: getattr(store, name) for name in sizes}))
     if team.first:
         console = Console()
         console.print(_errors(store))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli._shared import Device, DType, ModelName, plainly, quiet
+from writesae.cli._shared import Device, DType, ModelName, json_file, plainly, quiet
 
 ORDER = 2
 
@@ -16,7 +16,7 @@ def hooks(
     model: ModelName,
     device: Device = "cpu",
     dtype: DType = None,
-    json: Annotated[Path | None, typer.Option(help="A file for the records.")] = None,
+    json: Annotated[Path | None, json_file("layers and hook points")] = None,
     names: Annotated[bool, typer.Option("--names", help="Only the names, one per line.")] = False,
 ) -> None:
     """List a model's recurrent layers and its hook points."""

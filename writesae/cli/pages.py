@@ -17,6 +17,7 @@ from writesae.cli._shared import (
     SAEName,
     SpecialTokens,
     Unchecked,
+    json_file,
     plainly,
     quiet,
     read_texts,
@@ -38,6 +39,7 @@ def pages(
     ] = None,
     neuronpedia: Annotated[bool, typer.Option("--neuronpedia", help="Also write Neuronpedia's format.")] = False,
     labels: Annotated[Path | None, typer.Option(help="Labels to show, a file of `writesae explain`.")] = None,
+    json: Annotated[Path | None, json_file("what the index shows of every atom")] = None,
     device: Device = AUTO,
     dtype: DType = None,
     prepend_bos: PrependBos = None,
@@ -67,7 +69,7 @@ def pages(
         index = write_pages(
             hooked, found, read_texts(text), folder, atoms=atoms, also=atom or (), prompts=prompt,
             name=name, source=str(text or "Shipped held-out documents"), neuronpedia=neuronpedia, labels=labels,
-            command=shlex.join(again), check_model=not unchecked, console=Console(stderr=True),
+            command=shlex.join(again), records=json, check_model=not unchecked, console=Console(stderr=True),
         )  # fmt: skip
     console = Console()
     console.print(f"Open {index} in a browser.", markup=False, highlight=False)

@@ -14,6 +14,7 @@ from writesae.cli._shared import (
     HeldOutText,
     PrependBos,
     SpecialTokens,
+    json_file,
     plainly,
     quiet,
     read_texts,
@@ -39,6 +40,7 @@ def reproduce(
     quick: Annotated[
         bool, typer.Option("--quick", help="Small samples: a first look, in minutes instead of a quarter of an hour.")
     ] = False,
+    json: Annotated[Path | None, json_file("the numbers of every experiment")] = None,
     device: Device = AUTO,
     dtype: DType = None,
     prepend_bos: PrependBos = None,
@@ -59,6 +61,7 @@ def reproduce(
 
     from writesae.experiments.report.reproduction import Sizes
     from writesae.experiments.report.reproduction import reproduce as run
+    from writesae.jobs.disk import write_json
     from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
     from writesae.zoo import shipped_saes
@@ -78,6 +81,9 @@ def reproduce(
             hooked, saes, texts, folder, only=only, sizes=Sizes.quick() if quick else None, flat=load(flat),
             other_seeds=load(other_seed), seed=seed, check_model=not unchecked, console=Console(stderr=True),
         )  # fmt: skip
+        if json is not None:
+            each = [{"folder": str(outcome.folder), **outcome.to_dict()} for outcome in outcomes]
+            write_json(json, {"model": model, "report": str(folder / "report.html"), "outcomes": each})
     table = Table(title=f"{model}: first number of each experiment")
     for column in ("experiment", "", "", "s"):
         table.add_column(column, justify="right" if column == "s" else "left", overflow="fold")

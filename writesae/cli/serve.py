@@ -42,16 +42,16 @@ def serve(
     """Serve the pages to this machine, and run the model: type a text to see what fires, and steer with an atom.
 
     The site is that of `writesae pages`; the same folder again continues. Only this machine is answered. Needs the
-    extra [serve]. Ctrl-C ends it.
+    extra [serve]. Ctrl-C ends it. There is no --json, since it has no result: `writesae pages --json` writes what the
+    index shows.
     """
     from rich.console import Console
 
     quiet()
     with plainly():
-        try:
-            import uvicorn
-        except ImportError as error:
-            raise ImportError("the server needs the extra [serve]: pip install 'writesae[serve]'") from error
+        from writesae.jobs.extras import extra
+
+        uvicorn = extra("uvicorn")
         from writesae.pages import write_pages
         from writesae.pages.serve import HOST, application
 

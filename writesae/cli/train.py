@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from writesae.cli._shared import AUTO, Device, DType, PrependBos, SpecialTokens, plainly, quiet, reading
+from writesae.cli._shared import AUTO, Device, DType, PrependBos, SpecialTokens, json_file, plainly, quiet, reading
 
 ORDER = 4
 
@@ -45,7 +45,7 @@ def train(
     max_tokens: Annotated[
         int, typer.Option(help="For a model: use at most this many tokens, spread over the texts.", min=1)
     ] = 500_000,
-    json: Annotated[Path | None, typer.Option(help="A file for the numbers of each head's training.")] = None,
+    json: Annotated[Path | None, json_file("the numbers of each head's training")] = None,
     device: Device = AUTO,
     dtype: DType = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,

@@ -9,15 +9,13 @@ from typing import Any
 from writesae.demo.name import NAME, OTHER, Held, Outcome
 from writesae.experiments import ReplacementResult
 from writesae.experiments.replacement import When
+from writesae.jobs.extras import extra
 
 
 def draw(where: Held, outcomes: Sequence[Outcome], results: Sequence[ReplacementResult], path: Path) -> None:
-    """All three in one PNG file."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
+    """All three in one PNG file; MissingExtra without matplotlib."""
+    extra("matplotlib").use("agg")
+    plt = extra("matplotlib.pyplot")
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9})
     figure = plt.figure(figsize=(11, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1.4, 1))

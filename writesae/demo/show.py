@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
@@ -33,8 +35,10 @@ from writesae.demo.name import (
 )
 from writesae.demo.picture import draw
 from writesae.experiments import ReplacementResult, replacement_test
+from writesae.jobs.extras import MissingExtra
 from writesae.jobs.progress import Bars
 from writesae.model import HookedRecurrentModel
+from writesae.results.statistics import Rate
 from writesae.saes import WriteSAE
 from writesae.zoo import ZOO, heldout_documents, shipped_models, shipped_saes
 
@@ -47,6 +51,7 @@ TREASURY = (
     "year, and the expenditures of the departments, are in the report of the Secretary."
 )
 GOES_ON = " And the"
+COMPARED = ("an atom", "with next tokens", "random write")  # each with a deletion
 WIDTH = 78  # of everything that is printed
 
 
@@ -57,8 +62,8 @@ def run(
     console: Console | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
-) -> None:
-    """Everything `writesae demo` shows.
+) -> dict[str, Any]:
+    """Everything `writesae demo` shows, and its numbers as JSON has them.
 
     Args:
         name: a shipped model that comes with SAEs.
@@ -89,8 +94,10 @@ def run(
     console.print(table_of(outcomes, "What the model says after a change", "changed in its memory"))
     console.print(verdict(model, where, saes, outcomes))
     untold = f"Planted where no name is told: “{UNTOLD} ... was called”"
-    console.print(table_of(planted(model, where), untold, "added at its full stop"))
-    console.print(swapped(model))
+    added = planted(model, where)
+    console.print(table_of(added, untold, "added at its full stop"))
+    texts = swapped(model)
+    console.print(exchanged_memory(texts))
 
     with Bars(transient=True) as bars:
         lines = [bars.add(f"replacement test, {sae.place.words}", n_firings) for sae in saes]
@@ -100,10 +107,24 @@ def run(
         ]
     console.print(replaced(results))
     if picture is not None:
-        with console.status("drawing"):
-            draw(where, outcomes, results, picture)
-        console.print(f"Picture: {picture}")
+        try:
+            with console.status("drawing"):
+                draw(where, outcomes, results, picture)
+            console.print(f"Picture: {picture}")
+        except MissingExtra as missing:
+            console.print(f"No picture: {missing}", markup=False, highlight=False)
     console.print(f"Done in {time.monotonic() - began:.0f} s.")
+    return {
+        "model": name,
+        "held_by": [{**place._asdict(), "restored": where.restored(place)} for place in where.places],
+        "changed": [outcome._asdict() for outcome in outcomes],
+        "planted": [outcome._asdict() for outcome in added],
+        "memory_exchanged": dict(texts),
+        "replaced": [
+            {"sae": str(result.places[0])} | {what: asdict(rate) for what, rate in rates(result).items()}
+            for result in results
+        ],
+    }
 
 
 def about(name: str, model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> Panel:
@@ -184,31 +205,38 @@ def verdict(model: HookedRecurrentModel, where: Held, saes: Sequence[WriteSAE], 
 
 
 @torch.no_grad()
-def swapped(model: HookedRecurrentModel) -> Panel:
-    """How a text about the sea goes on, and how with the memory of another text."""
+def swapped(model: HookedRecurrentModel) -> list[tuple[str, str]]:
+    """How a text about the sea goes on, and how with the memory of another text; with what was done, in words."""
     sea, treasury = model.memory(SEA), model.memory(TREASURY)
     made = [
         ("after a text about a ship", sea),
         ("its states exchanged for those of a text about the Treasury", sea.with_heads(treasury, every_head(model))),
         ("after the text about the Treasury", treasury),
     ]
-    lines = []
-    for words, memory in made:
-        text = model.generate(GOES_ON, memory=memory, max_new_tokens=16, do_sample=False, repetition_penalty=1.3)
-        lines.append(Text.assemble((words, "dim"), "\n  " + " ".join(str(text).split())))
+    how: Any = dict(max_new_tokens=16, do_sample=False, repetition_penalty=1.3)
+    texts = ((words, model.generate(GOES_ON, memory=memory, **how)) for words, memory in made)
+    return [(words, " ".join(str(text).split())) for words, text in texts]
+
+
+def exchanged_memory(texts: Sequence[tuple[str, str]]) -> Panel:
+    lines = [Text.assemble((words, "dim"), "\n  " + text) for words, text in texts]
     return Panel(Text("\n").join(lines), title="A whole memory exchanged", width=WIDTH)
+
+
+def rates(result: ReplacementResult) -> dict[str, Rate]:
+    """How often each of `COMPARED` is closer to the model than a deletion."""
+    found = (result.wins("atom", "delete"), result.wins("atom", "delete", "through"))
+    return dict(zip(COMPARED, (*found, result.wins("random", "delete", "through")), strict=True))
 
 
 def replaced(results: Sequence[ReplacementResult]) -> Table:
     """One line per SAE: how often an atom in place of a write stays closer to the model than a deletion."""
     table = Table(title="Atoms in place of writes, on held-out text", box=box.SIMPLE_HEAD, width=WIDTH)
     table.caption = "how often closer to the model than a deletion is, with 95% intervals"
-    for column in ("SAE", "firings", "an atom", "with next tokens", "random write"):
+    for column in ("SAE", "firings", *COMPARED):
         table.add_column(column, justify="left" if column == "SAE" else "right", no_wrap=True)
     for result in results:
-        rates = [result.wins("atom", "delete"), result.wins("atom", "delete", "through")]
-        rates.append(result.wins("random", "delete", "through"))
-        shown = (f"{100 * r.rate:.0f}% [{100 * r.low:.0f}, {100 * r.high:.0f}]" for r in rates)
+        shown = (f"{100 * r.rate:.0f}% [{100 * r.low:.0f}, {100 * r.high:.0f}]" for r in rates(result).values())
         layer, head = result.places[0]
         table.add_row(f"layer {layer} head {head}", str(result.n), *shown)
     return table

@@ -74,8 +74,10 @@ class Attribution(Result):
 
     def top(self, n: int = 10) -> list[tuple[int, int, int, float]]:
         """The ``n`` writes with the largest contributions in size: ``(layer, head, position, contribution)``."""
-        rows: Any = self.records().sort_values("contribution", key=abs, ascending=False).head(n)
-        return [(int(r.layer), int(r.head), int(r.position), float(r.contribution)) for r in rows.itertuples()]
+        found = self.columns()
+        rows = np.argsort(-abs(found["contribution"]), kind="stable")[:n]
+        where = (found[name][rows].tolist() for name in ("layer", "head", "position", "contribution"))
+        return list(zip(*where, strict=True))
 
     def numbers(self) -> Sequence[Number]:
         made = [Number("the number asked about", self.value)]
@@ -85,16 +87,14 @@ class Attribution(Result):
         return made
 
     def columns(self) -> dict[str, Any]:
-        parts = []
-        for layer, found in self.contributions.items():
-            position, head = np.indices(found.shape).reshape(2, -1)
-            token = [self.tokens[i] for i in position]
-            part = {"layer": layer, "head": head, "position": position, "token": token}
-            part["contribution"] = found.flatten().numpy()
-            if self.deletions is not None:
-                part["deletion"] = self.deletions[layer].flatten().numpy()
-            parts.append(part)
-        return dict(frame(*parts))
+        layers = self.contributions.items()
+        layer = np.repeat([layer for layer, _ in layers], [found.numel() for _, found in layers])
+        position, head = np.concatenate([np.indices(found.shape).reshape(2, -1) for _, found in layers], axis=1)
+        columns = {"layer": layer, "head": head, "position": position, "token": [self.tokens[i] for i in position]}
+        for name, found in (("contribution", self.contributions), ("deletion", self.deletions)):
+            if found is not None:
+                columns[name] = torch.cat([found[layer].flatten() for layer, _ in layers]).numpy()
+        return columns
 
     def atom_records(self) -> pd.DataFrame:
         """One row per active atom: layer, head, position, token, atom, contribution."""
@@ -110,9 +110,9 @@ class Attribution(Result):
 
     def plot(self, n_heads: int = 16) -> Figure:
         """Tokens across, heads down (those with the largest contributions), and all heads' sum above."""
-        found = self.records()
-        size: Any = found["contribution"].abs().groupby([found["layer"], found["head"]]).sum()
-        heads = sorted(size.nlargest(n_heads).index)
+        layers = self.contributions.items()
+        size = {(layer, i): float(x) for layer, found in layers for i, x in enumerate(found.abs().sum(0))}
+        heads = sorted(sorted(size, key=size.__getitem__, reverse=True)[:n_heads])
         grid = torch.stack([self.contributions[layer][:, head] for layer, head in heads]).numpy()
         made, (axis,) = figure(1, width=max(4.6, 0.28 * len(self.tokens) + 1.5), height=0.22 * len(heads) + 1.6)
         limit = float(abs(grid).max()) or 1.0

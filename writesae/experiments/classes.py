@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
-from scipy import stats
 from torch import Tensor
 
 from writesae.experiments.engine.mixture import MIN_VALUES, Mixture, fit_mixture
 from writesae.experiments.protocol import Progress, Run, experiment, positive
 from writesae.jobs.arguments import named_kinds
+from writesae.jobs.extras import extra, need
 from writesae.model import HookedRecurrentModel
 from writesae.results.result import Figure, Number, Result, figure
 from writesae.results.statistics import Array, cliffs_delta
@@ -132,7 +132,7 @@ class AtomClasses(Result):
 
     def numbers(self) -> list[Number]:
         """Counts, the mixture, medians over the atoms of a class; what has no value (no such atom) is left out."""
-        alive, two = self.alive, CLASSES[:2]
+        stats, alive, two = extra("scipy.stats"), self.alive, CLASSES[:2]
         n_alive = int(alive.sum())
         found = [_count("alive atoms", alive, self.cfg.n_atoms)]
         found += [_count(f"{name}s", self.classes == name, n_alive) for name in two]
@@ -249,6 +249,7 @@ def atom_classes(
     Raises:
         ValueError: the text is too short, or so few atoms fire in it that there is no mixture to fit.
     """
+    need("scipy", "sklearn")
     positive(context=context, min_firings=min_firings, max_firings=max_firings)
     run = Run(model, texts, [sae], batch_size, seed, check_model, progress)
     windows = run.windows(context).spread(max_tokens).tokens

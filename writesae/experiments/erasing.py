@@ -11,13 +11,13 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy import stats
 from torch import Tensor
 
 from writesae.experiments.engine.targets import ranks, show_token
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.hooks import Add, Delete, Intervention, short_chunks
 from writesae.jobs.arguments import named_kinds
+from writesae.jobs.extras import extra
 from writesae.model import HookedRecurrentModel, LateLogits, late_logits
 from writesae.recurrence import Read
 from writesae.results.result import Figure, Number, Result, figure, frame, intervals
@@ -331,4 +331,4 @@ class _Scores:
 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    return 0.0 if y.std() == 0 else float(stats.spearmanr(x, y)[0])  # type: ignore[arg-type]
+    return 0.0 if y.std() == 0 else float(extra("scipy.stats").spearmanr(x, y)[0])

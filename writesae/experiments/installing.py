@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from rich.table import Table
 from rich.text import Text
-from scipy.stats import binomtest
 from torch import Tensor
 
 from writesae.experiments.engine.directions import Direction, Key, Places, at_positions, choose_writes, setting
@@ -24,6 +23,7 @@ from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.futures.continuations import go_on, prompts_of, text_of
 from writesae.hooks import Add
 from writesae.jobs.arguments import named_kinds
+from writesae.jobs.extras import extra
 from writesae.model import HookedRecurrentModel
 from writesae.model.tokens import Text as Prompts
 from writesae.recurrence import Read, Write
@@ -120,7 +120,7 @@ class InstallResult(Result):
     def _inclusion(self, here: Bool[Tensor, " n"], where: str) -> list[Number]:
         edited, native = self.included[0, here], self.native[here]
         gained, lost = int((edited & ~native).sum()), int((native & ~edited).sum())
-        p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+        p = extra("scipy.stats").binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
         return [
             Number.share(f"inclusion{where}", edited),
             Number.share(f"inclusion, unmodified{where}", native),

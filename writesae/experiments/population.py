@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from jaxtyping import Int, Shaped
-from scipy import stats
 from torch import Tensor
 
 from writesae.experiments.classes import atom_classes
@@ -23,6 +22,7 @@ from writesae.experiments.engine.conditions import Tester, check_conditions, win
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.experiments.replacement import ReplacementResult
 from writesae.jobs.arguments import named_kinds
+from writesae.jobs.extras import extra
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
 from writesae.results.result import Figure, Number, Result, figure, joined
@@ -63,8 +63,7 @@ class PopulationResult(Result):
         """One row per atom: its firings tested, how often it beats deletion (and matched to the native norm), its
         median cosine to the writes, how often the top token changes, and whether it ``inverts``: wins at its
         coefficient at more than half of its firings, and loses at the native norm at more than half."""
-        import pandas as pd
-
+        pd = extra("pandas")
         f = self.firings
         atom, delete = f.score("atom"), f.score("delete")
         columns = {"wins": atom < delete, "wins_in_total": f.score("atom", "through") < f.score("delete", "through")}
@@ -98,6 +97,7 @@ class PopulationResult(Result):
         )
 
     def numbers(self) -> list[Number]:
+        stats: Any = extra("scipy.stats")
         atoms: Any = self.atoms
         found = [
             _over_atoms("atom beats deletion, mean over atoms", atoms["wins"], "%"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import threading
 import urllib.parse
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 
 from writesae.explaining.prompts import Messages, NoAnswer
+from writesae.jobs.extras import extra, need
 
 if TYPE_CHECKING:
     from openai import APIStatusError, OpenAI
@@ -75,8 +75,7 @@ class ChatServer:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         self.base_url = self.base_url.rstrip("/").removesuffix("/chat/completions")
-        if importlib.util.find_spec("openai") is None:
-            raise ImportError('a server is asked through the package openai: pip install "writesae[explain]"')
+        need("openai")
 
     @property
     def name(self) -> str:
@@ -84,16 +83,15 @@ class ChatServer:
 
     @cached_property
     def _client(self) -> OpenAI:
-        from openai import OpenAI
-
         key = self._key or "none"  # a server that wants none takes any
-        return OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.tries - 1)
+        return extra("openai").OpenAI(
+            base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=self.tries - 1
+        )
 
     def check(self) -> None:
         """Raise ConnectionError if nobody answers at the address, ValueError if the key is refused. One short call; a
         server that was there is not asked again."""
-        import openai
-
+        openai = extra("openai")
         if self._there:
             return
         try:
@@ -111,8 +109,7 @@ class ChatServer:
 
     def ask(self, messages: Messages, *, max_tokens: int, temperature: float, stop: threading.Event) -> str:
         """The answer; see `Chat`."""
-        import openai
-
+        openai = extra("openai")
         if stop.is_set():
             raise InterruptedError
         asked: Any = messages

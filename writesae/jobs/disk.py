@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -56,6 +57,17 @@ def write_whole(path: Path, data: bytes) -> None:
 def write_json(path: Path, values: Mapping[str, Any], indent: int | None = 2) -> None:
     """Write an object as JSON, whole, with its checksum."""
     write_whole(path, (json.dumps(sealed(values), indent=indent, allow_nan=False) + "\n").encode())
+
+
+def plain(x: Any) -> Any:
+    """What JSON has: numbers that are not finite, and everything that it does not know, as text."""
+    if isinstance(x, Mapping):
+        return {str(key): plain(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [plain(value) for value in x]
+    if isinstance(x, float):
+        return x if math.isfinite(x) else str(x)
+    return x if isinstance(x, str | int | None) else str(x)
 
 
 def read_json(path: Path, again: str = "fetch or make it again") -> dict[str, Any]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The installed version of each package."""
-    return {name: version(name) for name in packages}
+    """The version of each package that is installed."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):  # of an extra that was not asked for
+            found[name] = version(name)
+    return found

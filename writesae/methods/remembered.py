@@ -96,17 +96,21 @@ class MemoryLength(Result):
         Args:
             at_least: leave out tokens that occur less often.
         """
+        return frame(self._tokens(at_least))
+
+    def _tokens(self, at_least: int = 3) -> dict[str, Any]:
+        """The columns of `tokens`; a mean is over the places where there is a number."""
         written = self.written / self.written.mean((0, 1)).clamp_min(1e-30)
-        table = frame(
-            {
-                "token": [self.words[i] for i in self.ids.flatten().tolist()],
-                "written": written.mean(-1).flatten().numpy(),
-                "received": self.received.mean(-1).flatten().numpy(),
-                "count": 1,
-            }
-        )
-        found = table.groupby("token").agg({"written": "mean", "received": "mean", "count": "sum"}).reset_index()
-        return found.query("count >= @at_least").sort_values("written", ascending=False, ignore_index=True)
+        token, at = np.unique([self.words[i] for i in self.ids.flatten().tolist()], return_inverse=True)
+        count, columns = np.bincount(at), {"token": token}
+        for name, x in (("written", written), ("received", self.received)):
+            x = x.mean(-1).flatten().numpy()
+            there = ~np.isnan(x)
+            sums, n = (np.bincount(at[there], of, len(token)) for of in (x[there], None))
+            columns[name] = np.divide(sums, n, where=n > 0, out=np.full(len(token), np.nan))
+        rows = np.argsort(-columns["written"], kind="stable")
+        rows = rows[count[rows] >= at_least]
+        return {name: column[rows] for name, column in (columns | {"count": count}).items()}
 
     def numbers(self) -> Sequence[Number]:
         of_heads, n = self.columns(), len(self.heads)
@@ -133,11 +137,11 @@ class MemoryLength(Result):
             made.append(Number(f"half-life, {self.heads[i].words}", float(of_heads["half_life"][i])))
         for i in np.argsort(-of_heads["first_share"])[:SHOWN]:
             made.append(Number(f"first token's share, {self.heads[i].words}", float(of_heads["first_share"][i]), "%"))
-        seen = self.tokens().to_dict("records")
-        for row in seen[:SHOWN]:
-            made.append(Number(f"writes of {row['token']!r}, over the mean", row["written"], n=row["count"]))
-        for row in sorted((row for row in seen if row["received"] >= 0), key=lambda row: row["received"])[:SHOWN]:
-            made.append(Number(f"reads of {row['token']!r}, in equal shares", row["received"], n=row["count"]))
+        seen = list(zip(*(column.tolist() for column in self._tokens().values()), strict=True))
+        for token, written, _, count in seen[:SHOWN]:
+            made.append(Number(f"writes of {token!r}, over the mean", written, n=count))
+        for token, _, received, count in sorted((row for row in seen if row[2] >= 0), key=lambda row: row[2])[:SHOWN]:
+            made.append(Number(f"reads of {token!r}, in equal shares", received, n=count))
         return made
 
     def plot(self) -> Figure:

@@ -269,9 +269,14 @@ def measured(found: Measured | None) -> dict[str, Any] | None:
 # --- the index --------------------------------------------------------------------------------------------------------
 
 
-def index_page(study: Study, *, command: str) -> str:
-    """The index of all atoms, which searches and sorts itself."""
-    rows = [index_row(study, atom) for atom in range(study.sae.cfg.n_atoms)]
+def index_rows(study: Study) -> list[dict[str, Any]]:
+    """What the index knows of every atom."""
+    return [index_row(study, atom) for atom in range(study.sae.cfg.n_atoms)]
+
+
+def index_page(study: Study, *, command: str, rows: list[dict[str, Any]] | None = None) -> str:
+    """The index of all atoms, which searches and sorts itself. ``rows`` are `index_rows`, if they were made already."""
+    rows = index_rows(study) if rows is None else rows
     classes = {name: sum(row["class"] == name for row in rows) for name in ("register", "bundle", "null")}
     split = min((row["cosine"] for row in rows if row["class"] == "register"), default=None)
     return render("index", study=study, cfg=study.sae.cfg, rows=rows, classes=classes, split=split, command=command)

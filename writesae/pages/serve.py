@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from writesae.hooks.attachable import fit
+from writesae.jobs.extras import need
 from writesae.pages.effects import steer
 from writesae.pages.render import asset, digits, render, shown
 from writesae.pages.survey import token_string
@@ -50,16 +51,15 @@ def application(
         FileNotFoundError: the folder holds no site.
         ImportError: the extra ``[serve]`` is not installed.
     """
-    try:
-        from starlette.applications import Starlette
-        from starlette.concurrency import run_in_threadpool
-        from starlette.middleware import Middleware
-        from starlette.middleware.trustedhost import TrustedHostMiddleware
-        from starlette.responses import HTMLResponse, JSONResponse, Response
-        from starlette.routing import Mount, Route
-        from starlette.staticfiles import StaticFiles
-    except ImportError as error:
-        raise ImportError("the server needs the extra [serve]: pip install 'writesae[serve]'") from error
+    need("starlette")
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Mount, Route
+    from starlette.staticfiles import StaticFiles
+
     fit(sae, model, check_model=check_model)
     folder = Path(site)
     if not (folder / "index.html").is_file():

@@ -19,7 +19,7 @@ from writesae.jobs.arguments import named_kinds
 from writesae.jobs.disk import read_json, remove_halves, write_json, write_whole
 from writesae.jobs.progress import track
 from writesae.pages.neuronpedia import export
-from writesae.pages.render import assets, atom_page, index_page
+from writesae.pages.render import assets, atom_page, index_page, index_rows
 from writesae.pages.study import study
 from writesae.saes.labels import Labels
 from writesae.stores.windows import Texts
@@ -48,6 +48,7 @@ def write_pages(
     neuronpedia: bool = False,
     labels: Labels | str | Path | None = None,
     command: str | None = None,
+    records: str | Path | None = None,
     check_model: bool = True,
     console: Console | None = None,
 ) -> Path:
@@ -71,6 +72,7 @@ def write_pages(
         labels: what atoms mean, as `writesae.explain` returned it, or its file; None for none.
         command: the command shown on pages of atoms that were not measured, to be run in ``out``; None for one made of
             ``name``.
+        records: a JSON file for what the index knows of every atom; None for none.
         check_model: refuse an SAE trained on other weights.
         console: where progress is shown; None for none.
 
@@ -103,8 +105,11 @@ def write_pages(
         export(made, out / "neuronpedia")
     for path, text in assets(made).items():
         digests[path] = write_file(out / path, text)
-    digests["index.html"] = write_file(out / "index.html", index_page(made, command=command))
+    rows = index_rows(made)
+    digests["index.html"] = write_file(out / "index.html", index_page(made, command=command, rows=rows))
     write_json(out / DATA / PAGES, digests)
+    if records is not None:
+        write_json(Path(records), {"index": str(out / "index.html"), "name": name, "source": source, "atoms": rows})
     return out / "index.html"
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from writesae.hooks.attachable import fit
 from writesae.jobs.disk import remove_halves, write_whole
+from writesae.jobs.extras import need
 from writesae.jobs.progress import Bars
 from writesae.jobs.resumable import Kept
 from writesae.pages.decoder import BLOCK, Decoder, direct_effect, extremes, nearest
@@ -201,9 +202,11 @@ def study(
         at_once: atoms measured together; a stopped run loses these at most.
 
     Raises:
+        MissingExtra: the extra [stats] is not installed; the classes of atoms need it.
         IndexError: no such atom.
         ValueError: no text; an SAE that does not say its head, or one of another model.
     """
+    need("scipy", "sklearn")
     fit(sae, model, check_model=check_model)
     sae.atom(torch.tensor(list(also), dtype=torch.long))  # raises for one out of range
     windows = cut_windows(model, texts)

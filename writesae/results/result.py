@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from writesae.jobs.extras import extra
 from writesae.results.statistics import Array, Interval, Rate, Values, bootstrap, wilson
 
 if TYPE_CHECKING:
@@ -165,8 +166,7 @@ class Result(ABC):
 
 def frame(*parts: Mapping[str, Any]) -> pd.DataFrame:
     """A table of columns; of several, one below the other."""
-    import pandas as pd
-
+    pd = extra("pandas")
     tables = [pd.DataFrame(dict(part)) for part in parts]
     return tables[0] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
 
@@ -187,14 +187,10 @@ def share(hits: Bool[Tensor, " n"]) -> Rate:
 
 def figure(n_columns: int = 1, width: float = 4.6, height: float = 3.4) -> tuple[Figure, list]:
     """A figure with axes side by side, in the style that all plots share; nothing is shown or kept open."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     style: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
-    with rc_context(style):
-        made: Any = Figure(figsize=(width * n_columns, height), layout="constrained")
-        FigureCanvasAgg(made)
+    with extra("matplotlib").rc_context(style):
+        made: Any = extra("matplotlib.figure").Figure(figsize=(width * n_columns, height), layout="constrained")
+        extra("matplotlib.backends.backend_agg").FigureCanvasAgg(made)
         axes = made.subplots(1, n_columns, squeeze=False)[0]
     made._repr_png_ = lambda: png_of(made)  # notebooks show figures that pyplot made; with this, also this one
     return made, list(axes)

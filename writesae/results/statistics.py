@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Shaped
-from scipy import stats
 from torch import Tensor
 
+from writesae.jobs.extras import extra
+
+Z95 = NormalDist().inv_cdf(0.975)  # 1.96
 Array: TypeAlias = np.ndarray
 Values: TypeAlias = Float[Tensor, " n"] | Shaped[Array, " n"]
 OtherValues: TypeAlias = Float[Tensor, " m"] | Shaped[Array, " m"]  # of a sample that may have another size
@@ -70,11 +73,19 @@ class Paired:
 
 
 def wilson(count: int, n: int) -> Rate:
-    """A proportion with its Wilson 95% interval; raises ValueError without any trial."""
+    """A proportion ``p`` with its Wilson 95% interval, ``(p + z^2/2n ± z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n)``.
+
+    Raises:
+        ValueError: no trial, or more hits than trials.
+    """
     if n < 1:
         raise ValueError("an interval needs at least one trial")
-    interval = stats.binomtest(count, n).proportion_ci(method="wilson")
-    return Rate(count, n, float(interval.low), float(interval.high))
+    if not 0 <= count <= n:
+        raise ValueError(f"of {n} trials, from 0 to {n} can be hits; got {count}")
+    p, z2 = count / n, Z95**2
+    middle, half = p + z2 / (2 * n), Z95 * (p * (1 - p) / n + z2 / (4 * n * n)) ** 0.5
+    low, high = ((middle + sign * half) / (1 + z2 / n) for sign in (-1, 1))
+    return Rate(count, n, low if count else 0.0, high if count < n else 1.0)
 
 
 def bootstrap(
@@ -128,9 +139,15 @@ def bootstrap(
 
 
 def cliffs_delta(x: Values, y: OtherValues) -> float:
-    """``P(x > y) - P(x < y)`` over all pairs, from -1 to 1: how far two samples lie apart, ties counting half."""
-    a, b = np.asarray(x), np.asarray(y)
-    return float(2 * stats.mannwhitneyu(a, b).statistic / (len(a) * len(b)) - 1)
+    """``P(x > y) - P(x < y)`` over all pairs, from -1 to 1: how far two samples lie apart, ties counting half.
+
+    NaN if a value is.
+    """
+    a, b = np.asarray(x), np.sort(np.asarray(y))
+    if np.isnan(a).any() or np.isnan(b).any():
+        return float("nan")
+    below, above = np.searchsorted(b, a, "left").sum(), (len(b) - np.searchsorted(b, a, "right")).sum()
+    return float(below - above) / (len(a) * len(b))
 
 
 def paired(x: Values, y: OtherValues) -> Paired:
@@ -138,7 +155,7 @@ def paired(x: Values, y: OtherValues) -> Paired:
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(f"a paired comparison needs two or more pairs; got {len(a)} and {len(b)} values")
-    d = a - b
+    stats, d = extra("scipy.stats"), a - b
     wilcoxon: Any = stats.wilcoxon(d) if d.any() else None
     p_w = 1.0 if wilcoxon is None else float(wilcoxon.pvalue)
     if (d == d[0]).all():  # the t-test and Cohen's d divide by the standard deviation

@@ -90,13 +90,14 @@ class Labels:
     def __len__(self) -> int:
         return len(self.atoms)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        atoms = {str(atom): asdict(self.atoms[atom]) for atom in self}
+        return {"sae": self.sae, "by": self.by, "made_with": self.made_with, "atoms": atoms}
+
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all, with its checksum."""
-        atoms = {str(atom): asdict(self.atoms[atom]) for atom in self}
-        write_json(
-            Path(path),
-            {"format": FORMAT, "sae": self.sae, "by": self.by, "made_with": self.made_with, "atoms": atoms},
-        )
+        write_json(Path(path), {"format": FORMAT, **self.to_dict()})
 
     @classmethod
     def load(cls, path: str | Path, sae: Any = None) -> Labels:

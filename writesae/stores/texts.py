@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from writesae.jobs.extras import extra
 from writesae.stores.windows import Windows, at_most
 
 if TYPE_CHECKING:
@@ -136,10 +137,7 @@ def from_array(path: Path, context: int, max_tokens: int | None = None, n_vocab:
 
 def _texts(name: str, split: str, column: str, config: str | None) -> Iterator[str]:
     """The texts of a data set, in order; rows without text are left out."""
-    try:
-        import datasets
-    except ImportError as e:
-        raise ImportError("data sets need the extra [data]: pip install 'writesae[data]'") from e
+    datasets = extra("datasets")
     datasets.disable_progress_bars()
     kind, files = (_READERS.get(Path(name).suffix), name) if Path(name).is_file() else (name, None)
     if kind is None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy import stats
 
+from writesae.jobs.extras import extra
 from writesae.results.statistics import Array
 
 MIN_VALUES = 10  # three components have eight parameters
@@ -43,8 +43,9 @@ class Mixture:
 
     def density(self, x: Float[Array, " n"]) -> Float[Array, "component n"]:
         """Of each component, times its weight."""
+        pdf = extra("scipy.stats").norm.pdf
         of_each = zip(self.weights, self.means, self.sds, strict=True)
-        return np.stack([weight * stats.norm.pdf(x, mean, sd) for weight, mean, sd in of_each])
+        return np.stack([weight * pdf(x, mean, sd) for weight, mean, sd in of_each])
 
     def upper(self, x: Float[Array, " n"]) -> Bool[Array, " n"]:
         """Whether each value belongs to the last component, the more likely one.
@@ -64,9 +65,8 @@ def fit_mixture(values: Float[Array, " n"], n_components: int, *, seed: int = 0)
 
     Each component has a standard deviation of 0.001 or more. ValueError for fewer than 10 values.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
-
+    GaussianMixture = extra("sklearn.mixture").GaussianMixture
+    ConvergenceWarning = extra("sklearn.exceptions").ConvergenceWarning
     if len(values) < MIN_VALUES:
         raise ValueError(f"a mixture needs at least {MIN_VALUES} values; got {len(values)}")
     x = np.asarray(values, dtype=float)[:, None]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from writesae.hooks.sites import Head
-from writesae.jobs.disk import read_json, remove_halves, write_json, write_whole
+from writesae.jobs.disk import plain, read_json, remove_halves, write_json, write_whole
+from writesae.jobs.extras import extra
 from writesae.jobs.versions import versions
 from writesae.results.result import Number, Result, png_of
 
@@ -74,10 +74,13 @@ class Outcome:
     def figure(self) -> Path | None:
         return self.folder / FIGURE if FIGURE in self.files else None
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it but the folder, as JSON has it."""
+        return {name: plain(value) for name, value in asdict(self).items() if name != "folder"}
+
     def records(self) -> pd.DataFrame:
         """One row per observation; ValueError if the experiment failed."""
-        import pandas as pd
-
+        pd = extra("pandas")
         if RECORDS not in self.files:
             raise ValueError(f"{self.folder} has no records: {self.experiment} failed ({self.error})")
         # Text stays what it is, "NA" and "" too; what is missing is missing from a column of numbers.
@@ -121,7 +124,7 @@ def save_outcome(
         contents[FIGURE] = png_of(result.plot(), dpi=120)
         found = dict(title=result.title, about=result.about, numbers=tuple(result.numbers()))
     outcome = Outcome(
-        folder, experiment, settings=_plain(dict(settings)), model_id=model_id, rule=rule, seconds=seconds,
+        folder, experiment, settings=plain(dict(settings)), model_id=model_id, rule=rule, seconds=seconds,
         sites=tuple(Head(int(layer), int(head)) for layer, head in sites), versions=_versions(),
         columns=columns, files={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}, **found,
     )  # fmt: skip
@@ -132,8 +135,7 @@ def save_outcome(
             write_whole(folder / name, contents[name])
         else:
             (folder / name).unlink(missing_ok=True)
-    described = {"format": FORMAT} | {name: value for name, value in asdict(outcome).items() if name != "folder"}
-    write_json(folder / OUTCOME, _plain(described))
+    write_json(folder / OUTCOME, {"format": FORMAT} | outcome.to_dict())
     return outcome
 
 
@@ -173,17 +175,6 @@ def load_outcome(folder: str | Path) -> Outcome:
 def _number(read: dict[str, Any]) -> Number:
     floats: Any = {name: None if read[name] is None else float(read[name]) for name in ("value", "low", "high")}
     return Number(**read | floats)
-
-
-def _plain(x: Any) -> Any:
-    """What JSON has: numbers that are not finite, and everything it does not know, as text."""
-    if isinstance(x, Mapping):
-        return {str(key): _plain(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [_plain(value) for value in x]
-    if isinstance(x, float):
-        return x if math.isfinite(x) else str(x)
-    return x if isinstance(x, str | int | None) else str(x)
 
 
 def _versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from writesae.experiments.report.outcome import Outcome, load_outcome, save_outc
 from writesae.experiments.report.report import write_report
 from writesae.hooks.attachable import fit
 from writesae.jobs.arguments import named_kinds
+from writesae.jobs.extras import need
 from writesae.jobs.progress import Bars, Progress
 from writesae.model import HookedRecurrentModel
 from writesae.results.result import Result
@@ -61,8 +62,10 @@ def reproduce(
         The outcomes, in the order of the report; those that failed have an ``error``.
 
     Raises:
+        MissingExtra: the extras [plots] and [stats] are not installed; reports need both.
         ValueError: an unknown experiment, no SAE, or two of one head.
     """
+    need("matplotlib", "pandas", "scipy", "sklearn")
     unknown = set(only or ()) - EXPERIMENTS.keys()
     if unknown:
         raise ValueError(f"no experiment {sorted(unknown)[0]!r}: there are {', '.join(EXPERIMENTS)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -104,10 +106,13 @@ class Seen:
         return atom[order], columns[order]
 
     def medians(self) -> dict[str, Float[Tensor, " atom"]]:
-        """Of the `COLUMNS`, for each atom; NaN where it never fired."""
-        import pandas as pd
-
-        atom, columns = self.draw()
-        medians = pd.DataFrame(columns.numpy(), columns=list(self.names)).groupby(atom.numpy()).median()
-        whole = medians.reindex(range(self.n_atoms))
-        return {name: torch.tensor(whole[name].to_numpy(dtype=np.float32)) for name in COLUMNS}
+        """Of the `COLUMNS`, for each atom, over what is a number; NaN where it never fired."""
+        atom, columns = (x.numpy() for x in self.draw())
+        order = atom.argsort(kind="stable")
+        numbers, ends = columns[order], np.bincount(atom, minlength=self.n_atoms).cumsum()
+        whole = np.full((self.n_atoms, len(self.names)), np.nan, np.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of columns in which an atom has no number at all
+            for i in np.unique(atom):
+                whole[i] = np.nanmedian(numbers[ends[i - 1] if i else 0 : ends[i]], axis=0)
+        return {name: torch.from_numpy(whole[:, self.names.index(name)].copy()) for name in COLUMNS}
