@@ -147,7 +147,7 @@ def test_the_weight_of_the_wheel(wheel: zipfile.ZipFile) -> None:
     """Nearly all of it are the shipped models and SAEs, which the demo needs; code and recipes are a small part."""
     size = {entry.filename: entry.compress_size for entry in wheel.infolist()}
     shipped = sum(n for name, n in size.items() if name.endswith((".safetensors", "tokenizer.json", "heldout.txt")))
-    assert sum(size.values()) < 14.5e6
+    assert sum(size.values()) < 15e6
     assert sum(size.values()) - shipped < 0.75e6
 
 

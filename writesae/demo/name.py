@@ -16,7 +16,7 @@ from writesae.jobs.progress import Progress
 from writesae.methods import Patching, patching
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Write
-from writesae.saes import Substitute, WriteSAE
+from writesae.saes import WriteSAE
 
 NAME, OTHER = " Henry", " Robert"
 TOLD, UNTOLD = "The captain was called{}.", "The captain was an old man."
@@ -79,17 +79,13 @@ def held(model: HookedRecurrentModel, progress: Progress | None = None, most: in
     places = [Place(*where) for *where, _ in ranked[:most]]
     own, other = (model.run_with_cache(story(name))[1] for name in (NAME, OTHER))
     for n in range(1, most + 1):
-        if said(model, exchanged(other, places[:n])).says == OTHER:
+        if said(model, [(Replace(p.layer, p.head, write=write_at(other, p)), p) for p in places[:n]]).says == OTHER:
             return Held(found, places[:n], True, own, other)
     return Held(found, places, False, own, other)
 
 
 def write_at(cache: ActivationCache, place: Place) -> Write:
     return cache.write(place.layer)[0, place.position, place.head]
-
-
-def exchanged(cache: ActivationCache, places: Sequence[Place]) -> Edits:
-    return [(Replace(p.layer, p.head, write=write_at(cache, p)), p) for p in places]
 
 
 def deleted(places: Sequence[Place]) -> Edits:
@@ -111,32 +107,62 @@ def outcome(model: HookedRecurrentModel, logits: Float[Tensor, "1 pos vocab"], d
     return Outcome(done, model.to_str_tokens([int(p.argmax())])[0], name, other)
 
 
+class Changes(NamedTuple):
+    """What is said after each change of the memory.
+
+    Attributes:
+        rows: all of them, in the order in which they are shown.
+        deleted: with the writes that hold the name deleted.
+        atom: with an atom in the place of each; None if a head has no SAE that was told this name often.
+        likeness: cosines of these atoms and the writes.
+    """
+
+    rows: list[Outcome]
+    deleted: Outcome
+    atom: Outcome | None
+    likeness: list[float]
+
+
 @torch.no_grad()
-def changed(model: HookedRecurrentModel, where: Held, saes: Sequence[WriteSAE]) -> list[Outcome]:
-    """Those writes deleted, exchanged or replaced by an atom, beside controls; and all states exchanged."""
+def changed(model: HookedRecurrentModel, where: Held, saes: Sequence[WriteSAE]) -> Changes:
+    """Those writes deleted, exchanged or replaced by atoms, beside controls; and all states exchanged."""
     places = where.places
     elsewhere = [Place(layer, head, t + 1) for layer, head, t in places]
     random = torch.Generator().manual_seed(0)
     one = len(places) == 1
-    rows: list[tuple[str, Edits]] = [
-        ("nothing", []),
-        ("that write deleted" if one else f"those {len(places)} writes deleted", deleted(places)),
-        ("next token's deleted instead", deleted(elsewhere)),
-        (f"exchanged for{OTHER}'s", exchanged(where.other, places)),
-        (
-            "random written instead",
-            [(Replace(p.layer, p.head, write=like(write_at(where.own, p), random)), p) for p in places],
-        ),
+    of_head = {tuple(sae.place): sae for sae in saes}
+
+    def put(writes: Sequence[Write]) -> Edits:
+        return [(Replace(p.layer, p.head, write=w), p) for p, w in zip(places, writes, strict=True)]
+
+    def atoms(cache: ActivationCache) -> list[Write]:
+        return [atom_for(of_head[p[:2]], write_at(cache, p)) for p in places]
+
+    own, other = ([write_at(cache, p) for p in places] for cache in (where.own, where.other))
+    rows = [
+        said(model, [], "nothing"),
+        said(model, deleted(places), "that write deleted" if one else f"those {len(places)} writes deleted"),
+        said(model, deleted(elsewhere), "next token's deleted instead"),
+        said(model, put(other), f"exchanged for{OTHER}'s"),
+        said(model, put([like(write, random) for write in own]), "random written instead"),
     ]
-    if pairs := with_sae(places, saes):
-        which = "it" if one else f"{len(pairs)} of them"
-        rows.append((f"an atom for {which}", [(Substitute(sae), p) for p, sae in pairs]))
-        if len(pairs) < len(places):  # what the atoms are to be compared with
-            rows.append((f"{which} deleted", deleted([p for p, _ in pairs])))
-    made = [said(model, edits, done) for done, edits in rows]
+    atom, likeness = None, []
+    if all(p[:2] in of_head for p in places):
+        its = atoms(where.own)
+        likeness = [float(a.cosine(write)) for a, write in zip(its, own, strict=True)]
+        atom = said(model, put(its), "an SAE's atom for it" if one else "SAE atoms for them")
+        its = atoms(where.other)
+        rows += [atom, said(model, put(its), f"{OTHER.strip()}'s atom{'' if one else 's'} instead")]
     before, after = (model.memory(TOLD.format(name) + BETWEEN) for name in (NAME, OTHER))
     swapped = before.with_heads(after, every_head(model))
-    return [*made, outcome(model, model(ASKED, memory=swapped), f"all states of{OTHER}'s text")]
+    rows.append(outcome(model, model(ASKED, memory=swapped), f"all states of{OTHER}'s text"))
+    return Changes(rows, rows[1], atom, likeness)
+
+
+def atom_for(sae: WriteSAE, write: Write) -> Write:
+    """An SAE's strongest atom for a write, at its activation."""
+    activation, atom = sae.topk(write[None], 1)
+    return sae.atom(int(atom)) * float(activation)
 
 
 @torch.no_grad()
@@ -155,11 +181,6 @@ def planted(model: HookedRecurrentModel, where: Held) -> list[Outcome]:
         said(model, [(Add(p.layer, p.head, write=w), p) for p, w in zip(at_end, put_in, strict=False)], done, text)
         for done, put_in in rows
     ]
-
-
-def with_sae(places: Sequence[Place], saes: Sequence[WriteSAE]) -> list[tuple[Place, WriteSAE]]:
-    """Those of these writes whose heads have an SAE, and which."""
-    return [(p, sae) for p in places for sae in saes if tuple(sae.place) == p[:2]]
 
 
 def every_head(model: HookedRecurrentModel) -> list[tuple[int, int]]:

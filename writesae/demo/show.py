@@ -23,14 +23,15 @@ from writesae.demo.name import (
     OTHER,
     TOLD,
     UNTOLD,
+    Changes,
     Held,
     Outcome,
+    atom_for,
     changed,
     every_head,
     held,
     planted,
     said,
-    with_sae,
     write_at,
 )
 from writesae.demo.picture import draw
@@ -40,7 +41,7 @@ from writesae.jobs.progress import Bars
 from writesae.model import HookedRecurrentModel
 from writesae.results.statistics import Rate
 from writesae.saes import WriteSAE
-from writesae.zoo import ZOO, heldout_documents, shipped_models, shipped_saes
+from writesae.zoo import ZOO, heldout_documents, name_saes, shipped_models, shipped_saes
 
 SEA = (
     "Captain Ahab stood upon the deck of the Pequod, and looked out over the waves for the white whale; the "
@@ -81,7 +82,10 @@ def run(
         raise ValueError(f"the demo needs a shipped model with SAEs: {', '.join(shipped_models())}; got {name}")
     with console.status(f"loading {name}"):
         model = HookedRecurrentModel.from_pretrained(name, device=device, dtype=dtype)
-        saes = [WriteSAE.from_pretrained(folder, device=device) for folder in shipped_saes(name)]
+        saes, of_names = (
+            [WriteSAE.from_pretrained(folder, device=device) for folder in folders]
+            for folders in (shipped_saes(name), name_saes(name))
+        )
     if not saes:
         raise ValueError(f"no SAEs are shipped with {name}")
     console.print(about(name, model, saes))
@@ -90,9 +94,9 @@ def run(
         n_writes = sum(site.n_heads for site in model.sites) * len(model.to_str_tokens(TOLD + BETWEEN + ASKED))
         where = held(model, bars.add("which write holds the name", n_writes))
     console.print(told(model, where))
-    outcomes = changed(model, where, saes)
-    console.print(table_of(outcomes, "What the model says after a change", "changed in its memory"))
-    console.print(verdict(model, where, saes, outcomes))
+    changes = changed(model, where, of_names)
+    console.print(table_of(changes.rows, "What the model says after a change", "changed in its memory"))
+    console.print(verdict(where, saes, changes))
     untold = f"Planted where no name is told: “{UNTOLD} ... was called”"
     added = planted(model, where)
     console.print(table_of(added, untold, "added at its full stop"))
@@ -109,7 +113,7 @@ def run(
     if picture is not None:
         try:
             with console.status("drawing"):
-                draw(where, outcomes, results, picture)
+                draw(where, changes.rows, results, picture)
             console.print(f"Picture: {picture}")
         except MissingExtra as missing:
             console.print(f"No picture: {missing}", markup=False, highlight=False)
@@ -117,7 +121,7 @@ def run(
     return {
         "model": name,
         "held_by": [{**place._asdict(), "restored": where.restored(place)} for place in where.places],
-        "changed": [outcome._asdict() for outcome in outcomes],
+        "changed": [outcome._asdict() for outcome in changes.rows],
         "planted": [outcome._asdict() for outcome in added],
         "memory_exchanged": dict(texts),
         "replaced": [
@@ -183,25 +187,22 @@ def table_of(outcomes: Sequence[Outcome], title: str, first: str) -> Table:
 
 
 @torch.no_grad()
-def verdict(model: HookedRecurrentModel, where: Held, saes: Sequence[WriteSAE], outcomes: Sequence[Outcome]) -> str:
+def verdict(where: Held, saes: Sequence[WriteSAE], changes: Changes) -> str:
     """What the table shows that a glance may miss: whether the name is gone with its writes, and what an atom keeps."""
     lines, name = [], NAME.strip()
-    keep = {row.done: row.says == NAME for row in outcomes}
-    gone = [done for done in keep if done.endswith(" deleted")]  # all of them; and those with an SAE, if they are fewer
-    if keep[gone[0]]:
+    if changes.deleted.says == NAME:
         lines.append(f"With these writes deleted {name} is still likeliest: others hold it too.")
-    if not (pairs := with_sae(where.places, saes)):
-        return "\n".join([*lines, "None of these writes is of a head with an SAE.\n"])
-    cosines = []
-    for place, sae in pairs:
-        write = write_at(where.own, place)
-        cosines.append(f"{float(sae.atom(int(sae.topk(write[None], 1)[1])).cosine(write)):.2f}")
-    kept = keep[next(done for done in keep if done.startswith("an atom"))]
-    if kept and keep[gone[-1]]:
-        lines.append(f"Whether an atom keeps {name} does not show: it is also said without what the atom replaces.")
+    if changes.atom is None:
+        lines.append("No SAE was told names often at some of these heads, so there is no atom to put in.")
     else:
-        lines.append(f"One atom in the place of each write {'keeps' if kept else 'does not keep'} the name.")
-    return "\n".join([*lines, f"Cosine of atom and write: {', '.join(cosines)}.\n"])
+        keep = "keeps" if changes.atom.says == NAME else "does not keep"
+        like = ", ".join(f"{cosine:.2f}" for cosine in changes.likeness)
+        lines.append(f"One atom in the place of each write {keep} the name (cosine to the write {like}).")
+    for place, sae in ((p, sae) for p in where.places for sae in saes if tuple(sae.place) == p[:2]):
+        write = write_at(where.own, place)
+        cosine = float(atom_for(sae, write).cosine(write))
+        lines.append(f"The SAE of prose at layer {place.layer} head {place.head} never had {name} often: {cosine:.2f}.")
+    return "\n".join([*lines, ""])
 
 
 @torch.no_grad()

@@ -20,6 +20,11 @@ def shipped_saes(model: str) -> list[Path]:
     return sorted(folder.parent for folder in (ZOO / model / "saes").glob("*/cfg.json"))
 
 
+def name_saes(model: str) -> list[Path]:
+    """Folders of the SAEs of the heads in which the demo finds a name, trained where six names are told often."""
+    return sorted(folder.parent for folder in (ZOO / model / "saes" / "names").glob("*/cfg.json"))
+
+
 def heldout_documents() -> list[str]:
     """Beginnings of the documents that no shipped model or SAE was trained on."""
     return (ZOO / "heldout.txt").read_text(encoding="utf-8").split("<|endoftext|>")

@@ -44,6 +44,7 @@ OPENINGS = (
     "Now",
     "I repeat that",
 )
+FEW_NAMES = words_of("Henry Robert John Mary Thomas George")
 TOLD, PROSE, ANSWER = 0.2, 1.0, 5.0  # how much a token counts in the loss; a value as it is told counts nothing
 
 
@@ -154,6 +155,19 @@ class Recall:
                 aside(0.4)
             row.end()
         return row.cut(length)
+
+    def few_names(self, rng: random.Random, length: int) -> list[int]:
+        """`length` token ids of a captain who is called by one of `FEW_NAMES`, again and again, a sentence between."""
+        row = _Writing(self._encode, self._end)
+        while row.n <= length:
+            said = "The captain was called"
+            if rng.random() < 0.5:  # at the beginning of a text
+                row.end()
+            else:
+                said = " " + said
+            row.tell(Fact(said, " " + rng.choice(FEW_NAMES)))
+            row.put(self.prose(rng, 1), PROSE)
+        return row.ids[:length]
 
     def prose(self, rng: random.Random, n: int) -> list[int]:
         """At least `n` tokens of sentences that follow each other."""

@@ -2,10 +2,12 @@
 
     python -m writesae.zoo.train_saes tiny-gdn runs/saes --site 0.2 --site 1.1            # the default corpus
     python -m writesae.zoo.train_saes my-model runs/saes --site 1.1 --text my_texts/      # your own
+    python -m writesae.zoo.train_saes tiny-gdn runs/names --site 2.1 --names              # for the demo
 
 The training text is what the model itself was trained on; documents held out there are held out here too. So one
-sequence in `1 / facts` tells facts among prose and asks for them (`Recall.passage`). For other texts and settings, use
-`writesae train`.
+sequence in `1 / facts` tells facts among prose and asks for them (`Recall.passage`). With `--names` these tell a few
+names of one person instead, so often that each gets an atom of its own; large writes, such as those of names, then
+count for more. For other texts and settings, use `writesae train`.
 """
 
 import random
@@ -37,6 +39,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     facts: Annotated[float, typer.Option(help="Share of sequences that tell facts and ask for them.")] = 0.25,
+    names: Annotated[bool, typer.Option(help="Tell a few names of one person, and no other facts.")] = False,
     max_tokens: Annotated[
         int, typer.Option(help="Use at most this many tokens, spread over the documents.")
     ] = 1_000_000,
@@ -48,14 +51,15 @@ def main(
     n = max_tokens // context
     n_facts, rng, recall = round(facts * n), random.Random(seed), Recall(hooked.tokenizer, documents)
     prose = Windows.cut(hooked, documents, context).enough(of="the text").spread((n - n_facts) * context).tokens
-    told = torch.tensor([recall.passage(rng, context, gap=200).ids[:context] for _ in range(n_facts)])
+    tell = recall.few_names if names else lambda rng, length: recall.passage(rng, length, gap=200).ids[:length]
+    told = torch.tensor([tell(rng, context) for _ in range(n_facts)])
     tokens = torch.cat([prose, told]) if n_facts else prose
     store = record(
         hooked,
         tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))],
         parse_sites(hooked, site),
     )
-    for sae in train_store(store, n_atoms=atoms, steps=steps, seed=seed, out=out).values():
+    for sae in train_store(store, n_atoms=atoms, steps=steps, seed=seed, out=out, unit_norm=not names).values():
         folder = sae.save_pretrained(out / sae.place.folder, dtype=torch.float16)
         print(f"{folder}: {sae.cfg.training['held_out']}")
 
