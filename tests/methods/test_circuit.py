@@ -294,6 +294,17 @@ def test_the_file_is_as_circuit_tracer_has_it(tiny: ws.HookedRecurrentModel, tmp
     found = ws.circuit(tiny, ids_of(), OF, saes=saes, stream_saes=[stream], max_nodes=40)
     read = json.loads(found.save(tmp_path / "graphs" / "mine.json").read_text())
     assert read["metadata"]["slug"] == "mine" and len(read["metadata"]["prompt_tokens"]) == 7
+    listed = tmp_path / "graphs" / "graph-metadata.json"
+    for name in ("other.json", "mine.json"):  # one saved again is there once
+        found.save(tmp_path / "graphs" / name)
+    assert json.loads(listed.read_text())["graphs"] == [found.to_json(name)["metadata"] for name in ("other", "mine")]
+    for text in ("[]", '{"graphs": [1]}', "no"):
+        listed.write_text(text)
+        with pytest.raises(ValueError, match=r"graph-metadata\.json is no list of graphs: remove it"):
+            found.save(tmp_path / "graphs" / "new.json")
+    assert not (tmp_path / "graphs" / "new.json").exists()
+    with pytest.raises(ValueError, match="is the list of graphs: give the graph another name"):
+        found.save(listed)
     assert set(read["qParams"]) == {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"}
     ids = [node["node_id"] for node in read["nodes"]]
     assert len(set(ids)) == len(ids) == len(found.nodes)
