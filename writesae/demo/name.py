@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from writesae.gradients import Logit
-from writesae.hooks import ActivationCache, Add, Delete, Intervention, Replace
+from writesae.hooks import ActivationCache, Add, Delete, Intervention, Patch, Replace
 from writesae.jobs.progress import Progress
 from writesae.methods import Patching, patching
 from writesae.model import HookedRecurrentModel
@@ -40,6 +40,11 @@ class Outcome(NamedTuple):
     name: float
     other: float
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the name is still said."""
+        return self.says == NAME
+
 
 class Held(NamedTuple):
     """Where the name is held.
@@ -62,7 +67,23 @@ class Held(NamedTuple):
         return float(self.found.restored[self.found.layers.index(place.layer), place.head, place.position])
 
 
-Edits = Sequence[tuple[Intervention, Place]]
+class Changes(NamedTuple):
+    """What the model says after each change.
+
+    Attributes:
+        rows: of all changes, in the order in which they are shown.
+        deleted: those writes deleted.
+        atoms: an atom in the place of each whose head has an SAE; None if none has.
+        without: the same writes deleted, which the atoms are to be compared with.
+    """
+
+    rows: list[Outcome]
+    deleted: Outcome
+    atoms: Outcome | None = None
+    without: Outcome | None = None
+
+
+Edits = Sequence[AbstractContextManager[None]]  # blocks of `HookedRecurrentModel.intervene`
 
 
 def story(name: str) -> str:
@@ -79,7 +100,7 @@ def held(model: HookedRecurrentModel, progress: Progress | None = None, most: in
     places = [Place(*where) for *where, _ in ranked[:most]]
     own, other = (model.run_with_cache(story(name))[1] for name in (NAME, OTHER))
     for n in range(1, most + 1):
-        if said(model, exchanged(other, places[:n])).says == OTHER:
+        if said(model, exchanged(model, other, places[:n])).says == OTHER:
             return Held(found, places[:n], True, own, other)
     return Held(found, places, False, own, other)
 
@@ -88,20 +109,25 @@ def write_at(cache: ActivationCache, place: Place) -> Write:
     return cache.write(place.layer)[0, place.position, place.head]
 
 
-def exchanged(cache: ActivationCache, places: Sequence[Place]) -> Edits:
-    return [(Replace(p.layer, p.head, write=write_at(cache, p)), p) for p in places]
+def exchanged(model: HookedRecurrentModel, cache: ActivationCache, places: Sequence[Place]) -> Edits:
+    return [model.intervene([Patch(cache, "write", *place) for place in places])]
 
 
-def deleted(places: Sequence[Place]) -> Edits:
-    return [(Delete(p.layer, p.head), p) for p in places]
+def deleted(model: HookedRecurrentModel, places: Sequence[Place]) -> Edits:
+    return at_each(model, [(Delete(p.layer, p.head), p) for p in places])
+
+
+def at_each(model: HookedRecurrentModel, edits: Sequence[tuple[Intervention, Place]]) -> Edits:
+    """Each edit at its token."""
+    return [model.intervene(edit, positions=[place.position]) for edit, place in edits]
 
 
 @torch.no_grad()
 def said(model: HookedRecurrentModel, edits: Edits, done: str = "", text: str = story(NAME)) -> Outcome:
-    """What it says after a text, with edits at their tokens."""
+    """What it says after a text, with edits."""
     with ExitStack() as stack:
-        for edit, place in edits:
-            stack.enter_context(model.intervene(edit, positions=[place.position]))
+        for edit in edits:
+            stack.enter_context(edit)
         return outcome(model, model(text), done)
 
 
@@ -112,31 +138,33 @@ def outcome(model: HookedRecurrentModel, logits: Float[Tensor, "1 pos vocab"], d
 
 
 @torch.no_grad()
-def changed(model: HookedRecurrentModel, where: Held, saes: Sequence[WriteSAE]) -> list[Outcome]:
+def changed(model: HookedRecurrentModel, where: Held, saes: Sequence[WriteSAE]) -> Changes:
     """Those writes deleted, exchanged or replaced by an atom, beside controls; and all states exchanged."""
-    places = where.places
+    places, random = where.places, torch.Generator().manual_seed(0)
     elsewhere = [Place(layer, head, t + 1) for layer, head, t in places]
-    random = torch.Generator().manual_seed(0)
     one = len(places) == 1
-    rows: list[tuple[str, Edits]] = [
-        ("nothing", []),
-        ("that write deleted" if one else f"those {len(places)} writes deleted", deleted(places)),
-        ("next token's deleted instead", deleted(elsewhere)),
-        (f"exchanged for{OTHER}'s", exchanged(where.other, places)),
-        (
-            "random written instead",
-            [(Replace(p.layer, p.head, write=like(write_at(where.own, p), random)), p) for p in places],
-        ),
+    noise = [(Replace(p.layer, p.head, write=like(write_at(where.own, p), random)), p) for p in places]
+    gone = said(model, deleted(model, places), "that write deleted" if one else f"those {len(places)} writes deleted")
+    rows = [
+        said(model, [], "nothing"),
+        gone,
+        said(model, deleted(model, elsewhere), "next token's deleted instead"),
+        said(model, exchanged(model, where.other, places), f"exchanged for{OTHER}'s"),
+        said(model, at_each(model, noise), "random written instead"),
     ]
+    made = Changes(rows, gone)
     if pairs := with_sae(places, saes):
-        which = "it" if one else f"{len(pairs)} of them"
-        rows.append((f"an atom for {which}", [(Substitute(sae), p) for p, sae in pairs]))
-        if len(pairs) < len(places):  # what the atoms are to be compared with
-            rows.append((f"{which} deleted", deleted([p for p, _ in pairs])))
-    made = [said(model, edits, done) for done, edits in rows]
+        which, edits = "it" if one else f"{len(pairs)} of them", [(Substitute(sae), p) for p, sae in pairs]
+        atoms = said(model, at_each(model, edits), f"an atom for {which}")
+        rows.append(atoms)
+        if len(pairs) < len(places):
+            gone = said(model, deleted(model, [p for p, _ in pairs]), f"{which} deleted")
+            rows.append(gone)
+        made = Changes(rows, made.deleted, atoms, gone)
     before, after = (model.memory(TOLD.format(name) + BETWEEN) for name in (NAME, OTHER))
     swapped = before.with_heads(after, every_head(model))
-    return [*made, outcome(model, model(ASKED, memory=swapped), f"all states of{OTHER}'s text")]
+    rows.append(outcome(model, model(ASKED, memory=swapped), f"all states of{OTHER}'s text"))
+    return made
 
 
 @torch.no_grad()
@@ -152,9 +180,10 @@ def planted(model: HookedRecurrentModel, where: Held) -> list[Outcome]:
     ]
     at_end = [Place(p.layer, p.head, end) for p in where.places]
     return [
-        said(model, [(Add(p.layer, p.head, write=w), p) for p, w in zip(at_end, put_in, strict=False)], done, text)
+        said(model, at_each(model, [(Add(p.layer, p.head, write=w), p) for p, w in zip(at_end, put_in, strict=False)]),
+             done, text)
         for done, put_in in rows
-    ]
+    ]  # fmt: skip
 
 
 def with_sae(places: Sequence[Place], saes: Sequence[WriteSAE]) -> list[tuple[Place, WriteSAE]]:

@@ -21,6 +21,7 @@ from writesae.demo.name import (
     OTHER,
     TOLD,
     UNTOLD,
+    Changes,
     Held,
     Outcome,
     changed,
@@ -85,9 +86,9 @@ def run(
         n_writes = sum(site.n_heads for site in model.sites) * len(model.to_str_tokens(TOLD + BETWEEN + ASKED))
         where = held(model, bars.add("which write holds the name", n_writes))
     console.print(told(model, where))
-    outcomes = changed(model, where, saes)
-    console.print(table_of(outcomes, "What the model says after a change", "changed in its memory"))
-    console.print(verdict(model, where, saes, outcomes))
+    changes = changed(model, where, saes)
+    console.print(table_of(changes.rows, "What the model says after a change", "changed in its memory"))
+    console.print(verdict(where, saes, changes))
     untold = f"Planted where no name is told: “{UNTOLD} ... was called”"
     console.print(table_of(planted(model, where), untold, "added at its full stop"))
     console.print(swapped(model))
@@ -101,7 +102,7 @@ def run(
     console.print(replaced(results))
     if picture is not None:
         with console.status("drawing"):
-            draw(where, outcomes, results, picture)
+            draw(where, changes.rows, results, picture)
         console.print(f"Picture: {picture}")
     console.print(f"Done in {time.monotonic() - began:.0f} s.")
 
@@ -162,24 +163,22 @@ def table_of(outcomes: Sequence[Outcome], title: str, first: str) -> Table:
 
 
 @torch.no_grad()
-def verdict(model: HookedRecurrentModel, where: Held, saes: Sequence[WriteSAE], outcomes: Sequence[Outcome]) -> str:
+def verdict(where: Held, saes: Sequence[WriteSAE], changes: Changes) -> str:
     """What the table shows that a glance may miss: whether the name is gone with its writes, and what an atom keeps."""
     lines, name = [], NAME.strip()
-    keep = {row.done: row.says == NAME for row in outcomes}
-    gone = [done for done in keep if done.endswith(" deleted")]  # all of them; and those with an SAE, if they are fewer
-    if keep[gone[0]]:
+    if changes.deleted.keeps:
         lines.append(f"With these writes deleted {name} is still likeliest: others hold it too.")
-    if not (pairs := with_sae(where.places, saes)):
+    if changes.atoms is None or changes.without is None:
         return "\n".join([*lines, "None of these writes is of a head with an SAE.\n"])
     cosines = []
-    for place, sae in pairs:
+    for place, sae in with_sae(where.places, saes):
         write = write_at(where.own, place)
         cosines.append(f"{float(sae.atom(int(sae.topk(write[None], 1)[1])).cosine(write)):.2f}")
-    kept = keep[next(done for done in keep if done.startswith("an atom"))]
-    if kept and keep[gone[-1]]:
+    if changes.atoms.keeps and changes.without.keeps:
         lines.append(f"Whether an atom keeps {name} does not show: it is also said without what the atom replaces.")
     else:
-        lines.append(f"One atom in the place of each write {'keeps' if kept else 'does not keep'} the name.")
+        keeps = "keeps" if changes.atoms.keeps else "does not keep"
+        lines.append(f"One atom in the place of each write {keeps} the name.")
     return "\n".join([*lines, f"Cosine of atom and write: {', '.join(cosines)}.\n"])
 
 
