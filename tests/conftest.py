@@ -14,8 +14,13 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a bug
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # or every model says that it runs without fused kernels
 
+import jaxtyping
 import pytest
 import torch
+
+from annotations import sparing
+
+jaxtyping.jaxtyped = sparing  # before anything of ours is imported
 
 SLOW = Path(__file__).parent / "slow.json"
 QUICK = 50.0  # seconds; as much again goes into imports and fixtures
@@ -28,6 +33,18 @@ torch.set_num_threads(1)
 def seed() -> None:
     """Every test draws the same random numbers, alone or in the whole run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def annotations(request: pytest.FixtureRequest) -> Iterator[None]:
+    """They are checked on the first architecture of each rule; on the others, the same functions run."""
+    given = getattr(request.node, "callspec", None)
+    shared = given is not None and not all(getattr(x, "is_first_of_its_rule", True) for x in given.params.values())
+    if shared:
+        jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    if shared:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from writesae.methods import (
         Circuit,
         CircuitCheck,
+        DeletionSweep,
         DirectAttribution,
         DoseResponse,
         EachText,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
         TunedLens,
         TunedMemory,
         circuit,
+        deletion_sweep,
         direct_attribution,
         dose_response,
         each_text,
@@ -99,10 +101,11 @@ _HOME = {
     "writesae.explaining": ("ChatModel", "ChatServer", "explain", "write_delphi"),
     "writesae.gradients": ("Gradient", "Logit", "gradient"),
     "writesae.methods": (
-        "Circuit", "CircuitCheck", "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "KnockoutSweep",
-        "LogitLens", "MemoryLength", "Patching", "Pattern", "SteeringVector", "TunedLens", "TunedMemory", "circuit",
-        "direct_attribution", "dose_response", "each_text", "evaluate", "knockout_sweep", "logit_lens",
-        "memory_length", "patching", "pattern", "steering_vector", "tune_lens", "tune_memory",
+        "Circuit", "CircuitCheck", "DeletionSweep", "DirectAttribution", "DoseResponse", "EachText", "Evaluation",
+        "KnockoutSweep", "LogitLens", "MemoryLength", "Patching", "Pattern", "SteeringVector", "TunedLens",
+        "TunedMemory", "circuit", "deletion_sweep", "direct_attribution", "dose_response", "each_text", "evaluate",
+        "knockout_sweep", "logit_lens", "memory_length", "patching", "pattern", "steering_vector", "tune_lens",
+        "tune_memory",
     ),
     "writesae.stores": ("ActivationStore", "extract", "record", "texts"),
     "writesae.hooks": (
@@ -121,15 +124,15 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "ActivationCache", "ActivationStore", "Add", "AddVector", "ChatModel", "ChatServer", "Circuit", "CircuitCheck",
-    "Codes", "Contexts", "Delete", "DirectAttribution", "DoseResponse", "EachText", "Evaluation", "Gradient",
-    "HookPoint", "HookedRecurrentModel", "Intervention", "Knockout", "KnockoutSweep", "Label", "Labels", "Logit",
-    "LogitLens", "Memory", "MemoryLength", "Patch", "Patching", "Pattern", "Recode", "Reconstruct", "Recurrence",
-    "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "SteeringVector", "Substitute",
-    "TunedLens", "TunedMemory", "Write", "WriteSAE", "amplify", "atom_classes", "attribute", "attribution_test",
-    "check", "choose_atoms", "circuit", "direct_attribution", "dose_response", "each_text", "erase", "evaluate",
-    "explain", "extract", "gradient", "install", "kl_divergence", "knockout_sweep", "load_interventions",
-    "logit_change", "logit_lens", "memory_length", "patching", "pattern", "population_test", "record",
-    "replacement_test", "reproduce", "save_interventions", "seed_stability", "sign_test", "steering_vector",
+    "Codes", "Contexts", "Delete", "DeletionSweep", "DirectAttribution", "DoseResponse", "EachText", "Evaluation",
+    "Gradient", "HookPoint", "HookedRecurrentModel", "Intervention", "Knockout", "KnockoutSweep", "Label", "Labels",
+    "Logit", "LogitLens", "Memory", "MemoryLength", "Patch", "Patching", "Pattern", "Recode", "Reconstruct",
+    "Recurrence", "Replace", "ReplacementResult", "SAEConfig", "Site", "States", "Steer", "SteeringVector",
+    "Substitute", "TunedLens", "TunedMemory", "Write", "WriteSAE", "amplify", "atom_classes", "attribute",
+    "attribution_test", "check", "choose_atoms", "circuit", "deletion_sweep", "direct_attribution", "dose_response",
+    "each_text", "erase", "evaluate", "explain", "extract", "gradient", "install", "kl_divergence", "knockout_sweep",
+    "load_interventions", "logit_change", "logit_lens", "memory_length", "patching", "pattern", "population_test",
+    "record", "replacement_test", "reproduce", "save_interventions", "seed_stability", "sign_test", "steering_vector",
     "texts", "top_contexts", "train_site", "train_store", "tune_lens", "tune_memory", "write_delphi", "write_pages",
 ]  # fmt: skip
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import chat_server
 import planted
 import writesae as ws
+from browser import chromium, watch
 from chat_server import Handler, oracle
 from writesae.cli import app
 from writesae.explaining.examples import gather
@@ -261,6 +262,7 @@ def test_a_local_model_that_answers_nonsense(tmp_path):
 # --- pages, Neuronpedia, the command line -----------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # Playwright's pipes, when it is torn down
 def test_the_command_line_and_pages(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     planted.sae().save_pretrained(tmp_path / "sae")
@@ -294,6 +296,14 @@ def test_the_command_line_and_pages(tmp_path, monkeypatch):
     index = Path("site/index.html").read_text()
     rows = json.loads(re.findall(r'id="data">(.*?)</script>', index, re.S)[0])
     assert [row["label"] for row in rows] == [*(f'the word "{name}"' for name in planted.NAMES), ""]
+    with chromium() as browser:
+        seen = watch(browser)
+        seen.page.goto(Path("site/index.html").resolve().as_uri())
+        seen.page.locator("#where").select_option("label")
+        for words, atoms in (("word", {"0", "1", "2"}), (planted.NAMES[1], {"1"}), ("nothing", set())):
+            seen.page.locator("#search").fill(words)
+            assert set(seen.page.locator("#atoms tbody a").all_inner_texts()) == atoms
+        seen.check()
     lines = gzip.decompress(Path("site/neuronpedia/explanations/batch-0.jsonl.gz").read_bytes()).decode().splitlines()
     assert [json.loads(line)["description"] for line in lines] == [f'the word "{name}"' for name in planted.NAMES]
     for path in tmp_path.rglob("*"):

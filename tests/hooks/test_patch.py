@@ -47,11 +47,12 @@ def test_a_patch_is_a_hook(a: Architecture) -> None:
     _, cache = model.run_with_cache(CLEAN)
     for what in (what for what in WHATS if what in a.points(1) or what == "mixer_out"):
         head = None if what in ("resid_pre", "mixer_out") else 2
+        by_hand = {source: by_hook(model, cache, what, 2, 5, source) for source in (5, 3)}
         for source in (5, 3):
             with model.intervene(ws.Patch(cache, what, 1, head, at=5, source=source)):
                 ours = model(OTHER)
-            torch.testing.assert_close(ours, by_hook(model, cache, what, 2, 5, source), atol=1e-4, rtol=0)
-            other = by_hook(model, cache, what, 2, 5, 8 - source)
+            torch.testing.assert_close(ours, by_hand[source], atol=1e-4, rtol=0)
+            other = by_hand[8 - source]
             if what == "log_decay" and a.rule is bf.SIMPLE_GLA:  # it is fixed: the same everywhere
                 assert torch.equal(ours, other)
             else:

@@ -31,6 +31,12 @@ def tiny() -> ws.HookedRecurrentModel:
     return ws.HookedRecurrentModel(architecture_named("qwen3_5").build())
 
 
+@pytest.fixture(scope="module")
+def whole(tiny: ws.HookedRecurrentModel) -> ws.Circuit:
+    """Without any SAE."""
+    return ws.circuit(tiny, ids_of(), OF, max_nodes=200)
+
+
 class StreamSAE(nn.Module):
     """A ReLU SAE of the residual stream, as SAELens has it."""
 
@@ -59,7 +65,7 @@ def write_sae(model: ws.HookedRecurrentModel, layer: int, head: int, **values: A
     return sae
 
 
-def worst_edge(found: ws.Circuit, n: int = 6) -> float:
+def worst_edge(found: ws.Circuit, n: int = 12) -> float:
     """The largest relative error of an edge against a difference in the frozen model, all other nodes held."""
     checked = found.check(1, edges=n)
     rows = torch.tensor([what == "edge" for what in checked.what])
@@ -73,11 +79,12 @@ def test_edges_sum_and_are_those_of_the_frozen_model(architecture: Architecture)
     model = ws.HookedRecurrentModel(architecture.build())
     with torch.no_grad():
         expected = float(OF(model(ids_of()[None])))
-    found = ws.circuit(model, ids_of(), OF, max_nodes=24)
+    full = architecture.is_first_of_its_rule
+    found = ws.circuit(model, ids_of(), OF, max_nodes=24 if full else 12)
     assert float(found.pre[-1]) == pytest.approx(expected, abs=1e-4)
     assert found.leak < (2e-5 if architecture.name == "hgrn2" else 1e-5)
     assert {"embedding", "write", "target"} <= {node.kind for node in found.nodes}
-    checked = found.check(4, edges=6)
+    checked = found.check(4, edges=6) if full else found.check(2, edges=3)
     torch.testing.assert_close(checked.frozen, checked.predicted, rtol=1e-4, atol=2e-6)
     assert float((checked.real - checked.predicted).abs().max()) > 1e-3  # the twin: it is not the model as it is
     assert not model.busy and not any(p.grad is not None for p in model.hf_model.parameters())
@@ -90,14 +97,14 @@ def test_shipped_models(name: str) -> None:
     model = ws.HookedRecurrentModel.from_pretrained(name)
     found = ws.circuit(model, TEXT, " the", max_nodes=40)
     assert found.leak < 1e-4 and 0.3 < found.shown <= 1
-    checked = found.check(12, edges=8)
+    checked = found.check(8, edges=6)
     assert checked.r("node", "frozen") > 0.9999 and checked.r("edge", "frozen") > 0.9999
     sizes = [float(checked.frozen[(checked.random == random)].abs().mean()) for random in (False, True)]
     assert sizes[0] > 2 * sizes[1]  # random nodes do less
 
 
-def test_edges_into_the_target_are_the_direct_attribution(tiny: ws.HookedRecurrentModel) -> None:
-    found = ws.circuit(tiny, ids_of(), OF, max_nodes=200)
+def test_edges_into_the_target_are_the_direct_attribution(tiny: ws.HookedRecurrentModel, whole: ws.Circuit) -> None:
+    found = whole
     direct = ws.direct_attribution(tiny, ids_of(), OF, by="token").records()
     heads = direct[direct["head"] >= 0]
     for i, node in enumerate(found.nodes):
@@ -136,11 +143,11 @@ def test_a_planted_memory_is_found() -> None:
     "values", [{}, {"encoder": "bilinear"}, {"encoder": "dense", "decoder": "dense"}, {"sparsity": "jumprelu"},
                {"rank": 2, "decoder_bias": True, "center": True}]
 )  # fmt: skip
-def test_atoms_and_errors(tiny: ws.HookedRecurrentModel, values: dict[str, Any]) -> None:
+def test_atoms_and_errors(tiny: ws.HookedRecurrentModel, whole: ws.Circuit, values: dict[str, Any]) -> None:
     sae = write_sae(tiny, 1, 2, **values)
     found = ws.circuit(tiny, ids_of(), OF, saes=[sae], max_nodes=200)
     rounding = 3e-4 if values.get("encoder") == "dense" else 1e-4  # matrices of full rank: sums of more terms
-    assert found.leak < rounding and worst_edge(found, 30) < 1e-4
+    assert found.leak < rounding and worst_edge(found) < 1e-4
     atoms = [i for i, n in enumerate(found.nodes) if n.kind == cuts.ATOM]
     assert atoms and all((found.nodes[i].layer, found.nodes[i].head) == (1, 2) for i in atoms)
     _, cache = tiny.run_with_cache(ids_of()[None], names=["blocks.1.mixer.hook_write", *_inputs(tiny, 1)])
@@ -148,7 +155,6 @@ def test_atoms_and_errors(tiny: ws.HookedRecurrentModel, values: dict[str, Any])
     own = torch.stack([pre[found.nodes[i].position, found.nodes[i].feature] for i in atoms]).detach().double()
     taken = found.edges[atoms].abs().sum(1) > 0
     torch.testing.assert_close(found.pre[atoms][taken], own[taken], rtol=1e-4, atol=1e-5)
-    whole = ws.circuit(tiny, ids_of(), OF, max_nodes=200)
     for t in range(len(ids_of())):
         of_token = lambda c, t=t: sum(  # noqa: E731
             float(c.edges[-1, i]) for i, n in enumerate(c.nodes) if (n.layer, n.head, n.position) == (1, 2, t)
@@ -166,7 +172,7 @@ def test_residual_features(tiny: ws.HookedRecurrentModel) -> None:
     found = ws.circuit(tiny, ids_of(), OF, stream_saes=[sae], saes=[write_sae(tiny, 0, 1)], max_nodes=60)
     kinds = [n.kind for n in found.nodes]
     assert {"feature", "error"} < set(kinds)
-    assert found.leak < 1e-4 and worst_edge(found, 30) < 1e-4
+    assert found.leak < 1e-4 and worst_edge(found) < 1e-4
     early = [i for i, n in enumerate(found.nodes) if n.layer < 2 and n.kind != "feature" and not n.place]
     late = [i for i, n in enumerate(found.nodes) if (n.layer >= 2 and not n.place)]
     assert not found.edges[late][:, early].any()  # all of it goes through the features
@@ -174,21 +180,20 @@ def test_residual_features(tiny: ws.HookedRecurrentModel) -> None:
     assert named.scores[0] < 1
 
 
-def test_features_of_mlps_and_attention(tiny: ws.HookedRecurrentModel) -> None:
+def test_features_of_mlps_and_attention(tiny: ws.HookedRecurrentModel, whole: ws.Circuit) -> None:
     """In place of the whole: edges into features go through the module, and all that leaves it is in them."""
     points = ["blocks.1.hook_mlp_out", "blocks.3.hook_mixer_out"]
     saes = [StreamSAE(64, at) for at in points]
     for sae in saes:
         sae.b_dec.data.zero_()  # what is constant would be in no node
     found = ws.circuit(tiny, ids_of(), OF, stream_saes=saes, max_nodes=150)
-    assert found.leak < 1e-4 and worst_edge(found, 30) < 1e-4
+    assert found.leak < 1e-4 and worst_edge(found) < 1e-4
     for layer, name, at in ((1, "mlp", points[0]), (3, "self_attn", points[1])):
         nodes = [n for n in found.nodes if n.layer == layer]
         assert name not in {n.kind for n in nodes} and {"feature", "error"} <= {n.kind for n in nodes if n.place == at}
-    direct = ws.circuit(tiny, ids_of(), OF, max_nodes=150)
-    whole = sum(float(direct.edges[-1, i]) for i, n in enumerate(direct.nodes) if (n.kind, n.layer) == ("mlp", 1))
+    mlp = sum(float(whole.edges[-1, i]) for i, n in enumerate(whole.nodes) if (n.kind, n.layer) == ("mlp", 1))
     parts = sum(float(found.edges[-1, i]) for i, n in enumerate(found.nodes) if n.place == points[0])
-    assert parts == pytest.approx(whole, abs=1e-4)
+    assert parts == pytest.approx(mlp, abs=1e-4)
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -200,7 +205,7 @@ def test_transcoders(tiny: ws.HookedRecurrentModel, monkeypatch: pytest.MonkeyPa
     if broken:  # reads what the MLP gives, as an SAE does
         monkeypatch.setattr(tracing, "transcodes", lambda sae: None)
     found = ws.circuit(tiny, ids_of(), OF, stream_saes=[sae], max_nodes=150)
-    assert found.leak < 1e-4 and worst_edge(found, 30) < 1e-4
+    assert found.leak < 1e-4 and worst_edge(found) < 1e-4
     given: list[Tensor] = []
     with tiny.hf_model.model.layers[1].mlp.register_forward_hook(lambda m, args, out: given.append(args[0])):
         tiny(ids_of()[None])
@@ -294,6 +299,17 @@ def test_the_file_is_as_circuit_tracer_has_it(tiny: ws.HookedRecurrentModel, tmp
     found = ws.circuit(tiny, ids_of(), OF, saes=saes, stream_saes=[stream], max_nodes=40)
     read = json.loads(found.save(tmp_path / "graphs" / "mine.json").read_text())
     assert read["metadata"]["slug"] == "mine" and len(read["metadata"]["prompt_tokens"]) == 7
+    listed = tmp_path / "graphs" / "graph-metadata.json"
+    for name in ("other.json", "mine.json"):  # one saved again is there once
+        found.save(tmp_path / "graphs" / name)
+    assert json.loads(listed.read_text())["graphs"] == [found.to_json(name)["metadata"] for name in ("other", "mine")]
+    for text in ("[]", '{"graphs": [1]}', "no"):
+        listed.write_text(text)
+        with pytest.raises(ValueError, match=r"graph-metadata\.json is no list of graphs: remove it"):
+            found.save(tmp_path / "graphs" / "new.json")
+    assert not (tmp_path / "graphs" / "new.json").exists()
+    with pytest.raises(ValueError, match="is the list of graphs: give the graph another name"):
+        found.save(listed)
     assert set(read["qParams"]) == {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"}
     ids = [node["node_id"] for node in read["nodes"]]
     assert len(set(ids)) == len(ids) == len(found.nodes)

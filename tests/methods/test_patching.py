@@ -5,6 +5,7 @@ import torch
 
 import writesae as ws
 from architectures import ARCHITECTURES
+from edit_cases import annotations_unchecked
 from writesae.hooks.quantities import RESIDUAL
 from writesae.methods import activation_patching as patching
 
@@ -23,11 +24,14 @@ def texts(n_vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def one_cell(
-    model: ws.HookedRecurrentModel, clean: torch.Tensor, corrupted: torch.Tensor, what: str, cell: tuple[int, int, int]
+    model: ws.HookedRecurrentModel,
+    cache: ws.ActivationCache,
+    corrupted: torch.Tensor,
+    what: str,
+    cell: tuple[int, int, int],
 ) -> torch.Tensor:
     """Logits after the corrupted text with one part of the clean run, by a pass of its own."""
     layer, head, t = cell
-    _, cache = model.run_with_cache(clean)
     if what == "write":
         with model.intervene(ws.Replace(layer, head, write=cache.write(layer)[0, t, head]), positions=t):
             return model(corrupted)[0, -1]
@@ -46,9 +50,11 @@ def one_cell(
 
 
 @pytest.mark.parametrize("a", ARCHITECTURES, ids=str)
+@annotations_unchecked()
 def test_every_cell_is_an_edited_pass(a):
     model = ws.HookedRecurrentModel(a.build())
     clean, corrupted = texts(97)
+    _, cache = model.run_with_cache(clean)
     metric = ws.Logit(5, minus=11)
     last = a.layers[-1]
     for what in (*HEADS, "resid_pre") if a.is_first_of_its_rule else ("write", "v"):
@@ -58,7 +64,7 @@ def test_every_cell_is_an_edited_pass(a):
         for cell in ((a.layers[0], 1, 3), (last, 2, 6), (last, 0, N_POS - 1)):
             layer, head, t = cell
             head = 0 if what in RESIDUAL else head
-            expected = one_cell(model, clean, corrupted, what, (layer, head, t))
+            expected = one_cell(model, cache, corrupted, what, (layer, head, t))
             value = float(found.grid[found.layers.index(layer), head, t])
             assert value == pytest.approx(float(expected[5] - expected[11]), abs=2e-4), (what, cell)
             moved = max(moved, abs(value - found.corrupted))

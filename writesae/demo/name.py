@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from writesae.gradients import Logit
-from writesae.hooks import ActivationCache, Add, Delete, Intervention, Replace
+from writesae.hooks import ActivationCache, Add, Delete, Intervention, Patch, Replace
 from writesae.jobs.progress import Progress
 from writesae.methods import Patching, patching
 from writesae.model import HookedRecurrentModel
@@ -40,6 +40,11 @@ class Outcome(NamedTuple):
     name: float
     other: float
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the name is still said."""
+        return self.says == NAME
+
 
 class Held(NamedTuple):
     """Where the name is held.
@@ -62,7 +67,7 @@ class Held(NamedTuple):
         return float(self.found.restored[self.found.layers.index(place.layer), place.head, place.position])
 
 
-Edits = Sequence[tuple[Intervention, Place]]
+Edits = Sequence[tuple[Intervention, Place | None]]  # None: it says itself at which token
 
 
 def story(name: str) -> str:
@@ -79,13 +84,17 @@ def held(model: HookedRecurrentModel, progress: Progress | None = None, most: in
     places = [Place(*where) for *where, _ in ranked[:most]]
     own, other = (model.run_with_cache(story(name))[1] for name in (NAME, OTHER))
     for n in range(1, most + 1):
-        if said(model, [(Replace(p.layer, p.head, write=write_at(other, p)), p) for p in places[:n]]).says == OTHER:
+        if said(model, exchanged(other, places[:n])).says == OTHER:
             return Held(found, places[:n], True, own, other)
     return Held(found, places, False, own, other)
 
 
 def write_at(cache: ActivationCache, place: Place) -> Write:
     return cache.write(place.layer)[0, place.position, place.head]
+
+
+def exchanged(cache: ActivationCache, places: Sequence[Place]) -> Edits:
+    return [(Patch(cache, "write", *place), None) for place in places]
 
 
 def deleted(places: Sequence[Place]) -> Edits:
@@ -97,7 +106,8 @@ def said(model: HookedRecurrentModel, edits: Edits, done: str = "", text: str = 
     """What it says after a text, with edits at their tokens."""
     with ExitStack() as stack:
         for edit, place in edits:
-            stack.enter_context(model.intervene(edit, positions=[place.position]))
+            positions = None if place is None else [place.position]
+            stack.enter_context(model.intervene(edit, positions=positions))
         return outcome(model, model(text), done)
 
 
@@ -138,12 +148,12 @@ def changed(model: HookedRecurrentModel, where: Held, saes: Sequence[WriteSAE]) 
     def atoms(cache: ActivationCache) -> list[Write]:
         return [atom_for(of_head[p[:2]], write_at(cache, p)) for p in places]
 
-    own, other = ([write_at(cache, p) for p in places] for cache in (where.own, where.other))
+    own = [write_at(where.own, p) for p in places]
     rows = [
         said(model, [], "nothing"),
         said(model, deleted(places), "that write deleted" if one else f"those {len(places)} writes deleted"),
         said(model, deleted(elsewhere), "next token's deleted instead"),
-        said(model, put(other), f"exchanged for{OTHER}'s"),
+        said(model, exchanged(where.other, places), f"exchanged for{OTHER}'s"),
         said(model, put([like(write, random) for write in own]), "random written instead"),
     ]
     atom, likeness = None, []

@@ -190,12 +190,12 @@ def table_of(outcomes: Sequence[Outcome], title: str, first: str) -> Table:
 def verdict(where: Held, saes: Sequence[WriteSAE], changes: Changes) -> str:
     """What the table shows that a glance may miss: whether the name is gone with its writes, and what an atom keeps."""
     lines, name = [], NAME.strip()
-    if changes.deleted.says == NAME:
+    if changes.deleted.keeps:
         lines.append(f"With these writes deleted {name} is still likeliest: others hold it too.")
     if changes.atom is None:
         lines.append("No SAE was told names often at some of these heads, so there is no atom to put in.")
     else:
-        keep = "keeps" if changes.atom.says == NAME else "does not keep"
+        keep = "keeps" if changes.atom.keeps else "does not keep"
         like = ", ".join(f"{cosine:.2f}" for cosine in changes.likeness)
         lines.append(f"One atom in the place of each write {keep} the name (cosine to the write {like}).")
     for place, sae in ((p, sae) for p in where.places for sae in saes if tuple(sae.place) == p[:2]):

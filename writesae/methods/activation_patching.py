@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,20 +17,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from writesae.futures.parts import by_token, layers_below, map_tensors
-from writesae.futures.replay import Replayer
 from writesae.gradients import gradient
 from writesae.gradients.backward import frozen
-from writesae.hooks import ActivationCache, HookPoint, Intervention
-from writesae.hooks.interventions import Moment
+from writesae.hooks import ActivationCache, HookPoint
 from writesae.hooks.names import inputs, name_of
 from writesae.hooks.quantities import RESIDUAL
 from writesae.hooks.residual import giving
 from writesae.hooks.scope import owning
-from writesae.hooks.sites import Head
 from writesae.jobs.arguments import named_kinds
 from writesae.jobs.progress import Progress
 from writesae.methods.patched import Patching
-from writesae.methods.questions import Metric, answer, checked_metric, one_text, strings_of
+from writesae.methods.questions import Metric, answer, checked_metric, layers_with, one_text, strings_of
+from writesae.methods.replayed_writes import replay_writes
 from writesae.model import HookedRecurrentModel, Text, late_logits
 from writesae.recurrence import Write
 
@@ -82,7 +79,7 @@ def patching(
     metric = checked_metric(metric, model)
     ids, source_ids = (one_text(model, text, name) for text, name in ((corrupted, "corrupted"), (clean, "clean")))
     pairs = _aligned(source_ids.shape[1], ids.shape[1], positions, ids.device)
-    chosen = _layers_with(model, what, layers)
+    chosen = layers_with(model, what, layers)
     with owning(everywhere=False), torch.no_grad():
         source, before = answer(model, source_ids, metric, [x for layer in chosen for x in _names(model, what, layer)])
         _, after = answer(model, ids, metric, [])
@@ -105,7 +102,10 @@ def patching(
         guess = torch.full_like(grid, after)
         for i, found in enumerate(_first_order(model, ids, source, chosen, pairs, metric, what)):
             guess[i, : len(found), pairs[:, 1].cpu()] += found.detach().float()
-    return Patching(what, tuple(chosen), strings_of(model, ids), before, after, grid, guess)
+    return Patching(
+        what=what, layers=tuple(chosen), tokens=strings_of(model, ids), clean=before, corrupted=after, grid=grid,
+        estimate=guess,
+    )  # fmt: skip
 
 
 def _writes(
@@ -119,31 +119,8 @@ def _writes(
     batch_size: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Heads, positions and the number, of every write of a layer."""
-    replayer = Replayer(model, [Head(layer, 0)], horizon=None, stride=8, rows=batch_size)
-    native = replayer.native(ids)
-    change = source.write(layer)[0:1, pairs[:, 0]] - native.cache.write(layer)[0:1, pairs[:, 1]]
-    n_heads = change.shape[2]
-    own = torch.eye(n_heads, device=ids.device)  # of each condition, one head
-
-    def edits(some: Tensor) -> list[Intervention]:
-        here = change[0, some][:, None].expand(len(some), n_heads, n_heads) * own
-        return [_OfEachHead(layer, write=Write(here.key.flatten(0, 1), here.value.flatten(0, 1), here.rank))]
-
-    window = torch.zeros_like(pairs[:, 1])
-    for some, logits in replayer.replay(native, window, pairs[:, 1], n_heads, edits):
-        value = metric(logits.flatten(0, 1)).view(len(some), n_heads).float().cpu()
-        heads = torch.arange(n_heads).expand(value.shape)
-        yield heads, pairs[some, 1].cpu()[:, None].expand(value.shape), value
-
-
-@dataclass(frozen=True, kw_only=True)
-class _OfEachHead(Intervention):
-    """Add another write to each sequence and head, ``[batch, head]``."""
-
-    write: Write
-
-    def edit(self, now: Moment) -> Write:
-        return self.write[:, None].expand(*now.write.shape)
+    there = source.write(layer)[0:1, pairs[:, 0]]
+    return replay_writes(model, ids, layer, pairs[:, 1], lambda own: there - own, metric, batch_size)
 
 
 def _points(
@@ -290,18 +267,6 @@ def _aligned(
     if len(pairs[:, 1].unique()) < len(pairs):
         raise ValueError("positions= names a position of the corrupted text twice: give each once")
     return pairs
-
-
-def _layers_with(model: HookedRecurrentModel, what: str, layers: Sequence[int] | None) -> list[int]:
-    """The layers asked for, all of which have such a point."""
-    have = [layer for layer in range(model.n_layers) if name_of(what, layer) in model.hook_names]
-    if not have:
-        known = sorted({name.rsplit("hook_", 1)[1] for name in model.hook_names})
-        raise ValueError(f"what={what!r}: no layer has such a hook point; there are {', '.join(known)}")
-    for layer in have if layers is None else layers:
-        if layer not in have:
-            raise IndexError(f"layer {layer} has no {what}; layers that do: {have}")
-    return have if layers is None else list(dict.fromkeys(layers))
 
 
 def _names(model: HookedRecurrentModel, what: str, layer: int) -> list[str]:

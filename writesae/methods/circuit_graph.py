@@ -1,8 +1,7 @@
-"""A circuit: nodes, edges, scores, pruning, and the file that circuit-tracer's viewer opens."""
+"""A circuit: nodes, edges, scores and pruning."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from writesae.hooks.sites import Head
-from writesae.jobs.disk import write_whole
 from writesae.jobs.late import given
 from writesae.jobs.progress import Progress
 from writesae.methods import influence
 from writesae.methods.circuit_check import CircuitCheck, check
-from writesae.methods.cuts import ATOM, EMBEDDING, ERROR, FEATURE, TARGET, Node
+from writesae.methods.circuit_file import node_id, node_json, save_listed
+from writesae.methods.cuts import EMBEDDING, ERROR, TARGET, Node
 from writesae.methods.tracing import Question, Trace
 from writesae.results.result import Figure, Number, Result, figure
 
@@ -216,12 +215,15 @@ class Circuit(Result):
     def to_json(self, slug: str = "circuit") -> dict[str, Any]:
         """The graph as circuit-tracer writes it (``metadata``, ``qParams``, ``nodes``, ``links``), for its viewer and
         Neuronpedia's."""
-        names = [_id(node, self.n_layers) for node in self.nodes]
-        of_each = self.influence
+        of_each, probability = self.influence, self.probability
         order = of_each.argsort(descending=True)
         total = torch.zeros_like(of_each)
         total[order] = of_each[order].cumsum(0) / of_each.sum().clamp_min(1e-30)
-        nodes = [self._json_node(i, names[i], float(total[i])) for i in range(len(self.nodes))]
+        ids = [node_id(node, self.n_layers) for node in self.nodes]
+        nodes = [
+            node_json(node, self.name(i), self.n_layers, probability, self._activation(i), float(total[i]))
+            for i, node in enumerate(self.nodes)
+        ]
         pairs = self.edges.nonzero().tolist()
         return {
             "metadata": {
@@ -230,49 +232,24 @@ class Circuit(Result):
             },
             "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
             "nodes": nodes,
-            "links": [{"source": names[s], "target": names[t], "weight": float(self.edges[t, s])} for t, s in pairs],
+            "links": [{"source": ids[s], "target": ids[t], "weight": float(self.edges[t, s])} for t, s in pairs],
         }  # fmt: skip
 
-    def _json_node(self, i: int, name: str, cumulative: float) -> dict[str, Any]:
-        node = self.nodes[i]
-        kinds = {EMBEDDING: "embedding", TARGET: "logit", ERROR: "mlp reconstruction error"}
-        layer, number, _ = name.split("_")
-        js = f"{'L' if node.kind == TARGET else layer}_{number}-{node.position}"
-        label = f'Output "{self.name(i)}" (p={self.probability:.3f})' if node.kind == TARGET else self.name(i)
-        activation = node.activation if node.activation is not None else float(self.pre[i])
-        return {
-            "node_id": name, "feature": int(number) if node.kind != EMBEDDING else node.position, "layer": layer,
-            "ctx_idx": node.position, "feature_type": kinds.get(node.kind, "cross layer transcoder"),
-            "token_prob": self.probability if node.kind == TARGET else 0.0, "is_target_logit": node.kind == TARGET,
-            "run_idx": 0, "reverse_ctx_idx": 0, "jsNodeId": js, "clerp": label,
-            "influence": None if node.kind == TARGET else cumulative, "activation": activation,
-        }  # fmt: skip
+    def _activation(self, i: int) -> float:
+        own = self.nodes[i].activation
+        return float(self.pre[i]) if own is None else own
 
     def show(self) -> Any:
         """The graph as a page, which notebooks show and ``.save(path)`` writes as one file that needs no network."""
         return given("show_circuit")(self)
 
     def save(self, path: str | Path) -> Path:
-        """`to_json` as a file, whole or not at all; its name without the ending is the graph's."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(self.to_json(path.stem), allow_nan=False).encode())
-        return path
+        """`to_json` as a file, whole or not at all; its name without the ending is the graph's. Beside it the graph is
+        added to ``graph-metadata.json``, the list in which circuit-tracer's viewer looks for graphs.
 
+        >>> found.save("graphs/henry.json")          # then: circuit_tracer.frontend.local_server.serve("graphs")
 
-def _id(node: Node, n_layers: int) -> str:
-    """Layer, feature and token, as circuit-tracer's ids; heads, kinds and atoms are one number, paired (Cantor)."""
-    if node.kind == EMBEDDING:
-        return f"E_{node.feature}_{node.position}"
-    if node.kind == TARGET:
-        return f"{n_layers + 1}_{node.feature}_{node.position}"
-    if node.kind in (ATOM, FEATURE):
-        a, b = node.head + 2 if node.kind == ATOM else 1, node.feature + 1
-    else:
-        a, b = node.head + 2, 0
-    number = (a + b) * (a + b + 1) // 2 + b
-    if node.head < 0:  # a module or a place of the stream: told apart by its name
-        number = number * 10**6 + int.from_bytes((node.place + node.kind).encode(), "big") % 999_983
-    if node.kind == ERROR:
-        number = -1 - number
-    return f"{node.layer}_{number}_{node.position}"
+        Raises:
+            ValueError: ``path`` is that list, or the list that is there is none.
+        """
+        return save_listed(self.to_json(Path(path).stem), Path(path))

@@ -127,7 +127,8 @@ def each_text(
     progress: Progress | None = None,
     **kwargs: Any,
 ) -> EachText:
-    """Run a method that looks at one text on many: `patching`, `knockout_sweep`, `direct_attribution`, `pattern`.
+    """Run a method that looks at one text on many: `patching`, `deletion_sweep`, `direct_attribution`, `pattern`,
+    and so on.
 
     >>> found = ws.each_text(ws.direct_attribution, model, prompts, by="head",
     ...                      per_text=[{"of": ws.Logit(answer)} for answer in answers])

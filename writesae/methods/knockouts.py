@@ -19,7 +19,7 @@ from writesae.hooks.positions import Positions
 from writesae.hooks.scope import owning
 from writesae.jobs.arguments import named_kinds
 from writesae.jobs.progress import Progress
-from writesae.methods.questions import Metric, answer, checked_metric, one_text, strings_of
+from writesae.methods.questions import Metric, answer, checked_metric, listed, one_text, strings_of
 from writesae.model import HookedRecurrentModel, Text
 from writesae.results.result import Figure, Number, Result, figure
 
@@ -154,7 +154,7 @@ def knockout_sweep(
     if by_head and window > 1:
         raise ValueError(f"by_head=True with window={window}: heads of different layers do not belong together")
     ids = one_text(model, text)
-    hidden, reads = (_listed(asked, ids.shape[1], name) for asked, name in ((sources, "source"), (targets, "target")))
+    hidden, reads = (listed(asked, ids.shape[1], name) for asked, name in ((sources, "source"), (targets, "target")))
     windows = [tuple(chosen[i : i + window]) for i in range(len(chosen) - window + 1)]
     n_heads = max(model.site(layer).n_heads for layer in chosen) if by_head else 1
 
@@ -173,14 +173,3 @@ def knockout_sweep(
                 if progress is not None:
                     progress(done)
     return KnockoutSweep(tuple(windows), strings_of(model, ids), tuple(hidden), tuple(reads), uncut, grid)
-
-
-def _listed(asked: Positions, n_pos: int, name: str) -> list[int]:
-    """Positions of a text of known length, each as it counts from the beginning."""
-    if asked is None or isinstance(asked, slice):
-        return list(range(n_pos))[asked or slice(None)]
-    found = torch.as_tensor(asked).reshape(-1).tolist()
-    for t in found:
-        if not -n_pos <= t < n_pos:
-            raise IndexError(f"{name} at position {t}: allowed are {-n_pos} to {n_pos - 1}")
-    return [t % n_pos for t in found]

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from writesae.results.result import Figure, Number, Result, figure, predicted_and_measured
+from writesae.methods.grids import PartGrid
+from writesae.results.result import Figure, Number, predicted_and_measured
 
 
-@dataclass(frozen=True, eq=False)
-class Patching(Result):
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Patching(PartGrid):
     """What each part of the clean run does in the corrupted one.
 
     Attributes:
@@ -27,14 +27,11 @@ class Patching(Result):
         estimate: the same to first order; None where it was not asked for.
     """
 
-    VALUE = "restored"
+    VALUE, NUMBER, UNIT = "restored", "patched", "%"
 
     what: str
-    layers: tuple[int, ...]
-    tokens: tuple[str, ...]
     clean: float
     corrupted: float
-    grid: Float[Tensor, "layer head pos"]
     estimate: Float[Tensor, "layer head pos"] | None
 
     @property
@@ -55,47 +52,21 @@ class Patching(Result):
             f"pass through the corrupted run."
         )
 
-    def top(self, n: int = 10) -> list[tuple[int, int, int, float]]:
-        """The ``n`` parts that restore most, in size: ``(layer, head, position, restored)``."""
-        flat = self.restored.abs().flatten().topk(min(n, self.grid.numel())).indices
-        found = [np.unravel_index(int(i), tuple(self.grid.shape)) for i in flat]
-        return [(self.layers[a], int(h), int(t), float(self.restored[a, h, t])) for a, h, t in found]
-
     def numbers(self) -> Sequence[Number]:
         made = [Number("clean", self.clean), Number("corrupted", self.corrupted)]
         if self.estimate is not None:
             pair = torch.stack([self.grid.flatten(), self.estimate.flatten()])
             r = float(torch.corrcoef(pair)[0, 1])
             made.append(Number("correlation with the first-order estimate", r, n=self.grid.numel()))
-        for layer, head, t, x in self.top(8):
-            where = f"layer {layer}" + (f" head {head}" if self.grid.shape[1] > 1 else "")
-            made.append(Number(f"{where}, {self.tokens[t]!r} at {t}, restored", x, "%"))
-        return made
+        return [*made, *self.top_numbers()]
 
     def columns(self) -> dict[str, Any]:
-        layer, head, position = np.indices(self.grid.shape).reshape(3, -1)
-        columns = {
-            "layer": np.array(self.layers)[layer],
-            "head": head,
-            "position": position,
-            "token": [self.tokens[t] for t in position],
-            "patched": self.grid.flatten().numpy(),
-            "restored": self.restored.flatten().numpy(),
-        }
-        return columns | ({} if self.estimate is None else {"estimate": self.estimate.flatten().numpy()})
+        more = {} if self.estimate is None else {"estimate": self.estimate.flatten().numpy()}
+        return super().columns() | more
 
     def plot(self) -> Figure:
         """Tokens across, layers (and their heads) down; beside it, the estimate."""
-        rows = self.restored.flatten(0, 1).numpy()
-        height = max(3.0, 0.12 * len(rows) + 1.2)
-        made, axes = figure(1 if self.estimate is None else 2, max(4.6, 0.2 * len(self.tokens) + 1.5), height)
-        limit = float(abs(rows).max()) or 1.0
-        image = axes[0].imshow(rows, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-        shown = [repr(token)[1:-1] for token in self.tokens]
-        axes[0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=7, parse_math=False)
-        n_heads = self.grid.shape[1]
-        axes[0].set_yticks([i * n_heads for i in range(len(self.layers))], [f"layer {x}" for x in self.layers])
-        made.colorbar(image, ax=axes[0], label="restored")
+        made, axes = self.draw(1 if self.estimate is None else 2)
         if self.estimate is not None:
             predicted_and_measured(axes[1], self.estimate.flatten(), self.grid.flatten())
             axes[1].set(xlabel="first-order estimate", ylabel="number with the part patched in")
