@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from writesae.results.across import name_tokens, wide
 from writesae.results.result import Figure, Number, Result, figure, predicted_and_measured
 
 
@@ -88,11 +89,12 @@ class Patching(Result):
         """Tokens across, layers (and their heads) down; beside it, the estimate."""
         rows = self.restored.flatten(0, 1).numpy()
         height = max(3.0, 0.12 * len(rows) + 1.2)
-        made, axes = figure(1 if self.estimate is None else 2, max(4.6, 0.2 * len(self.tokens) + 1.5), height)
+        width = wide(len(self.tokens))
+        widths = [width] if self.estimate is None else [width, 3.6]
+        made, axes = figure(len(widths), widths, height)
         limit = float(abs(rows).max()) or 1.0
         image = axes[0].imshow(rows, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-        shown = [repr(token)[1:-1] for token in self.tokens]
-        axes[0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=7, parse_math=False)
+        name_tokens(axes[0], self.tokens, width)
         n_heads = self.grid.shape[1]
         axes[0].set_yticks([i * n_heads for i in range(len(self.layers))], [f"layer {x}" for x in self.layers])
         made.colorbar(image, ax=axes[0], label="restored")
