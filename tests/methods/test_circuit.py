@@ -328,6 +328,13 @@ def test_the_result_reads(tiny: ws.HookedRecurrentModel) -> None:
     assert len(found.records()) == len(found.nodes) and found.top(3)[0][0]
     assert found.scores == (1.0, 1.0)
     assert "nodes" in found.title and found.table().row_count > 5
+    small = found.prune(nodes=0.5, edges=0.5)
+    (axis,) = small.plot().axes
+    linked = {small.nodes[i].position for pair in small.edges.nonzero().tolist() for i in pair}
+    assert len(axis.get_xticklabels()) == len(linked) < len(found.tokens) and "target" in [
+        t.get_text() for t in axis.texts
+    ]
+    assert axis.get_title().endswith(f"of {len(small.nodes)}; {len(linked)} of {len(found.tokens)} tokens")
     found.plot()
     checked = found.check(3)
     assert checked.random.sum() == 3 and checked.table().row_count

@@ -124,6 +124,20 @@ def test_result_and_ids_without_tokenizer(gdn: Any) -> None:
     assert len(named.plot(first=3).axes[0].texts) == 2 * len(named.places)
     with pytest.raises(IndexError, match="sequence=0, first=5: there is no such token"):
         named.plot(first=5)
+    assert not named.plot().axes[0].get_title()
+    last, some = (named.plot(tokens=tokens).axes[0] for tokens in (slice(-2, None), [1, 3]))
+    assert last.get_title() == "tokens 3 to 4, of 0 to 4" and some.get_title() == "tokens 1, 3, of 0 to 4"
+    assert [label.get_text() for label in some.get_xticklabels()] == [named.words[int(i)] for i in ids[0, [1, 3]]]
+    with pytest.raises(IndexError, match=r"tokens=\[5\]: 5 was not looked at; there are 0 to 4"):
+        named.plot(tokens=[5])
+    with pytest.raises(IndexError, match="are none"):
+        named.plot(tokens=slice(7, 9))
+    with pytest.raises(ValueError, match="not both"):
+        named.plot(first=1, tokens=[1])
+    long = ws.logit_lens(gdn, ids.repeat(1, 8), "resid_post")
+    first, whole = long.plot().axes[0], long.plot(tokens=slice(None)).axes[0]
+    assert first.get_title() == "tokens 0 to 23, of 0 to 39" and len(first.texts) == 24 * len(long.places)
+    assert "without words" in whole.get_title() and not whole.texts and whole.figure.get_figwidth() < 17
     shifted = ws.logit_lens(gdn, ids, target=ids.roll(-1, 1))
     assert torch.equal(shifted.target, ids[0].roll(-1))
 

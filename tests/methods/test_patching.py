@@ -1,5 +1,7 @@
 """Patching: every cell of a grid against one edited pass for it, on every architecture."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -160,6 +162,11 @@ def test_numbers_records_and_picture(found):
     row = records[(records["layer"] == 2) & (records["head"] == 3) & (records["position"] == 4)].iloc[0]
     assert row.patched == pytest.approx(float(result.grid[1, 3, 4])) and row.token == result.tokens[4]
     assert any("correlation" in number.name for number in result.numbers()) and len(result.plot().axes) >= 2
+    long = replace(result, tokens=result.tokens * 9, grid=result.grid.repeat(1, 1, 9), estimate=None).plot()
+    labels = [label.get_text() for label in long.axes[0].get_xticklabels()]
+    assert long.get_figwidth() == 9 and 40 < len(labels) < 9 * len(result.tokens)
+    assert f"(1 of {-(-9 * len(result.tokens) // len(labels))} named)" in long.axes[0].get_xlabel()
+    assert result.plot().get_figwidth() < 13 and not result.plot().axes[0].get_xlabel(), "all are named"
     done: list[int] = []
     ws.patching(model, clean, corrupted, metric, layers=[2], estimate=False, progress=done.append)
     assert done[-1] == result.grid[1].numel() and done == sorted(done)

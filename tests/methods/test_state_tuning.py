@@ -104,6 +104,17 @@ def test_a_style_is_learnt(name: str) -> None:
     assert isinstance(model.generate("THE", memory=tuned.memory, max_new_tokens=3), str)
 
 
+def test_what_is_learnt_by_heart_is_said() -> None:
+    """With the numbers of the result; nothing is said of a memory that helps (above, where warnings are errors)."""
+    model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
+    with pytest.warns(UserWarning, match="the held-out texts became less likely: perplexity") as said:
+        tuned = ws.tune_memory(model, "The captain was called Henry.", held_out=SHOUTED[2], steps=12, context=6)
+    before, after = (number.value for number in tuned.numbers()[:2])
+    (words,) = (str(one.message) for one in said)
+    assert after > before and f"{before:.4g} before, {after:.4g} after" in words
+    assert "1 window seen 96 times each" in words
+
+
 # A run that goes on -------------------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, Any] = dict(held_out=IDS, steps=6, batch_size=2, context=6, checkpoint_every=2)

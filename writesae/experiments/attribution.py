@@ -16,6 +16,7 @@ from writesae.hooks.attachable import fit
 from writesae.hooks.sites import Head
 from writesae.jobs.arguments import named_kinds
 from writesae.model import HookedRecurrentModel, Text
+from writesae.results.across import name_tokens, wide
 from writesae.results.result import Figure, Number, Result, figure, frame
 from writesae.saes import WriteSAE
 from writesae.saes.activity.reading import encode_matrices, target_of
@@ -114,11 +115,11 @@ class Attribution(Result):
         size = {(layer, i): float(x) for layer, found in layers for i, x in enumerate(found.abs().sum(0))}
         heads = sorted(sorted(size, key=size.__getitem__, reverse=True)[:n_heads])
         grid = torch.stack([self.contributions[layer][:, head] for layer, head in heads]).numpy()
-        made, (axis,) = figure(1, width=max(4.6, 0.28 * len(self.tokens) + 1.5), height=0.22 * len(heads) + 1.6)
+        width = wide(len(self.tokens), 0.28)
+        made, (axis,) = figure(1, width, height=0.22 * len(heads) + 1.6)
         limit = float(abs(grid).max()) or 1.0
         image = axis.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-        shown = [repr(token)[1:-1] for token in self.tokens]
-        axis.set_xticks(range(len(shown)), shown, rotation=90, fontsize=7, parse_math=False)
+        name_tokens(axis, self.tokens, width)
         axis.set_yticks(range(len(heads)), [f"{layer}.{head}" for layer, head in heads], fontsize=7)
         axis.set_ylabel("layer.head")
         axis.set_title(self.title, fontsize=9, parse_math=False)

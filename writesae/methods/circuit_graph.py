@@ -19,7 +19,10 @@ from writesae.methods.circuit_check import CircuitCheck, check
 from writesae.methods.circuit_file import node_id, node_json, save_listed
 from writesae.methods.cuts import EMBEDDING, ERROR, TARGET, Node
 from writesae.methods.tracing import Question, Trace
+from writesae.results.across import name_tokens, wide
 from writesae.results.result import Figure, Number, Result, figure
+
+NAMED = 30  # nodes of a plot, at most, that stand there by name
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,24 +165,49 @@ class Circuit(Result):
         ]
 
     def plot(self) -> Figure:
-        """Nodes by token and layer, sized by influence; edges by weight."""
-        made, (axis,) = figure(1, max(4.6, 0.35 * len(self.tokens) + 1.5), 0.7 * self.n_layers + 2.0)
-        x, y = zip(*(self.place(i) for i in range(len(self.nodes))), strict=True)
+        """Nodes that have an edge, by token and layer, sized by influence; edges by weight, blue ones adding.
+
+        A token without such a node has no column. While there are few (`NAMED`), nodes are named, and edges say what
+        they add; the title says what is left out.
+        """
+        linked = ((self.edges != 0).any(0) | (self.edges != 0).any(1)).nonzero()[:, 0].tolist() or [len(self.nodes) - 1]
+        columns = sorted({self.nodes[i].position for i in linked})
+        named = len(linked) <= NAMED
+        width = wide(len(columns), 2.0 if named else 0.35, most=12.0)
+        made, (axis,) = figure(1, width, 0.7 * self.n_layers + 2.0)
+        at = {}
+        for i in linked:
+            x, y = self.place(i, linked)
+            at[i] = x - self.nodes[i].position + columns.index(self.nodes[i].position), y
         largest = float(self.edges.abs().max()) or 1.0
         for target, source in self.edges.nonzero().tolist():
-            w = float(self.edges[target, source])
-            colour, alpha = "C0" if w > 0 else "C3", min(1.0, abs(w) / largest + 0.05)
-            axis.plot([x[source], x[target]], [y[source], y[target]], color=colour, alpha=alpha, lw=0.8)
-        axis.scatter(x, y, s=(8 + 120 * self.influence).tolist(), c="0.2", zorder=3)
-        shown = [repr(token)[1:-1] for token in self.tokens]
-        axis.set_xticks(range(len(shown)), shown, rotation=90, fontsize=7, parse_math=False)
+            w, ends = float(self.edges[target, source]), (at[source], at[target])
+            share, colour = abs(w) / largest, "C0" if w > 0 else "C3"
+            size = {"lw": 0.5 + 4 * share} if named else {"lw": 0.8, "alpha": min(1.0, share + 0.05)}
+            axis.plot(*zip(*ends, strict=True), color=colour, **size)
+            if named and share > 0.05:
+                middle = [0.6 * a + 0.4 * b for a, b in zip(*ends, strict=True)]
+                axis.annotate(f"{w:.2g}", middle, (5, 3), textcoords="offset points", color=colour, fontsize=7)
+        influence = self.influence
+        axis.scatter(*zip(*at.values(), strict=True), s=[8 + 120 * float(influence[i]) for i in at], c="0.2", zorder=3)
+        for i, where in at.items() if named else ():
+            short = self.nodes[i].kind if self.nodes[i].kind == TARGET else self.name(i).partition(", ")[0]
+            axis.annotate(
+                short.partition(" at ")[0], where, (-6, 3), textcoords="offset points", ha="right", fontsize=7,
+                parse_math=False, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+            )  # fmt: skip
+        name_tokens(axis, [self.tokens[t] for t in columns], width)
+        axis.set_xlim(-0.8 if named else -0.5, len(columns) - 0.2)
         axis.set_yticks(range(-1, self.n_layers + 1), ["tokens", *map(str, range(self.n_layers)), "target"])
+        title = f"{len(linked)} nodes with an edge, of {len(self.nodes)}; {len(columns)} of {len(self.tokens)} tokens"
+        axis.set_title(title, fontsize=9)
+        axis.set_ylabel("layer")
         return made
 
-    def place(self, i: int) -> tuple[float, float]:
-        """Where a node stands in a picture: across by token, up by layer; heads and kinds side by side."""
-        node = self.nodes[i]
-        same = [n for n, other in enumerate(self.nodes) if (other.layer, other.position) == (node.layer, node.position)]
+    def place(self, i: int, shown: Sequence[int] | None = None) -> tuple[float, float]:
+        """Where a node stands in a picture of those shown: across by token, up by layer; several there side by side."""
+        node, cell = self.nodes[i], lambda n: (self.nodes[n].layer, self.nodes[n].position)
+        same = [n for n in (range(len(self.nodes)) if shown is None else shown) if cell(n) == cell(i)]
         return node.position + 0.8 * (same.index(i) / len(same)), float(node.layer)
 
     def check(

@@ -19,6 +19,7 @@ from writesae.jobs.arguments import named_kinds
 from writesae.methods.direct_paths import BIAS, direct_paths, mixer_names
 from writesae.methods.questions import one_text, strings_of
 from writesae.model import HookedRecurrentModel, Text
+from writesae.results.across import name_tokens, wide
 from writesae.results.result import Figure, Number, Result, figure
 
 By = Literal["layer", "head", "token"]
@@ -100,11 +101,11 @@ class DirectAttribution(Result):
         row_of = {head: i for i, head in enumerate(heads)}
         for i in written.nonzero()[:, 0].tolist():
             rows[row_of[int(self.layer[i]), int(self.head[i])], int(self.position[i])] = float(self.contribution[i])
-        made, (axis,) = figure(1, max(4.6, 0.2 * len(self.tokens) + 1.5), max(3.0, 0.12 * len(heads) + 1.2))
+        width = wide(len(self.tokens))
+        made, (axis,) = figure(1, width, max(3.0, 0.12 * len(heads) + 1.2))
         limit = float(abs(rows).max()) or 1.0
         image = axis.imshow(rows, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-        shown = [repr(token)[1:-1] for token in self.tokens]
-        axis.set_xticks(range(len(shown)), shown, rotation=90, fontsize=7, parse_math=False)
+        name_tokens(axis, self.tokens, width)
         axis.set_yticks(range(len(heads)), [Head(*head).folder for head in heads], fontsize=7)
         made.colorbar(image, ax=axis, label="contribution to the number")
         return made

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from writesae.results.across import name_tokens, wide
 from writesae.results.result import Figure, Number, Result, figure
 
 
@@ -60,14 +61,14 @@ class PartGrid(Result):
             self.VALUE: self.values.flatten().numpy(),
         }
 
-    def draw(self, n_columns: int = 1) -> tuple[Figure, list[Any]]:
-        """A figure with tokens across, layers (and their heads) down, and further axes."""
+    def draw(self, *more: float) -> tuple[Figure, list[Any]]:
+        """A figure with tokens across, layers (and their heads) down, and further axes of these widths, in inches."""
         rows = self.values.flatten(0, 1).numpy()
-        made, axes = figure(n_columns, max(4.6, 0.2 * len(self.tokens) + 1.5), max(3.0, 0.12 * len(rows) + 1.2))
+        width = wide(len(self.tokens))
+        made, axes = figure(1 + len(more), [width, *more], max(3.0, 0.12 * len(rows) + 1.2))
         limit = float(abs(rows).max()) or 1.0
         image = axes[0].imshow(rows, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-        shown = [repr(token)[1:-1] for token in self.tokens]
-        axes[0].set_xticks(range(len(shown)), shown, rotation=90, fontsize=7, parse_math=False)
+        name_tokens(axes[0], self.tokens, width)
         n_heads = self.grid.shape[1]
         axes[0].set_yticks([i * n_heads for i in range(len(self.layers))], [f"layer {x}" for x in self.layers])
         made.colorbar(image, ax=axes[0], label=self.VALUE)

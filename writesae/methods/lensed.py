@@ -10,9 +10,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from writesae.results.across import chosen, name_tokens, spans, wide
 from writesae.results.result import Figure, Number, Result, figure
 
-SHOWN, ACROSS = 10, 40  # heads in the table; tokens in the plot
+SHOWN, ACROSS = 10, 24  # heads in the table; tokens across a plot that has room for words
+CELL = 0.62  # inches across that a word takes
 
 
 class Place(NamedTuple):
@@ -99,26 +101,44 @@ class LogitLens(Result):
         }
         return of_place | of_cell | top | of_both
 
-    def plot(self, sequence: int = 0, first: int = 0) -> Figure:
+    def plot(self, sequence: int = 0, first: int = 0, tokens: slice | Sequence[int] | None = None) -> Figure:
         """One text: places down, tokens across, the most likely token in each cell, coloured by its probability.
+
+        The title says which tokens are shown, if these are not all that were looked at.
+
+        >>> found.plot(tokens=slice(-10, None))                   # the last ten
 
         Args:
             sequence: which text.
-            first: of its tokens looked at, the first to show; at most `ACROSS` are shown.
+            first: of its tokens looked at, the first to show; `ACROSS` are shown from there on.
+            tokens: instead, positions in the text, or a slice of them; negative ones count from behind the last token
+                looked at. All are shown; of more than `ACROSS`, the colours alone.
+
+        Raises:
+            IndexError: no such text, or no such token in it.
+            ValueError: both ``first`` and ``tokens``.
         """
-        here = (self.sequence == sequence).nonzero()[first : first + ACROSS, 0]
-        if not len(here):
-            raise IndexError(f"sequence={sequence}, first={first}: there is no such token")
-        p, n = self.top_probability[:, here, 0].numpy(), len(here)
-        made, (axis,) = figure(1, max(4.6, 0.62 * n + 1.5), max(2.6, 0.26 * len(self.places) + 1.2))
+        cells = (self.sequence == sequence).nonzero()[:, 0]
+        if first and tokens is not None:
+            raise ValueError(f"give first={first} or tokens={tokens}, not both")
+        if first not in range(len(cells)):
+            raise IndexError(f"sequence={sequence}, first={first}: there is no such token, of {len(cells)}")
+        there = self.position[cells].tolist()
+        show = list(range(len(there))[first : first + ACROSS]) if tokens is None else chosen(tokens, there)
+        here, n = cells[show], len(show)
+        p, words = self.top_probability[:, here, 0].numpy(), n <= ACROSS
+        width = wide(n, CELL, most=CELL * ACROSS + 1.5)
+        made, (axis,) = figure(1, width, max(2.6, 0.26 * len(self.places) + 1.2))
         image = axis.imshow(p, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-        for i in range(len(self.places)):
+        for i in range(len(self.places) if words else 0):
             for t, word in enumerate(self.words[int(x)] for x in self.top[i, here, 0]):
                 colour = "white" if p[i, t] > 0.6 else "black"
                 shown = repr(word)[1:-1]
                 axis.text(t, i, shown[:10], ha="center", va="center", fontsize=6, color=colour, parse_math=False)
-        tokens = [repr(self.words[int(i)])[1:-1] for i in self.token[here]]
-        axis.set_xticks(range(n), tokens, rotation=90, fontsize=7, parse_math=False)
+        name_tokens(axis, [self.words[int(i)] for i in self.token[here]], width)
+        title = [] if n == len(there) else [f"tokens {spans([there[i] for i in show])}, of {spans(there)}"]
+        title += [] if words else [f"more than {ACROSS} tokens: without words"]
+        axis.set_title("; ".join(title), fontsize=9)
         axis.set_yticks(range(len(self.places)), [str(place) for place in self.places], fontsize=7)
         made.colorbar(image, ax=axis, label="probability of the top token")
         return made

@@ -66,7 +66,7 @@ class Patching(PartGrid):
 
     def plot(self) -> Figure:
         """Tokens across, layers (and their heads) down; beside it, the estimate."""
-        made, axes = self.draw(1 if self.estimate is None else 2)
+        made, axes = self.draw(*([] if self.estimate is None else [3.6]))
         if self.estimate is not None:
             predicted_and_measured(axes[1], self.estimate.flatten(), self.grid.flatten())
             axes[1].set(xlabel="first-order estimate", ylabel="number with the part patched in")

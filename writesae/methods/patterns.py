@@ -21,6 +21,7 @@ from writesae.jobs.arguments import named_kinds
 from writesae.methods.direct_paths import direct_paths, reading
 from writesae.methods.questions import one_text, strings_of
 from writesae.model import HookedRecurrentModel, Text
+from writesae.results.across import name_tokens, wide
 from writesae.results.result import Figure, Number, Result, figure
 
 
@@ -78,14 +79,13 @@ class Pattern(Result):
 
     def plot(self) -> Figure:
         """The grid: who reads down, who wrote across."""
-        size = max(4.0, 0.19 * len(self.tokens) + 1.2)
+        size = wide(len(self.tokens), 0.19, least=4.0)
         made, (axis,) = figure(1, size + 0.8, size)
         limit = float(self.grid.abs().max()) or 1.0
         image = axis.imshow(self.grid.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        shown = [repr(token)[1:-1] for token in self.tokens]
-        axis.set_xticks(range(len(shown)), shown, rotation=90, fontsize=7, parse_math=False)
-        axis.set_yticks(range(len(shown)), shown, fontsize=7, parse_math=False)
         axis.set(xlabel="who wrote", ylabel="who reads")
+        for down in (False, True):
+            name_tokens(axis, self.tokens, size, down=down)
         made.colorbar(image, ax=axis, label=self.of)
         return made
 

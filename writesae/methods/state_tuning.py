@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,7 +120,8 @@ def tune_memory(
     Args:
         model: the model. What is attached to it would act while it learns, so nothing may be.
         texts: to learn from: a text, several, or token ids, one text a row.
-        held_out: others, on which the loss is measured before and after.
+        held_out: others, on which the loss is measured before and after; a warning says if they became less likely,
+            as they do where ``texts`` are few and ``steps`` many.
         layers: recurrent layers whose states are trained; None for all.
         heads: pairs ``(layer, head)`` in their place, for some heads alone.
         steps: of Adam.
@@ -172,8 +174,21 @@ def tune_memory(
     after = losses(model, measured.tokens, trained, batch_size)
     if out is not None:
         memory.save(Path(out) / MEMORY)
+    _warn_if_worse(before, after, seen=steps * batch_size / len(learnt.tokens), windows=len(learnt.tokens))
     pairs = tuple((layer, head) for layer, some in chosen.items() for head in some)
     return TunedMemory(memory, pairs, torch.tensor(run.losses), before, after, measured.document)
+
+
+def _warn_if_worse(before: Tensor, after: Tensor, seen: float, windows: int) -> None:
+    """Say that the held-out texts became less likely, and what was learnt instead."""
+    if after.mean() > before.mean():
+        learnt = f"{windows} window{'s' if windows > 1 else ''}"
+        warnings.warn(
+            f"the held-out texts became less likely: perplexity {math.exp(before.mean()):.4g} before, "
+            f"{math.exp(after.mean()):.4g} after. The memory has learnt its texts by heart, {learnt} seen {seen:.3g} "
+            f"times each: give more text, or fewer steps=, a lower lr= or fewer heads=",
+            stacklevel=5,  # the caller's line
+        )
 
 
 @dataclass(eq=False)

@@ -185,13 +185,17 @@ def share(hits: Bool[Tensor, " n"]) -> Rate:
     return wilson(int(hits.sum()), len(hits))
 
 
-def figure(n_columns: int = 1, width: float = 4.6, height: float = 3.4) -> tuple[Figure, list]:
-    """A figure with axes side by side, in the style that all plots share; nothing is shown or kept open."""
+def figure(n_columns: int = 1, width: float | Sequence[float] = 4.6, height: float = 3.4) -> tuple[Figure, list]:
+    """A figure with axes side by side, in the style that all plots share; nothing is shown or kept open.
+
+    ``width`` and ``height`` are of each, in inches; several widths are those of the axes in turn.
+    """
+    widths = [width] * n_columns if isinstance(width, int | float) else list(width)
     style: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
     with extra("matplotlib").rc_context(style):
-        made: Any = extra("matplotlib.figure").Figure(figsize=(width * n_columns, height), layout="constrained")
+        made: Any = extra("matplotlib.figure").Figure(figsize=(sum(widths), height), layout="constrained")
         extra("matplotlib.backends.backend_agg").FigureCanvasAgg(made)
-        axes = made.subplots(1, n_columns, squeeze=False)[0]
+        axes = made.subplots(1, n_columns, squeeze=False, width_ratios=widths)[0]
     made._repr_png_ = lambda: png_of(made)  # notebooks show figures that pyplot made; with this, also this one
     return made, list(axes)
 
