@@ -48,11 +48,13 @@ from writesae.models.kda import KDAForCausalLM
 from writesae.models.kinds import OF_FLA, OF_TRANSFORMERS
 from writesae.models.linear_attn import LinearAttentionForCausalLM
 from writesae.models.retnet import RetNetForCausalLM
+from writesae.models.rwkv6 import RWKV6ForCausalLM
 from writesae.models.rwkv7 import RWKV7ForCausalLM
 
 OURS: dict[str, type[RecurrentForCausalLM]] = {
     cls.config_class.model_type: cls  # type: ignore[union-attr]
     for cls in (
+        RWKV6ForCausalLM,
         RWKV7ForCausalLM,
         DeltaNetForCausalLM,
         GatedDeltaNetForCausalLM,
