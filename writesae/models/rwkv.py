@@ -1,4 +1,4 @@
-"""What RWKV-6 and RWKV-7 share: the token before, low-rank projections, the block of time mixing and channel mixing.
+"""What RWKV models are made of: config rules, the token before, projections, the block of two mixers.
 
 Module and field names are flash-linear-attention's (see `writesae.models.common`).
 """
@@ -8,12 +8,27 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
+import torch
+from huggingface_hub.dataclasses import strict
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from writesae.models.common import Block, RecurrentModel, with_past
+from writesae.models.common import Block, RecurrentConfig, RecurrentModel, with_past
+
+
+@strict
+class RWKVConfig(RecurrentConfig):
+    """The fields that both have."""
+
+    only: ClassVar[dict[str, Any]] = {"attn": None, "hidden_act": "sqrelu"}
+    number_of_conv_states: ClassVar[int] = 2  # the last token, as time mixing and as channel mixing saw it
+
+    norm_first: bool = True
+    norm_bias: bool = True
+    norm_eps: float = 1e-5
+    group_norm_eps: float | None = None
 
 
 def shift_of(
@@ -39,6 +54,19 @@ class LoRA(nn.Module):
         first, last = self.lora[0].weight, self.lora[2].weight
         init.zeros_(first)  # type: ignore[arg-type]
         init.orthogonal_(last, gain=0.1 * max(1.0, math.sqrt(last.shape[1] / last.shape[0])))  # type: ignore[arg-type, operator, union-attr]
+
+
+class LerpLinear(nn.Module):
+    """A projection of ``x + shift * mix``, a token mixed with the one before; ``mix`` is given, or its own ``mu``."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int | None = None, own: bool = False):
+        super().__init__()
+        self.linear = LoRA(d_in, d_out, rank, nn.Tanh()) if rank else nn.Linear(d_in, d_out, bias=False)
+        if own:
+            self.mu = nn.Parameter(torch.zeros(d_in))
+
+    def forward(self, x: Tensor, shift: Tensor, mix: Tensor | None = None) -> Tensor:
+        return self.linear(torch.addcmul(x, shift, self.mu if mix is None else mix))
 
 
 def layer_norm(config: Any) -> nn.LayerNorm:

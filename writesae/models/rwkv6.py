@@ -4,15 +4,14 @@ Per head, with ``w`` the log decay of each key channel (Peng et al. 2024, arXiv 
 
     o_t = S_{t-1}^T r_t          S_t = exp(w_t) ⊙ S_{t-1} + k_t v_t^T
 
-A token reads before it decays and writes, so it does not read its own write. Outside of the state stands what it adds
-for itself, the bonus ``(r · (u ⊙ k)) v``, then a group norm and a gate. How much of the token before is mixed into a
-token depends on both.
+A token reads before it decays and writes. Outside of the state stands what it adds for itself, the bonus ``(r · (u ⊙
+k)) v``, then a group norm and a gate. How much of the token before is mixed into a token depends on both.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,27 +23,21 @@ from transformers.cache_utils import Cache
 from writesae.models.common import RecurrentForCausalLM, past_state, recur
 from writesae.models.gpu import fla_kernel
 from writesae.models.layers import WidthsConfig
-from writesae.models.rwkv import LoRA, RWKVBlock, RWKVModel, shift_of
+from writesae.models.rwkv import LerpLinear, RWKVBlock, RWKVConfig, RWKVModel, shift_of
 from writesae.recurrence import at_least_float32
 from writesae.recurrence.rules import RWKV6
 
 
 @strict
-class RWKV6Config(WidthsConfig):
+class RWKV6Config(RWKVConfig, WidthsConfig):
     """Fields are flash-linear-attention's, and ``group_norm_eps`` (there ``norm_eps``, else 64e-5)."""
 
     model_type = "rwkv6"
-    only: ClassVar[dict[str, Any]] = {"attn": None, "hidden_act": "sqrelu"}
-    number_of_conv_states: ClassVar[int] = 2  # the last token, as time mixing and as channel mixing saw it
 
     expand_k: float | int = 0.5
     hidden_ratio: float | int | None = 3.5
     proj_low_rank_dim: int = 32
     gate_low_rank_dim: int = 64
-    norm_first: bool = True
-    norm_bias: bool = True
-    norm_eps: float = 1e-5
-    group_norm_eps: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
@@ -71,19 +64,6 @@ def rwkv6_recurrence(
     return recur(RWKV6, dict(q=q, k=k, v=v, log_decay=log_decay), initial_state, output_final_state)
 
 
-class LerpLinear(nn.Module):
-    """A projection of ``x + shift * mix``, a token mixed with the one before; ``mix`` is given, or its own ``mu``."""
-
-    def __init__(self, d_in: int, d_out: int, rank: int | None = None, own: bool = False):
-        super().__init__()
-        self.linear = LoRA(d_in, d_out, rank, nn.Tanh()) if rank else nn.Linear(d_in, d_out, bias=False)
-        if own:
-            self.mu = nn.Parameter(torch.zeros(d_in))
-
-    def forward(self, x: Tensor, shift: Tensor, mix: Tensor | None = None) -> Tensor:
-        return self.linear(torch.addcmul(x, shift, self.mu if mix is None else mix))
-
-
 class RWKV6Attention(nn.Module):
     """Time mixing."""
 
@@ -101,9 +81,7 @@ class RWKV6Attention(nn.Module):
         self.g_norm = nn.GroupNorm(self.num_heads, d_value, eps=config.group_norm_eps or 0.0)
         self.o_proj = nn.Linear(d_value, d, bias=False)
 
-    def forward(
-        self, x: Float[Tensor, "batch pos hidden"], mask: Tensor | None, cache: Cache | None, first: None
-    ) -> tuple[Float[Tensor, "batch pos hidden"], None]:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None, first: None) -> tuple[Tensor, None]:
         x = x if mask is None else x * mask
         state = past_state(cache, self.layer_idx)
         shift = shift_of(x, cache, self.layer_idx)
@@ -134,7 +112,7 @@ class RWKV6FeedForward(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         d, d_inner = config.hidden_size, int(config.intermediate_size or 0)
-        self.key, self.receptance = LerpLinear(d, d_inner, own=True), LerpLinear(d, d, own=True)
+        self.key, self.receptance = (LerpLinear(d, d_out, own=True) for d_out in (d_inner, d))
         self.value = nn.Linear(d_inner, d, bias=False)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:

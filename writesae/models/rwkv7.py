@@ -12,7 +12,7 @@ first mixes the first layer's values into its own.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +22,18 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from writesae.models.common import RecurrentConfig, RecurrentForCausalLM, past_state, recur
+from writesae.models.common import RecurrentForCausalLM, past_state, recur
 from writesae.models.gpu import fla_kernel
-from writesae.models.rwkv import LoRA, RWKVBlock, RWKVModel, shift_of
+from writesae.models.rwkv import LoRA, RWKVBlock, RWKVConfig, RWKVModel, shift_of
 from writesae.recurrence import at_least_float32
 from writesae.recurrence.rules import RWKV7
 
 
 @strict
-class RWKV7Config(RecurrentConfig):
+class RWKV7Config(RWKVConfig):
     """Fields are flash-linear-attention's, and ``group_norm_eps`` (there ``head_dim * norm_eps``, else 64e-5)."""
 
     model_type = "rwkv7"
-    only: ClassVar[dict[str, Any]] = {"attn": None, "hidden_act": "sqrelu"}
-    number_of_conv_states: ClassVar[int] = 2  # the last token, as time mixing and as channel mixing saw it
 
     head_dim: int | None = 64
     num_heads: int | None = None
@@ -44,10 +42,6 @@ class RWKV7Config(RecurrentConfig):
     a_low_rank_dim: int | None = 64
     v_low_rank_dim: int | None = 16
     value_dim: int | list[int] | None = None
-    norm_first: bool = True
-    norm_bias: bool = True
-    norm_eps: float = 1e-5
-    group_norm_eps: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from writesae.recurrence.kernels import chunked, stretches
-from writesae.recurrence.spec import Recurrence
+from writesae.recurrence.spec import Read, Recurrence
 from writesae.recurrence.write import Write
 
 Get: TypeAlias = Callable[[str], Tensor]
@@ -60,6 +60,10 @@ class Rule:
             outputs.append(o)
         assert S is not None
         return torch.cat(outputs, 1), S
+
+    def first_read(self, read: Read) -> Read:
+        """Which read first sees an edit: the one asked for, or the next where a token reads before it writes."""
+        return "next" if self.reads_before else read
 
     @property
     def state_inputs(self) -> tuple[str, ...]:
