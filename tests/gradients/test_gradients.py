@@ -9,21 +9,29 @@ import writesae as ws
 from architectures import each_architecture
 from writesae.gradients import LayerGradient, Logit, gradient
 from writesae.recurrence import Recurrence, Write
-from writesae.recurrence.kernels import adjoint, carried, chunked
+from writesae.recurrence.kernels import adjoint, adjoint_write, carried, chunked
 from writesae.zoo import heldout_documents
 
 BATCH, POS, HEADS, D_KEY, D_VALUE = 2, 37, 2, 6, 5
-KINDS = {"one decay": (False, False), "one decay, erases": (False, True), "a key channel": (True, False),
-         "a key channel, erases": (True, True)}  # fmt: skip
+# one decay per key channel, erases, reads before it writes
+KINDS = {
+    "one decay": (False, False, False),
+    "one decay, erases": (False, True, False),
+    "one decay, erases, reads before": (False, True, True),
+    "a key channel": (True, False, False),
+    "a key channel, erases": (True, True, False),
+    "a key channel, reads before": (True, False, True),
+}
 each_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 
 def make(kind):
-    per_key, erases = KINDS[kind]
+    per_key, erases, before = KINDS[kind]
     draw = lambda *size: torch.randn(BATCH, POS, HEADS, *size, dtype=torch.float64)  # noqa: E731
     k, other = (torch.nn.functional.normalize(draw(D_KEY), dim=-1) for _ in range(2))
     decay = -draw(*((D_KEY,) if per_key else ())).abs() / 4
-    rec = Recurrence(draw(D_KEY), decay, a=-0.8 * k if erases else None, b=k + 0.5 * other if erases else None)
+    a, b = (-0.8 * k, k + 0.5 * other) if erases else (None, None)
+    rec = Recurrence(draw(D_KEY), decay, a, b, reads_before=before)
     return rec, Write(k, draw(D_VALUE)), draw(D_VALUE)
 
 
@@ -37,8 +45,8 @@ def by_autograd(rec, write, g, read="same"):
         if rec.a is not None:
             kept = kept + torch.einsum("bhk,bhl,bhlv->bhkv", rec.a[:, t], rec.b[:, t], S)
         native = kept + torch.einsum("bhk,bhv->bhkv", write.key[:, t], write.value[:, t])
-        S = native + E[t]
-        seen = S if read == "same" else native
+        before, S = S, native + E[t]
+        seen = before if rec.reads_before else S if read == "same" else native
         total = total + (torch.einsum("bhkv,bhk->bhv", seen, rec.q[:, t]) * g[:, t]).sum()
     (M,) = torch.autograd.grad(total, E)
     return M.transpose(0, 1), total.detach()  # [batch, pos, head, d_key, d_value]
@@ -66,7 +74,7 @@ def test_gradients_of_writes_are_those_of_autograd(kind, read):
 
 
 @each_kind
-@pytest.mark.parametrize("broken", ["decay not shifted", "a and b not exchanged"])
+@pytest.mark.parametrize("broken", ["decay not shifted", "a and b not exchanged", "write of the other token"])
 def test_a_broken_adjoint_is_noticed(kind, broken):
     rec, write, g = make(kind)
     if broken == "a and b not exchanged" and rec.a is None:
@@ -75,12 +83,13 @@ def test_a_broken_adjoint_is_noticed(kind, broken):
     back = adjoint(rec)
     if broken == "decay not shifted":
         back = dataclasses.replace(back, log_decay=rec.log_decay.flip(1))
-    else:
+    elif broken == "a and b not exchanged":
         back = dataclasses.replace(back, a=back.b, b=back.a)
-    seen, _ = chunked(back, Write(rec.q.flip(1), g.flip(1)))
+    other = dataclasses.replace(rec, reads_before=not rec.reads_before)
+    seen, _ = chunked(back, adjoint_write(other if broken == "write of the other token" else rec, g))
     right = torch.einsum("bthkv,bthk->bthv", M, rec.q)
     assert (seen.flip(1) - right).abs().max() > 1e-2
-    seen, _ = chunked(adjoint(rec), Write(rec.q.flip(1), g.flip(1)))
+    seen, _ = chunked(adjoint(rec), adjoint_write(rec, g))
     torch.testing.assert_close(seen.flip(1), right)
 
 

@@ -310,6 +310,8 @@ ARCHITECTURES = [
           dict(head_dim=D_KEY, value_dim=N_HEADS * D_VALUE, decay_low_rank_dim=16, gate_low_rank_dim=16,
                a_low_rank_dim=16, v_low_rank_dim=8, intermediate_size=96),
           gate=None, outputs={"z": "gate", "v_mix": "v_mix"}),
+    _ours("rwkv6", bf.RWKV6, "RWKV6", "RWKV6Attention", _MIXER | dict(proj_low_rank_dim=8, gate_low_rank_dim=16),
+          gate=None, outputs={"z": "gate"}),
     _ours("delta_net", bf.DELTA_NET, "DeltaNet", "DeltaNet", _MIXER | dict(use_gate=True), gate="o_norm"),
     _ours("delta_net", bf.DELTA_NET, "DeltaNet", "DeltaNet",
           _MIXER | dict(qk_activation="relu", qk_norm="sum", allow_neg_eigval=True), gate=None,
@@ -362,7 +364,9 @@ def _build(a: Architecture) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter_name, p in model.named_parameters():
-            if ".x_" in parameter_name:  # RWKV: a share of the token before
+            if (".x_" in parameter_name and ".x_proj" not in parameter_name) or parameter_name.endswith(
+                ".mu"
+            ):  # RWKV: a share of the token before
                 p.copy_(torch.rand(p.shape, generator=generator))
             elif p.ndim > 1:
                 fan_in = 1 if "embed" in parameter_name else p.shape[-1]
@@ -376,6 +380,9 @@ def _build(a: Architecture) -> PreTrainedModel:
                 bias = module.gk_proj[1].bias
                 kept = -torch.linspace(0.3, 0.999, len(bias)).log() * 16  # log decay = log sigmoid(input + bias) / 16
                 bias.copy_(-kept - (-(-kept).expm1()).log())
+            if hasattr(module, "w_proj"):
+                bias = module.w_proj.linear.lora[2].bias  # log decay = -exp(input + bias)
+                bias.copy_((-torch.linspace(0.3, 0.999, len(bias)).log()).log())
             if type(module).__name__ in ("RWKV7Attention", "GatedLinearAttention", "MultiScaleRetention"):
                 module.k_proj.weight.mul_(0.25)  # keys without a norm: so that they write about as much as the others
     return model

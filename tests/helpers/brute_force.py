@@ -205,6 +205,7 @@ class Rule:
         transposed: the model keeps ``[head, d_value, d_key]``.
         columns: it keeps ``[head, d_key]``, or the heads of each call of a kernel apart.
         forgets: its kernel for many tokens begins at zero, whatever is in the cache.
+        reads_before: a token reads the state as it was before the token.
     """
 
     name: str
@@ -215,6 +216,7 @@ class Rule:
     transposed: bool = False
     columns: bool = False
     forgets: bool = False
+    reads_before: bool = False
     raw: tuple[str, ...] = ()
 
     def step(self, x: At, S: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -453,6 +455,9 @@ DELTA_NET = Rule("delta", ("q", "k", "v", "beta"), {"delta_rule_recurrence": can
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), {"gla_recurrence": canonical}, decay_per_key=True)
 SIMPLE_GLA = Rule("simple_gla", ("q", "k", "v", "log_decay"), {"retention_recurrence": canonical})
 LINEAR_ATTENTION = Rule("linear_attention", ("q", "k", "v"), {"linear_attn_recurrence": canonical})
+RWKV6 = Rule(
+    "rwkv6", ("q", "k", "v", "log_decay"), {"rwkv6_recurrence": canonical}, decay_per_key=True, reads_before=True
+)
 RWKV7 = Rule(
     "rwkv7",
     ("q", "k", "v", "log_decay", "kappa", "iclr"),
@@ -586,7 +591,7 @@ class BruteForce:
                     value[row, t, edit.head] = edit.fn(value[row, t, edit.head])
             at = {name: value[:, t] for name, value in x.items()}
             key, value, decayed, kept = self.a.rule.step(at, S)
-            S = kept + outer(key, value)
+            before, S = S, kept + outer(key, value)
             after_the_read = []
             for row, edit, i in here:
                 if edit.stage == "write":
@@ -599,7 +604,7 @@ class BruteForce:
             for row, edit, _i in here:
                 if edit.stage == "state":
                     S[row, edit.head] = edit.fn(S[row, edit.head])
-            o = read_along(at["q"], S)
+            o = read_along(at["q"], before if self.a.rule.reads_before else S)
             self.knock_out(at, outer(key, value), o, self.first + t)
             for row, edit, _i in here:
                 if edit.stage == "o":
@@ -619,10 +624,11 @@ class BruteForce:
             edit = _shifted(whole, self.head)
             if not 0 <= edit.head < written.shape[1]:
                 continue
-            left = self.left.get((row, whole), torch.zeros_like(written))
-            *_, left = self.a.rule.step(at, left)
+            before = self.left.get((row, whole), torch.zeros_like(written))
+            *_, left = self.a.rule.step(at, before)
             if edit.targets is None or position in edit.targets:
-                o[row, edit.head] -= read_along(at["q"], left)[row, edit.head]
+                seen = before if self.a.rule.reads_before else left
+                o[row, edit.head] -= read_along(at["q"], seen)[row, edit.head]
             self.left[row, whole] = left + written if position in edit.sources else left
 
     def changed(self, stage: str, value: Tensor) -> Tensor:

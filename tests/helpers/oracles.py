@@ -15,8 +15,8 @@ from torch import Tensor
 
 
 @functools.cache
-def fla_naive(folder: str) -> ModuleType:
-    """A file ``naive.py`` of flash-linear-attention, under ``fla/ops``.
+def fla_naive(folder: str, file: str = "naive") -> ModuleType:
+    """A file ``naive.py``, or of another name, of flash-linear-attention, under ``fla/ops``.
 
     Importing it by its name would import the packages above it, which need triton and look for a GPU. The file itself
     needs only torch and einops.
@@ -24,7 +24,7 @@ def fla_naive(folder: str) -> ModuleType:
     fla = importlib.util.find_spec("fla")
     if fla is None or not fla.submodule_search_locations:
         raise ModuleNotFoundError('fla-core is not installed: pip install -c constraints.txt -e ".[test]"', name="fla")
-    path = Path(fla.submodule_search_locations[0], "ops", folder, "naive.py")
+    path = Path(fla.submodule_search_locations[0], "ops", folder, f"{file}.py")
     spec = importlib.util.spec_from_file_location(f"fla_{folder.replace('/', '_')}_naive", path)
     assert spec is not None and spec.loader is not None
     naive = importlib.util.module_from_spec(spec)
@@ -104,6 +104,14 @@ def simple_gla(x: Quantities, state: Tensor) -> Result:
 def linear_attention(x: Quantities, state: Tensor) -> Result:
     naive = fla_naive("linear_attn").naive_recurrent_linear_attn
     return naive(x["q"], x["k"], x["v"], scale=1.0, initial_state=state, output_final_state=True)
+
+
+def rwkv6(x: Quantities, state: Tensor) -> Result:
+    """Without the bonus, which the function adds for ``u``."""
+    naive = fla_naive("rwkv6", "recurrent_naive").naive_recurrent_rwkv6
+    values, u = heads_first(x["q"], x["k"], x["v"], x["log_decay"]), torch.zeros_like(x["k"][0, 0])
+    o, state = naive(*values, u, scale=1.0, initial_state=state, output_final_state=True)
+    return o.transpose(1, 2), state
 
 
 def rwkv7(x: Quantities, state: Tensor) -> Result:

@@ -86,8 +86,8 @@ def by_rule(rule: bf.Rule, x: dict[str, Tensor], state: Tensor) -> oracles.Resul
     outputs = []
     for t in range(x["q"].shape[1]):
         key, value, _, kept = rule.step({name: y[:, t] for name, y in x.items()}, state)
-        state = kept + bf.outer(key, value)
-        outputs.append(bf.read_along(x["q"][:, t], state))
+        before, state = state, kept + bf.outer(key, value)
+        outputs.append(bf.read_along(x["q"][:, t], before if rule.reads_before else state))
     return torch.stack(outputs, 1), state
 
 
@@ -121,6 +121,14 @@ def one_decay_a_head(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
     return replace(rec, log_decay=rec.log_decay[..., 0]), write
 
 
+def read_after(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
+    return replace(rec, reads_before=False), write
+
+
+def read_decayed(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
+    return replace(rec, q=rec.q * rec.log_decay.exp()), write
+
+
 RULES: list[tuple[bf.Rule, Callable[..., oracles.Result], list[Break]]] = [
     (bf.GATED_DELTA, oracles.gated_delta, [without_erase, erase_undecayed]),
     (bf.KDA, oracles.kimi_delta, [without_erase, erase_undecayed, swapped, one_decay_a_head]),
@@ -128,6 +136,7 @@ RULES: list[tuple[bf.Rule, Callable[..., oracles.Result], list[Break]]] = [
     (bf.GLA, oracles.gla, [one_decay_a_head]),
     (bf.SIMPLE_GLA, oracles.simple_gla, [never_forgetting, forgetting]),
     (bf.LINEAR_ATTENTION, oracles.linear_attention, [forgetting]),
+    (bf.RWKV6, oracles.rwkv6, [read_after, read_decayed, never_forgetting]),
     (bf.RWKV7, oracles.rwkv7, [without_erase, swapped, one_decay_a_head]),
 ]
 
@@ -295,6 +304,7 @@ BROKEN = {
         ),
         "no skip": replace(bf.MAMBA2, kernels=dict(bf.MAMBA2.kernels) | {"mamba2_chunk_scan": no_skip}),
     },
+    "rwkv6": {"reads after": replace(bf.RWKV6, reads_before=False)},
     "rwkv7": {
         "without erase": replace(bf.RWKV7, erase=None),
         "a and b swapped": replace(

@@ -43,6 +43,7 @@ from writesae.models.kinds import OF_FLA
 from writesae.models.linear_attn import LinearAttentionConfig, LinearAttentionForCausalLM
 from writesae.models.load import OURS, load_model
 from writesae.models.retnet import RetNetConfig, RetNetForCausalLM
+from writesae.models.rwkv6 import RWKV6Config, RWKV6ForCausalLM
 from writesae.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 from writesae.models.tokenizers import WorldTokenizer, load_tokenizer
 from writesae.recurrence import Recurrence
@@ -51,6 +52,7 @@ VOCAB = 97
 SIZES: dict[str, Any] = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2)
 HEADS: dict[str, Any] = SIZES | dict(num_heads=4)
 MODELS: dict[str, tuple[type[PreTrainedModel], Any]] = {
+    "rwkv6": (RWKV6ForCausalLM, RWKV6Config(**HEADS)),
     "rwkv7": (RWKV7ForCausalLM, RWKV7Config(**SIZES, head_dim=16)),
     "delta_net": (DeltaNetForCausalLM, DeltaNetConfig(**HEADS)),
     "delta_net_gated": (DeltaNetForCausalLM, DeltaNetConfig(**HEADS, use_gate=True, allow_neg_eigval=True)),
@@ -711,7 +713,7 @@ def test_weights_of_other_formats_that_do_not_fit(tmp_path: Path) -> None:
     del tensors["blocks.2.att.w2"]
     with pytest.raises(ValueError, match=r"missing: model\.layers\.2\.attn\.w_lora\.lora\.2\.weight"):
         load_model(saved(tensors, "c.pth"))
-    with pytest.raises(ValueError, match=r"not the weights of RWKV-7, the only RWKV .*no blocks\.0\.att\.r_k"):
+    with pytest.raises(ValueError, match=r"not the weights of RWKV-7 or RWKV-6, .*no blocks\.0\.att\.r_k"):
         load_model(saved({"emb.weight": torch.zeros(3, 3), "blocks.0.ffn.key.weight": torch.zeros(3, 3)}, "d.pth"))
     with pytest.raises(ValueError, match="holds something else than a model's weights"):
         load_model(saved({"model": {}}, "e.pth"))
@@ -847,6 +849,12 @@ def _dplr(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, scal
     return o.transpose(1, 2).to(r.dtype), state
 
 
+def _rwkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, **rest: Any) -> Any:
+    naive = fla_naive("rwkv6", "recurrent_naive").naive_recurrent_rwkv6
+    o, state = naive(*(x.transpose(1, 2) for x in (r, k, v, w)), u, **rest)
+    return o.transpose(1, 2), state
+
+
 def _delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float, **rest: Any) -> Any:
     q = q * scale * q.shape[-1] ** 0.5
     o, state = fla_naive("delta_rule").delta_rule_recurrence(*(x.transpose(1, 2) for x in (q, k, v, beta)), **rest)
@@ -881,7 +889,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return played
 
     for op, function, plays in (
-        ("rwkv7", "chunk_rwkv7", _dplr), ("delta_rule", "chunk_delta_rule", _delta), ("gla", "chunk_gla", _gla),
+        ("rwkv6", "chunk_rwkv6", _rwkv6), ("rwkv7", "chunk_rwkv7", _dplr), ("delta_rule", "chunk_delta_rule", _delta), ("gla", "chunk_gla", _gla),
         ("simple_gla", "chunk_simple_gla", _simple_gla), ("linear_attn", "chunk_linear_attn", _linear_attn),
     ):  # fmt: skip
         module = types.ModuleType(f"fla.ops.{op}")
@@ -898,7 +906,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     use_fla_kernels(True)
 
 
-@each_kind
+@pytest.mark.parametrize("name", ["rwkv6", "rwkv7", "delta_net", "gla_conv"])
 @torch.no_grad()
 def test_flas_kernels_are_called_as_they_want(name: str, as_on_a_gpu: list[str]) -> None:
     model, ids = build(name), tokens(2, 20)
@@ -944,7 +952,9 @@ def test_beside_flash_linear_attention(tmp_path: Path, monkeypatch: pytest.Monke
     assert isinstance(load_model(tmp_path), GLAForCausalLM)
     importlib.reload(load)  # ours, imported after
     assert type(AutoConfig.from_pretrained(tmp_path)) is Theirs
-    assert OURS.keys() == {"rwkv7", "delta_net", "gated_deltanet", "gla", "hgrn2", "retnet", "linear_attn", "kda"}
+    assert OURS.keys() == {
+        "rwkv6", "rwkv7", "delta_net", "gated_deltanet", "gla", "hgrn2", "retnet", "linear_attn", "kda"
+    }  # fmt: skip
     assert not OURS.keys() & OF_FLA
 
 

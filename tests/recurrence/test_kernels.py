@@ -179,6 +179,49 @@ def test_erase_along_the_key(per_key: bool, rank: int, read: str) -> None:
             check_lengths(run, random_inputs(2, per_key=per_key, rank=rank), [2], read=read)
 
 
+def reading_before(inputs: Inputs) -> Inputs:
+    return replace(inputs[0], reads_before=True), *inputs[1:]
+
+
+@UNCHECKED
+@PER_KEY
+@ERASE
+@RANK
+@INITIAL
+def test_reads_before(per_key: bool, erase: bool, rank: int, initial: bool) -> None:
+    """A read of the state before the token, as in RWKV-6; which read sees an edit first is then no question."""
+    rec, write, state = reading_before(random_inputs(BORDERS[-1], per_key=per_key, erase=erase, rank=rank))
+    inputs = rec, write, state if initial else None
+    dense = {t: torch.randn_like(state) for t in EDITED}
+    for read in ("same", "next"):
+        check_lengths(chunked, inputs, BORDERS, read=read)
+        check_lengths(chunked, inputs, [t + 1 for t in EDITED], dense=dense, read=read)
+    assert_same(step_loop(*inputs, dense=dense), step_loop(*inputs, dense=dense, read="next"), 0.0)
+    o, _ = step_loop(replace(rec, q=rec.q.roll(-1, 1), reads_before=False), write, state, dense=dense)
+    assert_same((step_loop(rec, write, state, dense=dense)[0][:, 1:],), (o[:, :-1],), 1e-13)
+    for twin in (lambda rec, *rest: (replace(rec, reads_before=False), *rest), *BREAKAGES[:-1]):
+        with must_differ():
+            check_lengths(broken(chunked, twin), (rec, write, state), BORDERS)
+
+
+@UNCHECKED
+@PER_KEY
+@RANK
+def test_reads_before_an_erase_along_the_key(per_key: bool, rank: int) -> None:
+    inputs, strength = along_the_key(reading_before(random_inputs(BORDERS[-1], per_key=per_key, rank=rank)))
+
+    def run(rec: Recurrence, *args, **options):
+        return chunked(rec, *args, strength=strength[:, : rec.n_pos], **options)
+
+    check_lengths(run, inputs, BORDERS)
+
+
+@PER_KEY
+@ERASE
+def test_reads_before_have_the_gradients_of_the_loop(per_key: bool, erase: bool) -> None:
+    check_gradients(chunked, reading_before(random_inputs(70, per_key=per_key, erase=erase)))
+
+
 @UNCHECKED
 @PER_KEY
 @ERASE
@@ -681,6 +724,8 @@ def test_few_columns(n_pos: int, initial: bool, rank: int, read: str, monkeypatc
         for cached in (kernels.CACHED, 1):
             monkeypatch.setattr(kernels, "CACHED", cached)
             assert_same(chunked(rec, write, S if initial else None, read=read), expected, 1e-10)
+        before = reading_before((rec, write, S if initial else None))
+        assert_same(chunked(*before, read=read), step_loop(*before, read=read), 1e-10)
     if n_pos > 1:  # twins
         key_last = replace(rec, log_decay=rec.log_decay.roll(1, -1))
         for twin in (replace(rec, log_decay=rec.log_decay.roll(1, 1)), key_last):

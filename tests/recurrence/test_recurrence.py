@@ -159,6 +159,8 @@ BY_HAND = {
     "no erase": ({"erase": False}, [[15.5, 2], [1.75, 2]], [[0.875, 1], [1.5, 0.25]]),
     "read next": ({"read": "next"}, [[0, 1], [1.5, -0.5]], [[0.75, 0.75], [-4.5, -0.75]]),
     "edit": ({"edit": True}, [[17, 2], [1.5, 2]], [[0.75, 1], [-5.25, -0.75]]),
+    "reads before": ({"reads_before": True}, [[1, 4], [6, -2]], [[0.75, 0.75], [-4.5, -0.75]]),
+    "edit, reads before": ({"reads_before": True, "edit": True}, [[1, 4], [6, 0]], [[0.75, 1], [-5.25, -0.75]]),
     "edit, read next": ({"edit": True, "read": "next"}, [[0, 1], [1.5, 0]], [[0.75, 1], [-5.25, -0.75]]),
 }
 
@@ -172,6 +174,7 @@ def check_by_hand(run: Run, case: str) -> None:
     rec = Recurrence(tokens([1, 2], [2, 0]), decay.log(), tokens([-0.5, 0], [0, -1]), tokens([1, 1], [0, 1]))
     if not options.get("erase", True):
         rec = replace(rec, a=None, b=None)
+    rec = replace(rec, reads_before=options.get("reads_before", False))
     ours = run(
         rec,
         Write(tokens([1, 2], [1, 0]), tokens([3, 0], [0, 1])),

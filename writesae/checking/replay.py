@@ -43,7 +43,7 @@ def replay(
         o, state = step_loop(rec[now], write[now], state)
         if t in at:
             state = change.new(at.index(t), write[:, t].dense(), state)
-            if change.read == "same":
+            if rec.sees(change.read) == "same":
                 o = (rec.q[:, t, :, None, :] @ state).mT.reshape(o.shape)
         outputs.append(o)
     assert state is not None

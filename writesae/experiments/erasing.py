@@ -212,6 +212,7 @@ def erase(
     run = Run(model, text, [sae], batch_size, seed, check_model, progress)
     sae.atom(atom)  # raises for one out of range
     (layer, head), generator = sae.place, run.generator
+    read = model.family(layer).rule.first_read(read)
     windows = run.windows(context).tokens
     windows = windows[torch.randperm(len(windows), generator=generator)]
     usable = slice(context // 4, context - (read == "next"))

@@ -19,7 +19,7 @@ measured at another epsilon, scaled. That is reported too, as "proportional".
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -268,7 +268,7 @@ def gated(
     rec: Recurrence, keys: Float[Tensor, "batch n d_key"], positions: Int[Tensor, "batch n"]
 ) -> Float[Tensor, "batch pos n"]:
     """`carried` without erases, as equation 1 has it: ``G <p, q_t>``, with ``G`` the product of the gates."""
-    return carried(Recurrence(rec.q, rec.log_decay), keys, positions)
+    return carried(replace(rec, a=None, b=None), keys, positions)
 
 
 def _read(

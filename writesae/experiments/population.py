@@ -246,7 +246,11 @@ def population_test(
         here = (window >= some[0]) & (window <= some[-1])
         tester.test(*tester.native(some), some, torch.searchsorted(some, window[here]), position[here])
     firings = ReplacementResult(
-        **joined(tester.parts), places=(sae.place,), read=read, context=context, way=tester.replayer.way
+        **joined(tester.parts),
+        places=(sae.place,),
+        read=tester.replayer.read,
+        context=context,
+        way=tester.replayer.way,
     )
     return PopulationResult(firings, min_firings, max_firings, len(top[top >= 0].unique()), classes)
 

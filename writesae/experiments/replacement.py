@@ -21,6 +21,7 @@ from torch import Tensor
 
 from writesae.experiments.engine.conditions import CONDITIONS, DEFAULT, Tester, check_conditions, draw, windows_of
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment, one_each, positive, several
+from writesae.futures.replay import Replayer
 from writesae.hooks.sites import Head
 from writesae.jobs.arguments import named_kinds
 from writesae.model import HookedRecurrentModel
@@ -332,7 +333,7 @@ def replacement_test(
         saes[0].atom(atom)  # raises for one out of range
     windows = windows_of(run, context, horizon)
     parts: list[dict[str, Any]] = []
-    way = None
+    replayer: Replayer | None = None
     for group in [saes] if together else [[one] for one in saes]:
         tester = Tester(run, windows, group, chosen, flats, horizon, read)
         generator = torch.Generator().manual_seed(seed)
@@ -355,6 +356,7 @@ def replacement_test(
                 f"{len(windows)} windows of {context} ({per_window} per window at most); {n_firings} firings were "
                 f"asked for: give a longer text, or lower n_firings or context"
             )
-        parts, way = parts + tester.parts, tester.replayer.way
-    settings: dict[str, Any] = dict(together=together and len(saes) > 1, read=read, context=context, way=way)
-    return ReplacementResult(**joined(parts), places=tuple(places), **settings)
+        parts, replayer = parts + tester.parts, tester.replayer
+    assert replayer is not None
+    settings: dict[str, Any] = dict(together=together and len(saes) > 1, context=context)
+    return ReplacementResult(**joined(parts), places=tuple(places), read=replayer.read, way=replayer.way, **settings)

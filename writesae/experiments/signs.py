@@ -173,6 +173,7 @@ def sign_test(
         IndexError: no such layer, head or token.
     """
     model.site(layer).check_head(head)
+    read = model.family(layer).rule.first_read(read)
     position = context - 1 - horizon - (read == "next")
     if position < 0 or min(n, per_window, top) < 1:
         raise ValueError(

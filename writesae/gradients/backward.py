@@ -35,7 +35,7 @@ from writesae.jobs.arguments import named_kinds
 from writesae.model.late_logits import LateLogits, late_logits
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32, memory_dtype
 from writesae.recurrence.dynamics import Dynamics
-from writesae.recurrence.kernels import adjoint, carried, chunked, states_at
+from writesae.recurrence.kernels import adjoint, adjoint_write, carried, chunked, states_at
 from writesae.recurrence.matrices import Atoms, project, top_pair
 from writesae.recurrence.write import index_of
 
@@ -78,7 +78,7 @@ class LayerGradient:
         edit = self._beside(edit.expand(*self.write.shape))
         total = torch.zeros_like(at_least_float32(self.output[..., 0]))
         for key, value in zip(*(x.unbind(-2) for x in edit.factors()), strict=True):
-            seen, _ = chunked(adjoint(self.recurrence, key), self._write, read=read)
+            seen, _ = chunked(adjoint(self.recurrence, key), self._write, read=self._leaves_out(read))
             total = total + (seen.flip(1) * value).sum(-1)
         return total
 
@@ -168,7 +168,7 @@ class LayerGradient:
         else:
             step = max(1, BLOCK // (len(self.output) * gradients.d_key * gradients.d_value))
             found = torch.cat([project(M, atoms) for M in gradients.pieces(step)], 1).flip(1)
-        if read == "next":
+        if self._leaves_out(read) == "next":
             own = Write(self.recurrence.q[:, :, head], self.output[:, :, head]).to(found.dtype)
             found = found - project(own, atoms)
         return found
@@ -188,7 +188,7 @@ class LayerGradient:
                 raise IndexError(f"gradient at position {t}: allowed are 0 to {n - 1}")
         back, write = adjoint(self.recurrence[which]), self._write[which]
         M = states_at(back, write, [n - 1 - t for t in positions])
-        if read == "next":
+        if self._leaves_out(read) == "next":
             M = M - torch.stack([write[:, n - 1 - t].dense() for t in positions], 1)
         return M
 
@@ -206,8 +206,12 @@ class LayerGradient:
 
     @property
     def _write(self) -> Write:
-        """``q g^T``, what the gradient gains at each token, from last to first."""
-        return Write(at_least_float32(self.recurrence.q).flip(1), at_least_float32(self.output).flip(1))
+        """What the gradient gains at each token, from last to first."""
+        return adjoint_write(self.recurrence, self.output)
+
+    def _leaves_out(self, read: Read) -> Read:
+        """Whether the token's own read is to be left out: where it comes before the write, it is not there anyway."""
+        return "same" if self.recurrence.reads_before else read
 
 
 @dataclass(frozen=True, eq=False)

@@ -171,9 +171,11 @@ def respond(
         if edit.write is not None:
             groups.setdefault((edit.heads, edit.read), []).append(edit)
         if edit.instead is not None and edit.read == "next":  # the token's own read still sees the native write
-            keys, values = (native[edit.index] * edit.instead).factors()
-            q = recurrence(edit.heads).q[:, edit.start :]
-            responses.append((edit.heads, edit.start, ((keys @ q[..., None]) * values).sum(-2), None))
+            rec = recurrence(edit.heads)[:, edit.start :]
+            if rec.sees(edit.read) == "next":
+                keys, values = (native[edit.index] * edit.instead).factors()
+                seen = ((keys @ rec.q[..., None]) * values).sum(-2)
+                responses.append((edit.heads, edit.start, seen, None))
     for (heads, read), edits in groups.items():
         start = min(edit.start for edit in edits)
         rec = recurrence(heads)[:, start:]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from writesae.gradients.backward import LayerGradient
 from writesae.recurrence import Recurrence, Write
-from writesae.recurrence.kernels import adjoint, chunked
+from writesae.recurrence.kernels import adjoint, adjoint_write, chunked
 from writesae.recurrence.write import at_least_float32
 
 EMBEDDING, WRITE, ATOM, FEATURE, ERROR, TARGET = "embedding", "write", "atom", "feature", "error", "target"
@@ -246,8 +246,7 @@ class Writes(Cut):
 
     def _back(self, G: Tensor, key: Tensor) -> Float[Tensor, "1 pos head d_value"]:
         """The gradient with respect to the value of a write at each token, with these keys."""
-        write = Write(at_least_float32(self.recurrence.q).flip(1), at_least_float32(G).flip(1))
-        return chunked(adjoint(self.recurrence, key), write)[0].flip(1)
+        return chunked(adjoint(self.recurrence, key), adjoint_write(self.recurrence, G))[0].flip(1)
 
     def _of_atoms(self, G: Tensor, head: int) -> Float[Tensor, " n"]:
         """What each active atom of a head would add at activation 1."""

@@ -23,7 +23,7 @@ from writesae.jobs.progress import Bars
 from writesae.methods.remembered import MemoryLength
 from writesae.model import HookedRecurrentModel, late_logits
 from writesae.recurrence import Recurrence, Write, at_least_float32
-from writesae.recurrence.kernels import adjoint, chunked
+from writesae.recurrence.kernels import adjoint, adjoint_write, chunked
 from writesae.stores.windows import Texts, Windows
 
 BLOCK = 2**24  # numbers: parts of reads worked on at once
@@ -168,8 +168,7 @@ def read_from(rec: Recurrence, write: Write, at: Sequence[int]) -> Float[Tensor,
     """How much of what each token wrote is in what the tokens ``at`` read, as rows of `ActivationCache.pattern`."""
     one_hot = F.one_hot(torch.tensor(at, device=rec.q.device), rec.n_pos).T.to(at_least_float32(rec.q))
     asked = one_hot[None, :, None].expand(*rec.q.shape[:3], -1)
-    back = adjoint(rec, write.key)
-    return chunked(back, Write(at_least_float32(rec.q).flip(1), asked.flip(1)))[0].flip(1)
+    return chunked(adjoint(rec, write.key), adjoint_write(rec, asked))[0].flip(1)
 
 
 def _reads(

@@ -228,7 +228,7 @@ class HookedModel(TokenModel):
             positions: which tokens, counted over the whole sequence, prompt and generated tokens alike: None for all,
                 an int, a list, a slice, or an integer tensor ``[batch, n]`` with a row for each sequence.
             read: ``"same"``: an edit at ``t`` is seen by the read at ``t``. ``"next"``: from ``t + 1`` on (the paper's
-                cache-slot protocol).
+                cache-slot protocol). RWKV-6 reads before it writes: there both are from ``t + 1`` on.
             atom: for an SAE: an atom, or several.
             scale: of each atom or of all: a number, or one for each row of the batch, ``[batch]``.
             check_model: refuse an SAE that was trained on other weights.

@@ -9,16 +9,18 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Mamba2Config, MambaConfig
 
+from writesae.models.rwkv6 import RWKV6Config
 from writesae.models.rwkv7 import RWKV7Config
 
 Tensors = dict[str, Tensor]
 
-# RWKV-7, the authors' names: those of a block, then the others. A second entry says what to do to the tensor.
+# RWKV, the authors' names: those of a block, then the others. A second entry says what to do to the tensor.
 _FLAT, _TURNED = Tensor.flatten, lambda x: x.t()  # [1, 1, d] -> [d]; x @ w1 -> nn.Linear
-_BLOCK = {
+_BLOCK7 = {
     "ln0": "pre_norm",
     "ln1": "attn_norm",
     "ln2": "ffn_norm",
@@ -38,53 +40,107 @@ _BLOCK = {
     **{f"att.{c}1": (f"attn.{c}_lora.lora.0.weight", _TURNED) for c in "wavg"},
     **{f"att.{c}2": (f"attn.{c}_lora.lora.2.weight", _TURNED) for c in "wavg"},
 }
+_BLOCK6 = {
+    **{name: _BLOCK7[name] for name in ("ln0", "ln1", "ln2", "att.ln_x", "att.output", "ffn.value")},
+    "att.receptance": "attn.r_proj.linear",
+    "att.key": "attn.k_proj.linear",
+    "att.value": "attn.v_proj.linear",
+    "att.gate": "attn.g_proj.linear",
+    "att.time_faaaa": "attn.bonus",
+    "att.time_decay": ("attn.w_proj.linear.lora.2.bias", _FLAT),
+    "att.time_decay_w1": ("attn.w_proj.linear.lora.0.weight", _TURNED),
+    "att.time_decay_w2": ("attn.w_proj.linear.lora.2.weight", _TURNED),
+    "att.time_maa_x": ("attn.x_proj.0.mu", _FLAT),
+    "ffn.key": "ffn.key.linear",
+    "ffn.receptance": "ffn.receptance.linear",
+    "ffn.time_maa_k": ("ffn.key.mu", _FLAT),
+    "ffn.time_maa_r": ("ffn.receptance.mu", _FLAT),
+}
+_THEIR_ORDER, _OUR_ORDER = "wkvrg", "rwkvg"  # of what time mixing makes of the token and the one before, in RWKV-6
 _OUTSIDE = {"emb": "model.embeddings", "ln_out": "model.norm", "head": "lm_head"}
 
 
-def rwkv7_of_authors(theirs: Mapping[str, Tensor]) -> tuple[RWKV7Config, Tensors]:
-    """Config and tensors of `RWKV7ForCausalLM`, for the tensors of a ``.pth`` file of RWKV-LM.
+def rwkv_of_authors(theirs: Mapping[str, Tensor]) -> tuple[RWKV6Config | RWKV7Config, Tensors]:
+    """Config and tensors of `RWKV7ForCausalLM` or `RWKV6ForCausalLM`, for the tensors of a ``.pth`` file of RWKV-LM.
 
     Raises:
-        ValueError: another model than RWKV-7.
+        ValueError: another model than these.
     """
-    needed = ["emb.weight", "blocks.0.ffn.key.weight", *(f"blocks.0.att.{x}" for x in ("r_k", "w1", "a1", "g1"))]
-    if absent := [name for name in needed if name not in theirs]:
-        raise ValueError(f"these are not the weights of RWKV-7, the only RWKV that is supported: no {absent[0]}")
-    n_layers = 1 + max(int(name.split(".")[1]) for name in theirs if name.startswith("blocks."))
+    return _rwkv6(theirs) if "blocks.0.att.time_maa_x" in theirs else _rwkv7(theirs)
+
+
+def _rwkv_sizes(theirs: Mapping[str, Tensor], needed: str) -> dict[str, Any]:
+    """The fields of both configs; ValueError unless the first block has the tensors that are needed."""
+    names = ["emb.weight", "blocks.0.ffn.key.weight", *(f"blocks.0.att.{x}" for x in needed.split())]
+    if absent := [name for name in names if name not in theirs]:
+        raise ValueError(
+            f"these are not the weights of RWKV-7 or RWKV-6, which alone of all RWKV are supported: no {absent[0]}"
+        )
     vocab, d = theirs["emb.weight"].shape
-    rank = lambda name, block=0: theirs[f"blocks.{block}.att.{name}"].shape[1]  # noqa: E731
-    config = RWKV7Config(
+    return dict(
         vocab_size=vocab,
         hidden_size=d,
-        num_hidden_layers=n_layers,
-        head_dim=theirs["blocks.0.att.r_k"].shape[1],
+        num_hidden_layers=1 + max(int(name.split(".")[1]) for name in theirs if name.startswith("blocks.")),
         intermediate_size=theirs["blocks.0.ffn.key.weight"].shape[0],
-        decay_low_rank_dim=rank("w1"),
-        a_low_rank_dim=rank("a1"),
-        gate_low_rank_dim=rank("g1"),
-        v_low_rank_dim=rank("v1", 1) if "blocks.1.att.v1" in theirs else None,
         group_norm_eps=64e-5,  # whatever the head's size
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
     )
-    ours: Tensors = {}
-    for name, tensor in theirs.items():
-        if re.fullmatch(r"blocks\.0\.att\.v[012]", name):
-            continue  # there, but unused: the first layer has no earlier values to mix with
-        new, change = _renamed(name)
-        ours[new] = change(tensor) if change else tensor
-    return config, ours
 
 
-def _renamed(name: str) -> tuple[str, Any]:
+def _rwkv7(theirs: Mapping[str, Tensor]) -> tuple[RWKV7Config, Tensors]:
+    sizes = _rwkv_sizes(theirs, "r_k w1 a1 g1")
+    rank = lambda name, block=0: theirs[f"blocks.{block}.att.{name}"].shape[1]  # noqa: E731
+    config = RWKV7Config(
+        **sizes,
+        head_dim=theirs["blocks.0.att.r_k"].shape[1],
+        decay_low_rank_dim=rank("w1"),
+        a_low_rank_dim=rank("a1"),
+        gate_low_rank_dim=rank("g1"),
+        v_low_rank_dim=rank("v1", 1) if "blocks.1.att.v1" in theirs else None,
+    )
+    # Values of the first layer are there, but unused: it has no earlier ones to mix them with.
+    used = {name: x for name, x in theirs.items() if not re.fullmatch(r"blocks\.0\.att\.v[012]", name)}
+    return config, _all_renamed(used, _BLOCK7)
+
+
+def _rwkv6(theirs: Mapping[str, Tensor]) -> tuple[RWKV6Config, Tensors]:
+    sizes = _rwkv_sizes(theirs, "time_faaaa time_decay_w1 time_maa_w1 time_maa_w2 gate.weight")
+    heads, d_key = theirs["blocks.0.att.time_faaaa"].shape
+    config = RWKV6Config(
+        **sizes,
+        num_heads=heads,
+        expand_k=heads * d_key / sizes["hidden_size"],
+        expand_v=theirs["blocks.0.att.value.weight"].shape[0] / sizes["hidden_size"],
+        proj_low_rank_dim=theirs["blocks.0.att.time_maa_w2"].shape[1],
+        gate_low_rank_dim=theirs["blocks.0.att.time_decay_w1"].shape[1],
+    )
+    rest, ours, order = dict(theirs), Tensors(), [_THEIR_ORDER.index(c) for c in _OUR_ORDER]
+    for i in range(config.num_hidden_layers):
+        his, mine = f"blocks.{i}.att.time_maa_", f"model.layers.{i}.attn.x_"
+        if all(his + x in rest for x in (*_OUR_ORDER, "w1", "w2")):  # what is missing is said later
+            ours[f"{mine}bias"] = torch.stack([rest.pop(his + x).flatten() for x in _OUR_ORDER])
+            w1, w2 = rest.pop(f"{his}w1"), rest.pop(f"{his}w2")  # [d, 5 rank], [5, rank, d]
+            ours[f"{mine}proj.0.linear.weight"] = w1.unflatten(1, (5, -1))[:, order].flatten(1).t()
+            ours[f"{mine}proj.2.weight"] = w2[order].flatten(0, 1).t()
+    return config, ours | _all_renamed(rest, _BLOCK6)
+
+
+def _all_renamed(theirs: Mapping[str, Tensor], names: Mapping[str, Any]) -> Tensors:
+    """The tensors under our names."""
+    found = {name: _renamed(name, names) for name in theirs}
+    return {new: change(theirs[name]) if change else theirs[name] for name, (new, change) in found.items()}
+
+
+def _renamed(name: str, names: Mapping[str, Any]) -> tuple[str, Any]:
     """Our name of one of the authors' tensors and what to do to it. An unknown name stays, and is refused later."""
     stem, dot, kind = name.rpartition(".")
     stem, suffix = (stem, dot + kind) if kind in ("weight", "bias") else (name, "")
     if stem in _OUTSIDE:
         return _OUTSIDE[stem] + suffix, None
     block = re.fullmatch(r"blocks\.(\d+)\.(.*)", stem)
-    entry = block and _BLOCK.get(block[2])
+    entry = block and names.get(block[2])
     if not block or not entry:
         return name, None
     new, change = (entry, None) if isinstance(entry, str) else entry

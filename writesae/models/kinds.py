@@ -61,8 +61,6 @@ OF_FLA: dict[str, str] = {
     "precond_kda": "beside its matrix it keeps a preconditioner, which its erase and write depend on",
     "raven": "it keeps slots of keys and of values, and reads one through the softmax of what it read from the other",
     "rodimus": _NOT_YET,
-    "rwkv6": "it reads its matrix before the token's decay and write and adds a bonus for the token, and writesae's "
-    "recurrence reads after them",
     "samba": "its recurrent layers are those of Mamba, but there is no model for this mix with attention yet",
     "stickbreaking_attn": _ATTENTION,
     "transformer": _ATTENTION,

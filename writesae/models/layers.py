@@ -27,28 +27,16 @@ def mlp_size(config: RecurrentConfig) -> int:
 
 
 @strict
-class MixerConfig(RecurrentConfig):
-    """The fields of both models' configs."""
-
-    number_of_conv_states: ClassVar[int] = 3  # the last tokens' q, k and v, before their convolutions
+class WidthsConfig(RecurrentConfig):
+    """Of models whose keys and values are so many times as wide as the residual stream."""
 
     num_heads: int = 4
     expand_k: float | int = 1.0
     expand_v: float | int = 1.0
-    use_short_conv: bool = True
-    conv_size: int = 4
     norm_eps: float = 1e-6
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.check_widths()
-        if self.use_short_conv and self.conv_size < 2:
-            raise ValueError(
-                f"{self.model_type} with conv_size={self.conv_size}: 2 or more is needed (or use_short_conv=False)"
-            )
-        if self.intermediate_size is None:
-            self.intermediate_size = mlp_size(self)
-        if not self.use_short_conv:
-            kwargs.pop("share_conv_kernel", None)  # in early configs, though there are no convolutions
         super().__post_init__(**kwargs)
 
     def check_widths(self) -> None:
@@ -70,6 +58,28 @@ class MixerConfig(RecurrentConfig):
     def d_value(self) -> int:
         """Of all heads together."""
         return round(self.hidden_size * self.expand_v)
+
+
+@strict
+class MixerConfig(WidthsConfig):
+    """Of models that may have short convolutions, and a gated MLP."""
+
+    number_of_conv_states: ClassVar[int] = 3  # the last tokens' q, k and v, before their convolutions
+
+    use_short_conv: bool = True
+    conv_size: int = 4
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.check_widths()
+        if self.use_short_conv and self.conv_size < 2:
+            raise ValueError(
+                f"{self.model_type} with conv_size={self.conv_size}: 2 or more is needed (or use_short_conv=False)"
+            )
+        if self.intermediate_size is None:
+            self.intermediate_size = mlp_size(self)
+        if not self.use_short_conv:
+            kwargs.pop("share_conv_kernel", None)  # in early configs, though there are no convolutions
+        super().__post_init__(**kwargs)
 
 
 @strict

@@ -3,7 +3,7 @@
 | checkpoint | model |
 |---|---|
 | what flash-linear-attention trained (`OURS`) | ours, also where that package is installed |
-| RWKV-7 of its authors, one ``.pth`` file | ours |
+| RWKV-7 or RWKV-6 of their authors, one ``.pth`` file | ours |
 | Mamba and Mamba-2 of their authors (``state-spaces/mamba-130m``, ``mamba2-370m``) | transformers' |
 | anything else | transformers', through ``AutoModelForCausalLM`` |
 
@@ -40,7 +40,7 @@ from transformers.utils.hub import cached_file
 from writesae.jobs.disk import read_json
 from writesae.models.common import RecurrentForCausalLM
 from writesae.models.delta_net import DeltaNetForCausalLM
-from writesae.models.formats import mamba_of_authors, mamba_tensors_of_authors, rwkv7_of_authors, rwkv7_of_early_fla
+from writesae.models.formats import mamba_of_authors, mamba_tensors_of_authors, rwkv7_of_early_fla, rwkv_of_authors
 from writesae.models.gated_delta_net import GatedDeltaNetForCausalLM
 from writesae.models.gla import GLAForCausalLM
 from writesae.models.hgrn2 import HGRN2ForCausalLM
@@ -48,11 +48,13 @@ from writesae.models.kda import KDAForCausalLM
 from writesae.models.kinds import OF_FLA, OF_TRANSFORMERS
 from writesae.models.linear_attn import LinearAttentionForCausalLM
 from writesae.models.retnet import RetNetForCausalLM
+from writesae.models.rwkv6 import RWKV6ForCausalLM
 from writesae.models.rwkv7 import RWKV7ForCausalLM
 
 OURS: dict[str, type[RecurrentForCausalLM]] = {
     cls.config_class.model_type: cls  # type: ignore[union-attr]
     for cls in (
+        RWKV6ForCausalLM,
         RWKV7ForCausalLM,
         DeltaNetForCausalLM,
         GatedDeltaNetForCausalLM,
@@ -73,7 +75,7 @@ def load_model(source: str | Path, *, dtype: torch.dtype | str = torch.float32, 
     """The model of a checkpoint.
 
     Args:
-        source: a folder, a hub id, or a ``.pth`` file of RWKV-7 (on the hub: ``owner/name/file.pth``).
+        source: a folder, a hub id, or a ``.pth`` file of RWKV-7 or RWKV-6 (on the hub: ``owner/name/file.pth``).
         dtype: of the weights; ``"auto"`` for the checkpoint's own.
         **kwargs: for ``from_pretrained`` (``device_map``, ``revision``, ``local_files_only``, ...).
 
@@ -84,8 +86,8 @@ def load_model(source: str | Path, *, dtype: torch.dtype | str = torch.float32, 
     hub = hub_arguments(kwargs)
     rest = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
     if is_pth(source):
-        config, tensors = rwkv7_of_authors(read_tensors_of(_find_pth(str(source), hub)))
-        return _build(RWKV7ForCausalLM, config, tensors, source, dtype=dtype, **rest)
+        config, tensors = rwkv_of_authors(read_tensors_of(_find_pth(str(source), hub)))
+        return _build(OURS[config.model_type], config, tensors, source, dtype=dtype, **rest)
 
     fields = read_config(source, hub)
     kind = fields.get("model_type")

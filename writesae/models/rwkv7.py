@@ -12,7 +12,7 @@ first mixes the first layer's values into its own.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,27 +22,18 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from writesae.models.common import (
-    Block,
-    RecurrentConfig,
-    RecurrentForCausalLM,
-    RecurrentModel,
-    past_state,
-    recur,
-    with_past,
-)
+from writesae.models.common import RecurrentForCausalLM, past_state, recur
 from writesae.models.gpu import fla_kernel
+from writesae.models.rwkv import LoRA, RWKVBlock, RWKVConfig, RWKVModel, shift_of
 from writesae.recurrence import at_least_float32
 from writesae.recurrence.rules import RWKV7
 
 
 @strict
-class RWKV7Config(RecurrentConfig):
+class RWKV7Config(RWKVConfig):
     """Fields are flash-linear-attention's, and ``group_norm_eps`` (there ``head_dim * norm_eps``, else 64e-5)."""
 
     model_type = "rwkv7"
-    only: ClassVar[dict[str, Any]] = {"attn": None, "hidden_act": "sqrelu"}
-    number_of_conv_states: ClassVar[int] = 2  # the last token, as time mixing and as channel mixing saw it
 
     head_dim: int | None = 64
     num_heads: int | None = None
@@ -51,10 +42,6 @@ class RWKV7Config(RecurrentConfig):
     a_low_rank_dim: int | None = 64
     v_low_rank_dim: int | None = 16
     value_dim: int | list[int] | None = None
-    norm_first: bool = True
-    norm_bias: bool = True
-    norm_eps: float = 1e-5
-    group_norm_eps: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
@@ -93,24 +80,6 @@ def rwkv7_recurrence(
         )  # fmt: skip
     values = dict(q=q, k=k, v=v, log_decay=log_decay, kappa=kappa, iclr=iclr)
     return recur(RWKV7, values, initial_state, output_final_state)
-
-
-class LoRA(nn.Module):
-    """A low-rank projection with a nonlinearity in its middle, and usually a bias."""
-
-    def __init__(self, d_in: int, d_out: int, rank: int, activation: nn.Module | None = None, bias: bool = True):
-        super().__init__()
-        self.lora = nn.Sequential(
-            nn.Linear(d_in, rank, bias=False), activation or nn.Identity(), nn.Linear(rank, d_out, bias=bias)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lora(x)
-
-    def init_weights_(self) -> None:
-        first, last = self.lora[0].weight, self.lora[2].weight
-        init.zeros_(first)  # type: ignore[arg-type]
-        init.orthogonal_(last, gain=0.1 * max(1.0, math.sqrt(last.shape[1] / last.shape[0])))  # type: ignore[arg-type, operator, union-attr]
 
 
 class RWKV7Attention(nn.Module):
@@ -152,7 +121,7 @@ class RWKV7Attention(nn.Module):
     ) -> tuple[Float[Tensor, "batch pos hidden"], Float[Tensor, "batch pos value"]]:
         x = x if mask is None else x * mask
         state = past_state(cache, self.layer_idx)
-        shift = with_past(x, 1, cache, self.layer_idx)[:, :-1] - x
+        shift = shift_of(x, cache, self.layer_idx)
         xr, xw, xk, xv, xa, xg = (
             torch.addcmul(x, shift, mix) for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         )
@@ -230,7 +199,7 @@ class RWKV7FeedForward(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         x = x if mask is None else x * mask
-        shift = with_past(x, 1, cache, self.layer_idx, state_idx=1)[:, :-1] - x
+        shift = shift_of(x, cache, self.layer_idx, state_idx=1)
         return self.value(self.key(torch.addcmul(x, shift, self.x_k)).relu().square())
 
     def init_weights_(self) -> None:
@@ -242,33 +211,13 @@ class RWKV7FeedForward(nn.Module):
         init.zeros_(self.value.weight)
 
 
-def _layer_norm(config: RWKV7Config) -> nn.LayerNorm:
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+class RWKV7Block(RWKVBlock):
+    time_mixing, channel_mixing = RWKV7Attention, RWKV7FeedForward
 
 
-class RWKV7Block(Block):
-    def __init__(self, config: RWKV7Config, layer_idx: int):
-        super().__init__()
-        if config.norm_first and layer_idx == 0:
-            self.pre_norm = _layer_norm(config)
-        self.attn_norm, self.ffn_norm = _layer_norm(config), _layer_norm(config)
-        self.attn = RWKV7Attention(config, layer_idx)
-        self.ffn = RWKV7FeedForward(config, layer_idx)
-
-    def forward(
-        self, x: Tensor, mask: Tensor | None, cache: Cache | None, v_first: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if hasattr(self, "pre_norm"):
-            x = self.pre_norm(x)
-        mixed, v_first = self.attn(self.attn_norm(x), mask, cache, v_first)
-        x = x + mixed
-        return x + self.ffn(self.ffn_norm(x), mask, cache), v_first  # type: ignore[return-value]
-
-
-class RWKV7Model(RecurrentModel):
+class RWKV7Model(RWKVModel):
     config_class = RWKV7Config
     block = RWKV7Block
-    make_norm = staticmethod(_layer_norm)
 
 
 class RWKV7ForCausalLM(RecurrentForCausalLM):

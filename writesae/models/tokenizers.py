@@ -23,7 +23,7 @@ def load_tokenizer(source: str | Path, **kwargs: Any) -> Any:
     if is_pth(source):
         return WorldTokenizer()
     fields, name = read_config(source, hub), source
-    may_be_rwkv = fields.get("model_type", "rwkv7") == "rwkv7"  # otherwise the hub need not be asked
+    may_be_rwkv = fields.get("model_type", "rwkv7") in ("rwkv6", "rwkv7")  # otherwise the hub need not be asked
     if may_be_rwkv and (vocabulary := find(source, WORLD_VOCABULARY, hub)):
         return WorldTokenizer(vocabulary)
     if is_mamba_of_authors(fields) and not find(source, "tokenizer_config.json", hub):

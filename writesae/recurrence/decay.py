@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch._subclasses.fake_tensor import FakeTensor
 
+from writesae.recurrence.spec import Sees
 from writesae.recurrence.write import at_least_float32
 
 CHUNK = 32  # tokens, with one decay per head, or with one per key channel that is mild
@@ -78,21 +77,21 @@ class Decay:
             self.between = between(g.mT if self.per_key else g[..., 0])
             self.to_end = self.between[..., -1, :].mT if self.per_key else self.between[..., -1, :, None]
 
-    def scores(self, x: Tensor, y: Tensor, read: Literal["same", "next", "before"], rank: int = 1) -> Tensor:
+    def scores(self, x: Tensor, y: Tensor, sees: Sees, rank: int = 1) -> Tensor:
         """``sum_d x[t, d] y[j, d] D[t, j, d]``, ``D`` the decay from ``j``'s write to ``t``; ``rank`` writes per token.
 
         The read at ``t`` sees writes up to its own token's (``same``), or up to the token's before it (``next``);
-        ``before`` is what ``t``'s erase reads, before ``t`` decays.
+        ``before`` is what ``t``'s erase reads, before ``t`` decays; in RWKV-6 its read too.
         """
         if self.factored:
-            reads = self.reads_before if read == "before" else self.reads
+            reads = self.reads_before if sees == "before" else self.reads
             scores = (x * reads) @ (y * self.writes.repeat_interleave(rank, -2)).mT
-            seen = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).tril(-(read != "same"))
+            seen = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).tril(-(sees != "same"))
             return scores.masked_fill(~seen.repeat_interleave(rank, -1), 0)
         between = self.between
-        if read == "next":
+        if sees == "next":
             between = between.tril(-1)
-        elif read == "before":
+        elif sees == "before":
             between = F.pad(between[..., :-1, :], (0, 0, 1, 0))
         between = between.repeat_interleave(rank, -1)
         if self.per_key:

@@ -31,7 +31,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from writesae.recurrence.decay import CHUNK, Decay, between, chunks, cut, cut_decay
-from writesae.recurrence.spec import Read, Recurrence, Write, at_least_float32, check_dense, first_state
+from writesae.recurrence.spec import Read, Recurrence, Sees, Write, at_least_float32, check_dense, first_state
 
 CACHED = 2**18  # numbers: what is computed at once on a CPU
 FEW = 4  # columns of a state, below which scores between tokens cost more than the states themselves
@@ -73,15 +73,15 @@ def chunked(
     Neither changes results.
     """
     dense = check_dense(dense, rec.n_pos)
-    S = first_state(rec, write, initial_state)
-    if read == "next":
+    S, sees = first_state(rec, write, initial_state), rec.sees(read)
+    if sees == "next":
         strength = None  # the read sees the token's erase and not its write: these are not one
     outputs, start = [], 0
     for t, E in dense.items():  # a dense edit is a new initial state: cut the sequence after it
         here = (slice(None), slice(start, t + 1))
-        o, _, S = _scan(rec[here], write[here], S, read, chunk, _of(strength, here))
+        o, _, S = _scan(rec[here], write[here], S, sees, chunk, _of(strength, here))
         E = at_least_float32(E)
-        if read == "same":
+        if sees == "same":
             seen = torch.einsum("bhk,bhkv->bhv", at_least_float32(rec.q[:, t]), E)
             o = torch.cat([o[:, :-1], o[:, -1:] + seen[:, None]], 1)
         S = S + E
@@ -89,7 +89,7 @@ def chunked(
         start = t + 1
     if start < rec.n_pos:
         o, _, S = _scan(
-            rec[:, start:], write[:, start:], S, read, chunk, _of(strength, (slice(None), slice(start, None)))
+            rec[:, start:], write[:, start:], S, sees, chunk, _of(strength, (slice(None), slice(start, None)))
         )
         outputs.append(o)
     return torch.cat(outputs, 1), S
@@ -140,30 +140,46 @@ def adjoint(rec: Recurrence, reads: Float[Tensor, "batch pos head d_key"] | None
 
         M_t = D_{t+1} M_{t+1} + b_{t+1} (a_{t+1}^T M_{t+1}) + q_t g_t^T
 
-    the same recurrence with erase write and read exchanged, and native write ``q g^T``. So every function of this file
-    does for gradients what it does for states: with ``back = adjoint(rec, p)`` and ``w = Write(q.flip(1), g.flip(1))``,
-    ``chunked(back, w)[0].flip(1)`` is ``M_t^T p_t`` (with ``read="next"`` that of edits which ``t`` itself does not
-    see), and ``states_at(back, w, ...)`` the ``M_t``.
+    the same recurrence with erase write and read exchanged, and native write ``q g^T`` (`adjoint_write`). So every
+    function of this file does for gradients what it does for states: with ``back = adjoint(rec, p)`` and ``w =
+    adjoint_write(rec, g)``, ``chunked(back, w)[0].flip(1)`` is ``M_t^T p_t`` (with ``read="next"`` that of edits which
+    ``t`` itself does not see), and ``states_at(back, w, ...)`` the ``M_t``.
+
+    Where a token reads before it writes, its read sees no edit of its own, and the last term is ``q_{t+1} g_{t+1}^T``.
+    The adjoint is then the same, and what differs is in `adjoint_write`; ``read`` has to be ``"same"``.
 
     Args:
         rec: the recurrence as it ran.
         reads: vectors to read the gradients with, in the order of the text; None for ``rec.q``.
     """
-
-    def of_next(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1).flip(1)
-
     reads = rec.q if reads is None else reads
-    log_decay = of_next(rec.log_decay)
-    assert log_decay is not None
-    return Recurrence(reads.flip(1), log_decay, a=of_next(rec.b), b=of_next(rec.a))
+    a, b = (None if x is None else _of_next(x) for x in (rec.b, rec.a))
+    return Recurrence(reads.flip(1), _of_next(rec.log_decay), a, b)
+
+
+def adjoint_write(rec: Recurrence, gradient: Float[Tensor, "batch pos head d_value"]) -> Write:
+    """What `adjoint` gains at each token, from last to first: ``q_t g_t^T``, or that of the next token where a token
+    reads before it writes.
+
+    Args:
+        rec: the recurrence as it ran.
+        gradient: of the number, with respect to the outputs ``o_t``.
+    """
+    q, g = at_least_float32(rec.q), at_least_float32(gradient)
+    return Write(_of_next(q), _of_next(g)) if rec.reads_before else Write(q.flip(1), g.flip(1))
+
+
+def _of_next(x: Tensor) -> Tensor:
+    """At each token what the next one has, zero at the last, from last to first."""
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1).flip(1)
 
 
 @_without_autocast
 def carried(
     rec: Recurrence, keys: Float[Tensor, "batch n d_key"], positions: Int[Tensor, "batch n"]
 ) -> Float[Tensor, "batch pos n"]:
-    """How strongly each later read sees an edit: ``q_t^T A_t ... A_{j+1} p`` for a key ``p`` written at ``j``.
+    """How strongly each later read sees an edit: ``q_t^T A_t ... A_{j+1} p`` for a key ``p`` written at ``j`` (without
+    ``A_t`` and from ``j + 1`` on, where a token reads before it writes).
 
     Decay and erase act on keys alone, so an edit ``p u^T`` changes the output at ``t`` by this number times ``u``,
     whatever ``u`` is: the key travels as a vector, and no state is built. 0 before the edit.
@@ -180,8 +196,8 @@ def carried(
         x_t = x * (decay[..., None] if decay.ndim == 2 else decay)
         if rec.a is not None and rec.b is not None:
             x_t = x_t + (x @ rec.b[:, t].mT) * rec.a[:, t]
-        x = x_t + keys * (positions == t)[..., None]
-        found.append((x @ rec.q[:, t].mT)[..., 0])
+        before, x = x, x_t + keys * (positions == t)[..., None]
+        found.append(((before if rec.reads_before else x) @ rec.q[:, t].mT)[..., 0])
     return torch.stack(found, 1)
 
 
@@ -218,7 +234,7 @@ def _scan(
     rec: Recurrence,
     write: Write,
     S: Tensor,
-    read: Read = "same",
+    sees: Sees = "same",
     chunk: int | None = None,
     strength: Tensor | None = None,
     erased: bool = False,
@@ -227,7 +243,7 @@ def _scan(
     lead, S = S.shape[:2], S.flatten(0, 1)
     outputs, reads = [], []
     for here in stretches(rec.q, write.key, write.value):
-        o, r, S = _scan_stretch(rec[here], write[here], S, read, chunk, _of(strength, here))
+        o, r, S = _scan_stretch(rec[here], write[here], S, sees, chunk, _of(strength, here))
         outputs.append(o.unflatten(0, lead).transpose(1, 2))
         if erased and r is not None:
             reads.append(r.unflatten(0, lead).transpose(1, 2))
@@ -244,11 +260,11 @@ def stretches(*parts: Tensor) -> list[tuple[slice, slice]]:
 
 
 def _scan_stretch(
-    rec: Recurrence, write: Write, S: Tensor, read: Read, chunk: int | None, strength: Tensor | None
+    rec: Recurrence, write: Write, S: Tensor, sees: Sees, chunk: int | None, strength: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The same for tokens computed at once, with sequences and heads as one dimension: ``[batch*head, pos, d]``."""
     if rec.a is None and rec.log_decay.ndim == 4 and write.d_value < FEW:
-        return _scan_columns(rec, write, S, read, chunk or CHUNK)
+        return _scan_columns(rec, write, S, sees, chunk or CHUNK)
     n_pos = rec.n_pos
     g, size, mild = cut_decay(rec.log_decay, chunk)
     decay = Decay(g, factored=mild)
@@ -267,7 +283,7 @@ def _scan_stretch(
     rank = keys.shape[-2]
     if rank:
         p, u = (rearrange(cut(x, size), "s n c r d -> s n (c r) d") for x in (keys, values))  # token by token
-        own = decay.scores(q, p, read, rank) @ u
+        own = decay.scores(q, p, sees, rank) @ u
         gained = (p * decay.to_end.repeat_interleave(rank, 2)).mT @ u
         if rec.a is not None:
             wanted = _sum(wanted, decay.scores(b, p, "before", rank) @ u)
@@ -286,15 +302,16 @@ def _scan_stretch(
             erased.append(torch.baddbmm(r_writes[:, n], r_first[:, n], S))
             decayed = torch.baddbmm(decayed, left_erased[:, n], erased[-1])
         S = decayed
-    outputs, r = _sum(own, (q * decay.from_start) @ _stacked(firsts)), None
+    from_start = decay.before_from_start if sees == "before" else decay.from_start
+    outputs, r = _sum(own, (q * from_start) @ _stacked(firsts)), None
     if wanted is not None:
         r = _stacked(erased)
-        outputs = outputs + decay.scores(q, a, "same") @ r
+        outputs = outputs + decay.scores(q, a, "before" if sees == "before" else "same") @ r
         r = r.flatten(1, 2)[:, :n_pos]
     return outputs.flatten(1, 2)[:, :n_pos], r, S
 
 
-def _scan_columns(rec: Recurrence, write: Write, S: Tensor, read: Read, size: int) -> tuple[Tensor, None, Tensor]:
+def _scan_columns(rec: Recurrence, write: Write, S: Tensor, sees: Sees, size: int) -> tuple[Tensor, None, Tensor]:
     """The same where nothing is erased, for states of few columns: the recurrence as it is written, token by token
     within chunks, all chunks at once from states of zero (one alone from ``S``); then what came before each chunk,
     which its tokens read decayed. Exponents are sums of log decays, so nothing overflows."""
@@ -307,8 +324,9 @@ def _scan_columns(rec: Recurrence, write: Write, S: Tensor, read: Read, size: in
         kept = decay[:, :, t] * local
         key, value = keys[:, :, t], values[:, :, t]
         written = key.mT * value if write.rank == 1 else key.mT @ value
-        local = kept + written
-        reads.append((q[:, :, t, None] @ (local if read == "same" else kept))[:, :, 0])
+        seen: dict[Sees, Tensor] = {"before": local, "next": kept, "same": kept + written}
+        reads.append((q[:, :, t, None] @ seen[sees])[:, :, 0])
+        local = seen["same"]
     o = torch.stack(reads, 2)
     if one:
         return o[:, 0, : rec.n_pos], None, local[:, 0]
@@ -316,6 +334,8 @@ def _scan_columns(rec: Recurrence, write: Write, S: Tensor, read: Read, size: in
     for n in range(q.shape[1]):
         firsts.append(S)
         S = from_start[:, n, -1, :, None] * S + local[:, n]
+    if sees == "before":
+        from_start = torch.cat([torch.ones_like(from_start[:, :, :1]), from_start[:, :, :-1]], 2)
     o = o + (q * from_start) @ _stacked(firsts)
     return o.flatten(1, 2)[:, : rec.n_pos], None, S
 

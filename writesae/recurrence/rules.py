@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from writesae.recurrence.kernels import chunked, stretches
-from writesae.recurrence.spec import Recurrence
+from writesae.recurrence.spec import Read, Recurrence
 from writesae.recurrence.write import Write
 
 Get: TypeAlias = Callable[[str], Tensor]
@@ -36,6 +36,7 @@ class Rule:
             is erased, otherwise 2.
         strength: where the erase writes along the key, ``a = strength k``: this number ``[batch, pos, head]``, from
             canonical quantities. See `kernels.chunked`.
+        reads_before: a token reads before it decays and writes, as its `Recurrence` says.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Rule:
     decay_per_key: bool = False
     delta_rank: int = 1
     strength: Callable[[Get], Tensor] | None = None
+    reads_before: bool = False
 
     def run(
         self, get: Get, initial_state: Float[Tensor, "batch head d_key d_value"] | None = None
@@ -58,6 +60,10 @@ class Rule:
             outputs.append(o)
         assert S is not None
         return torch.cat(outputs, 1), S
+
+    def first_read(self, read: Read) -> Read:
+        """Which read first sees an edit: the one asked for, or the next where a token reads before it writes."""
+        return "next" if self.reads_before else read
 
     @property
     def state_inputs(self) -> tuple[str, ...]:
@@ -103,6 +109,10 @@ def _minus_beta(get: Get) -> Tensor:
     return -get("beta")
 
 
+def _rwkv6(get: Get) -> Recurrence:
+    return Recurrence(get("q"), get("log_decay"), reads_before=True)
+
+
 def _rwkv7(get: Get) -> Recurrence:
     return Recurrence(get("q"), get("log_decay"), a=get("kappa") * get("iclr"), b=-get("kappa"))
 
@@ -119,12 +129,13 @@ DELTA = Rule("delta", ("q", "k", "v", "beta"), _delta, write_with_strength, stre
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), nothing_erased, plain_write, decay_per_key=True)
 SIMPLE_GLA = Rule("simple_gla", ("q", "k", "v", "log_decay"), nothing_erased, plain_write)
 LINEAR_ATTENTION = Rule("linear_attention", ("q", "k", "v"), _linear_attention, plain_write)
+RWKV6 = Rule("rwkv6", ("q", "k", "v", "log_decay"), _rwkv6, plain_write, decay_per_key=True, reads_before=True)
 RWKV7 = Rule(
     "rwkv7", ("q", "k", "v", "log_decay", "kappa", "iclr"), _rwkv7, plain_write, decay_per_key=True, delta_rank=2
 )
 
 RULES: dict[str, Rule] = {
     rule.name: rule
-    for rule in (GATED_DELTA, KIMI_DELTA, MAMBA1, MAMBA2, DELTA, GLA, SIMPLE_GLA, LINEAR_ATTENTION, RWKV7)
+    for rule in (GATED_DELTA, KIMI_DELTA, MAMBA1, MAMBA2, DELTA, GLA, SIMPLE_GLA, LINEAR_ATTENTION, RWKV6, RWKV7)
 }
 """Every rule that is known, by name; `writesae.hooks.register` adds the rule of a family from elsewhere."""

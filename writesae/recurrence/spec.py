@@ -7,7 +7,7 @@ Per head, with state ``S [d_key, d_value]``::
     D_t  decay, ``exp(log_decay)``: one scalar per head, or one per key channel
     a_t  erase write, b_t erase read (both absent where the architecture erases nothing)
     k_t v_t^T  the native write; here ``v`` is what is written, so for Gated DeltaNet it is ``beta * v``
-    q_t  read
+    q_t  read; in RWKV-6 it reads the state before the token, ``o_t = S_{t-1}^T q_t``
 
 Dimension letters used in the code and in shape annotations:
 
@@ -34,6 +34,7 @@ from torch import Tensor
 from writesae.recurrence.write import Write, at_least_float32
 
 Read = Literal["same", "next"]
+Sees = Literal["same", "next", "before"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,15 @@ class Recurrence:
         log_decay: natural log of the decay, ``<= 0``; ``[batch, pos, head]`` or ``[batch, pos, head, d_key]``.
         a: erase write, None where nothing is erased.
         b: erase read, None where nothing is erased.
+        reads_before: a token reads before it decays, erases and writes, ``o_t = S_{t-1}^T q_t``. What is written at a
+            token is then first read by the next one.
     """
 
     q: Float[Tensor, "batch pos head d_key"]
     log_decay: Float[Tensor, "batch pos head"] | Float[Tensor, "batch pos head d_key"]
     a: Float[Tensor, "batch pos head d_key"] | None = None
     b: Float[Tensor, "batch pos head d_key"] | None = None
+    reads_before: bool = False
 
     def __post_init__(self) -> None:
         if (self.a is None) != (self.b is None):
@@ -67,12 +71,18 @@ class Recurrence:
     def __getitem__(self, index) -> Recurrence:
         """Index ``[batch, pos, head]`` with slices, e.g. ``rec[:, 5:, 2:3]``."""
         pick = lambda x: None if x is None else x[index]  # noqa: E731
-        return Recurrence(self.q[index], self.log_decay[index], pick(self.a), pick(self.b))
+        return Recurrence(self.q[index], self.log_decay[index], pick(self.a), pick(self.b), self.reads_before)
 
     def float(self) -> Recurrence:
         """At least float32, as the recurrence is computed."""
         up = lambda x: None if x is None else at_least_float32(x)  # noqa: E731
-        return Recurrence(at_least_float32(self.q), at_least_float32(self.log_decay), up(self.a), up(self.b))
+        q, log_decay = at_least_float32(self.q), at_least_float32(self.log_decay)
+        return Recurrence(q, log_decay, up(self.a), up(self.b), self.reads_before)
+
+    def sees(self, read: Read) -> Sees:
+        """What a token's read sees of the token itself: its write too (``same``), its decay and erase alone (``next``),
+        or nothing (``before``), whatever is asked for."""
+        return "before" if self.reads_before else read
 
 
 def zero_state(rec: Recurrence, write: Write) -> Float[Tensor, "batch head d_key d_value"]:
@@ -123,7 +133,8 @@ def step_loop(
         initial_state: state before the first token (zero if None).
         dense: full matrices added to the state at single positions, ``{pos: E}``, after that token's own write.
         read: ``"same"``: the read at ``t`` sees what is written at ``t``. ``"next"``: it does not (decay and erase
-            are still seen); the paper's cache-slot protocol.
+            are still seen); the paper's cache-slot protocol. Where a token reads before it writes
+            (`Recurrence.reads_before`) neither does.
 
     Returns:
         Outputs ``o [batch, pos, head, d_value]`` and the final state ``[batch, head, d_key, d_value]``.
@@ -132,16 +143,16 @@ def step_loop(
     rec = rec.float()
     keys, values = (at_least_float32(x) for x in write.factors())
     S = first_state(rec, write, initial_state)
-    outputs = []
+    outputs, sees = [], rec.sees(read)
     for t in range(rec.n_pos):
         now = (slice(None), slice(t, t + 1))
         written = keys[:, t].mT @ values[:, t]
         if t in dense:
             written = written + at_least_float32(dense[t])
         kept = next(states(rec[now], write[now] * 0.0, S))  # decay and erase alone
-        S = kept + written
-        seen = S if read == "same" else kept
-        outputs.append((rec.q[:, t, :, None, :] @ seen).squeeze(-2))
+        seen: dict[Sees, Tensor] = {"before": S, "next": kept, "same": kept + written}
+        S = seen["same"]
+        outputs.append((rec.q[:, t, :, None, :] @ seen[sees]).squeeze(-2))
     return torch.stack(outputs, 1), S
 
 

@@ -171,6 +171,7 @@ class Tester:
         read: Read,
     ):
         self.run, self.windows, self.saes, self.conditions, self.flats = run, windows, saes, conditions, flats
+        read = run.model.family(saes[0].place.layer).rule.first_read(read)
         self.replayer = Replayer(run.model, [sae.place for sae in saes], horizon=horizon, read=read)
         self.generators, self.horizon = Generators(run.seed), horizon
         self.step = min(run.batch_size, self.replayer.rows)  # windows per pass, whose states fit as well

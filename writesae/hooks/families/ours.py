@@ -43,6 +43,19 @@ RWKV7 = Family(
 )
 register(RWKV7)
 
+RWKV6 = Family(
+    name="RWKV-6",
+    rule=rules.RWKV6,
+    mixers={"writesae.models.rwkv6": "RWKV6Attention"},
+    kernels=("rwkv6_recurrence",),
+    sizes=_SIZES,
+    norms=("g_norm",),
+    seen_at={"z": "gate"},
+    call=CanonicalCall,
+    letters={"q": "r, the receptance", "z": "g, which multiplies as it is", "o": "without the token's own bonus"},
+)
+register(RWKV6)
+
 DELTANET = Family(
     name="DeltaNet",
     rule=rules.DELTA,
