@@ -323,6 +323,8 @@ ARCHITECTURES = [
           dict(num_heads=N_KEY_HEADS, num_v_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY,
                intermediate_size=96),
           gate="o_norm"),
+    _ours("comba", bf.COMBA, "Comba", "Comba",
+          dict(num_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY, intermediate_size=96), gate="o_norm"),
     _ours("gla", bf.GLA, "GLA", "GatedLinearAttention", _MIXER, gate="g_norm_swish_gate"),
     _ours("hgrn2", bf.GLA, "HGRN2", "HGRN2Attention",
           dict(hidden_size=N_HEADS * D_KEY, expand_ratio=D_KEY, intermediate_size=96), gate=None, d_value=D_KEY),

@@ -242,6 +242,11 @@ def delta_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
     return -outer(x["k"], x["beta"][..., None] * read_along(x["k"], decayed))
 
 
+def comba_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
+    """``-beta k (p^T S)``, which reads the state before its decay (arXiv 2506.02475)."""
+    return -outer(x["k"], x["beta"][..., None] * read_along(x["kappa"], S))
+
+
 def rwkv7_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
     """``-(kappa iclr)(kappa^T S)``, which reads the state before its decay (arXiv 2503.14456, eq. 17)."""
     return -outer(x["kappa"] * x["iclr"], read_along(x["kappa"], S))
@@ -449,6 +454,7 @@ FLA_KDA = Rule(
     delta_erase,
     decay_per_key=True,
 )
+COMBA = Rule("comba", ("q", "k", "v", "beta", "log_decay", "kappa"), {"comba_recurrence": canonical}, comba_erase)
 DELTA_NET = Rule("delta", ("q", "k", "v", "beta"), {"delta_rule_recurrence": canonical}, delta_erase)
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), {"gla_recurrence": canonical}, decay_per_key=True)
 SIMPLE_GLA = Rule("simple_gla", ("q", "k", "v", "log_decay"), {"retention_recurrence": canonical})

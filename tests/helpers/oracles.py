@@ -84,6 +84,13 @@ def kimi_delta(x: Quantities, state: Tensor) -> Result:
     )
 
 
+def comba(x: Quantities, state: Tensor) -> Result:
+    """Its loop in chunks: its loop over tokens erases what is left after the decay, other than its kernels do."""
+    return fla_naive("comba").naive_chunk_comba(
+        unscaled(x), x["k"], x["v"], x["kappa"], x["log_decay"], x["beta"], initial_state=state, output_final_state=True
+    )
+
+
 def delta(x: Quantities, state: Tensor) -> Result:
     values = heads_first(unscaled(x), x["k"], x["v"], x["beta"])
     o, state = fla_naive("delta_rule").delta_rule_recurrence(*values, initial_state=state)

@@ -109,6 +109,11 @@ def erase_undecayed(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
     return replace(rec, b=rec.b / (decay if decay.ndim == 4 else decay[..., None])), write
 
 
+def erase_decayed(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
+    assert rec.b is not None
+    return replace(rec, b=rec.b * rec.log_decay.exp()[..., None]), write
+
+
 def never_forgetting(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
     return replace(rec, log_decay=torch.zeros_like(rec.log_decay)), write
 
@@ -124,6 +129,7 @@ def one_decay_a_head(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
 RULES: list[tuple[bf.Rule, Callable[..., oracles.Result], list[Break]]] = [
     (bf.GATED_DELTA, oracles.gated_delta, [without_erase, erase_undecayed]),
     (bf.KDA, oracles.kimi_delta, [without_erase, erase_undecayed, swapped, one_decay_a_head]),
+    (bf.COMBA, oracles.comba, [without_erase, erase_decayed, swapped]),
     (bf.DELTA_NET, oracles.delta, [without_erase]),
     (bf.GLA, oracles.gla, [one_decay_a_head]),
     (bf.SIMPLE_GLA, oracles.simple_gla, [never_forgetting, forgetting]),

@@ -944,7 +944,9 @@ def test_beside_flash_linear_attention(tmp_path: Path, monkeypatch: pytest.Monke
     assert isinstance(load_model(tmp_path), GLAForCausalLM)
     importlib.reload(load)  # ours, imported after
     assert type(AutoConfig.from_pretrained(tmp_path)) is Theirs
-    assert OURS.keys() == {"rwkv7", "delta_net", "gated_deltanet", "gla", "hgrn2", "retnet", "linear_attn", "kda"}
+    assert OURS.keys() == {
+        "rwkv7", "delta_net", "gated_deltanet", "gla", "hgrn2", "retnet", "linear_attn", "kda", "comba",
+    }  # fmt: skip
     assert not OURS.keys() & OF_FLA
 
 

@@ -40,7 +40,6 @@ OF_TRANSFORMERS: dict[str, str] = {
 OF_FLA: dict[str, str] = {
     "abc": _TWO_MATRICES,
     "cat": "it is attention to chunks of tokens, compressed: it keeps no state",
-    "comba": _NOT_YET,
     "cyclic_flow_attention": "it keeps aligned keys and values in slots of time, and moves them from slot to slot",
     "deltaformer": _ATTENTION,
     "forgetting_transformer": _ATTENTION,

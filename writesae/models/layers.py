@@ -93,6 +93,42 @@ class SharedKeysConfig(MixerConfig):
         return self.num_heads // (self.num_kv_heads or self.num_heads)
 
 
+@strict
+class HeadSizeConfig(MixerConfig):
+    """Of models whose heads have a size of their own, whatever the hidden size; several may share queries and keys."""
+
+    only: ClassVar[dict[str, Any]] = {"attn": None, "attnres_block_size": None, "hidden_act": "swish"}
+
+    num_heads: int = 6
+    num_v_heads: int | None = None
+    head_dim: int = 256
+    expand_v: float | int = 2.0
+
+    def check_widths(self) -> None:
+        if (self.num_v_heads or self.num_heads) % self.num_heads:
+            raise ValueError(
+                f"{self.model_type}: num_v_heads={self.num_v_heads} is not a multiple of num_heads={self.num_heads}"
+            )
+        if not math.isclose(self.head_dim * self.expand_v, round(self.head_dim * self.expand_v)):
+            raise ValueError(
+                f"{self.model_type} with head_dim={self.head_dim} and expand_v={self.expand_v}: their product must be "
+                f"a whole number"
+            )
+
+    @property
+    def d_key(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def d_value(self) -> int:
+        return (self.num_v_heads or self.num_heads) * round(self.head_dim * self.expand_v)
+
+    @property
+    def gated(self) -> bool:
+        """Whether reads go through an output gate."""
+        raise NotImplementedError
+
+
 class ShortConvolution(nn.Conv1d):
     """A causal convolution of each channel over the last ``size`` tokens; a cache holds those before the call."""
 

@@ -38,6 +38,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
 from writesae.jobs.disk import read_json
+from writesae.models.comba import CombaForCausalLM
 from writesae.models.common import RecurrentForCausalLM
 from writesae.models.delta_net import DeltaNetForCausalLM
 from writesae.models.formats import mamba_of_authors, mamba_tensors_of_authors, rwkv7_of_authors, rwkv7_of_early_fla
@@ -61,6 +62,7 @@ OURS: dict[str, type[RecurrentForCausalLM]] = {
         RetNetForCausalLM,
         LinearAttentionForCausalLM,
         KDAForCausalLM,
+        CombaForCausalLM,
     )
 }
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -99,6 +99,10 @@ def _linear_attention(get: Get) -> Recurrence:
     return Recurrence(get("q"), torch.zeros_like(get("k")[..., 0]))
 
 
+def _comba(get: Get) -> Recurrence:
+    return Recurrence(get("q"), get("log_decay"), a=get("k") * -get("beta")[..., None], b=get("kappa"))
+
+
 def _minus_beta(get: Get) -> Tensor:
     return -get("beta")
 
@@ -113,6 +117,7 @@ GATED_DELTA = Rule("gated_delta", _WITH_STRENGTH, _gated_delta, write_with_stren
 KIMI_DELTA = Rule(
     "kimi_delta", _WITH_STRENGTH, _gated_delta, write_with_strength, decay_per_key=True, strength=_minus_beta
 )
+COMBA = Rule("comba", (*_WITH_STRENGTH, "kappa"), _comba, write_with_strength, strength=_minus_beta)
 MAMBA2 = Rule("mamba2", _WITH_STRENGTH, nothing_erased, write_with_strength)
 MAMBA1 = Rule("mamba1", _WITH_STRENGTH, nothing_erased, write_with_strength, decay_per_key=True)
 DELTA = Rule("delta", ("q", "k", "v", "beta"), _delta, write_with_strength, strength=_minus_beta)
@@ -125,6 +130,6 @@ RWKV7 = Rule(
 
 RULES: dict[str, Rule] = {
     rule.name: rule
-    for rule in (GATED_DELTA, KIMI_DELTA, MAMBA1, MAMBA2, DELTA, GLA, SIMPLE_GLA, LINEAR_ATTENTION, RWKV7)
+    for rule in (GATED_DELTA, KIMI_DELTA, COMBA, MAMBA1, MAMBA2, DELTA, GLA, SIMPLE_GLA, LINEAR_ATTENTION, RWKV7)
 }
 """Every rule that is known, by name; `writesae.hooks.register` adds the rule of a family from elsewhere."""

@@ -76,6 +76,18 @@ KDA = Family(
 )
 register(KDA)
 
+COMBA = Family(
+    name="Comba",
+    rule=rules.COMBA,
+    mixers={"writesae.models.comba": "Comba"},
+    kernels=("comba_recurrence",),
+    sizes=_SIZES,
+    norms=("o_norm",),
+    call=CanonicalCall,
+    letters={"q": "q - D p", "kappa": "p"},
+)
+register(COMBA)
+
 GLA = Family(
     name="Gated Linear Attention",
     rule=rules.GLA,
