@@ -13,8 +13,8 @@ from writesae.recurrence.kernels import adjoint, carried, chunked
 from writesae.zoo import heldout_documents
 
 BATCH, POS, HEADS, D_KEY, D_VALUE = 2, 37, 2, 6, 5
-KINDS = {"one decay": (False, False), "one decay, erases": (False, True), "a key channel": (True, False),
-         "a key channel, erases": (True, True)}  # fmt: skip
+KINDS = {"one decay": (False, 0), "one decay, erases": (False, 1), "a key channel": (True, 0),
+         "a key channel, erases": (True, 1), "one decay, erases two terms": (False, 2)}  # fmt: skip
 each_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 
@@ -23,8 +23,10 @@ def make(kind):
     draw = lambda *size: torch.randn(BATCH, POS, HEADS, *size, dtype=torch.float64)  # noqa: E731
     k, other = (torch.nn.functional.normalize(draw(D_KEY), dim=-1) for _ in range(2))
     decay = -draw(*((D_KEY,) if per_key else ())).abs() / 4
-    rec = Recurrence(draw(D_KEY), decay, a=-0.8 * k if erases else None, b=k + 0.5 * other if erases else None)
-    return rec, Write(k, draw(D_VALUE)), draw(D_VALUE)
+    a, b = (-0.8 * k, k + 0.5 * other) if erases else (None, None)
+    if erases > 1:
+        a, b = torch.stack([a, 0.3 * other], -2), torch.stack([b, k.roll(1, 1)], -2)
+    return Recurrence(draw(D_KEY), decay, a=a, b=b), Write(k, draw(D_VALUE)), draw(D_VALUE)
 
 
 def by_autograd(rec, write, g, read="same"):
@@ -34,8 +36,8 @@ def by_autograd(rec, write, g, read="same"):
     for t in range(POS):
         decay = rec.log_decay[:, t].exp()
         kept = S * (decay[..., None] if decay.ndim == 3 else decay[..., None, None])
-        if rec.a is not None:
-            kept = kept + torch.einsum("bhk,bhl,bhlv->bhkv", rec.a[:, t], rec.b[:, t], S)
+        if (erase := rec.erase()) is not None:
+            kept = kept + torch.einsum("bhrk,bhrl,bhlv->bhkv", *(x[:, t] for x in erase), S)
         native = kept + torch.einsum("bhk,bhv->bhkv", write.key[:, t], write.value[:, t])
         S = native + E[t]
         seen = S if read == "same" else native

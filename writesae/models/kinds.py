@@ -43,7 +43,6 @@ OF_FLA: dict[str, str] = {
     "cyclic_flow_attention": "it keeps aligned keys and values in slots of time, and moves them from slot to slot",
     "deltaformer": _ATTENTION,
     "forgetting_transformer": _ATTENTION,
-    "gated_deltaproduct": "it erases and writes several times per token, and writesae's recurrence does so once",
     "gsa": _TWO_MATRICES,
     "hgrn": "HGRN keeps a vector per layer, not a matrix (HGRN2 keeps matrices)",
     "lightnet": "it keeps a matrix per head, and decays that depend on a running sum of the keys' exponentials",

@@ -179,15 +179,17 @@ class Mixer(nn.Module):
     """Projections to q, k, v, with their convolutions, and from the reads back, through a gate if there is one.
 
     Subclasses add the projections for the recurrence's gates (`make_gates`) and compute the recurrence in between. They
-    are called as ``mixer(x, mask, cache)``. ``n_served`` heads share k and v.
+    are called as ``mixer(x, mask, cache)``. ``n_served`` heads share k and v, of which there are ``config.n_steps`` per
+    token if it has any.
     """
 
     def __init__(self, config: Any, layer_idx: int, gated: bool, n_served: int = 1):
         super().__init__()
         self.layer_idx, self.num_heads, self.n_served = layer_idx, config.num_heads, n_served
         self.head_k_dim, self.head_v_dim = config.d_key // config.num_heads, config.d_value // config.num_heads
-        d, d_q, d_k = config.hidden_size, config.d_key, config.d_key // n_served
-        d_v, d_o = config.d_value // n_served, config.d_value
+        n_steps = getattr(config, "n_steps", 1)
+        d, d_q, d_k = config.hidden_size, config.d_key, config.d_key * n_steps // n_served
+        d_v, d_o = config.d_value * n_steps // n_served, config.d_value
         self.q_proj, self.k_proj = nn.Linear(d, d_q, bias=False), nn.Linear(d, d_k, bias=False)
         self.v_proj, self.o_proj = nn.Linear(d, d_v, bias=False), nn.Linear(d_o, d, bias=False)
         self.make_gates(config)

@@ -43,6 +43,7 @@ from writesae.models.common import RecurrentForCausalLM
 from writesae.models.delta_net import DeltaNetForCausalLM
 from writesae.models.formats import mamba_of_authors, mamba_tensors_of_authors, rwkv7_of_authors, rwkv7_of_early_fla
 from writesae.models.gated_delta_net import GatedDeltaNetForCausalLM
+from writesae.models.gated_delta_product import GatedDeltaProductForCausalLM
 from writesae.models.gla import GLAForCausalLM
 from writesae.models.hgrn2 import HGRN2ForCausalLM
 from writesae.models.kda import KDAForCausalLM
@@ -63,6 +64,7 @@ OURS: dict[str, type[RecurrentForCausalLM]] = {
         LinearAttentionForCausalLM,
         KDAForCausalLM,
         CombaForCausalLM,
+        GatedDeltaProductForCausalLM,
     )
 }
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
