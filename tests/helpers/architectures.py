@@ -46,6 +46,7 @@ class Architecture:
         mlp: its layers have an MLP of their own, a single module.
         forgets_positions: its attention layers count from 0 in every piece, unless told (transformers 5.23).
         n_heads, d_value: heads, and columns of the state (the rows are `D_KEY` in every model).
+        steps: steps per token, for keys, values and strengths that have a dimension of them.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Architecture:
     forgets_positions: bool = False
     n_heads: int = N_HEADS
     d_value: int = D_VALUE
+    steps: tuple[int, ...] = ()
 
     @property
     def modeling(self) -> ModuleType:
@@ -89,7 +91,8 @@ class Architecture:
         if quantity == "log_decay" and self.rule.decay_per_key:
             return (D_KEY,)
         of_values = dict.fromkeys(("v", "v_mix", "o", "z"), (self.d_value,))
-        return {"beta": (), "log_decay": (), **of_values}.get(quantity, (D_KEY,))
+        shape = {"beta": (), "log_decay": (), **of_values}.get(quantity, (D_KEY,))
+        return (*self.steps, *shape) if quantity in ("k", "v", "beta") else shape
 
     def build(self) -> PreTrainedModel:
         """A new model, always with the same weights, in float32, nothing attached."""
@@ -325,6 +328,13 @@ ARCHITECTURES = [
           dict(num_heads=N_KEY_HEADS, num_v_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY,
                intermediate_size=96),
           gate="o_norm"),
+    _ours("comba", bf.COMBA, "Comba", "Comba",
+          dict(num_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY, intermediate_size=96), gate="o_norm"),
+    # Two heads of values share queries and keys.
+    _ours("gated_delta_product", bf.DELTA_PRODUCT, "GatedDeltaProduct", "GatedDeltaProduct",
+          dict(num_heads=N_KEY_HEADS, num_v_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY,
+               intermediate_size=96, use_forget_gate=True, num_householder=2),
+          gate="o_norm", steps=(2,)),
     _ours("gla", bf.GLA, "GLA", "GatedLinearAttention", _MIXER, gate="g_norm_swish_gate"),
     _ours("hgrn2", bf.GLA, "HGRN2", "HGRN2Attention",
           dict(hidden_size=N_HEADS * D_KEY, expand_ratio=D_KEY, intermediate_size=96), gate=None, d_value=D_KEY),

@@ -35,19 +35,20 @@ HELPERS = ("causal_conv1d_fn", "causal_conv1d_update", "mamba2_split_conv1d_scan
 
 @dataclass(frozen=True)
 class Now:
-    """One head at one token of one sequence: what it writes natively, ``key value^T``, and three states.
+    """One head at one token of one sequence: what it writes natively, ``key value^T``, and three states. A token that
+    takes several steps has a key and a value for each: what the step adds to a memory without a past.
 
     ``decayed`` and ``kept`` are the state before the token after its decay, and after its erase too.
     """
 
-    key: Tensor  # [d_key]
-    value: Tensor  # [d_value]
+    key: Tensor  # [*step, d_key]
+    value: Tensor  # [*step, d_value]
     decayed: Tensor  # [d_key, d_value]
     kept: Tensor
 
     @property
     def write(self) -> Tensor:
-        return torch.outer(self.key, self.value)
+        return outer(self.key, self.value)
 
     @property
     def state(self) -> Tensor:
@@ -187,7 +188,7 @@ class Call:
 
     def state(self) -> Tensor:
         k, v = self.x["k"], self.x["v"]
-        return k.new_zeros(k.shape[0], *k.shape[2:], v.shape[-1]) if self.S is None else self.S
+        return k.new_zeros(k.shape[0], k.shape[2], k.shape[-1], v.shape[-1]) if self.S is None else self.S
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,6 +202,7 @@ class Rule:
         kernels: the functions of a modeling file that run it, and for each how to read a call.
         erase: a token's quantities, the state before it and that state decayed -> what is added to the latter, beside
             the write; None if nothing is.
+        value: a token's quantities -> the value of its write, if that is not ``v`` or ``beta v``.
         decay_per_key: the decay is one number per row of the state, not one per head.
         transposed: the model keeps ``[head, d_value, d_key]``.
         columns: it keeps ``[head, d_key]``, or the heads of each call of a kernel apart.
@@ -212,6 +214,7 @@ class Rule:
     inputs: tuple[str, ...]
     kernels: Mapping[str, Callable[..., Call]]
     erase: Callable[[At, Tensor, Tensor], Tensor] | None = None
+    value: Callable[[At], Tensor] | None = None
     decay_per_key: bool = False
     transposed: bool = False
     columns: bool = False
@@ -226,12 +229,17 @@ class Rule:
             decay = x["log_decay"].exp()
             decayed = S * (decay[..., None] if self.decay_per_key else decay[..., None, None])
         kept = decayed if self.erase is None else decayed + self.erase(x, S, decayed)
+        if self.value is not None:
+            return x["k"], self.value(x), decayed, kept
         value = x["v"] * x["beta"][..., None] if "beta" in x else x["v"]
         return x["k"], value, decayed, kept
 
 
 def outer(key: Tensor, value: Tensor) -> Tensor:
-    return torch.einsum("bhk,bhv->bhkv", key, value)
+    """``key value^T``, or with a key and a value for each of some steps, ``[..., step, d]``, their sum."""
+    if key.ndim in (2, 4):
+        return torch.einsum("...sk,...sv->...kv", key, value)
+    return torch.einsum("...k,...v->...kv", key, value)
 
 
 def read_along(key: Tensor, S: Tensor) -> Tensor:
@@ -242,6 +250,31 @@ def delta_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
     """``-beta k (k^T D S)``: what the memory holds along the key is replaced by the value (arXiv 2412.06464, eq. 10;
     with a decay per key channel, Kimi Linear, arXiv 2510.26692, eq. 1)."""
     return -outer(x["k"], x["beta"][..., None] * read_along(x["k"], decayed))
+
+
+def delta_steps(x: At, S: Tensor, v: Tensor) -> list[Tensor]:
+    """What each step of a token writes along its key from the state ``S``, erase and write one after the other (arXiv
+    2502.10297)."""
+    found = []
+    for j in range(x["k"].shape[2]):
+        k = x["k"][:, :, j]
+        found.append(x["beta"][:, :, j, None] * (v[:, :, j] - read_along(k, S)))
+        S = S + outer(k, found[-1])
+    return found
+
+
+def product_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
+    return outer(x["k"], torch.stack(delta_steps(x, decayed, torch.zeros_like(x["v"])), 2))
+
+
+def product_value(x: At) -> Tensor:
+    """What each step writes where nothing was before the token."""
+    return torch.stack(delta_steps(x, torch.zeros_like(outer(x["k"], x["v"])), x["v"]), 2)
+
+
+def comba_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
+    """``-beta k (p^T S)``, which reads the state before its decay (arXiv 2506.02475)."""
+    return -outer(x["k"], x["beta"][..., None] * read_along(x["kappa"], S))
 
 
 def rwkv7_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
@@ -450,6 +483,14 @@ FLA_KDA = Rule(
     {"kda_recurrence": canonical},
     delta_erase,
     decay_per_key=True,
+)
+COMBA = Rule("comba", ("q", "k", "v", "beta", "log_decay", "kappa"), {"comba_recurrence": canonical}, comba_erase)
+DELTA_PRODUCT = Rule(
+    "delta_product",
+    ("q", "k", "v", "beta", "log_decay"),
+    {"delta_product_recurrence": canonical},
+    product_erase,
+    product_value,
 )
 DELTA_NET = Rule("delta", ("q", "k", "v", "beta"), {"delta_rule_recurrence": canonical}, delta_erase)
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), {"gla_recurrence": canonical}, decay_per_key=True)

@@ -131,7 +131,7 @@ def hook_write(layer: int, head: int, extra: Write | None = None) -> Case:
         key, value = write.key.clone(), write.value.clone()
         key[:, :, head] += turn
         value[:, :, head] *= 0.7
-        new = Write(key, value)
+        new = replace(write, key=key, value=value)
         if extra is not None:
             mask = torch.zeros(N_HEADS)
             mask[head] = 1
@@ -139,7 +139,7 @@ def hook_write(layer: int, head: int, extra: Write | None = None) -> Case:
         return new
 
     def fn(now: bf.Now, i: int) -> Tensor:
-        E = torch.outer(now.key + turn, 0.7 * now.value) - now.write
+        E = bf.outer(now.key + turn, 0.7 * now.value) - now.write
         return E if extra is None else E + extra.dense().double()
 
     def attach(model: HookedRecurrentModel) -> AbstractContextManager[Any]:

@@ -84,6 +84,20 @@ def kimi_delta(x: Quantities, state: Tensor) -> Result:
     )
 
 
+def comba(x: Quantities, state: Tensor) -> Result:
+    """Its loop in chunks: its loop over tokens erases what is left after the decay, other than its kernels do."""
+    return fla_naive("comba").naive_chunk_comba(
+        unscaled(x), x["k"], x["v"], x["kappa"], x["log_decay"], x["beta"], initial_state=state, output_final_state=True
+    )
+
+
+def delta_product(x: Quantities, state: Tensor) -> Result:
+    k, v, beta = (x[name].transpose(2, 3).flatten(1, 2) for name in ("k", "v", "beta"))
+    return fla_naive("gated_delta_product").naive_recurrent_gated_delta_product(
+        x["q"], k, v, x["log_decay"], beta, 1.0, initial_state=state, num_householder=x["k"].shape[3]
+    )
+
+
 def delta(x: Quantities, state: Tensor) -> Result:
     values = heads_first(unscaled(x), x["k"], x["v"], x["beta"])
     o, state = fla_naive("delta_rule").delta_rule_recurrence(*values, initial_state=state)

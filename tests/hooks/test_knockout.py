@@ -105,8 +105,12 @@ def test_a_read_misses_its_entries_of_the_pattern(architecture: Architecture) ->
     with model.intervene(ws.Knockout(layer, sources=sources, targets=targets)):
         _, cut = model.run_with_cache(ids)
     written = cache.write(layer).value.float()
-    pattern = cache.pattern(layer).tril(-1)  # its own write a token reads in any case
-    missing = torch.einsum("bhqk,bkhv->bqhv", pattern[:, :, targets][..., sources], written[:, sources])
+    before = torch.ones(40, 40).tril(-1)[(..., *(None,) * len(a.steps))]
+    pattern = cache.pattern(layer) * before  # its own write a token reads in any case
+    terms = "s" * len(a.steps)
+    missing = torch.einsum(
+        f"bhqk{terms},bkh{terms}v->bqhv", pattern[:, :, targets][:, :, :, sources], written[:, sources]
+    )
     expected = cache["o", layer].float().clone()
     expected[:, targets] -= missing
     torch.testing.assert_close(cut["o", layer].float(), expected, rtol=1e-4, atol=1e-5)

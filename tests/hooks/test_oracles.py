@@ -70,6 +70,9 @@ def quantities(rule: bf.Rule) -> dict[str, Tensor]:
         "kappa": F.normalize(torch.randn(*shape, D_KEY), dim=-1),
         "iclr": torch.rand(*shape, D_KEY),
     }
+    if rule is bf.DELTA_PRODUCT:  # of three steps, each with a key of its own
+        x |= {name: torch.stack([x[name] + y for y in 0.3 * torch.randn(3, *x[name].shape)], 3) for name in "kv"}
+        x |= {"k": F.normalize(x["k"], dim=-1), "beta": torch.rand(*shape, 3)}
     return {name: x[name] for name in rule.inputs}
 
 
@@ -106,7 +109,18 @@ def swapped(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
 def erase_undecayed(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
     assert rec.b is not None
     decay = rec.log_decay.exp()
-    return replace(rec, b=rec.b / (decay if decay.ndim == 4 else decay[..., None])), write
+    return replace(rec, b=rec.b / decay[(..., *(None,) * (rec.b.ndim - decay.ndim))]), write
+
+
+def erase_decayed(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
+    assert rec.b is not None
+    return replace(rec, b=rec.b * rec.log_decay.exp()[..., None]), write
+
+
+def steps_at_once(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
+    """The second step reads what was there before the first."""
+    assert rec.b is not None
+    return replace(rec, b=rec.b.flip(3)), write
 
 
 def never_forgetting(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
@@ -132,6 +146,8 @@ def read_decayed(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
 RULES: list[tuple[bf.Rule, Callable[..., oracles.Result], list[Break]]] = [
     (bf.GATED_DELTA, oracles.gated_delta, [without_erase, erase_undecayed]),
     (bf.KDA, oracles.kimi_delta, [without_erase, erase_undecayed, swapped, one_decay_a_head]),
+    (bf.COMBA, oracles.comba, [without_erase, erase_decayed, swapped]),
+    (bf.DELTA_PRODUCT, oracles.delta_product, [without_erase, erase_undecayed, steps_at_once]),
     (bf.DELTA_NET, oracles.delta, [without_erase]),
     (bf.GLA, oracles.gla, [one_decay_a_head]),
     (bf.SIMPLE_GLA, oracles.simple_gla, [never_forgetting, forgetting]),

@@ -576,7 +576,7 @@ RULES = {a.rule for a in ARCHITECTURES}
 TWINS = [
     *(
         Twin(rule, Rule, "recurrence", without_erase, prefill, case)
-        for rule in (bf.GATED_DELTA, bf.KDA, bf.DELTA_NET, bf.RWKV7)
+        for rule in (bf.GATED_DELTA, bf.KDA, bf.COMBA, bf.DELTA_PRODUCT, bf.DELTA_NET, bf.RWKV7)
         for case in ("interventions", "hooks", "substitutes")
     ),
     # Not for the rules whose `a b^T` is symmetric, since both lie along the key: swapping is right there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def by_hook(model: ws.HookedRecurrentModel, cache: Any, what: str, head: int, at
             found = cache.write(layer)
             key, value = x.key.clone(), x.value.clone()
             key[:, at, head], value[:, at, head] = found.key[0, source, head], found.value[0, source, head]
-            return ws.Write(key, value)
+            return replace(x, key=key, value=value)
         x = x.clone()
         if what == "state":
             x[0, 0, head] = cache.state(layer, [source])[0, 0, head]

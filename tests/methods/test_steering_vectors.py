@@ -36,8 +36,7 @@ def test_it_is_the_difference_of_means_and_its_intervention_adds_it(architecture
             if at[0] == "state":  # token by token
                 values.append(list(cache.dynamics(layer).each_state())[-1][:, 2])
             elif at[0] == "write":
-                write = cache.write(layer)[:, -1, 2]
-                values.append(torch.einsum("nk,nv->nkv", write.key, write.value))
+                values.append(cache.write(layer)[:, -1, 2].dense())
             else:
                 values.append(cache["resid_post", layer][:, -1])
         difference = values[0].mean(0) - values[1].mean(0)

@@ -142,8 +142,8 @@ def test_an_empty_memory(architecture: Architecture) -> None:
     rec, plain = own.dynamics(layer).recurrence, own.state(layer, [0])[:, 0]
     decay = rec.log_decay[:, 0].exp()
     kept = (decay[..., None] if decay.ndim == 3 else decay[..., None, None]) * S
-    if rec.a is not None and rec.b is not None:
-        kept = kept + rec.a[:, 0][..., None] * torch.einsum("bhk,hkv->bhv", rec.b[:, 0], S)[..., None, :]
+    if (erase := rec.erase()) is not None:
+        kept = kept + torch.einsum("bhrk,bhrl,hlv->bhkv", *(x[:, 0] for x in erase), S)
     torch.testing.assert_close(found - plain, kept, **CLOSE)
 
 

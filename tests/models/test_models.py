@@ -889,8 +889,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return played
 
     for op, function, plays in (
-        ("rwkv6", "chunk_rwkv6", _rwkv6), ("rwkv7", "chunk_rwkv7", _dplr), ("delta_rule", "chunk_delta_rule", _delta), ("gla", "chunk_gla", _gla),
-        ("simple_gla", "chunk_simple_gla", _simple_gla), ("linear_attn", "chunk_linear_attn", _linear_attn),
+        ("rwkv6", "chunk_rwkv6", _rwkv6), ("rwkv7", "chunk_rwkv7", _dplr), ("delta_rule", "chunk_delta_rule", _delta),
+        ("gla", "chunk_gla", _gla), ("simple_gla", "chunk_simple_gla", _simple_gla), ("linear_attn", "chunk_linear_attn", _linear_attn),
     ):  # fmt: skip
         module = types.ModuleType(f"fla.ops.{op}")
         setattr(module, function, kernel(op, function, plays))
@@ -953,7 +953,8 @@ def test_beside_flash_linear_attention(tmp_path: Path, monkeypatch: pytest.Monke
     importlib.reload(load)  # ours, imported after
     assert type(AutoConfig.from_pretrained(tmp_path)) is Theirs
     assert OURS.keys() == {
-        "rwkv6", "rwkv7", "delta_net", "gated_deltanet", "gla", "hgrn2", "retnet", "linear_attn", "kda"
+        "rwkv6", "rwkv7", "delta_net", "gated_deltanet", "gla", "hgrn2", "retnet", "linear_attn", "kda", "comba",
+        "gated_deltaproduct",
     }  # fmt: skip
     assert not OURS.keys() & OF_FLA
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from test_models import FLA_COMMON, VOCAB, folder, in_pieces, tokens
 from torch import Tensor
 
@@ -37,7 +38,19 @@ KDA = FLA_COMMON | dict(
     model_type="kda", architectures=["KDAForCausalLM"], allow_neg_eigval=False, expand_v=1.0, head_dim=16,
     lower_bound=None, num_heads=2, num_v_heads=None, safe_gate=False, use_short_conv=True,
 )  # fmt: skip
-KINDS = {config["model_type"]: config for config in (GATED_DELTANET, HGRN2, RETNET, LINEAR_ATTN, KDA)}
+COMBA = FLA_COMMON | dict(
+    model_type="comba", architectures=["CombaForCausalLM"], correction_factor=1.0, expand_v=2.0, head_dim=16,
+    num_heads=2, num_v_heads=None, use_inner_decay=True, use_output_correction=True, use_output_gate=True,
+    use_short_conv=True,
+)  # fmt: skip
+DELTA_PRODUCT = FLA_COMMON | dict(
+    model_type="gated_deltaproduct", architectures=["GatedDeltaProductForCausalLM"], allow_neg_eigval=False,
+    expand_v=2.0, head_dim=16, num_heads=2, num_householder=2, num_v_heads=None, use_forget_gate=True,
+    use_output_gate=True, use_short_conv=True,
+)  # fmt: skip
+KINDS = {
+    config["model_type"]: config for config in (DELTA_PRODUCT, GATED_DELTANET, HGRN2, RETNET, LINEAR_ATTN, KDA, COMBA)
+}
 
 
 def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
@@ -64,22 +77,27 @@ def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
             continue
         heads = config["num_v_heads"] or config["num_heads"]
         d_key, d_value = config["num_heads"] * config["head_dim"], int(heads * config["head_dim"] * config["expand_v"])
-        for name, n in {"q": d_key, "k": d_key, "v": d_value}.items():
+        steps = config.get("num_householder", 1)
+        for name, n in {"q": d_key, "k": d_key * steps, "v": d_value * steps}.items():
             made[f"{at}attn.{name}_proj.weight"] = weight(n, d)
             if config["use_short_conv"]:
                 made[f"{at}attn.{name}_conv1d.weight"] = weight(n, 1, config["conv_size"])
         rank, of_gate = d_value // heads, {"A_log": heads, "dt_bias": heads}
-        made[f"{at}attn.b_proj.weight"] = weight(heads, d)
+        made[f"{at}attn.b_proj.weight"] = weight(heads * steps, d)
         made[f"{at}attn.o_norm.weight"] = around_one(rank)
         if config["model_type"] == "kda":
             of_gate["dt_bias"] = n = heads * config["head_dim"]
             made |= {f"{at}attn.{x}_proj.0.weight": weight(rank, d) for x in "fg"}
             made |= {f"{at}attn.f_proj.1.weight": weight(n, rank), f"{at}attn.g_proj.1.weight": weight(d_value, rank)}
             made[f"{at}attn.g_proj.1.bias"] = around_one(d_value) - 1
-        else:
+        elif config.get("use_forget_gate", True):
             made[f"{at}attn.a_proj.weight"] = weight(heads, d)
+        else:
+            of_gate = {}
+        if config["model_type"] == "comba":
+            of_gate |= dict.fromkeys(("decay", "D"), config["num_heads"])
         made |= {f"{at}attn.{x}": torch.randn(n, generator=generator) for x, n in of_gate.items()}
-        if config.get("use_gate"):
+        if config.get("use_gate") or config.get("use_output_gate"):
             made[f"{at}attn.g_proj.weight"] = weight(d_value, d)
         made[f"{at}attn.o_proj.weight"] = weight(d, d_value)
     return made
@@ -132,21 +150,56 @@ def _gated_deltanet(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, r
             for y, c in ((q, "q"), (k, "k"), (v, "v"))
         )
     q, k, v = F.silu(q), F.silu(k), F.silu(v)
+    if config["model_type"] == "gated_deltaproduct":
+        return _delta_product(config, p, h, rms, broken, q, k, v)
     heads = config["num_v_heads"] or config["num_heads"]
     q, k = (y.unflatten(-1, (config["num_heads"], -1)) for y in (q, k))
     served = heads // config["num_heads"]
+    if config["model_type"] == "comba":
+        p_ = k * (1 if broken == "inner decay" else p("attn.decay").sigmoid()[:, None])
+        q = q if broken == "correction" else q - p("attn.D")[:, None] * p_
     q, k = (y.repeat(1, 1, served, 1) if broken == "heads" else y.repeat_interleave(served, 2) for y in (q, k))
     if broken != "norm":
         q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     v = v.unflatten(-1, (heads, -1))
-    beta = (h @ p("attn.b_proj").T).sigmoid() * (2 if config["allow_neg_eigval"] and broken != "eigval" else 1)
+    beta = (h @ p("attn.b_proj").T).sigmoid() * (2 if config.get("allow_neg_eigval") and broken != "eigval" else 1)
     if config["model_type"] == "kda":
         return _kda(config, p, h, rms, broken, q, k, v, beta)
     g = -p("attn.A_log").exp() * F.softplus(h @ p("attn.a_proj").T + (0 if broken == "bias" else p("attn.dt_bias")))
-    naive = fla_naive("gated_delta_rule").naive_recurrent_gated_delta_rule
-    o = naive(q, k, v, beta=beta, g=torch.zeros_like(g) if broken == "decay" else g)[0]
+    g = torch.zeros_like(g) if broken == "decay" else g
+    if config["model_type"] == "comba":
+        o = fla_naive("comba").naive_chunk_comba(q, k, v, k, g, beta)[0]  # p of length 1 is k of length 1
+        o = rms(o, p("attn.o_norm"))
+        if config["use_output_gate"]:
+            z = (h @ p("attn.g_proj").T).unflatten(-1, (heads, -1))
+            o = o * (F.silu(z) if broken == "silu gate" else z.sigmoid())
+        return o.flatten(2)
+    o = fla_naive("gated_delta_rule").naive_recurrent_gated_delta_rule(q, k, v, beta=beta, g=g)[0]
     o = rms(o, p("attn.o_norm"))
     if config["use_gate"]:
+        o = o * F.silu((h @ p("attn.g_proj").T).unflatten(-1, (heads, -1)))
+    return o.flatten(2)
+
+
+def _delta_product(config: Any, p: Any, h: Tensor, rms: Any, broken: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads of values that share keys lie side by side; a token's steps come one after the other."""
+    n, heads = config["num_householder"], config["num_v_heads"] or config["num_heads"]
+    order = "b t (h n d) -> b (t n) h d" if broken == "order" else "b t (n h d) -> b (t n) h d"
+    q = rearrange(q, "b t (h d) -> b t h d", d=config["head_dim"])
+    k = rearrange(k, order, n=n, d=config["head_dim"])
+    q, k = (y.repeat_interleave(heads // config["num_heads"], 2) for y in (q, k))
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
+    v = rearrange(v, "b t (n h d) -> b (t n) h d", n=n, h=heads)
+    beta = (h @ p("attn.b_proj").T).sigmoid() * (2 if config["allow_neg_eigval"] else 1)
+    beta = rearrange(beta, "b t (n h) -> b (t n) h", n=n)
+    g = None
+    if config["use_forget_gate"] and broken != "no decay":
+        g = -p("attn.A_log").exp() * F.softplus(h @ p("attn.a_proj").T + p("attn.dt_bias"))
+    if broken == "one step":
+        beta = beta * (torch.arange(beta.shape[1]) % n == 0)[:, None]
+    naive = fla_naive("gated_delta_product").naive_recurrent_gated_delta_product
+    o = rms(naive(q, k, v, g, beta, q.shape[-1] ** -0.5, num_householder=n)[0], p("attn.o_norm"))
+    if config["use_output_gate"]:
         o = o * F.silu((h @ p("attn.g_proj").T).unflatten(-1, (heads, -1)))
     return o.flatten(2)
 
@@ -258,6 +311,11 @@ CONFIGS = [
     KDA,
     KDA | dict(num_v_heads=4, allow_neg_eigval=True, expand_v=0.5),
     KDA | dict(lower_bound=-5.0, safe_gate=True, use_short_conv=False),
+    COMBA,
+    COMBA | dict(use_output_gate=False, use_short_conv=False, expand_v=0.5),
+    DELTA_PRODUCT,
+    DELTA_PRODUCT | dict(num_v_heads=4, num_householder=3, use_forget_gate=False, allow_neg_eigval=True),
+    DELTA_PRODUCT | dict(num_householder=1, use_output_gate=False, use_short_conv=False),
 ]
 TWINS = {
     **dict.fromkeys(("heads", "norm", "eigval", "bias", "decay"), CONFIGS[1]),
@@ -266,7 +324,9 @@ TWINS = {
     **dict.fromkeys(("features", "sides"), LINEAR_ATTN),
     "sum": CONFIGS[11],
     **dict.fromkeys(("bias of f", "one decay", "silu"), KDA),
-    "no bound": CONFIGS[-1],
+    "no bound": CONFIGS[16],
+    **dict.fromkeys(("order", "no decay", "one step"), DELTA_PRODUCT),
+    **dict.fromkeys(("correction", "inner decay", "silu gate"), COMBA),
 }
 
 
@@ -309,6 +369,8 @@ def test_a_broken_one_is_not(broken: str, tmp_path: Path) -> None:
         (KDA, dict(safe_gate=True), "safe_gate=True needs a lower_bound"),
         (KDA, dict(lower_bound=1.0), "lower_bound=1.0: log decays lie below 0"),
         (KDA, dict(use_gate=False), "always has a gate"),
+        (COMBA, dict(use_output_correction=False), "use_output_correction=True only"),
+        (DELTA_PRODUCT, dict(num_householder=0), "num_householder=0: 1 step or more"),
         (RETNET, dict(use_short_conv=True), "use_short_conv=True: flash-linear-attention's has no convolution either"),
         (RETNET, dict(num_heads=32), "each head needs an even number; got 1"),
         (RETNET, dict(num_kv_heads=3), "num_heads=2 is not a multiple of num_kv_heads=3"),

@@ -155,16 +155,19 @@ def edits_one_token_late(rec: Recurrence, write: Write, initial_state: Tensor | 
 def along_the_key(inputs: Inputs) -> tuple[Inputs, Tensor]:
     """The same, with an erase that writes along the key of the write's first term, and how strongly it does."""
     rec, write, state = inputs
-    strength = -torch.rand_like(rec.q[..., 0]) / 8  # or the state grows without bound
-    return (replace(rec, a=strength[..., None] * write.factors()[0][..., 0, :]), write, state), strength
+    assert rec.a is not None
+    strength = -torch.rand_like(rec.a[..., 0]) / 8  # or the state grows without bound
+    keys = write.factors()[0]
+    keys = keys[..., 0, :] if rec.a.ndim == 4 else keys[..., : rec.a.shape[3], :]
+    return (replace(rec, a=strength[..., None] * keys), write, state), strength
 
 
 @UNCHECKED
 @PER_KEY
-@RANK
+@pytest.mark.parametrize(("rank", "erases"), [(1, 1), (3, 1), (2, 2), (3, 2)])
 @READ
-def test_erase_along_the_key(per_key: bool, rank: int, read: str) -> None:
-    inputs, strength = along_the_key(random_inputs(BORDERS[-1], per_key=per_key, rank=rank))
+def test_erase_along_the_key(per_key: bool, rank: int, erases: int, read: str) -> None:
+    inputs, strength = along_the_key(random_inputs(BORDERS[-1], per_key=per_key, rank=rank, erases=erases))
     dense = {t: torch.randn_like(inputs[2]) for t in EDITED}
 
     def run(rec: Recurrence, *args, strength: Tensor = strength, **options):
@@ -176,7 +179,37 @@ def test_erase_along_the_key(per_key: bool, rank: int, read: str) -> None:
         with must_differ():
             check_lengths(run, inputs, [2], read=read, strength=-strength)
         with must_differ():  # the erase writes elsewhere
-            check_lengths(run, random_inputs(2, per_key=per_key, rank=rank), [2], read=read)
+            check_lengths(run, random_inputs(2, per_key=per_key, rank=rank, erases=erases), [2], read=read)
+
+
+@UNCHECKED
+@PER_KEY
+@READ
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_several_erases(per_key: bool, rank: int, read: str) -> None:
+    """Tokens that erase two terms, whatever they write; their loop is the sum of the terms."""
+    inputs = random_inputs(BORDERS[-1], per_key=per_key, rank=rank, erases=2)
+    rec, write, state = inputs
+    dense = {t: torch.randn_like(state) for t in EDITED}
+    check_lengths(chunked, inputs, BORDERS, read=read)
+    check_lengths(chunked, inputs, [t + 1 for t in EDITED], dense=dense, read=read)
+    first, a, b = (slice(None), 0), *(x[:, 0].mT for x in rec.erase())
+    decay = rec.log_decay[first].exp().view(*state.shape[:2], -1, 1)
+    after = next(states(rec, write, state))
+    torch.testing.assert_close(after, decay * state + a @ b.mT @ state + write[:, 0].dense())
+    assert erase_reads(rec, write, state)[:, 0].allclose(b.mT @ state)
+    one = replace(rec, a=rec.a[:, :, :, 0], b=rec.b[:, :, :, 0])
+    with must_differ():
+        check_lengths(lambda _, *rest, **options: chunked(one, *rest, **options), inputs, [BORDERS[-1]], read=read)
+
+
+@UNCHECKED
+def test_erase_terms_come_in_pairs() -> None:
+    rec = random_inputs(3, erases=2)[0]
+    with pytest.raises(ValueError, match=r"a \[1, 3, 2, 2, 5\] and erase read b \[1, 3, 2, 1, 5\] differ in rank"):
+        replace(rec, b=rec.b[:, :, :, :1])
+    with pytest.raises(ValueError, match=r"b \[1, 3, 2, 2, 4\] does not fit q \[1, 3, 2, 5\]"):
+        replace(rec, b=rec.b[..., :4])
 
 
 def reading_before(inputs: Inputs) -> Inputs:

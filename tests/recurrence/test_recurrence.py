@@ -52,6 +52,7 @@ def random_inputs(
     per_key: bool = False,
     erase: bool = True,
     rank: int = 1,
+    erases: int = 1,
     d_key: int = 5,
     d_value: int = 4,
     batch: int = 1,
@@ -67,8 +68,9 @@ def random_inputs(
     def draw(*shape: int) -> Tensor:
         return torch.randn(batch, *shape, dtype=dtype)
 
-    q, a, b = (draw(n_pos, head, d_key) for _ in range(3))
-    a, b = (0.8 * x / x.norm(dim=-1, keepdim=True) for x in (a, b))
+    several = () if erases == 1 else (erases,)
+    q, a, b = draw(n_pos, head, d_key), *(draw(n_pos, head, *several, d_key) for _ in range(2))
+    a, b = (0.8 * x / x.norm(dim=-1, keepdim=True) / erases**0.5 for x in (a, b))
     log_decay = -draw(n_pos, head, d_key).abs() / 4 if per_key else -draw(n_pos, head).abs() / 4
     ranks = () if rank == 1 else (rank,)
     write = Write(draw(n_pos, head, *ranks, d_key), draw(n_pos, head, *ranks, d_value), rank)

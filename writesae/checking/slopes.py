@@ -108,10 +108,8 @@ def check_edit_slopes(subject: Subject) -> Iterator[Row]:
     edits, predicted, n_rows = [], [], 2 * len(layers)
     for i, layer in enumerate(layers):
         key = found[layer].write.key
-        value = torch.einsum(
-            "bthkv,bthk->bthv", found[layer].at(every), key
-        )  # with this key, it raises the number most
-        edit = Write(key, value)
+        # With these keys, they raise the number most.
+        edit = replace(found[layer].write, value=torch.einsum("bthkv,bth...k->bth...v", found[layer].at(every), key))
         edit = edit * (found[layer].write.norm() / edit.norm().clamp_min(1e-30))
         prices = found[layer].price(edit)
         edit = edit * (1 / prices.clamp_min(float(prices.median()) + 1e-30))  # a norm makes much of it where o is small

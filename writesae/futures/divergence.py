@@ -44,10 +44,11 @@ def divergence(
         keys, values = (wide(x) for x in edit.factors())  # [firing, condition, rank, ...]
         gram, found = values @ values.mT, []
         decay = pick(rec.log_decay).exp().reshape(*at.shape, 1, 1, -1)
-        a, b = (None if x is None else pick(x)[:, :, None, None] for x in (rec.a, rec.b))
+        erase = rec.erase()
+        a, b = (None, None) if erase is None else (pick(x)[:, :, None] for x in erase)
         for step in range(horizon + 1):
             if step:
-                erased = 0.0 if a is None or b is None else a[:, step] * (keys * b[:, step]).sum(-1, keepdim=True)
+                erased = 0.0 if a is None or b is None else keys @ b[:, step].mT @ a[:, step]
                 keys = decay[:, step] * keys + erased
             found.append(((keys @ keys.mT) * gram).sum((-1, -2)).clamp_min(0))
         moved2 = moved2 + torch.stack(found, -1)

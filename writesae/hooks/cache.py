@@ -145,7 +145,7 @@ class ActivationCache(Mapping[str, Any]):
         """
         return self._shown(self.dynamics(layer).delta())
 
-    def pattern(self, layer: int, head: int | None = None) -> Float[Tensor, "... query key"]:
+    def pattern(self, layer: int, head: int | None = None) -> Float[Tensor, "..."]:
         """Who reads whom: how much of what each token wrote is in what each token reads, erases and decays included.
 
         ``pattern @ written == o`` for a text that began with an empty memory, with ``written`` the values of
@@ -155,11 +155,12 @@ class ActivationCache(Mapping[str, Any]):
 
         Args:
             layer: a recurrent layer, whose recurrence's inputs are in the cache.
-            head: a head, for ``[batch, query, key]``; None for all, ``[batch, head, query, key]``.
+            head: a head, for ``[batch, query, key]``; None for all, ``[batch, head, query, key]``. Where a write has
+                several values, as those of Gated DeltaProduct, there is a number for each in a last dimension, and
+                ``o`` is the sum over these too.
 
         Raises:
             IndexError: no such layer or head.
-            ValueError: the writes are not of rank 1, so a token's write has no one value.
         """
         tap = self._tap(layer)
         if head is not None:
@@ -169,11 +170,10 @@ class ActivationCache(Mapping[str, Any]):
         here = slice(None), slice(None), list(heads)
         rec = rule.recurrence(lambda quantity: self._value(name_of(quantity, layer)))[here]
         write = self._records[layer].write or rule.write(lambda quantity: self._value(name_of(quantity, layer)))
-        if write.rank != 1:
-            raise ValueError(f"the writes of layer {layer} have rank {write.rank}: a pattern needs one value a token")
-        keys = write.key[here]
-        one_hot = torch.eye(rec.n_pos, device=keys.device)[None, :, None].expand(*keys.shape[:3], -1)
-        found = chunked(rec, Write(keys, one_hot))[0].transpose(1, 2)
+        keys = write[here].factors()[0].unbind(-2)
+        one_hot = torch.eye(rec.n_pos, device=rec.q.device)[None, :, None].expand(*rec.q.shape[:3], -1)
+        of_each = [chunked(rec, Write(key, one_hot))[0].transpose(1, 2) for key in keys]
+        found = of_each[0] if len(of_each) == 1 else torch.stack(of_each, -1)
         return self._shown(found if head is None else found[:, 0])
 
     def state(

@@ -146,7 +146,7 @@ def kept_of(native: Write, edits: Sequence[Edit]) -> Float[Tensor, "batch pos he
     """How much of each write is left by edits that come instead: 1, 0, or -1 if there are two. None if all is."""
     if all(edit.instead is None for edit in edits):
         return None
-    kept = torch.ones_like(native.value[..., 0])
+    kept = native.value.new_ones(native.shape)
     for edit in edits:
         if edit.instead is not None:
             kept[edit.index] -= edit.instead

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -171,7 +171,8 @@ class Tap:
             with full_precision(device):
                 hidden = [unread(a, call, record, len(hooked), self.clock.now) for a in knockouts]
         if kept is not None:
-            call.set("v", call.get("v") * kept[..., None])
+            v = call.get("v")
+            call.set("v", v * kept[(..., *(None,) * (v.ndim - kept.ndim))])
         ours = self.kernels == "writesae" and call.get("v").shape[1] > 1  # for one token there is nothing to gain
         o, state = call.compute() if ours else call.run(native)
         here.shape = o.shape
@@ -216,10 +217,11 @@ class Tap:
         if not point.listening:
             return []
         shown = call.write()
-        new, changed = point.fire(Write(shown.key.clone(), to_show(shown.value)))  # the erase may share the key
+        own = replace(shown, key=shown.key.clone(), value=to_show(shown.value))  # the erase may share the key
+        new, changed = point.fire(own)
         if not changed:
             return []
-        instead = torch.ones_like(shown.value[..., 0])
+        instead = shown.value.new_ones(shown.shape)
         padding, unknown = self._padding(instead.device)
         if unknown is not None:
             raise unknown

@@ -193,7 +193,7 @@ class Atoms:
     value: Float[Tensor, " n"]
     slope: Float[Tensor, " n"]  # of the activation in the pre-activation
     pre: Float[Tensor, " n"]
-    reading: Float[Tensor, "n d_value"]  # of the pre-activation in the write's value
+    reading: Float[Tensor, "n *step d_value"]  # of the pre-activation in the write's value
 
     @classmethod
     def of(cls, sae: Any, write: Write) -> Atoms:
@@ -206,9 +206,9 @@ class Atoms:
         E, key = sae.encoder.detach(), write.key.detach()[t].to(pre.dtype)
         if isinstance(E, Write):
             k, v = E[j].factors()
-            reading = torch.einsum("nrk,nk,nrv->nv", k, key, v)
+            reading = torch.einsum("nrk,n...k,nrv->n...v", k, key, v)
         else:
-            reading = torch.einsum("nkv,nk->nv", E[j], key)
+            reading = torch.einsum("nkv,n...k->n...v", E[j], key)
         return cls(sae, t, j, codes.detach()[t, j], slopes[t, j], pre.detach()[t, j], reading)
 
 
@@ -220,7 +220,7 @@ class Writes(Cut):
     heads read of either is the recurrence itself (`kernels.adjoint`): exact, and no pattern is made.
     """
 
-    given: Float[Tensor, "1 pos head d_value"]  # values of the writes
+    given: Float[Tensor, "1 pos head *step d_value"]  # values of the writes
     probe: Float[Tensor, "1 pos head d_value"]  # of the reads
     recurrence: Recurrence
     write: Write
@@ -244,9 +244,11 @@ class Writes(Cut):
             nodes += [Node(kind, layer, t, head) for t in range(n_pos)]
         return cls(given, probe, rec, write, read, layer, atoms, nodes)
 
-    def _back(self, G: Tensor, key: Tensor) -> Float[Tensor, "1 pos head d_value"]:
-        """The gradient with respect to the value of a write at each token, with these keys."""
-        return chunked(adjoint(self.recurrence, key), adjoint_write(self.recurrence, G))[0].flip(1)
+    def _back(self, G: Tensor) -> Float[Tensor, "1 pos head *step d_value"]:
+        """The gradient with respect to the values of the writes."""
+        gained, keys = adjoint_write(self.recurrence, G), self.write.factors()[0].unbind(-2)
+        found = torch.stack([chunked(adjoint(self.recurrence, key), gained)[0].flip(1) for key in keys], -2)
+        return found.view_as(self.write.value)
 
     def _of_atoms(self, G: Tensor, head: int) -> Float[Tensor, " n"]:
         """What each active atom of a head would add at activation 1."""
@@ -259,7 +261,7 @@ class Writes(Cut):
         return layer.prices(0, atoms)[0][found.token, index]
 
     def effects(self, G: Tensor) -> tuple[Tensor, Tensor]:
-        whole = (self._back(G, self.write.key) * self.write.value)[0].sum(-1)
+        whole = (self._back(G) * self.write.value)[0].flatten(2).sum(-1)
         parts = []
         for head in range(whole.shape[1]):
             if head not in self.atoms:
@@ -271,9 +273,9 @@ class Writes(Cut):
         return torch.cat(parts), torch.zeros(())
 
     def pull(self, G: Tensor, replaced: bool) -> Tensor:
-        back = self._back(G, self.write.key)
+        back = self._back(G)
         for head, found in self.atoms.items() if replaced else ():
-            each = (self._of_atoms(G, head) * found.slope)[:, None] * found.reading
+            each = torch.einsum("n,n...->n...", self._of_atoms(G, head) * found.slope, found.reading)
             back[0, :, head] = torch.zeros_like(back[0, :, head]).index_add(0, found.token, each.to(back.dtype))
         return back.to(self.given.dtype)
 
@@ -287,7 +289,7 @@ class Writes(Cut):
     def reads(self, i: int, D: Tensor) -> tuple[Tensor, Tensor]:
         node, atom, made = self.nodes[i], self._atom(i), torch.zeros_like(self.given)
         if atom is None:
-            made[0, node.position, node.head] = self._back(D, self.write.key)[0, node.position, node.head]
+            made[0, node.position, node.head] = self._back(D)[0, node.position, node.head]
             return made, torch.zeros(())
         found, n = atom
         made[0, node.position, node.head] = found.reading[n].to(made.dtype)

@@ -96,7 +96,7 @@ def memory_length(
                 rec = rule.recurrence(lambda quantity, layer=site.layer, cache=cache: cache[quantity, layer])
                 write = cache.write(site.layer)
                 of_states = _ranks(cache.dynamics(site.layer).states_at(spread(context, states)))
-                for made in (_lives(rec, write.key, writes), _reads(rec, write, reads, ids, known), of_states):
+                for made in (_lives(rec, keys_of(write), writes), _reads(rec, write, reads, ids, known), of_states):
                     for name, x in made.items():
                         parts[name].append(x.cpu())
             for name, of_layers in parts.items():
@@ -118,7 +118,16 @@ def spread(n_pos: int, n: int, start: int = 0) -> list[int]:
     return [start + (i + 1) * (n_pos - start) // n - 1 for i in range(n)]
 
 
-def _lives(rec: Recurrence, keys: Float[Tensor, "batch pos head d_key"], n: int) -> dict[str, Tensor]:
+def keys_of(write: Write) -> Float[Tensor, "batch pos head *term d_key"]:
+    """Keys of writes. Where these are of a higher rank: of terms whose values are orthogonal and of length 1, so that
+    the norm of a write, and of what is left or read of it, is that of all its keys."""
+    if write.rank == 1:
+        return write.key
+    keys, values = (at_least_float32(x) for x in write.factors())
+    return torch.linalg.qr(values.mT)[1] @ keys
+
+
+def _lives(rec: Recurrence, keys: Float[Tensor, "batch pos head *term d_key"], n: int) -> dict[str, Tensor]:
     """Half-lives ``[batch, n, head]`` by decay alone and with erases; mean strength ``[batch, lag, head]`` of both."""
     half = rec.n_pos // 2
     at = torch.tensor(spread(half, n), device=keys.device)
@@ -134,7 +143,7 @@ def _lives(rec: Recurrence, keys: Float[Tensor, "batch pos head d_key"], n: int)
 
 def survival(
     rec: Recurrence,
-    keys: Float[Tensor, "batch pos head d_key"],
+    keys: Float[Tensor, "batch pos head *term d_key"],
     at: Int[Tensor, " n"],
     lags: int,
     *,
@@ -146,29 +155,35 @@ def survival(
 
     Args:
         rec: the recurrence.
-        keys: of all writes.
+        keys: of all writes, see `keys_of`.
         at: which tokens.
         lags: how long to follow them; the last must have so many tokens after it.
         erases: False for decay alone.
     """
     x = at_least_float32(keys[:, at])
-    norms = [x.norm(dim=-1)]
+    x = x if x.ndim == 5 else x[..., None, :]  # [batch, n, head, term, d_key]
+    norms = [x.norm(dim=(-2, -1))]
     for lag in range(1, lags + 1):
         now = rec[:, at + lag].float()
-        decay = now.log_decay.exp()
-        y = x * (decay[..., None] if decay.ndim == 3 else decay)
-        if erases and now.a is not None and now.b is not None:
-            y = y + now.a * (now.b * x).sum(-1, keepdim=True)
+        decay, erase = now.log_decay.exp(), now.erase()
+        y = x * (decay[..., None, None] if decay.ndim == 3 else decay[..., None, :])
+        if erases and erase is not None:
+            a, b = erase
+            y = y + (x @ b.mT) @ a
         x = y
-        norms.append(x.norm(dim=-1))
+        norms.append(x.norm(dim=(-2, -1)))
     return torch.stack(norms, 1) / norms[0][:, None].clamp_min(1e-30)
 
 
-def read_from(rec: Recurrence, write: Write, at: Sequence[int]) -> Float[Tensor, "batch pos head n"]:
+def read_from(
+    rec: Recurrence, keys: Float[Tensor, "batch pos head *term d_key"], at: Sequence[int]
+) -> Float[Tensor, "batch pos head n *term"]:
     """How much of what each token wrote is in what the tokens ``at`` read, as rows of `ActivationCache.pattern`."""
     one_hot = F.one_hot(torch.tensor(at, device=rec.q.device), rec.n_pos).T.to(at_least_float32(rec.q))
     asked = one_hot[None, :, None].expand(*rec.q.shape[:3], -1)
-    return chunked(adjoint(rec, write.key), adjoint_write(rec, asked))[0].flip(1)
+    gained = adjoint_write(rec, asked)
+    of_key = lambda key: chunked(adjoint(rec, key), gained)[0].flip(1)  # noqa: E731
+    return of_key(keys) if keys.ndim == 4 else torch.stack([of_key(key) for key in keys.unbind(-2)], -1)
 
 
 def _reads(
@@ -188,8 +203,10 @@ def _reads_of_heads(
     """Of a read, a token has the share that its part has in the sum of all parts' lengths."""
     n_pos, device = rec.n_pos, rec.q.device
     at = torch.tensor(spread(n_pos, n, n_pos // 2), device=device)
-    sizes = at_least_float32(write.norm() / write.key.norm(dim=-1).clamp_min(1e-30))
-    share = read_from(rec, write, at.tolist()).abs() * sizes[..., None]  # [batch, pos, head, n]
+    keys = keys_of(write)
+    sizes = at_least_float32(write.norm() / keys.flatten(3).norm(dim=-1).clamp_min(1e-30))
+    found = read_from(rec, keys, at.tolist())
+    share = (found.abs() if found.ndim == 4 else found.norm(dim=-1)) * sizes[..., None]  # [batch, pos, head, n]
     share = share / share.sum(1, keepdim=True).clamp_min(1e-30)
     near = (share.flip(1).cumsum(1) < 0.5).sum(1) - (n_pos - 1 - at)  # those after the read have no share
     # Of each write, in the later reads: in units of an equal share among all the tokens up to the read.

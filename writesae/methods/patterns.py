@@ -132,7 +132,7 @@ def pattern(
         names = [name_of(quantity, layer) for quantity in model.family(layer).rule.inputs]
         with torch.no_grad():
             _, cache = model.run_with_cache(ids, names=names, **kwargs)
-            grid = cache.pattern(layer, head)[0]
+            grid = _of_one_value(cache.pattern(layer, head)[0], layer)
         return _found(model, ids, layer, head, "share of the write in the read", grid)
     if isinstance(of, str):
         if of != "stream":
@@ -157,9 +157,9 @@ def pattern(
     with torch.no_grad():
         fixed = found[layer].at_fixed_scale
         grid = found.cache.pattern(layer, head)[0]
-        seen = torch.einsum("qv,kv->qk", fixed.output[0, :, head].float(), fixed.write.value[0, :, head].float())
+        seen = torch.einsum("qv,k...v->qk...", fixed.output[0, :, head].float(), fixed.write.value[0, :, head].float())
     what = "what the write adds to the logit" if isinstance(of, Logit) else "what the write adds along the direction"
-    return _found(model, ids, layer, head, what, grid * seen)
+    return _found(model, ids, layer, head, what, (grid * seen).reshape(*seen.shape[:2], -1).sum(-1))
 
 
 def _lengths(
@@ -182,13 +182,23 @@ def _lengths(
     with torch.inference_mode(False), torch.enable_grad(), frozen(model.hf_model), direct_paths(model) as paths:
         with model.hooks([(name_of("o", layer), read)]):
             _, cache = model.run_with_cache(ids.clone(), names=names, stop_at_layer=layer + 1, **kwargs)
+        shares = _of_one_value(cache.pattern(layer, head)[0].detach(), layer)
         (part,) = paths.of_mixer(model, layer)
         written = cache.write(layer).value[0, :, head].float()
         squares = torch.zeros(len(written), len(written), device=written.device)
         for u in directions:
             (slope,) = torch.autograd.grad((part.given.float() @ u).sum(), reads[0], retain_graph=True)
             squares += (slope[0, :, head].float() @ written.mT).square()
-    return cache.pattern(layer, head)[0].detach() * squares.sqrt()
+    return shares * squares.sqrt()
+
+
+def _of_one_value(grid: Tensor, layer: int) -> Float[Tensor, "query key"]:
+    if grid.ndim > 2:
+        raise ValueError(
+            f"a token of layer {layer} writes {grid.shape[2]} values, and their shares do not add up: give of= a Logit "
+            f"or a vector of the stream, or take cache.pattern({layer}, head), which has all of them"
+        )
+    return grid
 
 
 def _found(model: HookedRecurrentModel, ids: Tensor, layer: int, head: int, of: str, grid: Tensor) -> Pattern:

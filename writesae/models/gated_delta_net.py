@@ -23,46 +23,22 @@ from transformers.cache_utils import Cache
 from writesae.models.common import RecurrentForCausalLM, RecurrentModel, past_state, recur
 from writesae.models.delta_net import NORMS
 from writesae.models.gpu import fla_kernel
-from writesae.models.layers import Mixer, MixerBlock, MixerConfig
+from writesae.models.layers import HeadSizeConfig, Mixer, MixerBlock
 from writesae.recurrence import at_least_float32
 from writesae.recurrence.rules import GATED_DELTA
 
 
 @strict
-class GatedDeltaNetConfig(MixerConfig):
+class GatedDeltaNetConfig(HeadSizeConfig):
     model_type = "gated_deltanet"
-    only: ClassVar[dict[str, Any]] = {
-        "attn": None,
-        "attnres_block_size": None,
-        "hidden_act": "swish",
-        "output_gate_activation": "swish",
-    }
+    only: ClassVar[dict[str, Any]] = {**HeadSizeConfig.only, "output_gate_activation": "swish"}
 
-    num_heads: int = 6
-    num_v_heads: int | None = None
-    head_dim: int = 256
-    expand_v: float | int = 2.0
     use_gate: bool = True
     allow_neg_eigval: bool = False
 
-    def check_widths(self) -> None:  # heads have a `head_dim`, whatever the hidden size
-        if (self.num_v_heads or self.num_heads) % self.num_heads:
-            raise ValueError(
-                f"gated_deltanet: num_v_heads={self.num_v_heads} is not a multiple of num_heads={self.num_heads}"
-            )
-        if not math.isclose(self.head_dim * self.expand_v, round(self.head_dim * self.expand_v)):
-            raise ValueError(
-                f"gated_deltanet with head_dim={self.head_dim} and expand_v={self.expand_v}: their product must be a "
-                f"whole number"
-            )
-
     @property
-    def d_key(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def d_value(self) -> int:
-        return (self.num_v_heads or self.num_heads) * round(self.head_dim * self.expand_v)
+    def gated(self) -> bool:
+        return self.use_gate
 
 
 def gated_delta_rule_recurrence(
@@ -85,14 +61,19 @@ def gated_delta_rule_recurrence(
 
 
 class GatedDeltaNet(Mixer):
-    def __init__(self, config: GatedDeltaNetConfig, layer_idx: int):
-        super().__init__(config, layer_idx, gated=config.use_gate)
+    """Of Gated DeltaNet, and what those that follow from it share: they say what is theirs in `keys`, `log_decay` and
+    `recurrence`."""
+
+    gates: ClassVar[tuple[str, ...]] = ("beta", "log_decay")  # where these are 0, a token changes no state
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__(config, layer_idx, gated=config.gated)
         self.num_heads = config.num_v_heads or config.num_heads  # of values, and so of states
         self.head_v_dim = config.d_value // self.num_heads
-        self.beta_max = 2.0 if config.allow_neg_eigval else 1.0
+        self.beta_max = 2.0 if getattr(config, "allow_neg_eigval", False) else 1.0
         self.o_norm = self.make_norm(config.norm_eps)
 
-    def make_gates(self, config: GatedDeltaNetConfig) -> None:
+    def make_gates(self, config: Any) -> None:
         heads = config.num_v_heads or config.num_heads
         self.a_proj, self.b_proj = (nn.Linear(config.hidden_size, heads, bias=False) for _ in "ab")
         self.A_log, self.dt_bias = nn.Parameter(torch.zeros(heads)), nn.Parameter(torch.zeros(heads))
@@ -107,29 +88,32 @@ class GatedDeltaNet(Mixer):
     def recurrence(self, **values: Any) -> tuple[Tensor, Tensor | None]:
         return gated_delta_rule_recurrence(**values)
 
+    def keys(
+        self, q: Float[Tensor, "batch pos key_head d_key"], k: Float[Tensor, "batch pos key_head d_key"]
+    ) -> dict[str, Tensor]:
+        """What the recurrence takes at length 1, before it is made so."""
+        return dict(q=q, k=k)
+
+    def inputs(self, x: Float[Tensor, "batch pos hidden"], cache: Cache | None) -> dict[str, Tensor]:
+        """What enters the recurrence, ``[batch, pos, head, ...]``."""
+        q, k, v = (F.silu(y) for y in self.project(x, cache))
+        keys = self.keys(*(y.unflatten(-1, (-1, self.head_k_dim)) for y in (q, k)))
+        served = self.num_heads * self.head_k_dim // q.shape[-1]
+        made = {name: NORMS["l2"](at_least_float32(y)).to(v.dtype) for name, y in keys.items()}
+        made["q"] = made["q"] * self.head_k_dim**-0.5
+        made = {name: y.repeat_interleave(served, 2) for name, y in made.items()}
+        v, beta = v.unflatten(-1, (self.num_heads, -1)), self.b_proj(x).sigmoid() * self.beta_max
+        return made | dict(v=v, beta=beta, log_decay=self.log_decay(x))
+
     def forward(
         self, x: Float[Tensor, "batch pos hidden"], mask: Tensor | None, cache: Cache | None
     ) -> Float[Tensor, "batch pos hidden"]:
         x = x if mask is None else x * mask
         state = past_state(cache, self.layer_idx)
-        q, k, v = (F.silu(y) for y in self.project(x, cache))
-        served = self.num_heads * self.head_k_dim // q.shape[-1]
-        q, k = (NORMS["l2"](at_least_float32(y.unflatten(-1, (-1, self.head_k_dim)))).to(v.dtype) for y in (q, k))
-        q, k = (y.repeat_interleave(served, 2) for y in (q * self.head_k_dim**-0.5, k))
-        beta = self.b_proj(x).sigmoid() * self.beta_max
-        log_decay = self.log_decay(x)
+        values = self.inputs(x, cache)
         if mask is not None:  # padding changes no state
-            beta, log_decay = beta * mask, (log_decay.flatten(2) * mask).view_as(log_decay)
-
-        o, state = self.recurrence(
-            q=q,
-            k=k,
-            v=v.unflatten(-1, (self.num_heads, -1)),
-            beta=beta,
-            log_decay=log_decay,
-            initial_state=state,
-            output_final_state=cache is not None,
-        )
+            values |= {name: (values[name].flatten(2) * mask).view_as(values[name]) for name in self.gates}
+        o, state = self.recurrence(**values, initial_state=state, output_final_state=cache is not None)
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)  # type: ignore[arg-type]
         return self.read_out(o, x, self.o_norm)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from writesae.models.common import RecurrentForCausalLM, RecurrentModel, recur
 from writesae.models.gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from writesae.models.gpu import fla_kernel
-from writesae.models.layers import GatedRMSNorm, MixerBlock
+from writesae.models.layers import GatedRMSNorm, HeadSizeConfig, MixerBlock
 from writesae.recurrence import at_least_float32
 from writesae.recurrence.rules import KIMI_DELTA
 
@@ -29,7 +29,7 @@ from writesae.recurrence.rules import KIMI_DELTA
 @strict
 class KDAConfig(GatedDeltaNetConfig):
     model_type = "kda"
-    only: ClassVar[dict[str, Any]] = {"attn": None, "attnres_block_size": None, "hidden_act": "swish"}
+    only: ClassVar[dict[str, Any]] = HeadSizeConfig.only
 
     num_heads: int = 16
     head_dim: int = 128

@@ -40,11 +40,9 @@ OF_TRANSFORMERS: dict[str, str] = {
 OF_FLA: dict[str, str] = {
     "abc": _TWO_MATRICES,
     "cat": "it is attention to chunks of tokens, compressed: it keeps no state",
-    "comba": _NOT_YET,
     "cyclic_flow_attention": "it keeps aligned keys and values in slots of time, and moves them from slot to slot",
     "deltaformer": _ATTENTION,
     "forgetting_transformer": _ATTENTION,
-    "gated_deltaproduct": "it erases and writes several times per token, and writesae's recurrence does so once",
     "gsa": _TWO_MATRICES,
     "hgrn": "HGRN keeps a vector per layer, not a matrix (HGRN2 keeps matrices)",
     "lightnet": "it keeps a matrix per head, and decays that depend on a running sum of the keys' exponentials",

@@ -103,6 +103,42 @@ class SharedKeysConfig(MixerConfig):
         return self.num_heads // (self.num_kv_heads or self.num_heads)
 
 
+@strict
+class HeadSizeConfig(MixerConfig):
+    """Of models whose heads have a size of their own, whatever the hidden size; several may share queries and keys."""
+
+    only: ClassVar[dict[str, Any]] = {"attn": None, "attnres_block_size": None, "hidden_act": "swish"}
+
+    num_heads: int = 6
+    num_v_heads: int | None = None
+    head_dim: int = 256
+    expand_v: float | int = 2.0
+
+    def check_widths(self) -> None:
+        if (self.num_v_heads or self.num_heads) % self.num_heads:
+            raise ValueError(
+                f"{self.model_type}: num_v_heads={self.num_v_heads} is not a multiple of num_heads={self.num_heads}"
+            )
+        if not math.isclose(self.head_dim * self.expand_v, round(self.head_dim * self.expand_v)):
+            raise ValueError(
+                f"{self.model_type} with head_dim={self.head_dim} and expand_v={self.expand_v}: their product must be "
+                f"a whole number"
+            )
+
+    @property
+    def d_key(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def d_value(self) -> int:
+        return (self.num_v_heads or self.num_heads) * round(self.head_dim * self.expand_v)
+
+    @property
+    def gated(self) -> bool:
+        """Whether reads go through an output gate."""
+        raise NotImplementedError
+
+
 class ShortConvolution(nn.Conv1d):
     """A causal convolution of each channel over the last ``size`` tokens; a cache holds those before the call."""
 
@@ -153,15 +189,17 @@ class Mixer(nn.Module):
     """Projections to q, k, v, with their convolutions, and from the reads back, through a gate if there is one.
 
     Subclasses add the projections for the recurrence's gates (`make_gates`) and compute the recurrence in between. They
-    are called as ``mixer(x, mask, cache)``. ``n_served`` heads share k and v.
+    are called as ``mixer(x, mask, cache)``. ``n_served`` heads share k and v, of which there are ``config.n_steps`` per
+    token if it has any.
     """
 
     def __init__(self, config: Any, layer_idx: int, gated: bool, n_served: int = 1):
         super().__init__()
         self.layer_idx, self.num_heads, self.n_served = layer_idx, config.num_heads, n_served
         self.head_k_dim, self.head_v_dim = config.d_key // config.num_heads, config.d_value // config.num_heads
-        d, d_q, d_k = config.hidden_size, config.d_key, config.d_key // n_served
-        d_v, d_o = config.d_value // n_served, config.d_value
+        n_steps = getattr(config, "n_steps", 1)
+        d, d_q, d_k = config.hidden_size, config.d_key, config.d_key * n_steps // n_served
+        d_v, d_o = config.d_value * n_steps // n_served, config.d_value
         self.q_proj, self.k_proj = nn.Linear(d, d_q, bias=False), nn.Linear(d, d_k, bias=False)
         self.v_proj, self.o_proj = nn.Linear(d, d_v, bias=False), nn.Linear(d_o, d, bias=False)
         self.make_gates(config)

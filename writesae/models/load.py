@@ -38,10 +38,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.hub import cached_file
 
 from writesae.jobs.disk import read_json
+from writesae.models.comba import CombaForCausalLM
 from writesae.models.common import RecurrentForCausalLM
 from writesae.models.delta_net import DeltaNetForCausalLM
 from writesae.models.formats import mamba_of_authors, mamba_tensors_of_authors, rwkv7_of_early_fla, rwkv_of_authors
 from writesae.models.gated_delta_net import GatedDeltaNetForCausalLM
+from writesae.models.gated_delta_product import GatedDeltaProductForCausalLM
 from writesae.models.gla import GLAForCausalLM
 from writesae.models.hgrn2 import HGRN2ForCausalLM
 from writesae.models.kda import KDAForCausalLM
@@ -63,6 +65,8 @@ OURS: dict[str, type[RecurrentForCausalLM]] = {
         RetNetForCausalLM,
         LinearAttentionForCausalLM,
         KDAForCausalLM,
+        CombaForCausalLM,
+        GatedDeltaProductForCausalLM,
     )
 }
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

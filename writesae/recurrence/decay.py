@@ -77,26 +77,33 @@ class Decay:
             self.between = between(g.mT if self.per_key else g[..., 0])
             self.to_end = self.between[..., -1, :].mT if self.per_key else self.between[..., -1, :, None]
 
-    def scores(self, x: Tensor, y: Tensor, sees: Sees, rank: int = 1) -> Tensor:
-        """``sum_d x[t, d] y[j, d] D[t, j, d]``, ``D`` the decay from ``j``'s write to ``t``; ``rank`` writes per token.
+    def scores(self, x: Tensor, y: Tensor, sees: Sees, rank: int = 1, reads: int = 1) -> Tensor:
+        """``sum_d x[t, d] y[j, d] D[t, j, d]``, ``D`` the decay from ``j``'s write to ``t``; per token ``rank`` writes
+        ``y`` and so many ``reads`` ``x``, one after the other.
 
         The read at ``t`` sees writes up to its own token's (``same``), or up to the token's before it (``next``);
         ``before`` is what ``t``'s erase reads, before ``t`` decays; in RWKV-6 its read too.
         """
         if self.factored:
-            reads = self.reads_before if sees == "before" else self.reads
-            scores = (x * reads) @ (y * self.writes.repeat_interleave(rank, -2)).mT
-            seen = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).tril(-(sees != "same"))
-            return scores.masked_fill(~seen.repeat_interleave(rank, -1), 0)
+            decayed = self.reads_before if sees == "before" else self.reads
+            scores = (x * each(decayed, reads, -2)) @ (y * each(self.writes, rank, -2)).mT
+            n = decayed.shape[-2]
+            seen = torch.ones(n, n, dtype=torch.bool, device=x.device).tril(-(sees != "same"))
+            return scores.masked_fill(~each(each(seen, rank, -1), reads, -2), 0)
         between = self.between
         if sees == "next":
             between = between.tril(-1)
         elif sees == "before":
             between = F.pad(between[..., :-1, :], (0, 0, 1, 0))
-        between = between.repeat_interleave(rank, -1)
+        between = each(each(between, rank, -1), reads, -2)
         if self.per_key:
             return torch.einsum("...td,...jd,...dtj->...tj", x, y, between)
         return (x @ y.mT) * between
+
+
+def each(x: Tensor, n: int, dim: int) -> Tensor:
+    """``n`` copies of each entry, one after the other; without a copy if it is one."""
+    return x if n == 1 else x.repeat_interleave(n, dim)
 
 
 def between(g: Tensor) -> Tensor:

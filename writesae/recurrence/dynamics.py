@@ -6,7 +6,7 @@ Both stay in factors: atoms read the states, and norms and means are taken, with
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from writesae.recurrence.kernels import chunked, decayed_sum, erase_reads, states_at
 from writesae.recurrence.rules import Rule
 from writesae.recurrence.spec import Recurrence, states
-from writesae.recurrence.write import Write, at_least_float32, index_of
+from writesae.recurrence.write import Write, at_least_float32, in_terms, index_of
 
 Target = Literal["write", "delta", "state"]
 """What of a memory an SAE may read."""
@@ -158,19 +158,18 @@ class States:
 def delta_of(rec: Recurrence, write: Write, state: Tensor | None, total: Write | None = None, rank: int = 1) -> Write:
     """What the state gains beyond decay: the native write, and what is erased, ``k v^T + a (b^T S_{t-1})``.
 
-    Equal to the native write where nothing is erased. Otherwise of rank 2; or of ``rank=1`` where the erase writes
-    along the key (``a = -c k``, as in delta rules): ``k delta^T`` with ``delta = v - c S_{t-1}^T b``.
+    Equal to the native write where nothing is erased. Otherwise twice its rank; or with ``rank=1`` of its rank, where
+    the erase writes along its keys (``a = -c k``, as in delta rules): ``k delta^T`` with ``delta = v - c S_{t-1}^T b``.
     ``total`` is what was really written, if that was not ``write``: it is what later tokens erase from.
     """
     if rec.a is None:
         return write
     erased = erase_reads(rec, total or write, state)
     if rank > 1:
-        return Write(rec.a, erased) + write
-    keys, values = write.factors()
-    k = keys[..., 0, :]  # the native write is one term, and its key is the erase key
-    c = (rec.a * k).sum(-1) / (k * k).sum(-1).clamp_min(1e-30)
-    return Write(k, values[..., 0, :] + c[..., None] * erased)
+        return in_terms(*(x.view(*write.shape, -1, x.shape[-1]) for x in (rec.a, erased))) + write
+    a, k = rec.a.view_as(write.key), write.key  # the native write's keys are those of the erase
+    c = (a * k).sum(-1) / (k * k).sum(-1).clamp_min(1e-30)
+    return replace(write, value=write.value + c[..., None] * erased.view_as(write.value))
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +181,7 @@ class Dynamics:
         native: what the model wrote.
         total: what was written, edits included; `native` itself if nothing was edited.
         initial: the state before the first token, None for zero.
-        delta_rank: rank of what a token's state gains beyond its decay, see `Rule`.
+        delta_rank: terms that a token's state gains beyond its decay for each of its write, see `Rule`.
         dense: position -> what hooks on the state added to it; see `kernels.chunked`.
     """
 
@@ -196,7 +195,8 @@ class Dynamics:
     @classmethod
     def of(cls, rule: Rule, values: Mapping[str, Tensor]) -> Dynamics:
         """From a zero state, and the canonical quantities that the states of a rule depend on (`Rule.state_inputs`)."""
-        rec = rule.recurrence({**values, "q": values["k"]}.__getitem__)  # reads play no part in states
+        k = values["k"]  # reads play no part in states
+        rec = rule.recurrence({**values, "q": k if k.ndim == 4 else k[:, :, :, 0]}.__getitem__)
         native = rule.write(values.__getitem__)
         return cls(rec, native, native, delta_rank=rule.delta_rank)
 

@@ -6,9 +6,10 @@ Within a chunk, write ``r_t = b_t^T S_{t-1}`` for what the erase reads. Then ``r
     r_t = b_t^T D(0..t-1) S_0 + sum_{j<t} b_t^T D(j..t-1) (a_j r_j + k_j v_j^T)
 
 The write keys enter only on the right, so they need not be the erase keys, and a token may write any number of rank-1
-terms. Where the erase does write along the key (``a = c k``), ``v_j + c_j r_j`` solves a system of its own, with fewer
-scores. All exponents are sums of log decays over a later stretch, hence ``<= 0``: nothing overflows however strong the
-decay (or, for mild decays per key channel, at most 2 MILD in size).
+terms. It may erase any number of them too: all of them read the state before the token, so the system is the same with
+so many rows per token. Where the erase does write along the key (``a = c k``), ``v_j + c_j r_j`` solves a system of its
+own, with fewer scores. All exponents are sums of log decays over a later stretch, hence ``<= 0``: nothing overflows
+however strong the decay (or, for mild decays per key channel, at most 2 MILD in size).
 
 Where the state has few columns and a decay per key channel (Mamba-1: one column per head, heads by the thousand), a
 matmul has nothing to save, and the chunks go token by token, all at once (`_scan_columns`).
@@ -30,7 +31,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from writesae.recurrence.decay import CHUNK, Decay, between, chunks, cut, cut_decay
+from writesae.recurrence.decay import CHUNK, Decay, between, chunks, cut, cut_decay, each
 from writesae.recurrence.spec import Read, Recurrence, Sees, Write, at_least_float32, check_dense, first_state
 
 CACHED = 2**18  # numbers: what is computed at once on a CPU
@@ -61,14 +62,15 @@ def chunked(
     dense: Mapping[int, Float[Tensor, "batch head d_key d_value"]] | None = None,
     read: Read = "same",
     chunk: int | None = None,
-    strength: Float[Tensor, "batch pos head"] | None = None,
+    strength: Float[Tensor, "batch pos head"] | Float[Tensor, "batch pos head rank"] | None = None,
 ) -> tuple[Float[Tensor, "batch pos head d_value"], Float[Tensor, "batch head d_key d_value"]]:
     """Outputs and final state of the recurrence; see `writesae.recurrence.step_loop` for the arguments.
 
     Args:
         chunk: the chunk length in tokens (default 32, or 16 for strong decays per key channel).
-        strength: where the erase writes along the key of the write's first term, ``a_t = strength_t k_t`` as in delta
-            rules: this number. Erase and write are then computed as one, in two thirds of the time.
+        strength: where the erase writes along the keys of the write's first terms, ``a_t = strength_t k_t`` as in delta
+            rules: this number, for each term of the erase. Erase and write are then computed as one, in two thirds of
+            the time.
 
     Neither changes results.
     """
@@ -97,13 +99,14 @@ def chunked(
 
 def erase_reads(
     rec: Recurrence, write: Write, initial_state: Float[Tensor, "batch head d_key d_value"] | None = None
-) -> Float[Tensor, "batch pos head d_value"]:
-    """What the erase reads before each write, ``r_t = b_t^T S_{t-1}``. The delta rule's delta is ``beta v - c r``."""
+) -> Float[Tensor, "batch pos head d_value"] | Float[Tensor, "batch pos head rank d_value"]:
+    """What the erase reads before each write, ``r_t = b_t^T S_{t-1}``, with a dimension ``rank`` if ``b`` has one. The
+    delta rule's delta is ``beta v - c r``."""
     S = first_state(rec, write, initial_state)
     _, r, _ = _scan(rec, write, S, erased=True)
     if r is None:
         raise ValueError("this recurrence erases nothing: its delta is its write")
-    return r
+    return r.view(*rec.b.shape[:-1], -1) if rec.b is not None else r
 
 
 def states_at(
@@ -190,12 +193,13 @@ def carried(
         positions: the token of each edit.
     """
     rec = rec[:, :, 0:1].float()
-    found, x = [], torch.zeros_like(at_least_float32(keys))
+    found, x, erase = [], torch.zeros_like(at_least_float32(keys)), rec.erase()
     for t in range(rec.n_pos):
         decay = rec.log_decay[:, t].exp()
         x_t = x * (decay[..., None] if decay.ndim == 2 else decay)
-        if rec.a is not None and rec.b is not None:
-            x_t = x_t + (x @ rec.b[:, t].mT) * rec.a[:, t]
+        if erase is not None:
+            a, b = (y[:, t, 0] for y in erase)
+            x_t = x_t + (x @ b.mT) @ a
         before, x = x, x_t + keys * (positions == t)[..., None]
         found.append(((before if rec.reads_before else x) @ rec.q[:, t].mT)[..., 0])
     return torch.stack(found, 1)
@@ -269,28 +273,29 @@ def _scan_stretch(
     g, size, mild = cut_decay(rec.log_decay, chunk)
     decay = Decay(g, factored=mild)
     q = cut(rec.q, size)
-    keys, values = write.factors()
-    wanted = None
-    if rec.a is not None and rec.b is not None:
-        a, b = rec.a, rec.b
-        if strength is not None:  # the erase is one write with the first term, of v_t + strength_t r_t
-            a, b, wanted = keys[..., 0, :], b * strength[..., None], cut(values[..., 0, :], size)
-            keys, values = keys[..., 1:, :], values[..., 1:, :]
-        a, b = cut(a, size), cut(b, size)
+    (keys, values), erase = write.factors(), rec.erase()
+    wanted, m = None, 0
+    in_turn = lambda x: rearrange(cut(x, size), "s n c r d -> s n (c r) d")  # noqa: E731  # terms, token by token
+    if erase is not None:
+        (a, b), m = erase, erase[0].shape[3]
+        if strength is not None:  # the erase is one write with the first terms, of v_t + strength_t r_t
+            a, b, wanted = keys[..., :m, :], b * strength.view(*b.shape[:-1], 1), in_turn(values[..., :m, :])
+            keys, values = keys[..., m:, :], values[..., m:, :]
+        a, b = in_turn(a), in_turn(b)
 
     # What each chunk reads of its own writes, and what they leave at its end.
     own = gained = None
     rank = keys.shape[-2]
     if rank:
-        p, u = (rearrange(cut(x, size), "s n c r d -> s n (c r) d") for x in (keys, values))  # token by token
+        p, u = in_turn(keys), in_turn(values)
         own = decay.scores(q, p, sees, rank) @ u
-        gained = (p * decay.to_end.repeat_interleave(rank, 2)).mT @ u
-        if rec.a is not None:
-            wanted = _sum(wanted, decay.scores(b, p, "before", rank) @ u)
+        gained = (p * each(decay.to_end, rank, 2)).mT @ u
+        if m:
+            wanted = _sum(wanted, decay.scores(b, p, "before", rank, m) @ u)
     if wanted is not None:
-        solve = _inverse(decay.scores(b, a, "before"))
-        r_writes, r_first = solve @ wanted, solve @ (b * decay.before_from_start)
-        left_erased = (a * decay.to_end).mT
+        solve = _inverse(decay.scores(b, a, "before", m, m))
+        r_writes, r_first = solve @ wanted, solve @ (b * each(decay.before_from_start, m, 2))
+        left_erased = (a * each(decay.to_end, m, 2)).mT
     left = decay.from_start[..., -1:, :].mT
 
     # From chunk to chunk only the state goes on, and what the erase writes; reads wait and are one matmul for all.
@@ -306,8 +311,8 @@ def _scan_stretch(
     outputs, r = _sum(own, (q * from_start) @ _stacked(firsts)), None
     if wanted is not None:
         r = _stacked(erased)
-        outputs = outputs + decay.scores(q, a, "before" if sees == "before" else "same") @ r
-        r = r.flatten(1, 2)[:, :n_pos]
+        outputs = outputs + decay.scores(q, a, "before" if sees == "before" else "same", m) @ r
+        r = r.flatten(1, 2)[:, : n_pos * m].unflatten(1, (n_pos, m))
     return outputs.flatten(1, 2)[:, :n_pos], r, S
 
 

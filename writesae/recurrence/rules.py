@@ -16,7 +16,7 @@ from torch import Tensor
 
 from writesae.recurrence.kernels import chunked, stretches
 from writesae.recurrence.spec import Read, Recurrence
-from writesae.recurrence.write import Write
+from writesae.recurrence.write import Write, at_least_float32, in_terms
 
 Get: TypeAlias = Callable[[str], Tensor]
 """Gives a canonical quantity by its name, ``[batch, pos, head, ...]``."""
@@ -32,8 +32,8 @@ class Rule:
         recurrence: decay, erase and reads, from canonical quantities.
         write: the native write, from canonical quantities.
         decay_per_key: ``log_decay`` is ``[batch, pos, head, d_key]``, one number per key channel.
-        delta_rank: rank of what a token's state gains beyond its decay: 1 if the erase writes along the key or nothing
-            is erased, otherwise 2.
+        delta_rank: rank of what a token's state gains beyond its decay, for each term of its write: 1 if the erase
+            writes along the key or nothing is erased, otherwise 2.
         strength: where the erase writes along the key, ``a = strength k``: this number ``[batch, pos, head]``, from
             canonical quantities. See `kernels.chunked`.
         reads_before: a token reads before it decays and writes, as its `Recurrence` says.
@@ -105,6 +105,34 @@ def _linear_attention(get: Get) -> Recurrence:
     return Recurrence(get("q"), torch.zeros_like(get("k")[..., 0]))
 
 
+def _comba(get: Get) -> Recurrence:
+    return Recurrence(get("q"), get("log_decay"), a=get("k") * -get("beta")[..., None], b=get("kappa"))
+
+
+def in_turn(get: Get, x: Float[Tensor, "batch pos head step d"]) -> Float[Tensor, "batch pos head step d"]:
+    """What a token's steps write of ``x``, one after the other: ``y_j = beta_j (x_j - sum_{i<j} (k_i . k_j) y_i)``."""
+    k, x, beta = at_least_float32(get("k")), at_least_float32(x), at_least_float32(get("beta"))[..., None, None]
+    made = x[..., :0, :]
+    for j in range(x.shape[-2]):
+        now = slice(j, j + 1)
+        found = k[..., now, :] @ k[..., :j, :].mT @ made
+        made = torch.cat([made, beta[..., j, :, :] * (x[..., now, :] - found)], -2)
+    return made
+
+
+def _delta_product(get: Get) -> Recurrence:
+    k, decay = get("k"), get("log_decay").exp()[..., None, None]
+    return Recurrence(get("q"), get("log_decay"), a=k, b=-decay * in_turn(get, k))
+
+
+def _write_in_turn(get: Get) -> Write:
+    return in_terms(get("k"), in_turn(get, get("v")))
+
+
+def _one(get: Get) -> Tensor:
+    return torch.ones_like(get("beta"))
+
+
 def _minus_beta(get: Get) -> Tensor:
     return -get("beta")
 
@@ -123,6 +151,8 @@ GATED_DELTA = Rule("gated_delta", _WITH_STRENGTH, _gated_delta, write_with_stren
 KIMI_DELTA = Rule(
     "kimi_delta", _WITH_STRENGTH, _gated_delta, write_with_strength, decay_per_key=True, strength=_minus_beta
 )
+COMBA = Rule("comba", (*_WITH_STRENGTH, "kappa"), _comba, write_with_strength, strength=_minus_beta)
+DELTA_PRODUCT = Rule("delta_product", _WITH_STRENGTH, _delta_product, _write_in_turn, strength=_one)
 MAMBA2 = Rule("mamba2", _WITH_STRENGTH, nothing_erased, write_with_strength)
 MAMBA1 = Rule("mamba1", _WITH_STRENGTH, nothing_erased, write_with_strength, decay_per_key=True)
 DELTA = Rule("delta", ("q", "k", "v", "beta"), _delta, write_with_strength, strength=_minus_beta)
@@ -136,6 +166,19 @@ RWKV7 = Rule(
 
 RULES: dict[str, Rule] = {
     rule.name: rule
-    for rule in (GATED_DELTA, KIMI_DELTA, MAMBA1, MAMBA2, DELTA, GLA, SIMPLE_GLA, LINEAR_ATTENTION, RWKV6, RWKV7)
+    for rule in (
+        GATED_DELTA,
+        KIMI_DELTA,
+        COMBA,
+        DELTA_PRODUCT,
+        MAMBA1,
+        MAMBA2,
+        DELTA,
+        GLA,
+        SIMPLE_GLA,
+        LINEAR_ATTENTION,
+        RWKV6,
+        RWKV7,
+    )
 }
 """Every rule that is known, by name; `writesae.hooks.register` adds the rule of a family from elsewhere."""

@@ -5,7 +5,8 @@ Per head, with state ``S [d_key, d_value]``::
     S_t = D_t S_{t-1} + a_t (b_t^T S_{t-1}) + k_t v_t^T          o_t = S_t^T q_t
 
     D_t  decay, ``exp(log_decay)``: one scalar per head, or one per key channel
-    a_t  erase write, b_t erase read (both absent where the architecture erases nothing)
+    a_t  erase write, b_t erase read (both absent where the architecture erases nothing); where a token takes several
+         steps, a sum of such terms
     k_t v_t^T  the native write; here ``v`` is what is written, so for Gated DeltaNet it is ``beta * v``
     q_t  read; in RWKV-6 it reads the state before the token, ``o_t = S_{t-1}^T q_t``
 
@@ -13,7 +14,7 @@ Dimension letters used in the code and in shape annotations:
 
     batch  sequences            head   value heads (keys already expanded to them)
     pos    tokens in this call  d_key  rows of the state      d_value  columns of the state
-    rank   rank-1 terms of one write
+    rank   rank-1 terms of one write or erase
 
 Decay and erase do not depend on the state, so the outputs and states are **linear in the writes**: an edit ``E_t``
 added to the state changes everything after it by the same recurrence run on ``E`` alone. Edits rest on that fact.
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,7 @@ from writesae.recurrence.write import Write, at_least_float32
 
 Read = Literal["same", "next"]
 Sees = Literal["same", "next", "before"]
+Erase: TypeAlias = tuple[Float[Tensor, "batch pos head rank d_key"], Float[Tensor, "batch pos head rank d_key"]]
 
 
 @dataclass(frozen=True)
@@ -44,29 +46,40 @@ class Recurrence:
     Attributes:
         q: read vectors, canonical (normalised and scaled).
         log_decay: natural log of the decay, ``<= 0``; ``[batch, pos, head]`` or ``[batch, pos, head, d_key]``.
-        a: erase write, None where nothing is erased.
-        b: erase read, None where nothing is erased.
+        a: erase write, None where nothing is erased; with a dimension ``rank`` where an erase has several terms.
+        b: erase read, likewise.
         reads_before: a token reads before it decays, erases and writes, ``o_t = S_{t-1}^T q_t``. What is written at a
             token is then first read by the next one.
     """
 
     q: Float[Tensor, "batch pos head d_key"]
     log_decay: Float[Tensor, "batch pos head"] | Float[Tensor, "batch pos head d_key"]
-    a: Float[Tensor, "batch pos head d_key"] | None = None
-    b: Float[Tensor, "batch pos head d_key"] | None = None
+    a: Float[Tensor, "batch pos head d_key"] | Float[Tensor, "batch pos head rank d_key"] | None = None
+    b: Float[Tensor, "batch pos head d_key"] | Float[Tensor, "batch pos head rank d_key"] | None = None
     reads_before: bool = False
 
     def __post_init__(self) -> None:
         if (self.a is None) != (self.b is None):
             raise ValueError("erase write a and erase read b come together: give both or neither")
-        for name in ("log_decay", "a", "b"):  # one of another length would be broadcast silently
+        *lead, d_key = self.q.shape  # one of another length would be broadcast silently
+        for name in ("log_decay", "a", "b"):
             x = getattr(self, name)
-            if x is not None and x.shape != self.q.shape and (name != "log_decay" or x.shape != self.q.shape[:-1]):
+            ranks = [] if x is None or x.ndim < 5 else [x.shape[3]]
+            allowed = [lead, [*lead, d_key]] if name == "log_decay" else [[*lead, *ranks, d_key]]
+            if x is not None and list(x.shape) not in allowed:
                 raise ValueError(f"{name} {list(x.shape)} does not fit q {list(self.q.shape)}")
+        if self.a is not None and self.b is not None and self.a.shape != self.b.shape:
+            raise ValueError(f"erase write a {list(self.a.shape)} and erase read b {list(self.b.shape)} differ in rank")
 
     @property
     def n_pos(self) -> int:
         return self.q.shape[1]
+
+    def erase(self) -> Erase | None:
+        """Erase write and read with the rank dimension always present; None where nothing is erased."""
+        if self.a is None or self.b is None:
+            return None
+        return (self.a, self.b) if self.a.ndim == 5 else (self.a[..., None, :], self.b[..., None, :])
 
     def __getitem__(self, index) -> Recurrence:
         """Index ``[batch, pos, head]`` with slices, e.g. ``rec[:, 5:, 2:3]``."""
@@ -105,14 +118,14 @@ def states(
     """Yield ``S_t`` after each token: the recurrence as written at the top of this file, one token at a time."""
     rec = rec.float()
     keys, values = (at_least_float32(x) for x in write.factors())
-    S = first_state(rec, write, initial_state)
+    S, erase = first_state(rec, write, initial_state), rec.erase()
     for t in range(rec.n_pos):
         decay = rec.log_decay[:, t].exp()
         D = decay[..., None, None] if decay.ndim == 2 else decay[..., None]
         S_t = D * S + keys[:, t].mT @ values[:, t]
-        if rec.a is not None and rec.b is not None:
-            erased = rec.b[:, t, :, None, :] @ S  # b^T S_{t-1}, [batch, head, 1, d_value]
-            S_t = S_t + rec.a[:, t, :, :, None] @ erased
+        if erase is not None:
+            a, b = (x[:, t] for x in erase)
+            S_t = S_t + a.mT @ (b @ S)  # b^T S_{t-1}, [batch, head, rank, d_value]
         S = S_t
         yield S
 

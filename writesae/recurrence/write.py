@@ -127,6 +127,12 @@ class Write:
         return self + (-other)
 
 
+def in_terms(key: Float[Tensor, "*lead rank d_key"], value: Float[Tensor, "*lead rank d_value"]) -> Write:
+    """A write of these terms, without the rank dimension if there is one."""
+    rank = key.shape[-2]
+    return Write(key, value, rank) if rank > 1 else Write(key.squeeze(-2), value.squeeze(-2))
+
+
 def of_rank(write: Write, rank: int) -> Write:
     """The same matrix as ``rank`` terms: terms of zero are added."""
     if write.rank == rank:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from writesae.hooks.families.base import Family, KernelCall, as_given, of_heads
 from writesae.hooks.families.registry import register
+from writesae.hooks.quantities import Quantity
 from writesae.recurrence import rules
 
 _SIZES = ("num_heads", "head_k_dim", "head_v_dim")
@@ -88,6 +89,36 @@ KDA = Family(
     call=CanonicalCall,
 )
 register(KDA)
+
+COMBA = Family(
+    name="Comba",
+    rule=rules.COMBA,
+    mixers={"writesae.models.comba": "Comba"},
+    kernels=("comba_recurrence",),
+    sizes=_SIZES,
+    norms=("o_norm",),
+    call=CanonicalCall,
+    letters={"q": "q - D p", "kappa": "p"},
+)
+register(COMBA)
+
+DELTA_PRODUCT = Family(
+    name="Gated DeltaProduct",
+    rule=rules.DELTA_PRODUCT,
+    mixers={"writesae.models.gated_delta_product": "GatedDeltaProduct"},
+    kernels=("delta_product_recurrence",),
+    sizes=_SIZES,
+    norms=("o_norm",),
+    call=CanonicalCall,
+    meanings={
+        "k": Quantity("[batch, pos, head, step, d_key]", "where each step of a token writes, after any norm"),
+        "v": Quantity("[batch, pos, head, step, d_value]", "what it writes"),
+        "beta": Quantity("[batch, pos, head, step]", "how strongly it erases and writes"),
+        "write": Quantity("Write [batch, pos, head]", "the native write: keys k, values what is left of each step's v"),
+    },
+    letters={"log_decay": "before a token's first step; 0 without a forget gate"},
+)
+register(DELTA_PRODUCT)
 
 GLA = Family(
     name="Gated Linear Attention",
