@@ -889,8 +889,9 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return played
 
     for op, function, plays in (
-        ("rwkv6", "chunk_rwkv6", _rwkv6), ("rwkv7", "chunk_rwkv7", _dplr), ("delta_rule", "chunk_delta_rule", _delta), ("gla", "chunk_gla", _gla),
-        ("simple_gla", "chunk_simple_gla", _simple_gla), ("linear_attn", "chunk_linear_attn", _linear_attn),
+        ("rwkv6", "chunk_rwkv6", _rwkv6), ("rwkv7", "chunk_rwkv7", _dplr), ("delta_rule", "chunk_delta_rule", _delta),
+        ("gla", "chunk_gla", _gla), ("simple_gla", "chunk_simple_gla", _simple_gla),
+        ("linear_attn", "chunk_linear_attn", _linear_attn),
     ):  # fmt: skip
         module = types.ModuleType(f"fla.ops.{op}")
         setattr(module, function, kernel(op, function, plays))
