@@ -101,8 +101,13 @@ class Architecture:
 
     def new_cache(self, model: Any) -> dict[str, DynamicCache]:
         """An empty cache, as the keyword argument that the transformers model takes."""
-        made: Any = LightningCache if self.rule is bf.LIGHTNING else DynamicCache
+        made: Any = LightningCache if self.own_cache else DynamicCache
         return {self.cache_argument: made(config=model.config)}
+
+    @property
+    def own_cache(self) -> bool:
+        """transformers has a class of caches for it alone, in which generation loses padding."""
+        return self.rule is bf.LIGHTNING
 
     def place(self, start: int, n_pos: int) -> dict[str, Tensor]:
         """What else to tell the model of a piece that begins at ``start``."""
@@ -270,7 +275,6 @@ ARCHITECTURES = [
               index_head_dim=16, index_n_heads=2, hc_mult=2),
          vision=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, image_size=28,
                      projection_intermediate_size=32)),
-    # Its own class of caches knows no length where the first layer is not attention.
     Architecture(
         "minimax", bf.LIGHTNING, _transformers("minimax"), "MiniMaxForCausalLM", "MiniMaxConfig",
         "MiniMaxLightningAttention",
@@ -390,6 +394,13 @@ def _build(a: Architecture) -> PreTrainedModel:
                 bias = module.gk_proj[1].bias
                 kept = -torch.linspace(0.3, 0.999, len(bias)).log() * 16  # log decay = log sigmoid(input + bias) / 16
                 bias.copy_(-kept - (-(-kept).expm1()).log())
+            if hasattr(module, "slope_rate"):  # lightning attention: fixed, and kept in several forms
+                slopes = -DECAYS.log()[:, None, None]
+                module.slope_rate.copy_(slopes)
+                buffers = module.query_decay, module.key_decay, module.diagonal_decay
+                for buffer, factors in zip(buffers, module.decay_factors(slopes), strict=True):
+                    buffer.copy_(factors)
+                module.qkv_proj.weight.unflatten(0, (N_HEADS, 3, -1))[:, 1].mul_(0.25)
             if hasattr(module, "w_proj"):
                 bias = module.w_proj.linear.lora[2].bias  # log decay = -exp(input + bias)
                 bias.copy_((-torch.linspace(0.3, 0.999, len(bias)).log()).log())
