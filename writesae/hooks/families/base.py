@@ -202,6 +202,8 @@ class Family:
             mixer also gets the attention mask of all tokens so far cut to those of the piece.
         takes_cache: for models with a cache class of their own: (the cache that a pass is given or None, the config) ->
             a cache that the model takes, and that keeps states where transformers' `DynamicCache` does.
+        stream_norms: submodules of a layer that are norms of the residual stream itself: what they give is the stream.
+        rounds_within: its own functions compute the recurrence in the model's dtype, and not in float32, on a CPU too.
         letters: what canonical quantities are in the architecture's own words, where those differ.
         aliases: TransformerLens' names of quantities, less ``hook_``: what we call the same quantity.
     """
@@ -224,6 +226,8 @@ class Family:
     calls: str = ""
     forgets: tuple[str, ...] = ()
     takes_cache: Callable[[Any, Any], Any] | None = None
+    stream_norms: tuple[str, ...] = ()
+    rounds_within: bool = False
     letters: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=lambda: SSM)
 

@@ -126,11 +126,11 @@ class LightningCall(CanonicalCall):
         self.mixer, self.gate = mixer, mixer.output_gate(x)
 
     def run(self, native: Callable[..., Any]) -> tuple[Tensor, Tensor | None]:
-        state, dtype = self.initial_state, self.arguments["q"].dtype
+        state, dtype = self.initial_state, self.dtype
         if "log_decay" in self.changed:  # the native function has one for all tokens
             o, state = chunked(self.recurrence(), self.write(), state)
             return o.to(dtype), state
-        qkv = torch.cat([self.changed.get(name, self.arguments[name]).to(dtype) for name in "qkv"], -1)
+        qkv = torch.cat([(self.arguments | self.changed)[name].to(dtype) for name in "qkv"], -1)
         kept = Kept(None if state is None else state.to(dtype))
         o, state = native(
             self=Bare(self.mixer), hidden_states=qkv.flatten(2), position_embeddings=None, attention_mask=None,
@@ -140,8 +140,8 @@ class LightningCall(CanonicalCall):
 
     def result(self, o: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         read = self.mixer.norm(o.flatten(2))
-        if self.cache is not None:
-            self.cache.set_linear_cache(self.mixer.layer_idx, state)
+        if self.cache is not None and state is not None:
+            self.cache.set_linear_cache(self.mixer.layer_idx, state.to(self.dtype))
         return self.mixer.out_proj(self.gate.sigmoid() * read), state
 
 
@@ -155,6 +155,8 @@ MINIMAX = Family(
     seen_at={"z": "output_gate"},
     call=LightningCall,
     takes_cache=lightning_cache,
+    stream_norms=("input_layernorm", "post_attention_layernorm"),
+    rounds_within=True,
     letters={"log_decay": "fixed", "z": "before its sigmoid"},
 )
 register(MINIMAX)
