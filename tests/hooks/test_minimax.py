@@ -23,7 +23,7 @@ def in_pieces(model, cache) -> torch.Tensor:
 def test_any_empty_cache_is_taken_and_stays_the_same_object() -> None:
     model = HookedRecurrentModel(A.build())
     expected = model(IDS)
-    for cache in (DynamicCache(config=model.config), MiniMaxCache(), LightningCache(model.config)):
+    for cache in (DynamicCache(config=model.config), DynamicCache(), MiniMaxCache(), LightningCache(model.config)):
         assert_close(in_pieces(model.hf_model, cache), expected)
         assert type(cache) is LightningCache and cache.get_seq_length() == IDS.shape[1]
         assert isinstance(cache.layers[2], DynamicLayer) and cache.get_linear_cache(0) is not None

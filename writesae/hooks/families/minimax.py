@@ -67,13 +67,13 @@ def lightning_cache(cache: Any, config: PreTrainedConfig) -> LightningCache:
         raise ValueError(
             f"a cache of the class {type(cache).__name__}: MiniMax takes a DynamicCache(config=...) or none"
         )
-    if isinstance(cache, MiniMaxCache):
-        if len(cache):
-            raise ValueError(
-                "this MiniMaxCache was filled where writesae did not see it, and does not know how many tokens are in "
-                "it: begin with a new one, or with DynamicCache(config=model.config)"
-            )
-        cache.layers = DynamicCache(config=config).layers
+    if isinstance(cache, MiniMaxCache) and len(cache):
+        raise ValueError(
+            "this MiniMaxCache was filled where writesae did not see it, and does not know how many tokens are in it: "
+            "begin with a new one, or with DynamicCache(config=model.config)"
+        )
+    if not cache.layers:
+        cache.layers, cache.layer_class_to_replicate = DynamicCache(config=config).layers, None
     cache.__class__ = LightningCache
     return cache  # type: ignore[return-value]
 
