@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 import brute_force as bf
+from writesae.hooks.families.minimax import LightningCache
 
 N_VOCAB = 97
 # Every model has recurrent layers 0, 1 and 3 with four heads, whatever its layer 2 is: tests may name those.
@@ -103,7 +104,13 @@ class Architecture:
 
     def new_cache(self, model: Any) -> dict[str, DynamicCache]:
         """An empty cache, as the keyword argument that the transformers model takes."""
-        return {self.cache_argument: DynamicCache(config=model.config)}
+        made: Any = LightningCache if self.own_cache else DynamicCache
+        return {self.cache_argument: made(config=model.config)}
+
+    @property
+    def own_cache(self) -> bool:
+        """transformers has a class of caches for it alone, in which generation loses padding."""
+        return self.rule is bf.LIGHTNING
 
     def place(self, start: int, n_pos: int) -> dict[str, Tensor]:
         """What else to tell the model of a piece that begins at ``start``."""
@@ -271,6 +278,13 @@ ARCHITECTURES = [
               index_head_dim=16, index_n_heads=2, hc_mult=2),
          vision=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, image_size=28,
                      projection_intermediate_size=32)),
+    Architecture(
+        "minimax", bf.LIGHTNING, _transformers("minimax"), "MiniMaxForCausalLM", "MiniMaxConfig",
+        "MiniMaxLightningAttention",
+        _TEXT | dict(num_attention_heads=N_HEADS, num_key_value_heads=N_KEY_HEADS, head_dim=D_KEY,
+                     intermediate_size=32, num_local_experts=4, num_experts_per_tok=4, block_size=32),
+        gate=None, outputs={"z": "output_gate"}, d_value=D_KEY,
+    ),
     _mamba2("mamba2", "Mamba2", "Mixer",
             _MAMBA2 | dict(num_hidden_layers=4, num_heads=N_HEADS, head_dim=D_VALUE, n_groups=N_KEY_HEADS,
                            state_size=D_KEY, expand=1, chunk_size=64),
@@ -390,6 +404,13 @@ def _build(a: Architecture) -> PreTrainedModel:
                 bias = module.gk_proj[1].bias
                 kept = -torch.linspace(0.3, 0.999, len(bias)).log() * 16  # log decay = log sigmoid(input + bias) / 16
                 bias.copy_(-kept - (-(-kept).expm1()).log())
+            if hasattr(module, "slope_rate"):  # lightning attention: fixed, and kept in several forms
+                slopes = -DECAYS.log()[:, None, None]
+                module.slope_rate.copy_(slopes)
+                buffers = module.query_decay, module.key_decay, module.diagonal_decay
+                for buffer, factors in zip(buffers, module.decay_factors(slopes), strict=True):
+                    buffer.copy_(factors)
+                module.qkv_proj.weight.unflatten(0, (N_HEADS, 3, -1))[:, 1].mul_(0.25)
             if hasattr(module, "w_proj"):
                 bias = module.w_proj.linear.lora[2].bias  # log decay = -exp(input + bias)
                 bias.copy_((-torch.linspace(0.3, 0.999, len(bias)).log()).log())

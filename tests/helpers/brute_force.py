@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -436,6 +437,29 @@ def mamba_selective_state_update(
     return Call(call.x, state.double()[..., None], answer)
 
 
+def lightning(
+    mixer: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **_: Any,
+) -> Call:
+    """MiniMax's mixer as a whole: linear attention with one fixed decay per head (arXiv 2501.08313, eq. 9)."""
+    qkv = mixer.act_fn(mixer.qkv_proj(hidden_states))
+    qkv = qkv if attention_mask is None else qkv * attention_mask[..., None]
+    q, k, v = qkv.double().unflatten(-1, (mixer.num_attention_heads, -1)).split(mixer.head_dim, -1)
+    state = None if past_key_values is None else past_key_values.get_linear_cache(mixer.layer_idx)
+    gate = mixer.output_gate(hidden_states).sigmoid()
+
+    def answer(o: Tensor, S: Tensor) -> Any:
+        if past_key_values is not None:
+            past_key_values.set_linear_cache(mixer.layer_idx, S.to(hidden_states.dtype))
+        return mixer.out_proj(gate * mixer.norm(o.flatten(2).to(hidden_states.dtype))), S
+
+    log_decay = -mixer.slope_rate[:, 0, 0].double().expand(q.shape[:3]).clone()
+    return Call(dict(q=q, k=k, v=v, log_decay=log_decay), None if state is None else state.double(), answer)
+
+
 def canonical(initial_state: Tensor | None = None, output_final_state: bool = False, **x: Tensor) -> Call:
     """The functions of our own models, whose arguments are the quantities themselves."""
     return Call(
@@ -495,6 +519,7 @@ DELTA_PRODUCT = Rule(
 DELTA_NET = Rule("delta", ("q", "k", "v", "beta"), {"delta_rule_recurrence": canonical}, delta_erase)
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), {"gla_recurrence": canonical}, decay_per_key=True)
 SIMPLE_GLA = Rule("simple_gla", ("q", "k", "v", "log_decay"), {"retention_recurrence": canonical})
+LIGHTNING = Rule("simple_gla", ("q", "k", "v", "log_decay"), {"MiniMaxLightningAttention.forward": lightning})
 LINEAR_ATTENTION = Rule("linear_attention", ("q", "k", "v"), {"linear_attn_recurrence": canonical})
 RWKV6 = Rule(
     "rwkv6", ("q", "k", "v", "log_decay"), {"rwkv6_recurrence": canonical}, decay_per_key=True, reads_before=True
@@ -516,24 +541,33 @@ def native(function: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(getattr(function, "writesae", None), "function", function)
 
 
+def function_of(module: ModuleType, name: str) -> Callable[..., Any]:
+    """A function of a modeling file, or a method of a class in it, ``Class.method``."""
+    return attrgetter(name)(module)
+
+
 @contextmanager
 def replaced(module: ModuleType, **functions: Callable[..., Any]) -> Iterator[None]:
     """The module with other functions in it while the block runs."""
-    before = {name: getattr(module, name) for name in functions}
+    before = {name: function_of(module, name) for name in functions}
+
+    def put(those: Mapping[str, Callable[..., Any]]) -> None:
+        for name, function in those.items():
+            owner, _, last = name.rpartition(".")
+            setattr(attrgetter(owner)(module) if owner else module, last, function)
+
     try:
-        for name, function in functions.items():
-            setattr(module, name, function)
+        put(functions)
         yield
     finally:
-        for name, function in before.items():
-            setattr(module, name, function)
+        put(before)
 
 
 @contextmanager
 def untouched(a: Architecture) -> Iterator[None]:
     """The modeling file as its authors have it, whatever has been wrapped."""
-    names = [name for name in (*a.rule.kernels, *HELPERS) if hasattr(a.modeling, name)]
-    with replaced(a.modeling, **{name: native(getattr(a.modeling, name)) for name in names}):
+    names = [*a.rule.kernels, *(name for name in HELPERS if hasattr(a.modeling, name))]
+    with replaced(a.modeling, **{name: native(function_of(a.modeling, name)) for name in names}):
         yield
 
 
@@ -718,7 +752,7 @@ def cache_protocol(a: Architecture, model: Any, ids: Tensor, edits: Sequence[Seq
         return kernel
 
     cache, logits = a.new_cache(model), []
-    kernels = {name: watched(read, native(getattr(a.modeling, name))) for name, read in a.rule.kernels.items()}
+    kernels = {name: watched(read, native(function_of(a.modeling, name))) for name, read in a.rule.kernels.items()}
     with replaced(a.modeling, **kernels), layer_watch(a, model, tell):
         for t in range(ids.shape[1]):
             logits.append(model(input_ids=ids[:, t : t + 1], use_cache=True, **cache, **a.place(t, 1)).logits)

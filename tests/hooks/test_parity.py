@@ -238,7 +238,8 @@ def run_in_every_way(a: Architecture, model: Any, ids: Tensor) -> list[Tensor]:
         model(input_ids=ids[:, start:end], **cache, **a.place(start, end - start)).logits
         for start, end in [(0, 66), *itertools.pairwise([66, *ends])]
     ]
-    made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    of_ours = a.new_cache(model) if a.own_cache else {}
+    made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, do_sample=False, **of_ours)
     return [
         model(input_ids=ids, use_cache=False).logits,
         model(input_ids=ids, attention_mask=mask).logits,

@@ -16,7 +16,7 @@ from writesae.hooks import name_of
 
 TEXT = "The state of the Union is strong."
 # Layers that do more than add what their mixer and MLP give: scale it, mix lanes, or add a second mixer's.
-NOT_PLAIN = {"granitemoehybrid", "falcon_h1", "falcon_h1_no_norm", "zamba2", "qwen4_exp", "glm5_next"}
+NOT_PLAIN = {"minimax", "granitemoehybrid", "falcon_h1", "falcon_h1_no_norm", "zamba2", "qwen4_exp", "glm5_next"}
 BEGINS_WITH_A_NORM = {("rwkv6", 0), ("rwkv7", 0)}
 
 

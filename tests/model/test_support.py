@@ -30,6 +30,7 @@ ORACLES = {
     "Kimi Delta Attention": "transformers, fla naive",
     "Mamba": "transformers, mamba-ssm's reference",
     "Mamba-2": "transformers",
+    "Lightning attention": "transformers",
     "RWKV-7": "`rwkv` (the authors'), fla naive",
     "RWKV-6": "`rwkv` (the authors'), fla naive",
     "DeltaNet": "fla naive",

@@ -94,7 +94,8 @@ class Subject:
         """The tokens in pieces, and the arguments that go with each: one cache, and positions where the model takes
         them (some models count from 0 in every piece unless told)."""
         hf_model, start = self.model.hf_model, 0
-        cache = {cache_argument(hf_model): DynamicCache(config=self.model.config)}
+        take, config = self.model.taps[0].family.takes_cache, self.model.config
+        cache = {cache_argument(hf_model): DynamicCache(config=config) if take is None else take(None, config)}
         places = positions_behind(torch.ones_like(self.ids)) if "position_ids" in arguments_of(hf_model) else None
         for n in lengths:
             here = slice(start, start + n)
@@ -160,12 +161,14 @@ class Subject:
     @property
     def kernel_tolerance(self) -> float:
         """The same for what one recurrence gives, as a share of its largest value. On a CPU it is computed in float32,
-        and rounded once. GPU kernels round within it, to the model's dtype or, of float32, to TF32, which has 10 bits.
+        and rounded once. GPU kernels round within it, to the model's dtype or, of float32, to TF32, which has 10 bits;
+        so does, in half precision, the code of some families (`Family.rounds_within`).
         """
         on_cpu = self.model.device.type == "cpu"
         if self.dtype in (torch.float32, torch.float64):
             return 1e-4 if on_cpu else 4e-3
-        return (2 if on_cpu else 8) * self.eps
+        within = not on_cpu or any(tap.family.rounds_within for tap in self.model.taps)
+        return (8 if within else 2) * self.eps
 
 
 def largest(x: Tensor) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from writesae.hooks.dispatch import native
+from writesae.hooks.dispatch import native, place_of
 from writesae.hooks.families.base import Family
 from writesae.hooks.installing import find_mixers
 from writesae.models.gpu import plays_gpu
@@ -27,18 +27,18 @@ def detached(model: nn.Module) -> Iterator[None]:
     as in a transformers without GPU packages.
     """
     own_functions = [
-        (module, name, function)
+        (*place_of(module, name), function)
         for module, family in modeling_files(model)
         for name, function in functions_of(module, family, model).items()
     ]
-    before = [(module, name, getattr(module, name)) for module, name, _ in own_functions]
+    before = [(*place, getattr(*place)) for *place, _ in own_functions]
     places: list[dict[int, Any]] = [
         hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)
     ]
     kept = [dict(hooks) for hooks in places]
     try:
-        for module, name, function in own_functions:
-            setattr(module, name, function)
+        for owner, name, function in own_functions:
+            setattr(owner, name, function)
         for hooks in places:
             for number in [number for number, hook in hooks.items() if _is_ours(hook)]:
                 del hooks[number]
@@ -47,8 +47,8 @@ def detached(model: nn.Module) -> Iterator[None]:
         for hooks, all_of_them in zip(places, kept, strict=True):
             hooks.clear()
             hooks.update(all_of_them)
-        for module, name, function in before:
-            setattr(module, name, function)
+        for owner, name, function in before:
+            setattr(owner, name, function)
 
 
 def modeling_files(model: nn.Module) -> list[tuple[ModuleType, Family]]:
@@ -61,9 +61,9 @@ def functions_of(module: ModuleType, family: Family, model: nn.Module) -> dict[s
     """What a modeling file itself would run for a model, for each name that we put a stand-in in the place of."""
     on_cpu = device_of(model).type == "cpu" and not plays_gpu()
     own = {
-        name: native(getattr(module, name))
+        name: native(getattr(*place_of(module, name)))
         for name in family.kernels + family.fused + family.helpers
-        if getattr(module, name, None) is not None
+        if getattr(*place_of(module, name), None) is not None
     }
     return {name: inspect.unwrap(function) for name, function in own.items()} if on_cpu else own
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import transformers
@@ -57,6 +58,12 @@ def native(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if found is None else found.function
 
 
+def place_of(module: ModuleType, name: str) -> tuple[Any, str]:
+    """What has a function of a modeling file, the file or a class in it (``Class.method``), and its name there."""
+    owner, _, last = name.rpartition(".")
+    return getattr(module, owner) if owner else module, last
+
+
 def intercept(module_name: str, family: Family) -> None:
     """Put stand-ins in the place of a modeling file's functions, once.
 
@@ -65,7 +72,8 @@ def intercept(module_name: str, family: Family) -> None:
     """
     module = importlib.import_module(module_name)
     for name in family.kernels + family.fused + family.helpers:
-        function = getattr(module, name, None)
+        owner, last = place_of(module, name)
+        function = getattr(owner, last, None)
         if function is None:
             if name not in family.kernels:
                 continue
@@ -77,7 +85,7 @@ def intercept(module_name: str, family: Family) -> None:
             )
         if attached_to(function, Native) is None:
             tapped, fused, forgets = (name in names for names in (family.kernels, family.fused, family.forgets))
-            setattr(module, name, _stand_in(function, tapped, fused, forgets))
+            setattr(owner, last, _stand_in(function, tapped, fused, forgets))
 
 
 def _stand_in(function: Callable[..., Any], tapped: bool, fused: bool, forgets: bool) -> Callable[..., Any]:

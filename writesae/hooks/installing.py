@@ -12,7 +12,7 @@ from torch import nn
 
 from writesae.hooks import graphs
 from writesae.hooks.attachment import attach, attached_to
-from writesae.hooks.clock import Clock
+from writesae.hooks.clock import CACHES, Clock, cache_in
 from writesae.hooks.dispatch import intercept
 from writesae.hooks.families import FAMILIES, Family
 from writesae.hooks.points import HookPoint
@@ -65,10 +65,15 @@ class Attachment:
         return any(tap.kernels != "native" for tap in self.taps)
 
     @torch.compiler.disable(reason=graphs.REASON)
-    def begin(self, text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before each pass of the text model."""
+    def begin(self, text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before each pass of the text model: its arguments, with a cache that it takes (`Family.takes_cache`)."""
         if given(text_model):
-            return
+            return args, kwargs
+        take, config, cache = self.taps[0].family.takes_cache, getattr(text_model, "config", None), cache_in(kwargs)
+        if take is not None:
+            asked = kwargs.get("use_cache")
+            if cache is not None or (getattr(config, "use_cache", False) if asked is None else asked):
+                kwargs = {**kwargs, CACHES[0]: take(cache, config)}
         busy = self.busy
         ours = busy or self.on_our_kernels
         mask = kwargs.get("attention_mask")
@@ -78,6 +83,7 @@ class Attachment:
         for owner in self.blocks.all():
             owner.note(complete=False)
         self.clock.begin(args, kwargs, lambda: _calls_under_way(text_model) > 1, check=busy)
+        return args, kwargs
 
     @torch.compiler.disable(reason=graphs.REASON)
     def end(self, text_model: nn.Module, _args: Any, output: Any) -> None:

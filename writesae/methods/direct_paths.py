@@ -108,6 +108,7 @@ def direct_paths(model: HookedRecurrentModel) -> Iterator[Paths]:
     """Gradients of a pass in the block go along the residual stream alone, norms with their scale as it was."""
     layers = layers_of(model)
     mixers = [mixer for _, mixer, _ in find_mixers(model.hf_model)]
+    of_stream = {name for _, _, family in find_mixers(model.hf_model) for name in family.stream_norms}
     inside = {id(p) for layer in layers for p in layer.parameters()}
     named = model.hf_model.named_parameters()
     biases = [p for name, p in named if name.endswith("bias") and p.ndim == 1 and id(p) not in inside]
@@ -130,7 +131,7 @@ def direct_paths(model: HookedRecurrentModel) -> Iterator[Paths]:
         seen: set[int] = set()
         for index, layer in enumerate(layers):
             for name, module in modules_of(layer, mixers):
-                if id(module) not in seen:  # Zamba2 has one transformer in several layers
+                if id(module) not in seen and name not in of_stream:  # Zamba2 has one transformer in several layers
                     seen.add(id(module))
                     _cut_off(stack, call, paths.parts, index, name, module)
         stack.enter_context(model.hooks([(name_of("resid_pre", 0), embedding)]))

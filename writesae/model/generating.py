@@ -69,6 +69,10 @@ class GeneratingModel(RememberingModel):
                 kwargs[cache_argument(self.hf_model)] = past
             if past is not None:
                 stack.enter_context(going_on(self.hf_model, past, size[1]))
+            elif (take := self.taps[0].family.takes_cache) and self._setting("use_cache", kwargs) is not False:
+                kwargs[cache_argument(self.hf_model)] = take(
+                    None, bare(self.hf_model).config
+                )  # transformers makes none
             out = self.hf_model.generate(**tokens, attention_mask=mask, **kwargs)  # type: ignore[operator]
         if most is not None:  # positions past an early end of the text are no mistake
             for positions in self._asked():

@@ -27,8 +27,6 @@ OF_TRANSFORMERS: dict[str, str] = {
     "lfm2": _CONVOLUTION,
     "lfm2_moe": _CONVOLUTION,
     "lfm3": _CONVOLUTION,
-    "minimax": "it keeps a matrix per head, but no function of its own runs the recurrence: it is in the midst of the "
-    "mixer's forward, where nothing can be put in its place",
     "recurrent_gemma": "RecurrentGemma (RG-LRU) keeps a vector per layer, not a matrix",
     "rwkv": "RWKV-4 keeps vectors per layer, a weighted mean of each channel and its weight, not a matrix",
     "xlstm": "it reads its matrix through a normaliser and a stabiliser, which are part of what it remembers and which "

@@ -178,7 +178,8 @@ class Family:
         name: for messages and the support table.
         rule: its update rule.
         mixers: ``{modeling module: name of its mixer class}``.
-        kernels: functions of the modeling module that run the recurrence; they are intercepted.
+        kernels: functions of the modeling module that run the recurrence; they are intercepted. ``Class.method`` for a
+            method, whose ``self`` is then one of the arguments.
         sizes: the mixer's attributes that hold ``n_heads, d_key, d_value``, or a number that is the same in all models.
         raw: what the kernel itself makes inputs of (``k_raw`` becomes ``k`` by its norm), in firing order before them.
         call: this family, arguments of an intercepted call -> `KernelCall`.
@@ -199,6 +200,10 @@ class Family:
         forgets: those of ``kernels`` that begin at a zero state whatever the model's cache holds, so that a text given
             in pieces would lose its memory: they begin at the state in the cache, which the mixer is given. Such a
             mixer also gets the attention mask of all tokens so far cut to those of the piece.
+        takes_cache: for models with a cache class of their own: (the cache that a pass is given or None, the config) ->
+            a cache that the model takes, and that keeps states where transformers' `DynamicCache` does.
+        stream_norms: submodules of a layer that are norms of the residual stream itself: what they give is the stream.
+        rounds_within: its own functions compute the recurrence in the model's dtype, and not in float32, on a CPU too.
         letters: what canonical quantities are in the architecture's own words, where those differ.
         aliases: TransformerLens' names of quantities, less ``hook_``: what we call the same quantity.
     """
@@ -220,6 +225,9 @@ class Family:
     columns: bool = False
     calls: str = ""
     forgets: tuple[str, ...] = ()
+    takes_cache: Callable[[Any, Any], Any] | None = None
+    stream_norms: tuple[str, ...] = ()
+    rounds_within: bool = False
     letters: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=lambda: SSM)
 
