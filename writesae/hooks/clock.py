@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from writesae.hooks.attachment import attach, attached_to
 from writesae.hooks.positions import PAD, beams
 from writesae.hooks.scope import Owner, owners, private
+from writesae.models.arguments import CACHES
 
-CACHES = ("past_key_values", "cache_params")  # what models call their cache
 RECURRENT = "linear_attention"  # whose mask it is, among those that transformers' generation makes in advance
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from writesae.hooks import graphs
 from writesae.hooks.attachment import attach, attached_to
-from writesae.hooks.clock import CACHES, Clock, cache_in
+from writesae.hooks.clock import Clock, cache_in
 from writesae.hooks.dispatch import intercept
 from writesae.hooks.families import FAMILIES, Family
 from writesae.hooks.points import HookPoint
@@ -20,7 +20,7 @@ from writesae.hooks.positions import PositionSet
 from writesae.hooks.residual import given, watch
 from writesae.hooks.scope import Owned, Owner
 from writesae.hooks.tap import Seen, Tap
-from writesae.models.arguments import check_no_packing
+from writesae.models.arguments import CACHES, check_no_packing
 from writesae.models.kinds import why_not
 
 

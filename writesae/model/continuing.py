@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from writesae.hooks.attachment import attached_to
-from writesae.hooks.clock import CACHES, Fed, Pass
+from writesae.hooks.clock import Fed, Pass
 from writesae.hooks.scope import owning
-from writesae.models.arguments import arguments_of
+from writesae.models.arguments import CACHES, arguments_of
 from writesae.models.wrappers import bare
 
 
@@ -25,6 +25,11 @@ def cache_argument(model: nn.Module) -> str:
     """What a model calls its cache."""
     takes = arguments_of(model)
     return next((name for name in CACHES if name in takes), CACHES[0])
+
+
+def generation_keeps(name: str) -> bool:
+    """Whether generation goes on from a cache of this name in all it does. From Mamba's and Mamba-2's it did not."""
+    return name != "cache_params"
 
 
 def tokens_in(cache: Any) -> int:
@@ -126,7 +131,7 @@ def knows_its_length(model: nn.Module) -> bool:
         DynamicCache(config=bare(model).config).get_seq_length()
     except ValueError:
         return False
-    return cache_argument(model) == CACHES[0]
+    return generation_keeps(cache_argument(model))
 
 
 @contextmanager

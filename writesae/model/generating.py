@@ -10,13 +10,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from writesae.hooks.clock import CACHES, cache_in
+from writesae.hooks.clock import cache_in
 from writesae.hooks.positions import several_of_each
-from writesae.model.continuing import cache_argument, check_continues, feed_in_pieces, going_on, knows_its_length
+from writesae.model.continuing import (
+    cache_argument,
+    check_continues,
+    feed_in_pieces,
+    generation_keeps,
+    going_on,
+    knows_its_length,
+)
 from writesae.model.memory import Memory
 from writesae.model.remembering import RememberingModel
 from writesae.model.tokens import Text, is_text
-from writesae.models.arguments import arguments_of
+from writesae.models.arguments import CACHES, arguments_of
 from writesae.models.wrappers import bare
 
 
@@ -102,7 +109,7 @@ class GeneratingModel(RememberingModel):
         """Generation keeps the memory of the unconditional text under one name: a model that calls it otherwise would
         read each of its tokens by itself."""
         scale, name = self._setting("guidance_scale", kwargs), cache_argument(self.hf_model)
-        if scale in (None, 1) or name == CACHES[0] or self._setting("use_cache", kwargs) is False:
+        if scale in (None, 1) or generation_keeps(name) or self._setting("use_cache", kwargs) is False:
             return
         raise ValueError(
             f"guidance_scale={scale}: generation would forget the unconditional text after each token, since "

@@ -14,13 +14,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
 from writesae.hooks.attachment import attach
-from writesae.hooks.clock import CACHES, Fed, cache_in
+from writesae.hooks.clock import Fed, cache_in
 from writesae.hooks.scope import owning
 from writesae.model.attaching import HookedModel
 from writesae.model.continuing import cache_argument
 from writesae.model.memory import Memory
 from writesae.model.origin import Origin
 from writesae.model.tokens import Text
+from writesae.models.arguments import CACHES
 from writesae.models.wrappers import bare
 
 STATE = "{}.recurrent_states.0"  # what transformers calls the state of a layer, by the names of `Memory.others`

@@ -8,9 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from writesae.models.wrappers import bare
 
+# What models call their cache: from transformers 5.24 on, all of them the last.
+CACHES = ("past_key_values", "cache_params", "cache")
+if hasattr(BaseModelOutputWithPast, "cache"):
+    CACHES = CACHES[::-1]
 # Arguments that transformers uses for every model, beside those of the model's own forward.
 OF_EVERY_MODEL = (
     "output_hidden_states", "output_attentions", "output_router_logits", "num_items_in_batch", "return_dict",

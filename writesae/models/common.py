@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 
-from writesae.models.arguments import check_arguments
+from writesae.models.arguments import CACHES, check_arguments
 from writesae.recurrence.rules import Rule
 
 # Fields of flash-linear-attention's configs that choose between equal computations, or concern training alone.
@@ -188,9 +188,11 @@ class RecurrentModel(RecurrentPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,  # what transformers from 5.24 on calls past_key_values
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         check_arguments(self, kwargs)
+        past_key_values = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -211,7 +213,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,  # type: ignore[arg-type]
-            past_key_values=past_key_values,
+            **{CACHES[0]: past_key_values},
             hidden_states=(*seen[:-1], x) if output_hidden_states else None,  # type: ignore[arg-type]
         )
 
@@ -252,6 +254,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         check_arguments(self, kwargs)
@@ -259,7 +262,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
         )
@@ -268,5 +271,5 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
+            loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHES[0]: getattr(out, CACHES[0])}
         )

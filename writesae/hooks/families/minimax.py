@@ -24,10 +24,12 @@ from transformers.cache_utils import Cache
 from transformers.models.minimax import modeling_minimax
 from transformers.models.minimax.modeling_minimax import MiniMaxCache
 
+from writesae.hooks.clock import cache_in
 from writesae.hooks.families.base import Family
 from writesae.hooks.families.gdn import modeling
 from writesae.hooks.families.ours import CanonicalCall
 from writesae.hooks.families.registry import register
+from writesae.models.arguments import CACHES
 from writesae.recurrence import rules
 from writesae.recurrence.kernels import chunked
 
@@ -116,7 +118,7 @@ class LightningCall(CanonicalCall):
     past_key_values)``, which returns the mixer's output and the state."""
 
     def __init__(self, family: Family, arguments: dict[str, Any]):
-        mixer, x, self.cache = arguments["self"], arguments["hidden_states"], arguments.get("past_key_values")
+        mixer, x, self.cache = arguments["self"], arguments["hidden_states"], cache_in(arguments)
         qkv = mixer.act_fn(mixer.qkv_proj(x))
         qkv = modeling_minimax.apply_mask_to_padding_states(qkv, arguments.get("attention_mask"))
         q, k, v = qkv.unflatten(-1, (mixer.num_attention_heads, -1)).split(mixer.head_dim, -1)
@@ -134,7 +136,7 @@ class LightningCall(CanonicalCall):
         kept = Kept(None if state is None else state.to(dtype))
         o, state = native(
             self=Bare(self.mixer), hidden_states=qkv.flatten(2), position_embeddings=None, attention_mask=None,
-            past_key_values=kept,
+            **{CACHES[0]: kept},
         )  # fmt: skip
         return o.unflatten(-1, (self.mixer.num_attention_heads, -1)), state
 
