@@ -213,7 +213,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,  # type: ignore[arg-type]
-            **{CACHES[0]: past_key_values},
+            **{CACHES[0]: past_key_values},  # type: ignore[arg-type]
             hidden_states=(*seen[:-1], x) if output_hidden_states else None,  # type: ignore[arg-type]
         )
 
