@@ -77,10 +77,10 @@ def build(folder: Path) -> None:
     save("qwen3_5-0.8b-vision", transformers.Qwen3_5ForConditionalGeneration(both))
     save("rwkv7-191m", RWKV7ForCausalLM(RWKV7ForCausalLM.config_class(**RWKV7)), WorldTokenizer())
     # transformers' Mamba-2, under the names and with the config of its authors
-    from writesae.models.formats import mamba2_of_authors
+    from writesae.models.formats import mamba_of_authors
 
     name = "mamba2-370m"
-    model = transformers.Mamba2ForCausalLM(mamba2_of_authors(MAMBA2))
+    model = transformers.Mamba2ForCausalLM(mamba_of_authors(MAMBA2))
     save(name, model)
     tensors = {k.replace("backbone.embeddings.", "backbone.embedding."): v for k, v in model.state_dict().items()}
     for path in [*(folder / name).glob("*.safetensors"), folder / name / "config.json"]:

@@ -7,6 +7,8 @@ import what stands on a lower one, and what stands in its own room.
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +118,29 @@ def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
 
 def test_the_law() -> None:
     assert not (found := broken(PACKAGE)), "\n".join(found)
+
+
+def missing(path: Path) -> list[str]:
+    """What a script imports from the package that is not there."""
+    wanted = [
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("writesae")
+        for alias in node.names
+    ]
+    return [
+        f"{path.name}: {module}.{name}"
+        for module, name in wanted
+        if not hasattr(importlib.import_module(module), name) and importlib.util.find_spec(f"{module}.{name}") is None
+    ]
+
+
+def test_scripts_import_what_is_there(tmp_path: Path) -> None:
+    """Benchmarks and scripts of the site run seldom, so a name that has moved would go unnoticed."""
+    scripts = [path for folder in ("benchmarks", "docs") for path in (PACKAGE.parent / folder).rglob("*.py")]
+    assert len(scripts) > 15 and not [gone for path in scripts for gone in missing(path)]
+    (tmp_path / "old.py").write_text("def main():\n    from writesae.stores import Windows, gone\n")
+    assert missing(tmp_path / "old.py") == ["old.py: writesae.stores.gone"]
 
 
 def test_few_modules_beside_the_rooms() -> None:
