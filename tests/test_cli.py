@@ -13,7 +13,7 @@ import writesae.cli
 from writesae.cli import app
 from writesae.cli._shared import plainly
 from writesae.jobs.disk import read_json
-from writesae.zoo import heldout_documents, shipped_models
+from writesae.zoo import heldout_documents, shipped_models, shipped_saes
 
 runner = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
 
@@ -167,7 +167,10 @@ def test_demo_runs_and_leaves_a_picture(model, tmp_path):
     result = runner.invoke(app, ["demo", "--model", model, "--firings", "12", "--picture", str(picture), *kept])
     assert result.exit_code == 0, result.output
     found = read_json(tmp_path / "demo.json")
-    assert found["model"] == model and found["changed"][0]["says"] == " Henry" and len(found["replaced"]) == 2
+    assert found["model"] == model and len(found["replaced"]) == len(shipped_saes(model))
+    said = {row["done"]: row["says"] for row in found["changed"]}
+    kept, moved = ([says for done, says in said.items() if text in done] for text in ("atom", "'s atom"))
+    assert said["nothing"] == " Henry" and kept[0] == " Henry" and moved == [" Robert"], "an atom holds a name"
     parts = ("bits per byte", "holds the name", "deleted", "exchanged", "random", "an atom", "Planted", "Done in")
     for part in parts:
         assert part in result.output

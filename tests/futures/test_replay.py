@@ -120,7 +120,7 @@ def test_futures_equal_plain_replays_firing_by_firing(models, name, place, read)
             largest = max(largest, float(kl.max()))
         early = plain(model, ids[w : w + 1], t - 1, place, edits[i, 2])[::-1]
         wrong.append(float((kl_from(*(x[None] for x in early))[0] - found.kl[i, 2]).abs().max()))
-    assert largest > 1e-3 and max(errors) < 1e-5
+    assert largest > 1e-3 and max(errors) < 3e-5
     assert min(wrong) > 1e-4, "an edit one token too early must be seen"
 
 

@@ -388,9 +388,8 @@ def _build(a: Architecture) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter_name, p in model.named_parameters():
-            if (".x_" in parameter_name and ".x_proj" not in parameter_name) or parameter_name.endswith(
-                ".mu"
-            ):  # RWKV: a share of the token before
+            # RWKV: a share of the token before; and Mamba's projection of the same name, so that it tells tokens apart
+            if (".x_" in parameter_name and "attn.x_proj" not in parameter_name) or parameter_name.endswith(".mu"):
                 p.copy_(torch.rand(p.shape, generator=generator))
             elif p.ndim > 1:
                 fan_in = 1 if "embed" in parameter_name else p.shape[-1]

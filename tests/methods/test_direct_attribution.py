@@ -228,7 +228,7 @@ def test_in_other_ways(model: ws.HookedRecurrentModel) -> None:
     assert parts_of(model, "head") == pytest.approx(expected, abs=1e-4)
     model.kernels = "native"
     half = ws.HookedRecurrentModel.from_pretrained("tiny-gdn", dtype="bfloat16")
-    assert parts_of(half, "head") == pytest.approx(expected, abs=0.05)
+    assert parts_of(half, "head") == pytest.approx(expected, abs=0.1)
     compiled = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
     compiled.hf_model.compile(backend="eager")
     assert parts_of(compiled, "head") == pytest.approx(expected, abs=1e-4)

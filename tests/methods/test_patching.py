@@ -106,12 +106,12 @@ class Near(ws.ActivationCache):
 
 @pytest.mark.parametrize("what", [*HEADS, "log_decay", "mixer_out"])
 def test_the_estimate_is_a_derivative(found, what):
-    """A tenth of the difference patched in moves the number by what the estimate says of a tenth."""
+    """A hundredth of the difference patched in moves the number by what the estimate says of a hundredth."""
     model, clean, corrupted, metric = found
     with torch.no_grad():
         (_, own), (_, other) = (model.run_with_cache(text[None]) for text in (corrupted, clean))
     pairs = torch.arange(len(clean))[:, None].expand(-1, 2)
-    near, ids = Near(own, other, 0.1), corrupted[None]
+    near, ids = Near(own, other, 0.01), corrupted[None]
     estimate = patching._first_order(model, ids, near, [1], pairs, metric, what)[0].flatten()
     measure = patching._writes if what == "write" else patching._points
     grid = torch.zeros(1 if what == "mixer_out" else 4, len(clean))

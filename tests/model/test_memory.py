@@ -230,7 +230,7 @@ def test_heads_of_another_memory(name: str) -> None:
     some = len(best) // 3
     right, wrong = (distance(ours.with_heads(other, heads(layers))) for layers in (best[:some], best[-some:]))
     if name == "tiny-gdn":
-        assert distance(swapped) > 0.5 * distance(ours) and distance(rest_of_other(ours)) < 0.15 * distance(ours)
+        assert distance(swapped) > 0.5 * distance(ours) and distance(rest_of_other(ours)) < 0.2 * distance(ours)
     else:
         assert distance(swapped) < 0.15 * distance(ours) and distance(rest_of_other(ours)) > 0.6 * distance(ours)
         assert right < 0.55 * distance(ours)  # a third of the layers does half of it

@@ -147,6 +147,8 @@ def edits(tiny: ws.HookedRecurrentModel, batch: int) -> dict[str, Any]:
 @torch.no_grad()
 def test_edits_in_a_static_cache(architecture: Architecture, tiny: ws.HookedRecurrentModel) -> None:
     """With a row that is padded: as in a dynamic cache, and each row as alone."""
+    if architecture.own_cache:
+        pytest.skip("transformers refuses a static cache beside a cache that is given, and it has one of its own")
     ids, mask = masked(LEFT, [1] * 7)
     plain = tiny.generate(ids, attention_mask=mask, **STATIC)
     for name, attach in edits(tiny, 2).items():

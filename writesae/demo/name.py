@@ -67,7 +67,7 @@ class Held(NamedTuple):
         return float(self.found.restored[self.found.layers.index(place.layer), place.head, place.position])
 
 
-Edits = Sequence[tuple[Intervention, Place | None]]  # None: it says itself at which token
+Edits = Sequence[tuple[Intervention | Patch, Place | None]]  # None: it says itself at which token
 
 
 def story(name: str) -> str:
