@@ -57,7 +57,7 @@ def _check(family: Family) -> None:
         raise TypeError(
             f"mixers={family.mixers!r} of the family {family.name!r}: give {{modeling module: name of its mixer class}}"
         )
-    for field in ("kernels", "raw", "helpers", "fused", "projections", "norms"):
+    for field in ("kernels", "raw", "helpers", "fused", "projections", "norms", "stream_norms"):
         names = getattr(family, field)
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError(f'{field}={names!r} of the family {family.name!r}: give a tuple of names, ("name",)')
@@ -72,6 +72,10 @@ def _check(family: Family) -> None:
         )
     if not callable(family.call):
         raise TypeError(f"call={family.call!r} of the family {family.name!r}: give a KernelCall class")
+    if family.takes_cache is not None and not callable(family.takes_cache):
+        raise TypeError(
+            f"takes_cache={family.takes_cache!r} of the family {family.name!r}: give a function (cache, config) -> cache"
+        )
     inputs = family.rule.inputs
     if missing := [quantity for quantity in NEEDED if quantity not in inputs]:
         raise ValueError(f"rule {family.rule.name!r} has inputs {inputs}: {', '.join(missing)} must be among them")
