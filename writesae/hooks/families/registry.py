@@ -74,7 +74,8 @@ def _check(family: Family) -> None:
         raise TypeError(f"call={family.call!r} of the family {family.name!r}: give a KernelCall class")
     if family.takes_cache is not None and not callable(family.takes_cache):
         raise TypeError(
-            f"takes_cache={family.takes_cache!r} of the family {family.name!r}: give a function (cache, config) -> cache"
+            f"takes_cache={family.takes_cache!r} of the family {family.name!r}: give a function "
+            f"(cache, config) -> cache"
         )
     inputs = family.rule.inputs
     if missing := [quantity for quantity in NEEDED if quantity not in inputs]:
