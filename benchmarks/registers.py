@@ -4,7 +4,7 @@
 
 The paper's 92.4% (section 3.2, figure 14) pools 4,851 firings of 18 register features, of layers 1, 9 and 17. It does
 not say how the 18 were chosen among the registers. Here they are, of each SAE, the registers (`atom_classes`) that fire
-most often, and beside them as many that are drawn at random.
+most often, and beside them four times as many that are drawn at random.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import writesae as ws
-from writesae.results.statistics import wilson
+from writesae.results.result import share
 from writesae.zoo import heldout_documents
 
 
@@ -49,8 +49,8 @@ def main(
 def add(table: Table, name: str, found: list[ws.ReplacementResult]) -> None:
     """A row of several results, their firings pooled."""
     n, atoms = sum(r.n for r in found), sum(len(r.atom.unique()) for r in found)
-    won = [sum(int((r.score("atom", w) < r.score("delete", w)).sum()) for r in found) for w in ("at", "through")]
-    table.add_row(name, str(atoms), f"{n:,}", *(str(wilson(count, n)) for count in won))
+    won = [torch.cat([r.score("atom", when) < r.score("delete", when) for r in found]) for when in ("at", "through")]
+    table.add_row(name, str(atoms), f"{n:,}", *(str(share(hits)) for hits in won))
 
 
 if __name__ == "__main__":

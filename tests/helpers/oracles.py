@@ -230,3 +230,14 @@ def mamba2_steps(arguments: dict[str, Any]) -> Result:
         )
         reads.append(y - arguments["D"][:, None] * x[:, t])
     return torch.stack(reads, 1), state.mT
+
+
+def by_rwkv(theirs: Any, ids: Tensor) -> Tensor:
+    """Logits ``[1, pos, vocab]`` of a model of the package `rwkv`: all at once, which must be what it says by token."""
+    whole, _ = theirs.forward(ids[0].tolist(), None, full_output=True)
+    state, steps = None, []
+    for i in ids[0].tolist():
+        logits, state = theirs.forward([i], state)
+        steps.append(logits.clone())
+    assert (whole - torch.stack(steps)).abs().max() < 1e-4
+    return whole[None]

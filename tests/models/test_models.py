@@ -34,7 +34,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from architectures import architecture_named
-from oracles import dplr_recurrence, fla_naive
+from oracles import by_rwkv, dplr_recurrence, fla_naive
 from writesae import HookedRecurrentModel
 from writesae.models import gpu, load, rwkv7, use_fla_kernels
 from writesae.models.delta_net import DeltaNetConfig, DeltaNetForCausalLM
@@ -245,14 +245,7 @@ def their_logits(pth: Path) -> Tensor:
         patch.setattr(torch.jit, "script", lambda function: function)
         from rwkv.model import RWKV
 
-    theirs, ids = RWKV(model=str(pth.with_suffix("")), strategy="cpu fp32"), tokens(1, 40)[0].tolist()
-    whole, _ = theirs.forward(ids, None, full_output=True)
-    state, steps = None, []
-    for i in ids:
-        logits, state = theirs.forward([i], state)
-        steps.append(logits.clone())
-    assert (whole - torch.stack(steps)).abs().max() < 1e-4
-    return whole[None]
+    return by_rwkv(RWKV(model=str(pth.with_suffix("")), strategy="cpu fp32"), tokens(1, 40))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from test_models import FLA_COMMON, VOCAB, folder, in_pieces, tokens
 from torch import Tensor
 
-from oracles import fla_naive
+from oracles import by_rwkv, fla_naive
 from writesae.models.load import load_model
 from writesae.models.rwkv6 import RWKV6ForCausalLM
 
@@ -70,14 +70,7 @@ def their_logits(pth: Path) -> Tensor:
             patch.setenv(name, value)  # ... these, when it is imported
         spec.loader.exec_module(package)
         theirs = package.RWKV(model=str(pth.with_suffix("")), strategy="cpu fp32", verbose=False)
-        ids = tokens(1, 40)[0].tolist()
-        whole, _ = theirs.forward(ids, None, full_output=True)
-        state, steps = None, []
-        for i in ids:
-            logits, state = theirs.forward([i], state)
-            steps.append(logits.clone())
-    assert (whole - torch.stack(steps)).abs().max() < 1e-4
-    return whole[None]
+        return by_rwkv(theirs, tokens(1, 40))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from writesae.gradients import Logit
-from writesae.hooks import ActivationCache, Add, Delete, Intervention, Patch, Replace
+from writesae.hooks import ActivationCache, Add, Delete, Intervention, Replace
 from writesae.jobs.progress import Progress
 from writesae.methods import Patching, patching
 from writesae.model import HookedRecurrentModel
@@ -67,7 +67,7 @@ class Held(NamedTuple):
         return float(self.found.restored[self.found.layers.index(place.layer), place.head, place.position])
 
 
-Edits = Sequence[tuple[Intervention | Patch, Place | None]]  # None: it says itself at which token
+Edits = Sequence[tuple[Intervention, Place]]
 
 
 def story(name: str) -> str:
@@ -94,7 +94,12 @@ def write_at(cache: ActivationCache, place: Place) -> Write:
 
 
 def exchanged(cache: ActivationCache, places: Sequence[Place]) -> Edits:
-    return [(Patch(cache, "write", *place), None) for place in places]
+    return put(places, [write_at(cache, place) for place in places])
+
+
+def put(places: Sequence[Place], writes: Sequence[Write]) -> Edits:
+    """A write in the place of each."""
+    return [(Replace(p.layer, p.head, write=w), p) for p, w in zip(places, writes, strict=True)]
 
 
 def deleted(places: Sequence[Place]) -> Edits:
@@ -106,8 +111,7 @@ def said(model: HookedRecurrentModel, edits: Edits, done: str = "", text: str = 
     """What it says after a text, with edits at their tokens."""
     with ExitStack() as stack:
         for edit, place in edits:
-            positions = None if place is None else [place.position]
-            stack.enter_context(model.intervene(edit, positions=positions))
+            stack.enter_context(model.intervene(edit, positions=[place.position]))
         return outcome(model, model(text), done)
 
 
@@ -142,9 +146,6 @@ def changed(model: HookedRecurrentModel, where: Held, saes: Sequence[WriteSAE]) 
     one = len(places) == 1
     of_head = {tuple(sae.place): sae for sae in saes}
 
-    def put(writes: Sequence[Write]) -> Edits:
-        return [(Replace(p.layer, p.head, write=w), p) for p, w in zip(places, writes, strict=True)]
-
     def atoms(cache: ActivationCache) -> list[Write]:
         return [atom_for(of_head[p[:2]], write_at(cache, p)) for p in places]
 
@@ -154,15 +155,15 @@ def changed(model: HookedRecurrentModel, where: Held, saes: Sequence[WriteSAE]) 
         said(model, deleted(places), "that write deleted" if one else f"those {len(places)} writes deleted"),
         said(model, deleted(elsewhere), "next token's deleted instead"),
         said(model, exchanged(where.other, places), f"exchanged for{OTHER}'s"),
-        said(model, put([like(write, random) for write in own]), "random written instead"),
+        said(model, put(places, [like(write, random) for write in own]), "random written instead"),
     ]
     atom, likeness = None, []
     if all(p[:2] in of_head for p in places):
         its = atoms(where.own)
         likeness = [float(a.cosine(write)) for a, write in zip(its, own, strict=True)]
-        atom = said(model, put(its), "an SAE's atom for it" if one else "SAE atoms for them")
+        atom = said(model, put(places, its), "an SAE's atom for it" if one else "SAE atoms for them")
         its = atoms(where.other)
-        rows += [atom, said(model, put(its), f"{OTHER.strip()}'s atom{'' if one else 's'} instead")]
+        rows += [atom, said(model, put(places, its), f"{OTHER.strip()}'s atom{'' if one else 's'} instead")]
     before, after = (model.memory(TOLD.format(name) + BETWEEN) for name in (NAME, OTHER))
     swapped = before.with_heads(after, every_head(model))
     rows.append(outcome(model, model(ASKED, memory=swapped), f"all states of{OTHER}'s text"))
