@@ -84,8 +84,9 @@ class Architecture:
 
     @property
     def is_first_of_its_rule(self) -> bool:
-        """The one that gets the full grid of tests; the others share its adapter, and get a sample."""
-        return self is next(a for a in ARCHITECTURES if a.rule is self.rule)
+        """The one that gets the full grid of tests; the others share its adapter, and get a sample. So do those of a
+        rule that shares another's (`brute_force.Rule.shares`)."""
+        return self.rule.shares is None and self is next(a for a in ARCHITECTURES if a.rule is self.rule)
 
     def shape(self, quantity: str) -> tuple[int, ...]:
         """Of a tensor quantity of one head at one token."""

@@ -209,6 +209,8 @@ class Rule:
         columns: it keeps ``[head, d_key]``, or the heads of each call of a kernel apart.
         forgets: its kernel for many tokens begins at zero, whatever is in the cache.
         reads_before: a token reads the state as it was before the token.
+        shares: the rule of other models whose mixers are read by the same adapter, and whose recurrence has all that
+            this one's has: their full grid of tests stands for both.
     """
 
     name: str
@@ -222,6 +224,7 @@ class Rule:
     forgets: bool = False
     reads_before: bool = False
     raw: tuple[str, ...] = ()
+    shares: Rule | None = None
 
     def step(self, x: At, S: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One token: key and value of its write, the state decayed, and that state after the erase."""
@@ -498,17 +501,6 @@ MAMBA1 = Rule(
     columns=True,
     forgets=True,
 )
-FLA_GATED_DELTA = Rule(
-    "gated_delta", ("q", "k", "v", "beta", "log_decay"), {"gated_delta_rule_recurrence": canonical}, delta_erase
-)
-FLA_KDA = Rule(
-    "kimi_delta",
-    ("q", "k", "v", "beta", "log_decay"),
-    {"kda_recurrence": canonical},
-    delta_erase,
-    decay_per_key=True,
-)
-COMBA = Rule("comba", ("q", "k", "v", "beta", "log_decay", "kappa"), {"comba_recurrence": canonical}, comba_erase)
 DELTA_PRODUCT = Rule(
     "delta_product",
     ("q", "k", "v", "beta", "log_decay"),
@@ -516,11 +508,6 @@ DELTA_PRODUCT = Rule(
     product_erase,
     product_value,
 )
-DELTA_NET = Rule("delta", ("q", "k", "v", "beta"), {"delta_rule_recurrence": canonical}, delta_erase)
-GLA = Rule("gla", ("q", "k", "v", "log_decay"), {"gla_recurrence": canonical}, decay_per_key=True)
-SIMPLE_GLA = Rule("simple_gla", ("q", "k", "v", "log_decay"), {"retention_recurrence": canonical})
-LIGHTNING = Rule("simple_gla", ("q", "k", "v", "log_decay"), {"MiniMaxLightningAttention.forward": lightning})
-LINEAR_ATTENTION = Rule("linear_attention", ("q", "k", "v"), {"linear_attn_recurrence": canonical})
 RWKV6 = Rule(
     "rwkv6", ("q", "k", "v", "log_decay"), {"rwkv6_recurrence": canonical}, decay_per_key=True, reads_before=True
 )
@@ -531,6 +518,35 @@ RWKV7 = Rule(
     rwkv7_erase,
     decay_per_key=True,
 )
+FLA_GATED_DELTA = Rule(
+    "gated_delta",
+    ("q", "k", "v", "beta", "log_decay"),
+    {"gated_delta_rule_recurrence": canonical},
+    delta_erase,
+    shares=DELTA_PRODUCT,
+)
+FLA_KDA = Rule(
+    "kimi_delta",
+    ("q", "k", "v", "beta", "log_decay"),
+    {"kda_recurrence": canonical},
+    delta_erase,
+    decay_per_key=True,
+    shares=RWKV7,
+)
+COMBA = Rule(
+    "comba",
+    ("q", "k", "v", "beta", "log_decay", "kappa"),
+    {"comba_recurrence": canonical},
+    comba_erase,
+    shares=DELTA_PRODUCT,
+)
+DELTA_NET = Rule(
+    "delta", ("q", "k", "v", "beta"), {"delta_rule_recurrence": canonical}, delta_erase, shares=DELTA_PRODUCT
+)
+GLA = Rule("gla", ("q", "k", "v", "log_decay"), {"gla_recurrence": canonical}, decay_per_key=True)
+SIMPLE_GLA = Rule("simple_gla", ("q", "k", "v", "log_decay"), {"retention_recurrence": canonical}, shares=GLA)
+LIGHTNING = Rule("simple_gla", ("q", "k", "v", "log_decay"), {"MiniMaxLightningAttention.forward": lightning})
+LINEAR_ATTENTION = Rule("linear_attention", ("q", "k", "v"), {"linear_attn_recurrence": canonical}, shares=GLA)
 
 
 # The loop in the model's place ---------------------------------------------------------------------------------------

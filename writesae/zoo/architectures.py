@@ -5,7 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Mamba2Config, Mamba2ForCausalLM, PreTrainedModel, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import (
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+)
 
 from writesae.models.rwkv7 import RWKV7Config, RWKV7ForCausalLM
 
@@ -62,6 +70,13 @@ def build_mamba2(vocab_size: int) -> PreTrainedModel:
     return Mamba2ForCausalLM(config)
 
 
+def build_mamba1(vocab_size: int) -> PreTrainedModel:
+    """A 1.0M-parameter Mamba: four layers of 256 channels of 16. Not shipped; its scan is slow to train on a CPU, and an
+    hour makes of it what `docs/results/mamba1.md` looks into."""
+    size = SHARED | {"hidden_size": 128}
+    return MambaForCausalLM(MambaConfig(vocab_size=vocab_size, **size, num_hidden_layers=4, initializer_range=0.02))
+
+
 def build_rwkv7(vocab_size: int) -> PreTrainedModel:
     """A 2.0M-parameter RWKV-7: four layers of six 32x32 heads, each with channel mixing."""
     config = RWKV7Config(
@@ -81,6 +96,7 @@ def build_rwkv7(vocab_size: int) -> PreTrainedModel:
 ARCHITECTURES: dict[str, Callable[[int], PreTrainedModel]] = {
     "gdn": build_gdn,
     "gdn128": build_gdn128,
+    "mamba1": build_mamba1,
     "mamba2": build_mamba2,
     "rwkv7": build_rwkv7,
 }
