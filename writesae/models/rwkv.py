@@ -73,6 +73,27 @@ def layer_norm(config: Any) -> nn.LayerNorm:
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
 
+class RWKVFeedForward(nn.Module):
+    """Channel mixing: of a token and the one before it."""
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__()
+        self.layer_idx, self.n_layers = layer_idx, config.num_hidden_layers
+        self.make(config.hidden_size, int(config.intermediate_size or 0))
+
+    def make(self, d: int, d_inner: int) -> None:
+        """Make the projections."""
+        raise NotImplementedError
+
+    def mixed(self, x: Tensor, shift: Tensor) -> Tensor:
+        """What comes of the tokens, and of what they lack of those before them."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        x = x if mask is None else x * mask
+        return self.mixed(x, shift_of(x, cache, self.layer_idx, state_idx=1))
+
+
 class RWKVBlock(Block):
     """``first`` is what the first layer hands on to all: RWKV-7's values, nothing in RWKV-6."""
 

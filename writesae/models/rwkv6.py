@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from writesae.models.common import RecurrentForCausalLM, past_state, recur
 from writesae.models.gpu import fla_kernel
 from writesae.models.layers import WidthsConfig
-from writesae.models.rwkv import LerpLinear, RWKVBlock, RWKVConfig, RWKVModel, shift_of
+from writesae.models.rwkv import LerpLinear, RWKVBlock, RWKVConfig, RWKVFeedForward, RWKVModel, shift_of
 from writesae.recurrence import at_least_float32
 from writesae.recurrence.rules import RWKV6
 
@@ -42,8 +42,7 @@ class RWKV6Config(RWKVConfig, WidthsConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.intermediate_size is None:
             self.intermediate_size = 32 * math.ceil(int(self.hidden_size * (self.hidden_ratio or 3.5)) / 32)
-        if self.group_norm_eps is None:
-            self.group_norm_eps = self.norm_eps
+        self.group_norm_eps = self.norm_eps if self.group_norm_eps is None else self.group_norm_eps
         super().__post_init__(**kwargs)
 
 
@@ -105,19 +104,12 @@ class RWKV6Attention(nn.Module):
         return self.o_proj(o * gate), first
 
 
-class RWKV6FeedForward(nn.Module):
-    """Channel mixing: of a token and the one before it."""
-
-    def __init__(self, config: RWKV6Config, layer_idx: int):
-        super().__init__()
-        self.layer_idx = layer_idx
-        d, d_inner = config.hidden_size, int(config.intermediate_size or 0)
+class RWKV6FeedForward(RWKVFeedForward):
+    def make(self, d: int, d_inner: int) -> None:
         self.key, self.receptance = (LerpLinear(d, d_out, own=True) for d_out in (d_inner, d))
         self.value = nn.Linear(d_inner, d, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        x = x if mask is None else x * mask
-        shift = shift_of(x, cache, self.layer_idx, state_idx=1)
+    def mixed(self, x: Tensor, shift: Tensor) -> Tensor:
         return self.receptance(x, shift).sigmoid() * self.value(self.key(x, shift).relu().square())
 
 

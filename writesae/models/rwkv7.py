@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 
 from writesae.models.common import RecurrentForCausalLM, past_state, recur
 from writesae.models.gpu import fla_kernel
-from writesae.models.rwkv import LoRA, RWKVBlock, RWKVConfig, RWKVModel, shift_of
+from writesae.models.rwkv import LoRA, RWKVBlock, RWKVConfig, RWKVFeedForward, RWKVModel, shift_of
 from writesae.recurrence import at_least_float32
 from writesae.recurrence.rules import RWKV7
 
@@ -187,19 +187,12 @@ class RWKV7Attention(nn.Module):
         init.zeros_(self.o_proj.weight)
 
 
-class RWKV7FeedForward(nn.Module):
-    """Channel mixing: of a token and the one before it."""
-
-    def __init__(self, config: RWKV7Config, layer_idx: int):
-        super().__init__()
-        self.layer_idx, self.n_layers = layer_idx, config.num_hidden_layers
-        d, d_inner = config.hidden_size, int(config.intermediate_size or 0)
+class RWKV7FeedForward(RWKVFeedForward):
+    def make(self, d: int, d_inner: int) -> None:
         self.x_k = nn.Parameter(torch.zeros(d))
         self.key, self.value = nn.Linear(d, d_inner, bias=False), nn.Linear(d_inner, d, bias=False)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        x = x if mask is None else x * mask
-        shift = shift_of(x, cache, self.layer_idx, state_idx=1)
+    def mixed(self, x: Tensor, shift: Tensor) -> Tensor:
         return self.value(self.key(torch.addcmul(x, shift, self.x_k)).relu().square())
 
     def init_weights_(self) -> None:
