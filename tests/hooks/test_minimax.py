@@ -50,3 +50,16 @@ def test_transformers_own_cache_does_not_go_on() -> None:
         expected = raw(IDS, use_cache=False).logits
         assert (in_pieces(raw, MiniMaxCache()) - expected)[:, 9:].abs().max() > 1e-2
         assert_close(in_pieces(raw, LightningCache(raw.config)), expected)
+
+
+def test_a_model_in_half_precision_goes_on_from_a_memory_in_float32() -> None:
+    """transformers' function computes with the state in the model's dtype, and takes no other."""
+    full, half = HookedRecurrentModel(A.build()), HookedRecurrentModel(A.build().bfloat16())
+    memory = full.memory(IDS[:, :12])
+    with torch.no_grad():
+        expected, rounded = full(IDS)[:, 12:], half(IDS)[:, 12:].float()
+        after = half(IDS[:, 12:], memory=memory).float()
+        from_nothing = half(IDS[:, 12:]).float()
+    rounding = (rounded - expected).abs().max()
+    assert (after - expected).abs().max() <= 1.5 * rounding
+    assert (from_nothing - expected).abs().max() > 5 * rounding  # the twin: without the memory

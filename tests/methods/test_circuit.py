@@ -117,6 +117,15 @@ def test_edges_into_the_target_are_the_direct_attribution(tiny: ws.HookedRecurre
         assert edges == pytest.approx(float(mlps[mlps.layer == layer].contribution.iloc[0]), abs=1e-4)
 
 
+def test_atoms_of_a_write_of_several_terms() -> None:
+    """In Gated DeltaProduct a token writes a matrix of rank two."""
+    model = ws.HookedRecurrentModel(architecture_named("gated_delta_product").build())
+    found = ws.circuit(model, ids_of(), OF, saes=[write_sae(model, 1, 0)], max_nodes=30)
+    checked = found.check(4, edges=6)
+    assert any(node.kind == cuts.ATOM for node in found.nodes) and found.leak < 1e-5
+    torch.testing.assert_close(checked.frozen, checked.predicted, rtol=1e-4, atol=2e-6)
+
+
 def test_a_planted_memory_is_found() -> None:
     """Nothing but head 2 of layer 1 reaches the stream: the graph is tokens, its writes, and the target."""
     a = architecture_named("delta_net_no_gate")

@@ -169,8 +169,9 @@ class RememberingModel(HookedModel):
                 f"memory, memory[0], which serves any number"
             )
         here, dtype = memory[range(batch) if len(memory) == batch else [0] * batch], bare(self.hf_model).dtype
-        if here.dtype != dtype:  # convolutions and attention want the model's; recurrences take any
-            here = replace(here.to(dtype=dtype), states=here.states)
+        if here.dtype != dtype:  # convolutions and attention want the model's; recurrences take any, but for some
+            rounded = any(tap.family.rounds_within for tap in self.taps)
+            here = replace(here.to(dtype=dtype), **({} if rounded else {"states": here.states}))
         states = {
             STATE.format(tap.site.layer): tap.family.to_model(here.states[tap.site.layer], tap.n_calls).contiguous()
             for tap in self.taps
