@@ -516,6 +516,7 @@ DELTA_PRODUCT = Rule(
     product_erase,
     product_value,
 )
+MAMBA3 = Rule("mamba3", ("q", "k", "v", "beta", "log_decay"), {"mamba3_recurrence": canonical})
 DELTA_NET = Rule("delta", ("q", "k", "v", "beta"), {"delta_rule_recurrence": canonical}, delta_erase)
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), {"gla_recurrence": canonical}, decay_per_key=True)
 SIMPLE_GLA = Rule("simple_gla", ("q", "k", "v", "log_decay"), {"retention_recurrence": canonical})
