@@ -22,8 +22,9 @@ from writesae.models.mamba3 import Mamba3Config, Mamba3ForCausalLM
 CONFIG: dict[str, Any] = dict(
     model_type="mamba3", architectures=["Mamba3ForCausalLM"], A_floor=1e-4, bos_token_id=1, chunk_size=64,
     dt_init_floor=1e-4, dt_max=0.1, dt_min=0.001, eos_token_id=2, expand=2, fuse_cross_entropy=True,
-    fuse_linear_cross_entropy=False, fuse_norm=True, head_dim=16, hidden_act="silu", hidden_size=32, initializer_range=0.02, is_mimo=False,
-    is_outproj_norm=False, mimo_rank=4, n_groups=1, norm_eps=1e-5, num_heads=4, num_hidden_layers=2, pad_token_id=0,
+    fuse_linear_cross_entropy=False, fuse_norm=True, head_dim=16, hidden_act="silu", hidden_size=32,
+    initializer_range=0.02, is_mimo=False, is_outproj_norm=False, mimo_rank=4, n_groups=1, norm_eps=1e-5, num_heads=4,
+    num_hidden_layers=2, pad_token_id=0,
     rescale_prenorm_residual=True, residual_in_fp32=True, rope_fraction=0.5, state_size=8, tie_word_embeddings=False,
     torch_dtype="bfloat16", transformers_version="5.0.0", use_bias=False, use_cache=True, use_l2warp=False,
     vocab_size=VOCAB,
@@ -177,9 +178,9 @@ def test_angles_stay_exact_far_into_a_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(is_mimo=True), "is_mimo=True: its tokens read a state mimo_rank times"),
+        (dict(is_mimo=True), "is_mimo=True .several inputs and outputs per head.: a token then reads"),
         (dict(num_heads=5), "expand=2: their product must be num_heads=5 times head_dim=16"),
-        (dict(head_dim=24, num_heads=None), "their product must be num_heads=3 times head_dim=24"),
+        (dict(head_dim=24, num_heads=None), "their product must be num_heads=2 times head_dim=24"),
         (dict(n_groups=3), "n_groups=3: it must divide the number of heads, 4"),
         (dict(rope_fraction=0.25), "rope_fraction=0.25 and state_size=8: half or all"),
         (dict(state_size=7), "state_size=7"),

@@ -24,7 +24,14 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from writesae.models.common import (
-    Block, RecurrentConfig, RecurrentForCausalLM, RecurrentModel, past_state, recur, running_total, with_past
+    Block,
+    RecurrentConfig,
+    RecurrentForCausalLM,
+    RecurrentModel,
+    past_state,
+    recur,
+    running_total,
+    with_past,
 )  # fmt: skip
 from writesae.models.gpu import fla_kernel
 from writesae.models.layers import HeadNorm, turned
