@@ -17,7 +17,7 @@ CHECKPOINTS = {
     "DeltaNet": "flash-linear-attention",
     "Comba": "flash-linear-attention",
     "Gated DeltaProduct": "flash-linear-attention",
-    "Mamba-3": "flash-linear-attention; not those of rank 2 or more (`is_mimo`)",
+    "Mamba-3": "flash-linear-attention, but for MIMO (`is_mimo`)",
     "Gated Linear Attention": "flash-linear-attention",
     "HGRN2": "flash-linear-attention",
     "Kimi Delta Attention of flash-linear-attention": "flash-linear-attention",
