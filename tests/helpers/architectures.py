@@ -350,6 +350,10 @@ ARCHITECTURES = [
           dict(num_heads=N_KEY_HEADS, num_v_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY,
                intermediate_size=96, use_forget_gate=True, num_householder=2),
           gate="o_norm", steps=(2,)),
+    # Two heads share B and C.
+    _ours("mamba3", bf.MAMBA3, "Mamba3", "Mamba3",
+          dict(hidden_size=N_HEADS * D_VALUE, expand=1, head_dim=D_VALUE, state_size=D_KEY, n_groups=N_KEY_HEADS),
+          gate=None, outputs={"z": "gate"}, mlp=False, steps=(2,)),
     _ours("gla", bf.GLA, "GLA", "GatedLinearAttention", _MIXER, gate="g_norm_swish_gate"),
     _ours("hgrn2", bf.GLA, "HGRN2", "HGRN2Attention",
           dict(hidden_size=N_HEADS * D_KEY, expand_ratio=D_KEY, intermediate_size=96), gate=None, d_value=D_KEY),
@@ -400,6 +404,11 @@ def _build(a: Architecture) -> PreTrainedModel:
         for module in model.modules():
             if hasattr(module, "A_log"):
                 set_gates(module)
+            if hasattr(module, "B_bias"):  # Mamba-3: dt is also how much is written, and A has no bias
+                module.dt_bias.copy_(torch.tensor([1.0, 0.3, 0.15, 0.1]).expm1().log())
+                module.D.copy_(torch.tensor([0.7, -0.4, 1.5, 1.0]))
+                module.B_norm.weight.fill_(0.25)  # so that states and reads are about as large as the others'
+                module.B_bias.mul_(0.25)
             if hasattr(module, "gk_proj"):
                 bias = module.gk_proj[1].bias
                 kept = -torch.linspace(0.3, 0.999, len(bias)).log() * 16  # log decay = log sigmoid(input + bias) / 16

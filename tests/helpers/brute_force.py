@@ -508,6 +508,7 @@ DELTA_PRODUCT = Rule(
     product_erase,
     product_value,
 )
+MAMBA3 = Rule("mamba3", ("q", "k", "v", "beta", "log_decay"), {"mamba3_recurrence": canonical}, shares=DELTA_PRODUCT)
 RWKV6 = Rule(
     "rwkv6", ("q", "k", "v", "log_decay"), {"rwkv6_recurrence": canonical}, decay_per_key=True, reads_before=True
 )

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
@@ -96,6 +97,17 @@ def delta_product(x: Quantities, state: Tensor) -> Result:
     return fla_naive("gated_delta_product").naive_recurrent_gated_delta_product(
         x["q"], k, v, x["log_decay"], beta, 1.0, initial_state=state, num_householder=x["k"].shape[3]
     )
+
+
+def mamba3(x: Quantities, state: Tensor) -> Result:
+    """Every step as a token of simple GLA, of which the first decays and the last reads."""
+    n = x["k"].shape[3]
+    k, v = (x[name].transpose(2, 3).flatten(1, 2) for name in ("k", "v"))
+    v = v * x["beta"].transpose(2, 3).flatten(1, 2)[..., None]
+    g = F.pad(x["log_decay"][:, :, None], (0, 0, 0, n - 1)).flatten(1, 2)
+    naive = fla_naive("simple_gla").naive_recurrent_simple_gla
+    o, state = naive(unscaled(x).repeat_interleave(n, 1), k, v, g, initial_state=state)
+    return o[:, n - 1 :: n], state
 
 
 def delta(x: Quantities, state: Tensor) -> Result:

@@ -70,7 +70,7 @@ def quantities(rule: bf.Rule) -> dict[str, Tensor]:
         "kappa": F.normalize(torch.randn(*shape, D_KEY), dim=-1),
         "iclr": torch.rand(*shape, D_KEY),
     }
-    if rule is bf.DELTA_PRODUCT:  # of three steps, each with a key of its own
+    if rule in (bf.DELTA_PRODUCT, bf.MAMBA3):  # of three steps, each with a key of its own
         x |= {name: torch.stack([x[name] + y for y in 0.3 * torch.randn(3, *x[name].shape)], 3) for name in "kv"}
         x |= {"k": F.normalize(x["k"], dim=-1), "beta": torch.rand(*shape, 3)}
     return {name: x[name] for name in rule.inputs}
@@ -123,6 +123,10 @@ def steps_at_once(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
     return replace(rec, b=rec.b.flip(3)), write
 
 
+def of_one_step(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
+    return rec, Write(write.key[..., -1, :], write.value[..., -1, :])
+
+
 def never_forgetting(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
     return replace(rec, log_decay=torch.zeros_like(rec.log_decay)), write
 
@@ -148,6 +152,7 @@ RULES: list[tuple[bf.Rule, Callable[..., oracles.Result], list[Break]]] = [
     (bf.KDA, oracles.kimi_delta, [without_erase, erase_undecayed, swapped, one_decay_a_head]),
     (bf.COMBA, oracles.comba, [without_erase, erase_decayed, swapped]),
     (bf.DELTA_PRODUCT, oracles.delta_product, [without_erase, erase_undecayed, steps_at_once]),
+    (bf.MAMBA3, oracles.mamba3, [never_forgetting, of_one_step]),
     (bf.DELTA_NET, oracles.delta, [without_erase]),
     (bf.GLA, oracles.gla, [one_decay_a_head]),
     (bf.SIMPLE_GLA, oracles.simple_gla, [never_forgetting, forgetting]),

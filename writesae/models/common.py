@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -29,11 +29,17 @@ from writesae.recurrence.rules import Rule
 # Fields of flash-linear-attention's configs that choose between equal computations, or concern training alone.
 NO_EFFECT = {
     "attn_mode",
+    "chunk_size",
+    "dt_init_floor",
+    "dt_max",
+    "dt_min",
     "fuse_cross_entropy",
     "fuse_linear_cross_entropy",
     "fuse_norm",
     "fuse_swiglu",
     "max_position_embeddings",
+    "rescale_prenorm_residual",
+    "residual_in_fp32",
     "use_l2warp",
 }
 # Fields of any transformers config.json that say where it comes from.
@@ -107,19 +113,26 @@ def with_past(
     return F.pad(x, (0, 0, max(0, n_past + n_pos - x.shape[1]), 0))[:, -n_past - n_pos :]
 
 
+def running_total(
+    x: Shaped[Tensor, "batch pos feature"], cache: Cache | None, layer: int, state_idx: int = 0
+) -> Shaped[Tensor, "batch pos feature"]:
+    """The sum of ``x`` over all tokens up to each one; the cache remembers that of the tokens before."""
+    total = x.cumsum(1)
+    if cache is not None:
+        kept: Any = cache.layers[layer]
+        if kept.has_previous_state[state_idx]:
+            total = total + kept.conv_states[state_idx][..., -1:].mT
+        cache.update_conv_state(total.mT, layer, state_idx=state_idx, conv_kernel_size=1)
+    return total
+
+
 def places(
     x: Float[Tensor, "batch pos feature"], mask: Tensor | None, cache: Cache | None, layer: int
 ) -> Int[Tensor, "batch pos"]:
     """The place of each token in its text, 0 for the first. Padding does not count; the cache remembers how many there
     were before."""
     counts = torch.ones_like(x[..., :1]) if mask is None else mask
-    seen = counts.long().cumsum(1)
-    if cache is not None:
-        kept: Any = cache.layers[layer]
-        if kept.has_previous_state[0]:
-            seen = seen + kept.conv_states[0][..., -1:].mT
-        cache.update_conv_state(seen.mT, layer, conv_kernel_size=1)
-    return seen[..., 0] - 1
+    return running_total(counts.long(), cache, layer)[..., 0] - 1
 
 
 def recur(
@@ -157,12 +170,13 @@ class RecurrentModel(RecurrentPreTrainedModel):
     """Embeddings, blocks, final norm."""
 
     block: ClassVar[type[Block]]
+    final_norm: ClassVar[str] = "norm"
 
     def __init__(self, config: Any):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(self.block(config, i) for i in range(config.num_hidden_layers))  # type: ignore[call-arg]
-        self.norm = self.make_norm(config)
+        self.add_module(self.final_norm, self.make_norm(config))
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -210,7 +224,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         for layer in self.layers:
             x, first = layer(x, mask, past_key_values, first)
             seen.append(x)
-        x = self.norm(x)
+        x = self.get_submodule(self.final_norm)(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,  # type: ignore[arg-type]
             **{CACHES[0]: past_key_values},  # type: ignore[arg-type]
@@ -226,15 +240,19 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self.model = self.stack(config)
+        self.add_module(self.base_model_prefix, self.stack(config))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.embeddings
+        return self.inner.embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embeddings = value  # type: ignore[assignment]
+        self.inner.set_input_embeddings(value)
+
+    @property
+    def inner(self) -> RecurrentModel:
+        return getattr(self, self.base_model_prefix)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -258,7 +276,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         check_arguments(self, kwargs)
-        out = self.model(
+        out = self.inner(
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,

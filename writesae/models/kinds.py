@@ -45,7 +45,6 @@ OF_FLA: dict[str, str] = {
     "hgrn": "HGRN keeps a vector per layer, not a matrix (HGRN2 keeps matrices)",
     "lightnet": "it keeps a matrix per head, and decays that depend on a running sum of the keys' exponentials",
     "log_linear_mamba2": "it keeps a number of matrices per head that grows with the logarithm of the text's length",
-    "mamba3": "its write also uses the token before (the trapezoidal rule), which writesae's recurrence does not have",
     "mesa_net": "it keeps two matrices per head, and reads by solving a linear system with one of them",
     "mla": _ATTENTION,
     "moba": _ATTENTION,

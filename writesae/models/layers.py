@@ -153,6 +153,14 @@ class ShortConvolution(nn.Conv1d):
         return super().forward(x.mT).mT
 
 
+def turned(
+    first: Float[Tensor, "*lead d"], second: Float[Tensor, "*lead d"], angle: Float[Tensor, "*#lead d"]
+) -> tuple[Float[Tensor, "*lead d"], Float[Tensor, "*lead d"]]:
+    """Pairs of numbers, as points of a plane, turned by an angle in radians."""
+    sin, cos = angle.sin(), angle.cos()
+    return first * cos - second * sin, second * cos + first * sin
+
+
 class GatedRMSNorm(nn.Module):
     """``norm(o, z)``: RMS norm of each head, times ``gate(z)``; in float32, like flash-linear-attention's."""
 
@@ -173,6 +181,22 @@ class GatedRMSNorm(nn.Module):
     def init_weights_(self) -> None:
         if self.weight is not None:
             init.ones_(self.weight)  # type: ignore[arg-type]
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each head, with a weight for each channel of them all."""
+
+    def __init__(self, n_heads: int, d_value: int, eps: float):
+        super().__init__()
+        self.n_heads, self.eps = n_heads, eps
+        self.weight = nn.Parameter(torch.ones(n_heads * d_value))
+
+    def forward(self, o: Float[Tensor, "*lead channel"]) -> Float[Tensor, "*lead channel"]:
+        x = at_least_float32(o).unflatten(-1, (self.n_heads, -1))
+        return (F.rms_norm(x, x.shape[-1:], None, self.eps).flatten(-2) * self.weight.to(x.dtype)).to(o.dtype)
+
+    def init_weights_(self) -> None:
+        init.ones_(self.weight)  # type: ignore[arg-type]
 
 
 class GatedMLP(nn.Module):

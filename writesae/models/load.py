@@ -49,6 +49,7 @@ from writesae.models.hgrn2 import HGRN2ForCausalLM
 from writesae.models.kda import KDAForCausalLM
 from writesae.models.kinds import OF_FLA, OF_TRANSFORMERS
 from writesae.models.linear_attn import LinearAttentionForCausalLM
+from writesae.models.mamba3 import Mamba3ForCausalLM
 from writesae.models.retnet import RetNetForCausalLM
 from writesae.models.rwkv6 import RWKV6ForCausalLM
 from writesae.models.rwkv7 import RWKV7ForCausalLM
@@ -67,6 +68,7 @@ OURS: dict[str, type[RecurrentForCausalLM]] = {
         KDAForCausalLM,
         CombaForCausalLM,
         GatedDeltaProductForCausalLM,
+        Mamba3ForCausalLM,
     )
 }
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

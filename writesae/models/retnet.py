@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 
 from writesae.models.common import RecurrentForCausalLM, RecurrentModel, past_state, places, recur
 from writesae.models.gpu import fla_kernel
-from writesae.models.layers import Mixer, MixerBlock, SharedKeysConfig
+from writesae.models.layers import Mixer, MixerBlock, SharedKeysConfig, turned
 from writesae.recurrence import at_least_float32
 from writesae.recurrence.rules import SIMPLE_GLA
 
@@ -76,8 +76,7 @@ def rotated(
     first, second = at_least_float32(x).chunk(2, -1)
     half = first.shape[-1]
     angle = place[..., None, None] * BASE ** -(torch.arange(half, device=x.device, dtype=first.dtype) / half)
-    sin, cos = angle.sin(), angle.cos()
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    return torch.cat(turned(first, second, angle), -1).to(x.dtype)
 
 
 class MultiScaleRetention(Mixer):

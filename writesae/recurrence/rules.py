@@ -93,6 +93,11 @@ def plain_write(get: Get) -> Write:
     return Write(get("k"), get("v"))
 
 
+def _write_of_steps(get: Get) -> Write:
+    """``sum_j k_j (beta_j v_j)^T`` over a token's steps."""
+    return in_terms(get("k"), get("beta")[..., None] * get("v"))
+
+
 def _gated_delta(get: Get) -> Recurrence:
     return delta_recurrence(get, get("log_decay"))
 
@@ -155,6 +160,7 @@ COMBA = Rule("comba", (*_WITH_STRENGTH, "kappa"), _comba, write_with_strength, s
 DELTA_PRODUCT = Rule("delta_product", _WITH_STRENGTH, _delta_product, _write_in_turn, strength=_one)
 MAMBA2 = Rule("mamba2", _WITH_STRENGTH, nothing_erased, write_with_strength)
 MAMBA1 = Rule("mamba1", _WITH_STRENGTH, nothing_erased, write_with_strength, decay_per_key=True)
+MAMBA3 = Rule("mamba3", _WITH_STRENGTH, nothing_erased, _write_of_steps)
 DELTA = Rule("delta", ("q", "k", "v", "beta"), _delta, write_with_strength, strength=_minus_beta)
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), nothing_erased, plain_write, decay_per_key=True)
 SIMPLE_GLA = Rule("simple_gla", ("q", "k", "v", "log_decay"), nothing_erased, plain_write)
@@ -173,6 +179,7 @@ RULES: dict[str, Rule] = {
         DELTA_PRODUCT,
         MAMBA1,
         MAMBA2,
+        MAMBA3,
         DELTA,
         GLA,
         SIMPLE_GLA,

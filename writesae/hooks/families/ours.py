@@ -120,6 +120,30 @@ DELTA_PRODUCT = Family(
 )
 register(DELTA_PRODUCT)
 
+MAMBA3 = Family(
+    name="Mamba-3",
+    rule=rules.MAMBA3,
+    mixers={"writesae.models.mamba3": "Mamba3"},
+    kernels=("mamba3_recurrence",),
+    sizes=_SIZES,
+    norms=("norm",),
+    seen_at={"z": "gate"},
+    call=CanonicalCall,
+    meanings={
+        "k": Quantity("[batch, pos, head, step, d_key]", "where a token writes: B of the token before, then its own"),
+        "v": Quantity("[batch, pos, head, step, d_value]", "what it writes: x of the token before, then its own"),
+        "beta": Quantity("[batch, pos, head, step]", "how strongly it writes each of them"),
+        "write": Quantity("Write [batch, pos, head]", "the native write: keys k, values beta v"),
+    },
+    letters={
+        "q": "C, with its bias, rotated",
+        "log_decay": "dt A",
+        "o": "S^T C, without the skip D x",
+        "z": "silu(z), which multiplies as it is",
+    },
+)
+register(MAMBA3)
+
 GLA = Family(
     name="Gated Linear Attention",
     rule=rules.GLA,
