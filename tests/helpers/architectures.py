@@ -118,6 +118,11 @@ class Architecture:
         return self.rule in (bf.LIGHTNING, bf.MLSTM)
 
     @property
+    def stack(self) -> str:
+        """What its text model calls the list of its layers."""
+        return "blocks" if self.rule is bf.MLSTM else "layers"
+
+    @property
     def ignores_padding(self) -> bool:
         """In transformers it takes padding for tokens."""
         return self.rule is bf.MLSTM

@@ -214,6 +214,7 @@ class Family:
         layers: what its text models call the list of their layers.
         ignores_padding: its mixers know nothing of the attention mask. Where a token is padding, the tap takes the call
             even if nothing is attached, and has the memory pass over it (`KernelCall.leave_out`).
+        fails_on: whether a kernel, called with these arguments by name, would fail: the tap takes such a call, too.
         cut_beyond: the attribute of a config that says beyond how many tokens a model cuts a pass into several within
             itself, where positions cannot be known.
         letters: what canonical quantities are in the architecture's own words, where those differ.
@@ -242,6 +243,7 @@ class Family:
     rounds_within: bool = False
     layers: str = "layers"
     ignores_padding: bool = False
+    fails_on: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
     cut_beyond: str = ""
     letters: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=lambda: SSM)

@@ -19,7 +19,7 @@ others of transformers keep states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +105,12 @@ def sizes(mixer: Any) -> tuple[int, int, int]:
     """``n_heads, d_key, d_value``; the config's own are rounded up to multiples of 64."""
     n_heads = mixer.config.num_heads
     return n_heads, mixer.qk_dim // n_heads, mixer.v_dim // n_heads
+
+
+def without_memory(arguments: Mapping[str, Any]) -> bool:
+    """In half precision and without a memory before its tokens, which transformers begins in float32: it then fails on a
+    chunk of them or more. It does not with one of zeros."""
+    return arguments["query"].dtype in (torch.bfloat16, torch.float16) and arguments.get("c_initial") is None
 
 
 class MLSTMCall(KernelCall):
@@ -195,7 +201,13 @@ class MLSTMCall(KernelCall):
         if self.changed.keys() - _OF_NATIVE:  # what is of the matrix alone
             return self.compute()
         changed = {_ARGUMENT[name]: x.to(self.dtype).transpose(1, 2) for name, x in self.changed.items()}
-        o, (state, self.normaliser, self.stabiliser) = native(**self.arguments | changed)
+        arguments = self.arguments | changed
+        if without_memory(arguments):
+            batch, n_heads, _, d_key = arguments["query"].shape
+            shapes = ((d_key, arguments["value"].shape[-1]), (d_key,), (1,))
+            zeros = (arguments["query"].new_zeros(batch, n_heads, *shape) for shape in shapes)
+            arguments |= dict(zip(_PARTS, zeros, strict=True))
+        o, (state, self.normaliser, self.stabiliser) = native(**arguments)
         return o.transpose(1, 2), state
 
     def compute(self) -> tuple[Tensor, Tensor]:
@@ -222,6 +234,7 @@ XLSTM = Family(
     rounds_within=True,
     layers="blocks",
     ignores_padding=True,
+    fails_on=without_memory,
     cut_beyond="max_inference_chunksize",
     meanings={
         "q_raw": Quantity(PER_KEY, "the query, before its scale; it also reads the normaliser"),
