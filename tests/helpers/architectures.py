@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import brute_force as bf
 from writesae.hooks.families.minimax import LightningCache
+from writesae.hooks.families.xlstm import MatrixCache, matrix_cache
 
 N_VOCAB = 97
 # Every model has recurrent layers 0, 1 and 3 with four heads, whatever its layer 2 is: tests may name those.
@@ -93,7 +94,8 @@ class Architecture:
         if quantity == "log_decay" and self.rule.decay_per_key:
             return (D_KEY,)
         of_values = dict.fromkeys(("v", "v_mix", "o", "z"), (self.d_value,))
-        shape = {"beta": (), "log_decay": (), **of_values}.get(quantity, (D_KEY,))
+        of_gates = dict.fromkeys(("beta", "log_decay", "igate", "fgate", "denominator"), ())
+        shape = {**of_gates, **of_values}.get(quantity, (D_KEY,))
         return (*self.steps, *shape) if quantity in ("k", "v", "beta") else shape
 
     def build(self) -> PreTrainedModel:
@@ -101,17 +103,30 @@ class Architecture:
         return copy.deepcopy(_build(self))
 
     def mixers(self, model: nn.Module) -> dict[int, nn.Module]:
-        return {int(m.layer_idx): m for m in model.modules() if type(m).__name__ == self.mixer}  # type: ignore[arg-type]
+        found = [m for m in model.modules() if type(m).__name__ == self.mixer]  # xLSTM does not number them
+        return {int(getattr(mixer, "layer_idx", i)): mixer for i, mixer in enumerate(found)}  # type: ignore[arg-type]
 
     def new_cache(self, model: Any) -> dict[str, DynamicCache]:
         """An empty cache, as the keyword argument that the transformers model takes."""
+        if self.ignores_padding:
+            return {self.cache_argument: _matrix_cache(model)}
         made: Any = LightningCache if self.own_cache else DynamicCache
         return {self.cache_argument: made(config=model.config)}
 
     @property
     def own_cache(self) -> bool:
         """transformers has a class of caches for it alone, in which generation loses padding."""
-        return self.rule is bf.LIGHTNING
+        return self.rule in (bf.LIGHTNING, bf.MLSTM)
+
+    @property
+    def stack(self) -> str:
+        """What its text model calls the list of its layers."""
+        return "blocks" if self.rule is bf.MLSTM else "layers"
+
+    @property
+    def ignores_padding(self) -> bool:
+        """In transformers it takes padding for tokens."""
+        return self.rule is bf.MLSTM
 
     def place(self, start: int, n_pos: int) -> dict[str, Tensor]:
         """What else to tell the model of a piece that begins at ``start``."""
@@ -286,6 +301,14 @@ ARCHITECTURES = [
                      intermediate_size=32, num_local_experts=4, num_experts_per_tok=4, block_size=32),
         gate=None, outputs={"z": "output_gate"}, d_value=D_KEY,
     ),
+    # Reads that nearly cancel are not blown up to logits. A cap so wide that these are linear in the residual stream, as
+    # direct paths want it.
+    Architecture(
+        "xlstm", bf.MLSTM, _transformers("xlstm"), "xLSTMForCausalLM", "xLSTMConfig", "xLSTMLayer",
+        dict(vocab_size=N_VOCAB, hidden_size=64, num_hidden_layers=4, num_heads=N_HEADS, qk_dim_factor=1.0,
+             norm_eps=1e-3, output_logit_soft_cap=1e6, **_NO_SPECIAL_TOKENS),
+        layers=PURE, gate=None, outputs={"z": "ogate_preact"}, cache_argument="cache_params", d_value=D_KEY,
+    ),
     _mamba2("mamba2", "Mamba2", "Mixer",
             _MAMBA2 | dict(num_hidden_layers=4, num_heads=N_HEADS, head_dim=D_VALUE, n_groups=N_KEY_HEADS,
                            state_size=D_KEY, expand=1, chunk_size=64),
@@ -377,6 +400,22 @@ def architecture_named(name: str) -> Architecture:
     return next(a for a in ARCHITECTURES if a.name == name)
 
 
+def _matrix_cache(model: Any) -> MatrixCache:
+    """An empty cache for xLSTM, whose own code takes none without a batch; filled with zeros in the first pass, where
+    the model is not wrapped and so does not do that itself."""
+    text_model = getattr(model, "hf_model", model).base_model
+    cache = matrix_cache(None, text_model, None)
+
+    def fill(_model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if given := kwargs.get("cache_params") is cache:
+            matrix_cache(cache, text_model, args[0] if args else kwargs["input_ids"])
+        if given or cache.layers[0].recurrent_states[0] is not None:
+            handle.remove()
+
+    handle = text_model.register_forward_pre_hook(fill, with_kwargs=True)
+    return cache
+
+
 # Weights -------------------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +459,9 @@ def _build(a: Architecture) -> PreTrainedModel:
                 for buffer, factors in zip(buffers, module.decay_factors(slopes), strict=True):
                     buffer.copy_(factors)
                 module.qkv_proj.weight.unflatten(0, (N_HEADS, 3, -1))[:, 1].mul_(0.25)
+            if hasattr(module, "fgate_preact"):
+                module.fgate_preact.bias.copy_(DECAYS.logit())
+                module.igate_preact.bias.copy_(torch.tensor([0.5, 0.0, -1.0, -2.0]))
             if hasattr(module, "w_proj"):
                 bias = module.w_proj.linear.lora[2].bias  # log decay = -exp(input + bias)
                 bias.copy_((-torch.linspace(0.3, 0.999, len(bias)).log()).log())

@@ -463,6 +463,56 @@ def lightning(
     return Call(dict(q=q, k=k, v=v, log_decay=log_decay), None if state is None else state.double(), answer)
 
 
+def mlstm(
+    backend: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    igate: Tensor,
+    fgate: Tensor,
+    c_initial: Tensor | None = None,
+    n_initial: Tensor | None = None,
+    m_initial: Tensor | None = None,
+    **_: Any,
+) -> Call:
+    """The cell of xLSTM (arXiv 2405.04517, eq. 19 to 27; stabilised as in its appendix): the matrix and its normaliser
+    in units of ``exp(m)``. What is read of the matrix is divided by what is read of the normaliser, so ``q`` is."""
+    raw = {
+        name: x.double().transpose(1, 2) for name, x in dict(q_raw=query, k_raw=key, igate=igate, fgate=fgate).items()
+    }
+    after: list[Tensor] = []
+
+    def normaliser(q_raw: Tensor, k_raw: Tensor, igate: Tensor, fgate: Tensor) -> dict[str, Tensor]:
+        n = torch.zeros_like(k_raw[:, 0]) if n_initial is None else n_initial.double()
+        m = torch.zeros_like(igate[:, 0]) if m_initial is None else m_initial.double()[..., 0]
+        found: dict[str, list[Tensor]] = {"beta": [], "log_decay": [], "denominator": []}
+        for t in range(q_raw.shape[1]):
+            kept = fgate[:, t].sigmoid().log() + m
+            m = torch.maximum(kept, igate[:, t])
+            beta, log_decay = (igate[:, t] - m).exp(), kept - m
+            n = log_decay.exp()[..., None] * n + beta[..., None] * k_raw[:, t]
+            read = (n * q_raw[:, t]).sum(-1) / q_raw.shape[-1] ** 0.5
+            found["beta"].append(beta)
+            found["log_decay"].append(log_decay)
+            found["denominator"].append(torch.maximum(read.abs(), (-m).exp()) + backend.config.eps)
+        after[:] = n, m[..., None]
+        return {name: torch.stack(x, 1) for name, x in found.items()}
+
+    raw["denominator"] = native = normaliser(**raw)["denominator"]
+
+    def normalised(denominator: Tensor, **raw: Tensor) -> dict[str, Tensor]:
+        x = normaliser(**raw)
+        whole = x.pop("denominator")
+        whole = torch.where(denominator == native, whole, denominator)  # an edit of it comes last
+        return x | dict(q=raw["q_raw"] / raw["q_raw"].shape[-1] ** 0.5 / whole[..., None], k=raw["k_raw"].clone())
+
+    def answer(o: Tensor, S: Tensor) -> Any:
+        return o.transpose(1, 2).to(query.dtype), tuple(x.float() for x in (S, *after))
+
+    quantities = normalised(**raw) | dict(v=value.double().transpose(1, 2))
+    return Call(quantities, None if c_initial is None else c_initial.double(), answer, raw, normalised)
+
+
 def canonical(initial_state: Tensor | None = None, output_final_state: bool = False, **x: Tensor) -> Call:
     """The functions of our own models, whose arguments are the quantities themselves."""
     return Call(
@@ -509,6 +559,12 @@ DELTA_PRODUCT = Rule(
     product_value,
 )
 MAMBA3 = Rule("mamba3", ("q", "k", "v", "beta", "log_decay"), {"mamba3_recurrence": canonical}, shares=DELTA_PRODUCT)
+MLSTM = Rule(
+    "mamba2",
+    ("q", "k", "v", "beta", "log_decay"),
+    {"xLSTMBackend.forward": mlstm},
+    raw=("q_raw", "k_raw", "igate", "fgate", "denominator"),
+)
 RWKV6 = Rule(
     "rwkv6", ("q", "k", "v", "log_decay"), {"rwkv6_recurrence": canonical}, decay_per_key=True, reads_before=True
 )

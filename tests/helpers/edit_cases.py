@@ -249,11 +249,14 @@ def hooks(a: Architecture) -> list[Case]:
     quantities = [
         hook("q_raw", 1, 1, lambda q: 1.3 * q.roll(1, -1)),
         hook("k_raw", 0, 2, lambda k: 0.9 * k.roll(1, -1)),
+        hook("igate", 0, 0, lambda i: i + 0.4),
+        hook("fgate", 1, 2, lambda f: 0.7 * f),
+        hook("denominator", 3, 1, lambda denominator: -0.6 * denominator),
         hook("q", 1, 1, lambda q: 1.3 * q.roll(1, -1)),
         hook("k", 0, 2, lambda k: 0.9 * k.roll(1, -1)),
         hook("v", 3, 0, lambda v: 0.5 * v.roll(1, -1)),
         hook("v", 3, 0, lambda v: 0.5 * v.roll(1, -1), in_place=True),
-        hook("beta", 0, 3, lambda beta: 0.6 * beta),
+        hook("beta", 0, 3, lambda beta: 0.6 * beta + 0.1),  # not in proportion: behind some heads is a norm
         hook("log_decay", 3, 3, lambda g: g - 0.2),
         hook("log_decay", 3, 3, lambda g: g - 0.2, in_place=True),
         hook("kappa", 1, 2, lambda kappa: 0.9 * kappa.roll(1, -1)),

@@ -60,7 +60,7 @@ def test_register(mine: Family) -> None:
         ({"kernels": "f"}, TypeError, r"kernels='f'.*give a tuple of names"),
         ({"sizes": ("n_heads",)}, ValueError, "n_heads, d_key and d_value"),
         ({"call": None}, TypeError, "give a KernelCall class"),
-        ({"takes_cache": "c"}, TypeError, r"takes_cache='c'.*\(cache, config\) -> cache"),
+        ({"takes_cache": "c"}, TypeError, r"takes_cache='c'.*\(cache, text model, tokens\) -> cache"),
         ({"stream_norms": "n"}, TypeError, r"stream_norms='n'.*give a tuple of names"),
         ({"rule": "gla"}, TypeError, "give a writesae.recurrence.rules.Rule"),
         ({"raw": ("write",)}, ValueError, "quantity 'write'.*name each once"),

@@ -266,6 +266,8 @@ def test_models_are_one_in_every_mode(architecture: Architecture) -> None:
     with bf.untouched(a):
         expected = model(input_ids=ids, use_cache=False).logits
         assert (in_pieces(a, model, ids) - expected).abs().max() < 1e-4
+        if a.ignores_padding:
+            return
         other = ids.clone()
         other[0, :PAD] = 0
         other[0, PAD:] = ids[0, :-PAD]

@@ -20,8 +20,8 @@ NOT_PLAIN = {"minimax", "granitemoehybrid", "falcon_h1", "falcon_h1_no_norm", "z
 BEGINS_WITH_A_NORM = {("rwkv6", 0), ("rwkv7", 0)}
 
 
-def layers_of(model: Any) -> Any:
-    return next(m.layers for m in model.modules() if hasattr(m, "layers") and len(m.layers) >= 4)
+def layers_of(a: Architecture, model: Any) -> Any:
+    return next(x for m in model.modules() if len(x := getattr(m, a.stack, ())) >= 4)
 
 
 @each_architecture
@@ -32,7 +32,7 @@ def test_what_goes_in_and_out_of_layers(architecture: Architecture) -> None:
     before: dict[int, Tensor] = {}
     after: dict[int, Tensor] = {}
     first = lambda x: x[0] if isinstance(x, tuple) else x  # noqa: E731
-    for i, layer in enumerate(layers_of(raw)):
+    for i, layer in enumerate(layers_of(architecture, raw)):
         layer.register_forward_pre_hook(
             lambda _, args, kwargs, i=i: before.update({i: args[0] if args else kwargs["hidden_states"]}),
             with_kwargs=True,
@@ -67,7 +67,7 @@ def test_changes_reach_the_model(architecture: Architecture) -> None:
                     return (roll(args[0]), *args[1:]), kwargs
                 return args, kwargs | {"hidden_states": roll(kwargs["hidden_states"])}
 
-            layers_of(raw)[2].register_forward_pre_hook(on_entry, with_kwargs=True)
+            layers_of(architecture, raw)[2].register_forward_pre_hook(on_entry, with_kwargs=True)
             expected = raw(input_ids=ids, use_cache=False).logits
             if position == 4:
                 changed = model.run_with_hooks(ids, [(name_of(quantity, at), lambda x, _, roll=roll: roll(x))])

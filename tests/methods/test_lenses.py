@@ -26,7 +26,7 @@ def tokens(n_vocab: int = 97) -> Tensor:
 def by_hand(architecture: Architecture, ids: Tensor, stream: Tensor) -> Tensor:
     """Logits of the unwrapped model if this had been its stream after the last layer."""
     raw = architecture.build()
-    last = next(m.layers for m in raw.modules() if hasattr(m, "layers") and len(m.layers) >= 4)[-1]
+    last = next(x for m in raw.modules() if len(x := getattr(m, architecture.stack, ())) >= 4)[-1]
     last.register_forward_hook(lambda _m, _a, out: (stream, *out[1:]) if isinstance(out, tuple) else stream)
     return raw(input_ids=ids, use_cache=False).logits
 

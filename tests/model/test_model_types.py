@@ -33,7 +33,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "Lfm2", _ATTENTION | dict(layer_types=["conv", "conv"], intermediate_size=16),
         "attention and short convolutions: it remembers the last few tokens",
     ),
-    "xlstm": ("xLSTM", dict(num_heads=1, num_blocks=1), "through a normaliser and a stabiliser"),
     "llama": ("Llama", _ATTENTION | dict(intermediate_size=16), "it is attention: it remembers keys and values"),
 }  # fmt: skip
 
@@ -50,7 +49,7 @@ def test_every_kind_of_flash_linear_attention_is_known() -> None:
 
 def test_a_new_model_type_is_noticed() -> None:
     """The twin: a type without adapter and reason, one with both."""
-    for kind in ("minimax", "xlstm"):
+    for kind in ("minimax", "rwkv"):
         kinds, reasons = model_types.of_transformers(), dict(OF_TRANSFORMERS)
         assert kind in kinds
         model_types.table(kinds, model_types.adapted(), reasons)
@@ -59,8 +58,8 @@ def test_a_new_model_type_is_noticed() -> None:
             ours.pop(kind)
         with pytest.raises(ValueError, match=f"{kind}: each needs an adapter .* or a reason"):
             model_types.table(kinds, ours, reasons)
-    both = {**model_types.adapted(), "xlstm": next(iter(model_types.adapted().values()))}
-    with pytest.raises(ValueError, match="xlstm: each needs"):
+    both = {**model_types.adapted(), "rwkv": next(iter(model_types.adapted().values()))}
+    with pytest.raises(ValueError, match="rwkv: each needs"):
         model_types.table(model_types.of_transformers(), both, OF_TRANSFORMERS)
 
 

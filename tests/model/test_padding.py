@@ -12,8 +12,8 @@ import writesae as ws
 from architectures import N_VOCAB, Architecture, each_architecture
 from writesae.recurrence import Write
 
-# Unwrapped, these pass over padding wherever it is: no convolution, and padding does not decay.
-LOOK_AT_NOTHING_ELSE = ("gla", "hgrn2", "retnet", "linear_attn")
+# These pass over padding wherever it is: no convolution, and padding does not decay.
+LOOK_AT_NOTHING_ELSE = ("xlstm", "gla", "hgrn2", "retnet", "linear_attn")
 LEFT, RIGHT, MIDDLE = ([0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1, 1])
 
 

@@ -173,7 +173,7 @@ def test_a_hook_that_runs_the_same_model(architecture: Architecture, tiny: ws.Ho
             torch.testing.assert_close(inner[0], of_other, rtol=0, atol=0)
         inner.clear()  # a hook that is not ours
         handle = tiny.hf_model.get_submodule(
-            next(n for n, _ in tiny.hf_model.named_modules() if n.endswith("layers.1"))
+            next(n for n, _ in tiny.hf_model.named_modules() if n.endswith(f"{architecture.stack}.1"))
         )
         with handle.register_forward_pre_hook(nested):
             torch.testing.assert_close(tiny(ids, attention_mask=mask), expected, rtol=0, atol=0)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from writesae.hooks import install
 from writesae.hooks.detached import detached
@@ -94,8 +93,7 @@ class Subject:
         """The tokens in pieces, and the arguments that go with each: one cache, and positions where the model takes
         them (some models count from 0 in every piece unless told)."""
         hf_model, start = self.model.hf_model, 0
-        take, config = self.model.taps[0].family.takes_cache, self.model.config
-        cache = {cache_argument(hf_model): DynamicCache(config=config) if take is None else take(None, config)}
+        cache = {cache_argument(hf_model): self.model.new_cache()}
         places = positions_behind(torch.ones_like(self.ids)) if "position_ids" in arguments_of(hf_model) else None
         for n in lengths:
             here = slice(start, start + n)

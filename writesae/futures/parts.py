@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from writesae.hooks import find_mixers
+from writesae.hooks.installing import stack_of
 from writesae.model import HookedRecurrentModel
 
 
@@ -26,10 +25,7 @@ def rows_of(cache: Any, rows: Int[Tensor, " row"]) -> Any:
 
 def layers_below(model: HookedRecurrentModel, layer: int) -> list[nn.Module]:
     """The layers that run before one; none where the stack is not a plain list."""
-    found = re.match(r"(.*\blayers)\.\d+\.", find_mixers(model.hf_model)[0][0])
-    if found is None:
-        return []
-    stack = model.hf_model.get_submodule(found[1])
+    _, stack = stack_of(model.hf_model)
     below, rest = list(stack.children())[:layer], list(stack.children())[layer:]
     return below if isinstance(stack, nn.ModuleList) and not any(x is y for x in below for y in rest) else []
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from writesae.futures.parts import by_token, layers_below, map_tensors, rows_of
 from writesae.hooks import ActivationCache, Intervention, Replace, short_chunks
@@ -235,7 +234,7 @@ class Replayer:
         cache, fed = None, 0
         for start in sorted(set(cut.tolist())):
             if start > fed:
-                cache = cache or DynamicCache(config=self.model.config)
+                cache = self.model.new_cache() if cache is None else cache
                 self._feed(native, fed, start, cache)
                 fed = start
             here = (cut == start).nonzero()[:, 0]

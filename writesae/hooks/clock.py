@@ -156,6 +156,11 @@ class Pass:
             raise ValueError("the text model was called with neither input_ids nor inputs_embeds")
         return tokens
 
+    @property
+    def n_tokens(self) -> int:
+        """Of each of its texts, padding included."""
+        return self._shape()[1]
+
     def _shape(self) -> torch.Size:
         return self._tokens().shape[:2]
 

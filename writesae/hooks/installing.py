@@ -30,8 +30,17 @@ def find_mixers(model: nn.Module) -> list[tuple[str, Any, Family]]:
     for path, module in model.named_modules():
         for family in FAMILIES:
             if family.mixers.get(type(module).__module__) == type(module).__name__:
+                if not hasattr(module, "layer_idx"):
+                    module.layer_idx = int(path.rsplit(f"{family.layers}.", 1)[1].partition(".")[0])
                 found.append((path, module, family))
     return sorted(found, key=lambda item: item[2].layer(item[1]))
+
+
+def stack_of(model: nn.Module) -> tuple[Any, nn.ModuleList]:
+    """The text model in a model with recurrent mixers, and its layers."""
+    path, _, family = find_mixers(model)[0]
+    text_model: Any = model.get_submodule(f".{path}".rsplit(f".{family.layers}.", 1)[0].removeprefix("."))
+    return text_model, getattr(text_model, family.layers)
 
 
 @dataclass(eq=False)
@@ -69,21 +78,45 @@ class Attachment:
         """Before each pass of the text model: its arguments, with a cache that it takes (`Family.takes_cache`)."""
         if given(text_model):
             return args, kwargs
-        take, config, cache = self.taps[0].family.takes_cache, getattr(text_model, "config", None), cache_in(kwargs)
-        if take is not None:
-            asked = kwargs.get("use_cache")
-            if cache is not None or (getattr(config, "use_cache", False) if asked is None else asked):
-                kwargs = {**kwargs, CACHES[0]: take(cache, config)}
+        kwargs = self._with_its_cache(text_model, args, kwargs)
         busy = self.busy
         ours = busy or self.on_our_kernels
         mask = kwargs.get("attention_mask")
         if ours and (mask is None or getattr(mask, "ndim", 0) == 2):  # another does not say which tokens are padding
             check_no_packing(kwargs)
-        graphs.begin(text_model, ours)
         for owner in self.blocks.all():
             owner.note(complete=False)
         self.clock.begin(args, kwargs, lambda: _calls_under_way(text_model) > 1, check=busy)
+        ours = ours or self.taps[0].masks
+        graphs.begin(text_model, ours)
+        if ours:
+            self._check_uncut(text_model)
         return args, kwargs
+
+    def _with_its_cache(self, text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a pass, with a cache that the model takes."""
+        take, config = self.taps[0].family.takes_cache, getattr(text_model, "config", None)
+        if take is None:
+            return kwargs
+        cache, asked = cache_in(kwargs), kwargs.get("use_cache")
+        if cache is None and not (getattr(config, "use_cache", False) if asked is None else asked):
+            return kwargs
+        given = {**dict(zip(self.clock.parameters, args, strict=False)), **kwargs}
+        tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+        others = {name: value for name, value in kwargs.items() if name not in CACHES}
+        own = next((name for name in CACHES if name in self.clock.parameters), CACHES[0])
+        return {**others, own: take(cache, text_model, tokens)}
+
+    def _check_uncut(self, text_model: nn.Module) -> None:
+        """Raise ValueError if the model would cut this pass into several within itself (`Family.cut_beyond`)."""
+        name, config = self.taps[0].family.cut_beyond, getattr(text_model, "config", None)
+        most, n_tokens = getattr(config, name, None), self.clock.now.n_tokens
+        if most is not None and n_tokens > most and not text_model.training:
+            raise ValueError(
+                f"a pass of {n_tokens} tokens, which {type(text_model).__name__} would cut into pieces of {most} within "
+                f"itself, where hooks and edits could not know which tokens they see: feed it in pieces with a cache, or "
+                f"set model.config.{name} to {n_tokens} or more"
+            )
 
     @torch.compiler.disable(reason=graphs.REASON)
     def end(self, text_model: nn.Module, _args: Any, output: Any) -> None:
@@ -159,8 +192,8 @@ def install(model: nn.Module) -> Installed:
             )
     for name, family in {type(mixer).__module__: family for _, mixer, family in found}.items():
         intercept(name, family)
-    text_model: Any = model.get_submodule(f".{found[0][0]}".rsplit(".layers.", 1)[0].removeprefix("."))
-    layers = [_inside(layer) for layer in text_model.layers]
+    text_model, stack = stack_of(model)
+    layers = [_inside(layer) for layer in stack]
     ours = attached_to(text_model, Attachment)
     if ours is None:
         ours = _attach(text_model, layers, [(mixer, family) for _, mixer, family in found])

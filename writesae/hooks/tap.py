@@ -128,9 +128,15 @@ class Tap:
         return any(map(bool, own)) or any(p.listening for p in self.points.values())
 
     @property
+    def masks(self) -> bool:
+        """Whether it keeps padding of the running pass out of the memory, which the model would not
+        (`Family.ignores_padding`)."""
+        return self.family.ignores_padding and self.clock.padding() is not None
+
+    @property
     def takes_calls(self) -> bool:
         """Whether a call of the recurrence is the tap's, and not the native function's alone."""
-        return self.kernels != "native" or self.busy
+        return self.kernels != "native" or self.busy or self.masks
 
     def run(
         self, native: Callable[..., Any], arguments: dict[str, Any], here: Running, begin: Tensor | None = None
@@ -141,6 +147,8 @@ class Tap:
             call.start_from(begin)
         for state in self.initial.here():
             call.start_from(state)
+        if self.masks:
+            call.leave_out(self.clock.padding().to(device_of_call(call.arguments.values())))
         attached, requests, recorders = self.attached.here(), self.state_requests.here(), self.recorders.here()
         knockouts = [a for a in attached if a.targets is not None]
         attached = [a for a in attached if a.targets is None]

@@ -26,6 +26,7 @@ from writesae.futures.parts import map_tensors
 from writesae.gradients import Logit
 from writesae.gradients.norms import FixedScale
 from writesae.hooks import HookPoint, find_mixers, name_of
+from writesae.hooks.installing import stack_of
 from writesae.hooks.scope import Owner, owning
 from writesae.model import HookedRecurrentModel
 from writesae.model.late_logits import LateLogits
@@ -169,9 +170,7 @@ def reading(end: LateLogits, of: Logit) -> Float[Tensor, " d_model"]:
 
 def layers_of(model: HookedRecurrentModel) -> list[nn.Module]:
     """The layers that the residual stream goes through."""
-    path = find_mixers(model.hf_model)[0][0]
-    stack = model.hf_model.get_submodule(f".{path}".rsplit(".layers.", 1)[0].removeprefix("."))
-    return list(stack.layers)  # type: ignore[arg-type, call-overload]
+    return list(stack_of(model.hf_model)[1])
 
 
 def modules_of(module: nn.Module, mixers: list[nn.Module]) -> Iterator[tuple[str, nn.Module]]:

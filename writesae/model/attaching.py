@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from writesae.hooks import (
     AttachableSAE,
@@ -36,7 +37,7 @@ from writesae.hooks.scope import Owner, in_main_thread_alone, owning
 from writesae.model.asked import Strength, edits_of
 from writesae.model.blocks import block
 from writesae.model.tokens import TokenModel
-from writesae.models.wrappers import device_of
+from writesae.models.wrappers import bare, device_of
 from writesae.recurrence import Read
 
 Name: TypeAlias = str | tuple[str, int]
@@ -87,8 +88,7 @@ class HookedModel(TokenModel):
     @property
     def blocks(self) -> list[nn.Module]:
         """The modules of the layers, as the model calls them."""
-        stack: Any = self._installed.text_model
-        return list(stack.layers)
+        return list(getattr(self._installed.text_model, self.taps[0].family.layers))
 
     @property
     def taps(self) -> list[Tap]:
@@ -111,6 +111,13 @@ class HookedModel(TokenModel):
     def layer_device(self, layer: int) -> torch.device:
         """Where a layer runs, recurrent or not: the model's device, unless its layers lie on several."""
         return device_of(self._installed.layers[layer])
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache of transformers that the model takes: a ``DynamicCache(config=...)`` for most."""
+        take = self.taps[0].family.takes_cache
+        if take is not None:
+            return take(None, self._installed.text_model, None)
+        return DynamicCache(config=bare(self.hf_model).config)
 
     def _tap(self, layer: int) -> Tap:
         if not isinstance(layer, int) or isinstance(layer, bool) or layer not in self._by_layer:

@@ -107,28 +107,28 @@ def positions_behind(mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]
 
 
 def feed_in_pieces(
-    model: nn.Module, tokens: Mapping[str, Tensor], mask: Tensor, size: int, **last: Any
+    model: nn.Module, cache: DynamicCache, tokens: Mapping[str, Tensor], mask: Tensor, size: int, **last: Any
 ) -> DynamicCache:
     """A cache that has been fed all of a prompt but its last piece, ``size`` tokens at a time.
 
     Args:
         model: a model whose generation cannot do it: its cache is of recurrent layers alone.
+        cache: an empty one.
         tokens: ``input_ids`` or ``inputs_embeds``.
         mask: which tokens are real ``[batch, pos]``.
         size: tokens per piece.
         **last: arguments for the model that have it make few logits.
     """
-    cache = DynamicCache(config=bare(model).config)
     for end in range(size, mask.shape[1], size):
         piece = {name: x[:, end - size : end] for name, x in tokens.items()}
         model(**piece, attention_mask=mask[:, :end], use_cache=True, **{cache_argument(model): cache}, **last)
     return cache
 
 
-def knows_its_length(model: nn.Module) -> bool:
+def knows_its_length(model: nn.Module, cache: DynamicCache) -> bool:
     """Whether a new cache of this model knows how many tokens are in it, and generation looks at it."""
     try:
-        DynamicCache(config=bare(model).config).get_seq_length()
+        cache.get_seq_length()
     except ValueError:
         return False
     return generation_keeps(cache_argument(model))

@@ -72,14 +72,14 @@ class GeneratingModel(RememberingModel):
         self._check_guidance(kwargs)
         with several_of_each(beams), ExitStack() as stack:
             if (size_of_piece := self._pieces(kwargs, past, beams)) is not None:
-                past = feed_in_pieces(self.hf_model, tokens, mask, size_of_piece, **self.logits_of_last(1))
+                past = feed_in_pieces(
+                    self.hf_model, self.new_cache(), tokens, mask, size_of_piece, **self.logits_of_last(1)
+                )
                 kwargs[cache_argument(self.hf_model)] = past
             if past is not None:
                 stack.enter_context(going_on(self.hf_model, past, size[1]))
-            elif (take := self.taps[0].family.takes_cache) and self._setting("use_cache", kwargs) is not False:
-                kwargs[cache_argument(self.hf_model)] = take(
-                    None, bare(self.hf_model).config
-                )  # transformers makes none
+            elif self.taps[0].family.takes_cache and self._setting("use_cache", kwargs) is not False:
+                kwargs[cache_argument(self.hf_model)] = self.new_cache()  # transformers makes none
             out = self.hf_model.generate(**tokens, attention_mask=mask, **kwargs)  # type: ignore[operator]
         if most is not None:  # positions past an early end of the text are no mistake
             for positions in self._asked():
@@ -100,7 +100,7 @@ class GeneratingModel(RememberingModel):
 
     def _read_for_generation(self, x: Text | None, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """`read`, where only some arguments are the model's; transformers refuses those that it does not know."""
-        takes = {*arguments_of(self.hf_model), *CACHES}
+        takes = {*arguments_of(self.hf_model), "attention_mask", *CACHES}
         of_model = {name: value for name, value in kwargs.items() if name in takes}
         x, given = self.read(x, self._cache_renamed(of_model))
         return x, {name: value for name, value in kwargs.items() if name not in of_model} | given
@@ -124,7 +124,7 @@ class GeneratingModel(RememberingModel):
             return None
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"prefill_chunk_size={size!r}: give a whole number of tokens, 1 or more")
-        if knows_its_length(self.hf_model):
+        if knows_its_length(self.hf_model, self.new_cache()):
             return None
         for given, why in (
             (past is not None, "with past_key_values, which are filled"),

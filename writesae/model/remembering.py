@@ -71,7 +71,7 @@ class RememberingModel(HookedModel):
             ids, mask = self.to_tokens(x)
             if mask is not None and not bool(mask[:, -1].all()):
                 raise ValueError("a memory needs padding on the left: the attention mask ends with padding")
-            whole, cache = ids, DynamicCache(config=bare(self.hf_model).config)
+            whole, cache = ids, self.new_cache()
             given = {cache_argument(self.hf_model): cache, "attention_mask": mask}
         self._check_can_remember()
         self(ids, **given, **self.logits_of_last(1))
@@ -84,7 +84,7 @@ class RememberingModel(HookedModel):
                 "an empty memory is made by a pass of its own, which hooks and edits would see: make it before "
                 "anything is attached"
             )
-        read, layers = self.memory([0]), DynamicCache(config=bare(self.hf_model).config).layers
+        read, layers = self.memory([0]), self.new_cache().layers
         of_recurrence = vars(LinearAttentionLayer()).keys()
 
         def stays(name: str) -> bool:  # what attention layers note comes with their first token
@@ -176,7 +176,7 @@ class RememberingModel(HookedModel):
             STATE.format(tap.site.layer): tap.family.to_model(here.states[tap.site.layer], tap.n_calls).contiguous()
             for tap in self.taps
         }
-        cache = DynamicCache(config=bare(self.hf_model).config)
+        cache = self.new_cache()
         for name, value in {**here.settings, **here.others, **states}.items():
             index, part, *key = name.split(".")
             layer, device = cache.layers[int(index)], self.layer_device(int(index))

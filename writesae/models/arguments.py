@@ -16,9 +16,10 @@ from writesae.models.wrappers import bare
 CACHES = ("past_key_values", "cache_params", "cache")
 if hasattr(BaseModelOutputWithPast, "cache"):
     CACHES = CACHES[::-1]
-# Arguments that transformers uses for every model, beside those of the model's own forward.
+# Arguments that transformers uses for every model, beside those of the model's own forward; and a mask, at which a
+# wrapped one looks whether its own forward does or not.
 OF_EVERY_MODEL = (
-    "output_hidden_states", "output_attentions", "output_router_logits", "num_items_in_batch", "return_dict",
+    "attention_mask", "output_hidden_states", "output_attentions", "output_router_logits", "num_items_in_batch", "return_dict",
 )  # fmt: skip
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 

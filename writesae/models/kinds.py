@@ -29,8 +29,6 @@ OF_TRANSFORMERS: dict[str, str] = {
     "lfm3": _CONVOLUTION,
     "recurrent_gemma": "RecurrentGemma (RG-LRU) keeps a vector per layer, not a matrix",
     "rwkv": "RWKV-4 keeps vectors per layer, a weighted mean of each channel and its weight, not a matrix",
-    "xlstm": "it reads its matrix through a normaliser and a stabiliser, which are part of what it remembers and which "
-    "writesae's recurrence does not have",
     "zaya": "it has attention behind short convolutions: it remembers keys and values of every token, and no state",
 }
 """Folders of ``transformers.models`` with a memory beside keys and values, if we have no adapter for it."""

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from writesae.hooks.quantities import PER_KEY, QUANTITIES, UNDESCRIBED, Quantity
@@ -70,6 +70,11 @@ class KernelCall(ABC):
     def start_from(self, state: Float[Tensor, "batch head d_key d_value"]) -> None:
         """Begin at a state, in the place of the one that the model gave."""
         self.arguments = {**self.arguments, self.state_argument: self.family.to_model(state)}
+
+    def leave_out(self, padding: Bool[Tensor, "batch pos"]) -> None:
+        """Have the memory pass over these tokens, as if they were not there. Only where a family needs it
+        (`Family.ignores_padding`)."""
+        raise TypeError("a family with ignores_padding= needs a KernelCall that has leave_out(padding)")
 
     def recurrence(self, heads: Sequence[int] | None = None) -> Recurrence:
         """Decay, erase and reads of the given heads."""
@@ -171,8 +176,8 @@ SSM = {"ssm_C": "q", "ssm_B": "k", "ssm_decay": "log_decay", "ssm_write": "write
 class Family:
     """An adapter: where an architecture runs its recurrence, and what the arguments mean. `register` makes it known.
 
-    A mixer has its layer's index as ``mixer.layer_idx``, and is somewhere under ``....layers.{index}``, as in all of
-    transformers.
+    A mixer has its layer's index as ``mixer.layer_idx`` (it is told it, where transformers does not), and is somewhere
+    under ``....layers.{index}``, as in nearly all of transformers.
 
     Attributes:
         name: for messages and the support table.
@@ -180,7 +185,8 @@ class Family:
         mixers: ``{modeling module: name of its mixer class}``.
         kernels: functions of the modeling module that run the recurrence; they are intercepted. ``Class.method`` for a
             method, whose ``self`` is then one of the arguments.
-        sizes: the mixer's attributes that hold ``n_heads, d_key, d_value``, or a number that is the same in all models.
+        sizes: the mixer's attributes that hold ``n_heads, d_key, d_value``, or a number that is the same in all models;
+            or a function of the mixer that gives all three.
         raw: what the kernel itself makes inputs of (``k_raw`` becomes ``k`` by its norm), in firing order before them.
         call: this family, arguments of an intercepted call -> `KernelCall`.
         helpers: other functions of the modeling module that an installed GPU package may have taken over; on CPU
@@ -200,10 +206,17 @@ class Family:
         forgets: those of ``kernels`` that begin at a zero state whatever the model's cache holds, so that a text given
             in pieces would lose its memory: they begin at the state in the cache, which the mixer is given. Such a
             mixer also gets the attention mask of all tokens so far cut to those of the piece.
-        takes_cache: for models with a cache class of their own: (the cache that a pass is given or None, the config) ->
-            a cache that the model takes, and that keeps states where transformers' `DynamicCache` does.
+        takes_cache: for models with a cache class of their own: (the cache that a pass is given or None, the text
+            model, the pass's tokens or their embeddings; None if there is no pass yet) -> a cache that the model takes,
+            and that keeps states where transformers' `DynamicCache` does.
         stream_norms: submodules of a layer that are norms of the residual stream itself: what they give is the stream.
         rounds_within: its own functions compute the recurrence in the model's dtype, and not in float32, on a CPU too.
+        layers: what its text models call the list of their layers.
+        ignores_padding: its mixers know nothing of the attention mask. Where a token is padding, the tap takes the call
+            even if nothing is attached, and has the memory pass over it (`KernelCall.leave_out`).
+        fails_on: whether a kernel, called with these arguments by name, would fail: the tap takes such a call, too.
+        cut_beyond: the attribute of a config that says beyond how many tokens a model cuts a pass into several within
+            itself, where positions cannot be known.
         letters: what canonical quantities are in the architecture's own words, where those differ.
         aliases: TransformerLens' names of quantities, less ``hook_``: what we call the same quantity.
     """
@@ -212,7 +225,7 @@ class Family:
     rule: Rule
     mixers: Mapping[str, str]
     kernels: tuple[str, ...]
-    sizes: tuple[str | int, str | int, str | int]
+    sizes: tuple[str | int, str | int, str | int] | Callable[[Any], tuple[int, int, int]]
     call: Callable[[Family, dict[str, Any]], KernelCall]
     raw: tuple[str, ...] = ()
     helpers: tuple[str, ...] = ()
@@ -225,9 +238,13 @@ class Family:
     columns: bool = False
     calls: str = ""
     forgets: tuple[str, ...] = ()
-    takes_cache: Callable[[Any, Any], Any] | None = None
+    takes_cache: Callable[[Any, Any, Tensor | None], Any] | None = None
     stream_norms: tuple[str, ...] = ()
     rounds_within: bool = False
+    layers: str = "layers"
+    ignores_padding: bool = False
+    fails_on: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
+    cut_beyond: str = ""
     letters: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=lambda: SSM)
 
@@ -237,6 +254,8 @@ class Family:
 
     def shape(self, mixer: nn.Module) -> tuple[int, int, int]:
         """A mixer's number of heads, ``d_key`` and ``d_value``."""
+        if callable(self.sizes):
+            return self.sizes(mixer)
         n_heads, d_key, d_value = (x if isinstance(x, int) else int(getattr(mixer, x)) for x in self.sizes)
         return n_heads, d_key, d_value
 

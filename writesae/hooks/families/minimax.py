@@ -54,13 +54,14 @@ class LightningCache(MiniMaxCache):
         self.update_recurrent_state(linear_cache, layer_idx)  # type: ignore[arg-type]
 
 
-def lightning_cache(cache: Any, config: PreTrainedConfig) -> LightningCache:
+def lightning_cache(cache: Any, text_model: Any, _tokens: Tensor | None = None) -> LightningCache:
     """The cache that a model is given, as one that it takes: None and an empty one are new, and a `DynamicCache` of the
     model's config stays the object that it is.
 
     Raises:
         ValueError: a cache of transformers' own class for this model that has been fed, or one of another class.
     """
+    config = text_model.config
     if cache is None:
         return LightningCache(config)
     if isinstance(cache, LightningCache):

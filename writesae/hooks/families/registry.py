@@ -65,17 +65,17 @@ def _check(family: Family) -> None:
         raise ValueError(
             f"kernels=() of the family {family.name!r}: name at least one function that runs its recurrence"
         )
-    if len(family.sizes) != 3:
+    if not callable(family.sizes) and len(family.sizes) != 3:
         raise ValueError(
             f"sizes={family.sizes!r} of the family {family.name!r}: name the three attributes of the mixer that hold "
-            f"n_heads, d_key and d_value"
+            f"n_heads, d_key and d_value, or give a function of it"
         )
     if not callable(family.call):
         raise TypeError(f"call={family.call!r} of the family {family.name!r}: give a KernelCall class")
     if family.takes_cache is not None and not callable(family.takes_cache):
         raise TypeError(
             f"takes_cache={family.takes_cache!r} of the family {family.name!r}: give a function "
-            f"(cache, config) -> cache"
+            f"(cache, text model, tokens) -> cache"
         )
     inputs = family.rule.inputs
     if missing := [quantity for quantity in NEEDED if quantity not in inputs]:
