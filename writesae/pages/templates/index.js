@@ -119,7 +119,7 @@ function line(row, words) {
   mark.checked = marks.has(row.id);
   mark.setAttribute("aria-label", "mark atom " + row.id);
   mark.addEventListener("change", () => { marks[mark.checked ? "add" : "delete"](row.id); keep(); });
-  if (several) add(tr, "td", row.head);
+  if (several) add(tr, "td", row.head, "head");
   const link = add(add(tr, "th", undefined, "n"), "a", row.atom);
   link.href = (several ? row.head + "/" : "") + "atom/" + String(row.atom).padStart(5, "0") + ".html";
   const context = add(tr, "td", undefined, "context");
