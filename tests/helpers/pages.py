@@ -66,6 +66,21 @@ def site() -> Path:
 
 
 @functools.cache
+def heads() -> tuple[WriteSAE, WriteSAE]:
+    """Of two heads of a model, the first atoms of their SAEs."""
+    return part(), part("tiny-gdn/L0H0", 24)
+
+
+@functools.cache
+def site_of_heads() -> Path:
+    """The site of both, with two atoms of each measured; made once."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    write_pages(hooked(), heads(), texts(), folder, atoms=2, records=folder / "rows.json", neuronpedia=True)
+    return folder
+
+
+@functools.cache
 def studied() -> Study:
     """What the site was made of."""
     return study(hooked(), part(), texts(), atoms=3, folder=site() / DATA, name="tiny-gdn/L2H1", source="A few texts")

@@ -112,19 +112,47 @@ def sae_and_model(
     device: str = AUTO,
     dtype: str | None = None,
 ) -> tuple[WriteSAE, HookedRecurrentModel]:
-    """An SAE, and the model that was named or, without, the one that the SAE names.
+    """`saes_and_model` of one SAE."""
+    (found,), hooked = saes_and_model([sae], model, prepend_bos, special_tokens, device, dtype)
+    return found, hooked
 
-    The model makes tokens of texts as it is told here or, without, as the SAE's training did.
+
+def saes_and_model(
+    saes: list[str],
+    model: str | None,
+    prepend_bos: bool | None = None,
+    special_tokens: bool | None = None,
+    device: str = AUTO,
+    dtype: str | None = None,
+) -> tuple[list[WriteSAE], HookedRecurrentModel]:
+    """SAEs, and the model that was named or, without, the one that they name.
+
+    The model makes tokens of texts as it is told here or, without, as the SAEs' training did.
+
+    Raises:
+        ValueError: no model was named, and an SAE names none, or they name several.
     """
     from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
 
-    found = WriteSAE.from_pretrained(sae, device=device)
-    name = model or found.cfg.model_id
-    if name is None:
-        raise ValueError(f"{sae} does not say which model it is of: give --model")
-    how = reading(prepend_bos, special_tokens, [found])
+    found = [WriteSAE.from_pretrained(sae, device=device) for sae in saes]
+    of = {name: one.cfg.model_id for name, one in zip(saes, found, strict=True)}
+    if model is None and None in of.values():
+        nameless = next(name for name, known in of.items() if known is None)
+        raise ValueError(f"{nameless} does not say which model it is of: give --model")
+    if model is None and len(set(of.values())) > 1:
+        each = ", ".join(f"{name} of {known}" for name, known in of.items())
+        raise ValueError(f"these SAEs are of several models ({each}): give those of one, or --model")
+    name = model or str(of[saes[0]])
+    how = reading(prepend_bos, special_tokens, found)
     return found, HookedRecurrentModel.from_pretrained(name, device=device, dtype=dtype, **how)
+
+
+def site_folder(saes: list[str]) -> Path:
+    """Where the pages of these SAEs go by default: ``runs/pages-tiny-gdn-L2H1``; of several ``runs/pages-tiny-gdn``."""
+    first = Path(saes[0].removesuffix("/"))
+    parts = [first.parent.name, first.name] if len(saes) == 1 else [first.parent.name or "saes"]
+    return Path("runs") / "-".join(["pages", *parts]).replace("--", "-")
 
 
 def read_texts(path: Path | None) -> list[str]:

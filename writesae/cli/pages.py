@@ -14,31 +14,37 @@ from writesae.cli._shared import (
     HeldOutText,
     ModelOfSAE,
     PrependBos,
-    SAEName,
     SpecialTokens,
     Unchecked,
     json_file,
     plainly,
     quiet,
     read_texts,
-    sae_and_model,
+    saes_and_model,
+    site_folder,
 )
 
 ORDER = 6
 
 
 def pages(
-    sae: SAEName,
+    saes: Annotated[
+        list[str], typer.Argument(help="Shipped SAEs (tiny-gdn/L2H1), folders or hub ids; several are one per head.")
+    ],
     model: ModelOfSAE = None,
     text: HeldOutText = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the site; the same folder again continues.")] = None,
-    atoms: Annotated[int, typer.Option(help="Measure this many atoms, the most frequent.", min=0)] = 32,
-    atom: Annotated[list[int] | None, typer.Option(help="Measure this atom too; repeat for several.")] = None,
+    atoms: Annotated[int, typer.Option(help="Measure this many atoms of each SAE, the most frequent.", min=0)] = 32,
+    atom: Annotated[
+        list[int] | None, typer.Option(help="Measure this atom of each SAE too; repeat for several.")
+    ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt to continue with each atom added; repeat for several.")
     ] = None,
     neuronpedia: Annotated[bool, typer.Option("--neuronpedia", help="Also write Neuronpedia's format.")] = False,
-    labels: Annotated[Path | None, typer.Option(help="Labels to show, a file of `writesae explain`.")] = None,
+    labels: Annotated[
+        list[Path] | None, typer.Option(help="Labels to show, a file of `writesae explain`; repeat for several SAEs.")
+    ] = None,
     json: Annotated[Path | None, json_file("what the index shows of every atom")] = None,
     device: Device = AUTO,
     dtype: DType = None,
@@ -48,8 +54,9 @@ def pages(
 ) -> None:
     """Write a site with a page for every atom, and an index to search and sort them. It opens from disk.
 
-    One pass over the text serves all atoms. What needs further runs of the model (measured effects on tokens, the
-    replacement test, a steered text) is done for the most frequent atoms; the same command with others adds them.
+    Several SAEs of one model share the index. One pass over the text serves all atoms. What needs further runs of the
+    model (measured effects on tokens, the replacement test, a steered text) is done for the most frequent atoms; the
+    same command with others adds them.
     """
     import shlex
 
@@ -59,22 +66,23 @@ def pages(
     with plainly():
         from writesae.pages import write_pages
 
-        found, hooked = sae_and_model(sae, model, prepend_bos, special_tokens, device, dtype)
-        name = sae.removesuffix("/")
-        folder = out or Path("runs") / f"pages-{Path(name).parent.name}-{Path(name).name}".replace("--", "-")
+        found, hooked = saes_and_model(saes, model, prepend_bos, special_tokens, device, dtype)
+        folder = out or site_folder(saes)
         # To be run in the site's folder, so that pages say the same wherever that is.
-        again = ["writesae", "pages", anywhere(sae), *(["--model", anywhere(model)] if model else [])]
+        again = ["writesae", "pages", *map(anywhere, saes), *(["--model", anywhere(model)] if model else [])]
         again += [*(["--text", anywhere(str(text))] if text else []), "--out", "."]
-        again += ["--labels", anywhere(str(labels))] if labels else []
+        again += [word for path in labels or () for word in ("--labels", anywhere(str(path)))]
         index = write_pages(
             hooked, found, read_texts(text), folder, atoms=atoms, also=atom or (), prompts=prompt,
-            name=name, source=str(text or "Shipped held-out documents"), neuronpedia=neuronpedia, labels=labels,
-            command=shlex.join(again), records=json, check_model=not unchecked, console=Console(stderr=True),
+            name=[sae.removesuffix("/") for sae in saes], source=str(text or "Shipped held-out documents"),
+            neuronpedia=neuronpedia, labels=labels, command=shlex.join(again), records=json,
+            check_model=not unchecked, console=Console(stderr=True),
         )  # fmt: skip
     console = Console()
     console.print(f"Open {index} in a browser.", markup=False, highlight=False)
     if neuronpedia:
-        console.print(f"For Neuronpedia: {folder / 'neuronpedia'}", markup=False, highlight=False)
+        of = folder if len(found) == 1 else folder / "L*H*"
+        console.print(f"For Neuronpedia: {of / 'neuronpedia'}", markup=False, highlight=False)
 
 
 def anywhere(name: str) -> str:

@@ -21,6 +21,7 @@ from writesae.cli._shared import (
     quiet,
     read_texts,
     sae_and_model,
+    site_folder,
 )
 
 ORDER = 6.5
@@ -41,9 +42,9 @@ def serve(
 ) -> None:
     """Serve the pages to this machine, and run the model: type a text to see what fires, and steer with an atom.
 
-    The site is that of `writesae pages`; the same folder again continues. Only this machine is answered. Needs the
-    extra [serve]. Ctrl-C ends it. There is no --json, since it has no result: `writesae pages --json` writes what the
-    index shows.
+    The site is that of `writesae pages` of one SAE: a site of several is not served. The same folder again continues.
+    Only this machine is answered. Needs the extra [serve]. Ctrl-C ends it. There is no --json, since it has no result:
+    `writesae pages --json` writes what the index shows.
     """
     from rich.console import Console
 
@@ -56,8 +57,7 @@ def serve(
         from writesae.pages.serve import HOST, application
 
         found, hooked = sae_and_model(sae, model, prepend_bos, special_tokens, device, dtype)
-        name = sae.removesuffix("/")
-        folder = out or Path("runs") / f"pages-{Path(name).parent.name}-{Path(name).name}".replace("--", "-")
+        name, folder = sae.removesuffix("/"), out or site_folder([sae])
         write_pages(
             hooked, found, read_texts(text), folder, atoms=atoms, name=name,
             source=str(text or "Shipped held-out documents"), check_model=not unchecked, console=Console(stderr=True),

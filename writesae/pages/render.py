@@ -29,6 +29,7 @@ STYLE = '<link rel="stylesheet" href="{}">'
 SCRIPT = '<script src="{}"></script>'
 HELP = re.compile(r'<a class="about" href="\.\./help\.html#(\w+)">What is this\?</a>')
 POLICY = "'self' file:"  # whose scripts run: files of the site
+HOME = "index.html"  # the index, from the folder of an SAE's pages
 
 
 def render(template: str, **values: Any) -> str:
@@ -36,10 +37,14 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(f"{template}.html").render(**{"page": template, "root": ""} | values)
 
 
-def assets(study: Study) -> dict[str, str]:
-    """The files that all pages share: style, scripts, and what the pages' parts are."""
-    files = {f"assets/{name}": asset(name) for name in ("style.css", "index.js", "atom.js", "help.js")}
-    return files | {"help.html": render("help", study=study, cfg=study.sae.cfg, found=study.survey)}
+def assets(study: Study, *, home: str = HOME) -> dict[str, str]:
+    """The files that all pages of an SAE share: style, scripts, and what the pages' parts are."""
+    return scripts() | {"help.html": render("help", study=study, cfg=study.sae.cfg, found=study.survey, home=home)}
+
+
+def scripts() -> dict[str, str]:
+    """Style and scripts."""
+    return {f"assets/{name}": asset(name) for name in ("style.css", "index.js", "atom.js", "help.js")}
 
 
 def alone(page: str, root: str, read: Callable[[str], str]) -> str:
@@ -135,9 +140,10 @@ def percent(x: float) -> str:
 # --- one atom ---------------------------------------------------------------------------------------------------------
 
 
-def atom_page(study: Study, atom: int, *, command: str) -> str:
-    """The page of an atom. ``command`` is what measures more, told where something was not measured."""
-    return render("atom", root="../", **atom_values(study, atom), command=command)
+def atom_page(study: Study, atom: int, *, command: str, home: str = HOME) -> str:
+    """The page of an atom. ``command`` is what measures more, told where something was not measured; ``home`` leads to
+    the index, from the folder of the SAE's pages."""
+    return render("atom", root="../", **atom_values(study, atom), command=command, home=home)
 
 
 def atom_values(study: Study, atom: int) -> dict[str, Any]:
@@ -269,17 +275,42 @@ def measured(found: Measured | None) -> dict[str, Any] | None:
 # --- the index --------------------------------------------------------------------------------------------------------
 
 
-def index_rows(study: Study) -> list[dict[str, Any]]:
-    """What the index knows of every atom."""
-    return [index_row(study, atom) for atom in range(study.sae.cfg.n_atoms)]
+def index_rows(*studies: Study) -> list[dict[str, Any]]:
+    """What the index knows of every atom of every SAE."""
+    return [index_row(study, atom) for study in studies for atom in range(study.sae.cfg.n_atoms)]
 
 
-def index_page(study: Study, *, command: str, rows: list[dict[str, Any]] | None = None) -> str:
-    """The index of all atoms, which searches and sorts itself. ``rows`` are `index_rows`, if they were made already."""
-    rows = index_rows(study) if rows is None else rows
+def index_page(*studies: Study, command: str, rows: list[dict[str, Any]] | None = None) -> str:
+    """The index of all atoms of one SAE, or of several, each of which has a folder of its own beside the index. It
+    searches and sorts itself. ``rows`` are `index_rows`, if they were made already."""
+    rows = index_rows(*studies) if rows is None else rows
+    heads = [head_values(study, [row for row in rows if row["head"] == study.sae.place.folder]) for study in studies]
     classes = {name: sum(row["class"] == name for row in rows) for name in ("register", "bundle", "null")}
+    about = dict(
+        name=title(studies), marks=", ".join(study.name for study in studies),
+        heads=[head["head"] for head in heads] if len(heads) > 1 else [],
+    )  # fmt: skip
+    labelled_by = ", ".join(dict.fromkeys(study.labelled_by for study in studies if study.labels))
+    n_atoms, n_measured = max(study.sae.cfg.n_atoms for study in studies), sum(row["measured"] for row in rows)
+    return render(
+        "index", heads=heads, about=about, rows=rows, classes=classes, command=command, n_atoms=n_atoms,
+        n_measured=n_measured, labelled_by=labelled_by, source=studies[0].source, read=studies[0].survey,
+    )  # fmt: skip
+
+
+def title(studies: Sequence[Study]) -> str:
+    """What the pages of these are about: the SAE's name, or how many heads of which model."""
+    first = studies[0]
+    return (
+        first.name if len(studies) == 1 else f"{len(studies)} heads of {first.sae.cfg.model_id or first.model.model_id}"
+    )
+
+
+def head_values(study: Study, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the index says of an SAE; ``split`` is the least cosine of its registers."""
     split = min((row["cosine"] for row in rows if row["class"] == "register"), default=None)
-    return render("index", study=study, cfg=study.sae.cfg, rows=rows, classes=classes, split=split, command=command)
+    supported = study.survey.classes.two_supported
+    return dict(name=study.name, head=study.sae.place.folder, cfg=study.sae.cfg, split=split, supported=supported)
 
 
 def index_row(study: Study, atom: int) -> dict[str, Any]:
@@ -290,7 +321,7 @@ def index_row(study: Study, atom: int) -> dict[str, Any]:
     of = lambda x: digits(float(x)) if fired and float(x) == float(x) else None  # noqa: E731
     label = study.labels.get(atom)
     row: dict[str, Any] = {
-        "atom": atom, "label": plain(label.text) if label and label.text else "",
+        "head": study.sae.place.folder, "atom": atom, "label": plain(label.text) if label and label.text else "",
         "class": str(classes.classes[atom]), "rate": fired / found.n_tokens,
         "mean": of(classes.mean_activation[atom]), "peak": of(found.seen.largest[atom]),
         "cosine": of(classes.cosine[atom]), "focus": digits(at[0][1]) if at else None,

@@ -47,7 +47,7 @@ def application(
         check_model: refuse an SAE trained on other weights.
 
     Raises:
-        ValueError: an SAE that does not say its head, or one of another model.
+        ValueError: an SAE that does not say its head, or one of another model; a site of several SAEs.
         FileNotFoundError: the folder holds no site.
         ImportError: the extra ``[serve]`` is not installed.
     """
@@ -64,6 +64,8 @@ def application(
     folder = Path(site)
     if not (folder / "index.html").is_file():
         raise FileNotFoundError(f"{folder / 'index.html'} does not exist: write the site first, `writesae pages`")
+    if not (folder / "atom").is_dir():
+        raise ValueError(f"{folder} holds a site of several SAEs, and the server runs one: write that one's own site")
     one_at_a_time = threading.Lock()
 
     def asking(answer: Any) -> Any:

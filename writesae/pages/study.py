@@ -41,7 +41,7 @@ from writesae.pages.effects import (
     replace,
     steer,
 )
-from writesae.pages.survey import CONTEXT, Survey, Window, cut_windows, survey, token_string
+from writesae.pages.survey import CONTEXT, Survey, Window, cut_windows, surveys, token_string
 from writesae.saes.labels import Label
 from writesae.stores.windows import Texts
 
@@ -173,32 +173,55 @@ def study(
     sae: WriteSAE,
     texts: Texts,
     *,
+    folder: Path | None = None,
+    name: str = "",
+    before: Study | None = None,
+    **settings: Any,
+) -> Study:
+    """`studies` of one SAE.
+
+    Args:
+        model, sae, texts: as there.
+        folder, name, before: of the SAE, as there.
+        settings: as there.
+    """
+    given = {"folders": [folder], "names": [name], "before": [before]}
+    return studies(model, [sae], texts, **given, **settings)[0]
+
+
+def studies(
+    model: HookedRecurrentModel,
+    saes: Sequence[WriteSAE],
+    texts: Texts,
+    *,
+    folders: Sequence[Path | None],
+    names: Sequence[str],
+    before: Sequence[Study | None] | None = None,
     atoms: int = 32,
     also: Sequence[int] = (),
-    folder: Path | None = None,
     prompts: Sequence[str] | None = None,
-    name: str = "",
     source: str = "",
     check_model: bool = True,
     console: Console | None = None,
-    before: Study | None = None,
     at_once: int = 16,
-) -> Study:
-    """Gather what pages show; what the folder has of it already is taken from there.
+) -> list[Study]:
+    """Gather what pages show of several SAEs; what their folders have of it already is taken from there.
+
+    One pass over the texts serves all SAEs that have no survey yet.
 
     Args:
         model: the model.
-        sae: an SAE of one of its heads.
+        saes: SAEs of its heads.
         texts: held-out texts, or token ids.
-        atoms: how many atoms to measure by running the model, the most frequent.
-        also: further atoms to measure.
-        folder: where results are kept; None keeps nothing.
+        folders: of each SAE where results are kept; None keeps nothing.
+        names: of each SAE its name.
+        before: of each SAE an earlier study of the same model and texts, which is extended; None for none.
+        atoms: how many atoms of each SAE to measure by running the model, the most frequent.
+        also: further atoms to measure, of each SAE.
         prompts: prompts to steer; None for the beginnings of two of the texts.
-        name: the SAE's name.
         source: where the texts come from, in words.
         check_model: refuse an SAE trained on other weights.
         console: where progress is shown; None for none.
-        before: an earlier study of the same model, SAE and texts; it is extended.
         at_once: atoms measured together; a stopped run loses these at most.
 
     Raises:
@@ -207,28 +230,39 @@ def study(
         ValueError: no text; an SAE that does not say its head, or one of another model.
     """
     need("scipy", "sklearn")
-    fit(sae, model, check_model=check_model)
-    sae.atom(torch.tensor(list(also), dtype=torch.long))  # raises for one out of range
+    for sae in saes:
+        fit(sae, model, check_model=check_model)
+        sae.atom(torch.tensor(list(also), dtype=torch.long))  # raises for one out of range
     windows = cut_windows(model, texts)
     starts = _prompts(model, windows, prompts)
-    for part in (folder, folder / "atoms") if folder is not None else ():
-        remove_halves(part, "survey.*", "*.json")
-    kept = Kept(folder, {"format": FORMAT, "settings": _settings(model, sae, windows, starts)})
+    keeping = [
+        _keeping(folder, _settings(model, sae, windows, starts)) for sae, folder in zip(saes, folders, strict=True)
+    ]
+    before = before or [None] * len(saes)
     with Bars(console, transient=True) as bars:
-        found = before.survey if before is not None else _kept_survey(model, sae, kept)
-        if found is None:
-            found = survey(model, sae, windows, progress=bars.add("reading the texts", len(windows)))
-            _keep_survey(found, kept)
-        made = before or Study(model, sae, name, source, found, _kept_atoms(kept), windows)
-        wanted = dict.fromkeys([*found.most_frequent(atoms), *also])
-        missing = [atom for atom in wanted if atom not in made.measured and int(found.seen.firings[atom])]
-        tell = bars.add("measuring atoms", len(missing))
-        for start in range(0, len(missing), at_once):
-            some = missing[start : start + at_once]
-            for atom, result in zip(some, _measure(made, windows, some, starts), strict=True):
-                made.measured[atom] = result
-                kept.write(f"atoms/{atom:05d}.json", {"measured": asdict(result)})
-            tell(start + len(some))
+        found = {
+            i: seen
+            for i, one in enumerate(before)
+            if (seen := one.survey if one is not None else _kept_survey(model, saes[i], keeping[i])) is not None
+        }
+        if unread := [i for i in range(len(saes)) if i not in found]:
+            tell = bars.add("reading the texts", len(windows))
+            for i, seen in zip(unread, surveys(model, [saes[i] for i in unread], windows, progress=tell), strict=True):
+                found[i] = seen
+                _keep_survey(seen, keeping[i])
+        made, left = [], []
+        for i, one in enumerate(before):
+            made.append(one or Study(model, saes[i], names[i], source, found[i], _kept_atoms(keeping[i]), windows))
+            wanted = dict.fromkeys([*found[i].most_frequent(atoms), *also])
+            left.append([x for x in wanted if x not in made[i].measured and int(found[i].seen.firings[x])])
+        tell = bars.add("measuring atoms", sum(map(len, left)))
+        for one, kept, missing in zip(made, keeping, left, strict=True):
+            for start in range(0, len(missing), at_once):
+                some = missing[start : start + at_once]
+                for atom, result in zip(some, _measure(one, windows, some, starts), strict=True):
+                    one.measured[atom] = result
+                    kept.write(f"atoms/{atom:05d}.json", {"measured": asdict(result)})
+                tell.advance(len(some))
     return made
 
 
@@ -263,6 +297,13 @@ def _beginning(model: HookedRecurrentModel, tokens: Tensor, most: int = 16) -> T
 
 
 # --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def _keeping(folder: Path | None, settings: str) -> Kept:
+    """What is kept in a folder, of which halves of files that a stopped run left are taken out."""
+    for part in (folder, folder / "atoms") if folder is not None else ():
+        remove_halves(part, "survey.*", "*.json")
+    return Kept(folder, {"format": FORMAT, "settings": settings})
 
 
 def _settings(model: HookedRecurrentModel, sae: WriteSAE, windows: Sequence[Window], prompts: Sequence[Tensor]) -> str:

@@ -31,6 +31,7 @@ from writesae.saes.config import SAEConfig
 from writesae.stores.windows import Texts, Window, each_window, together
 
 if TYPE_CHECKING:
+    from writesae.hooks import ActivationCache
     from writesae.model import HookedRecurrentModel
     from writesae.saes import WriteSAE
 
@@ -164,10 +165,15 @@ class Survey:
 _MINE = ("by_position", "tokens_by_position", "together", "together_n")  # tensors that are the survey's own
 
 
+def survey(model: HookedRecurrentModel, sae: WriteSAE, windows: Sequence[Window], **settings: Any) -> Survey:
+    """`surveys` of one SAE."""
+    return surveys(model, [sae], windows, **settings)[0]
+
+
 @torch.no_grad()
-def survey(
+def surveys(
     model: HookedRecurrentModel,
-    sae: WriteSAE,
+    saes: Sequence[WriteSAE],
     windows: Sequence[Window],
     *,
     n: int = 12,
@@ -177,12 +183,12 @@ def survey(
     batch_size: int = 8,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Survey:
-    """One pass over the windows, for all atoms.
+) -> list[Survey]:
+    """One pass over the windows, for all atoms of all SAEs; of each SAE what a pass for it alone would find.
 
     Args:
         model: the model.
-        sae: an SAE of one of its heads.
+        saes: SAEs of its heads.
         windows: the windows to read.
         n: strongest firings kept per atom.
         before, after: tokens kept before and after each of them.
@@ -191,39 +197,68 @@ def survey(
         seed: seed of the sample.
         progress: called with the number of windows done.
     """
-    layer, head = sae.place
-    n_atoms, context = sae.cfg.n_atoms, max(len(window.tokens) for window in windows)
-    names = inputs(model.family(layer).rule, layer)
-    generator = torch.Generator().manual_seed(seed)
-    strongest = Strongest(torch.arange(n_atoms), n_atoms, n, before, after)
-    seen, keys = Seen(n_atoms, max_firings, NUMBERS), Decoder.of(sae).key
-    pairs, n_bins = Together(n_atoms, NEAR if sae.cfg.k == 1 else 0), -(-context // BIN)
-    by_position, tokens_by_position = torch.zeros(n_atoms * n_bins, dtype=torch.long), torch.zeros(n_bins).long()
+    layers = sorted({sae.place.layer for sae in saes})
+    names = [name for layer in layers for name in inputs(model.family(layer).rule, layer)]
+    context = max(len(window.tokens) for window in windows)
+    running = [_Running(sae, context, n, before, after, max_firings, seed) for sae in saes]
     for start in range(0, len(windows), batch_size):
         some = windows[start : start + batch_size]
         ids, mask = together([window.tokens for window in some])
-        given: Any = {**mask, "names": names, "stop_at_layer": layer + 1}  # nobody wants the rest
+        given: Any = {**mask, "names": names, "stop_at_layer": layers[-1] + 1}  # nobody wants the rest
         _, cache = model.run_with_cache(ids, **given)
-        codes, write = codes_of(sae, cache, ids), cache.write(layer)[:, :, head]
-        strongest.add(codes, torch.tensor([w.document for w in some]), torch.tensor([w.start for w in some]))
-        pairs.add(codes)
+        for one in running:
+            one.add(cache, ids, some, start)
+        if progress is not None:
+            progress(min(start + batch_size, len(windows)))
+    return [one.found(model, windows) for one in running]
+
+
+class _Running:
+    """What a pass has found so far of one SAE; the arguments are those of `surveys`."""
+
+    def __init__(
+        self, sae: WriteSAE, context: int, n: int, before: int, after: int, max_firings: int, seed: int
+    ) -> None:
+        n_atoms = sae.cfg.n_atoms
+        self.sae, self.context, self.n_bins = sae, context, -(-context // BIN)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.strongest = Strongest(torch.arange(n_atoms), n_atoms, n, before, after)
+        self.seen, self.keys = Seen(n_atoms, max_firings, NUMBERS), Decoder.of(sae).key
+        self.pairs = Together(n_atoms, NEAR if sae.cfg.k == 1 else 0)
+        self.by_position = torch.zeros(n_atoms * self.n_bins, dtype=torch.long)
+        self.tokens_by_position = torch.zeros(self.n_bins, dtype=torch.long)
+
+    def add(self, cache: ActivationCache, ids: Int[Tensor, "window pos"], some: Sequence[Window], start: int) -> None:
+        """Count a batch, of which the first window is number ``start``."""
+        layer, head = self.sae.place
+        codes, write = codes_of(self.sae, cache, ids), cache.write(layer)[:, :, head]
+        self.strongest.add(codes, torch.tensor([w.document for w in some]), torch.tensor([w.start for w in some]))
+        self.pairs.add(codes)
         row, pos, _ = at = (codes.values > 0).nonzero(as_tuple=True)
-        columns = compare(sae, codes, at, write, generator)
+        columns = compare(self.sae, codes, at, write, self.generator)
         atom, activation = codes.indices[at].cpu(), codes.values[at].float().cpu()
-        side = (keys[atom].to(write.key) * write.factors()[0][row, pos, 0]).sum(-1).sign().cpu()
+        side = (self.keys[atom].to(write.key) * write.factors()[0][row, pos, 0]).sum(-1).sign().cpu()
         token, place = codes.tokens[row, pos].cpu(), codes.positions[row, pos].cpu()
         number = start + row.cpu()
         more = torch.stack([side.float(), activation, token.float(), number.float(), place.float()], -1)
-        seen.add(atom, activation, torch.cat([columns, more], -1), torch.rand(len(atom), generator=generator))
-        by_position += (atom * n_bins + place // BIN).bincount(minlength=len(by_position))
+        drawn = torch.rand(len(atom), generator=self.generator)
+        self.seen.add(atom, activation, torch.cat([columns, more], -1), drawn)
+        self.by_position += (atom * self.n_bins + place // BIN).bincount(minlength=len(self.by_position))
         real = codes.positions[codes.positions != PAD].cpu()
-        tokens_by_position += (real // BIN).bincount(minlength=n_bins)
-        if progress is not None:
-            progress(min(start + batch_size, len(windows)))
-    found = strongest.contexts(model, sae.cfg, windows[-1].document + 1, sum(len(w.tokens) for w in windows))
-    strings = _strings(model, found.tokens, seen.draw()[1])
-    mine = by_position.view(n_atoms, n_bins), tokens_by_position, *pairs.closest(seen.firings, WITH)
-    return Survey(sae.cfg, found.n_documents, found.n_tokens, len(windows), context, found, seen, *mine, strings)
+        self.tokens_by_position += (real // BIN).bincount(minlength=self.n_bins)
+
+    def found(self, model: HookedRecurrentModel, windows: Sequence[Window]) -> Survey:
+        """After the last batch of the windows."""
+        cfg, n_tokens = self.sae.cfg, sum(len(window.tokens) for window in windows)
+        found = self.strongest.contexts(model, cfg, windows[-1].document + 1, n_tokens)
+        strings = _strings(model, found.tokens, self.seen.draw()[1])
+        mine = (
+            self.by_position.view(cfg.n_atoms, self.n_bins),
+            self.tokens_by_position,
+            *self.pairs.closest(self.seen.firings, WITH),
+        )
+        read = found.n_documents, n_tokens, len(windows), self.context
+        return Survey(cfg, *read, found, self.seen, *mine, strings=strings)
 
 
 def _strings(model: HookedRecurrentModel, tokens: Tensor, numbers: Float[Tensor, "firing number"]) -> dict[int, str]:

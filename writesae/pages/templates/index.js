@@ -2,26 +2,30 @@
 // Search, sort and show the rows of the table. All text goes in as text.
 const rows = JSON.parse(document.getElementById("data").textContent);
 const find = (id) => document.getElementById(id);
-const [body, search, where, kind, measured, only, sort, more] =
-  [document.querySelector("#atoms tbody"), ...["search", "where", "class", "measured", "marked", "sort", "more"].map(find)];
+const [body, search, where, head, kind, measured, only, sort, more] =
+  [document.querySelector("#atoms tbody"), ...["search", "where", "head", "class", "measured", "marked", "sort", "more"].map(find)];
 const few = (x, digits) => x === null || x === undefined ? "–" : x >= 10 ** digits ? x.toFixed(0) : x.toPrecision(digits);
 const percent = (x) => x === null || x === undefined ? "–" : few(100 * x, x >= 0.995 ? 3 : 2) + "%";
-const PAGE = 100;
+const PAGE = 100, FIRST_UP = ["head", "atom", "at", "class"];
 let shown = PAGE, key = "rate", up = false, band = null;
 
-// Marked atoms, kept by the browser under the SAE's name.
-const { name } = JSON.parse(find("about").textContent), store = "writesae marks " + name;
+// Of several heads, each has a folder of its own, and atoms are told apart by their head.
+const { name, marks: saes, heads } = JSON.parse(find("about").textContent), several = heads.length > 0;
+for (const [number, row] of rows.entries()) [row.number, row.id] = [number, several ? row.head + "#" + row.atom : row.atom];
+
+// Marked atoms, kept by the browser under the SAEs' names.
+const store = "writesae marks " + saes, known = new Set(rows.map((row) => row.id));
 const marks = new Set();
-try { for (const atom of JSON.parse(localStorage.getItem(store) || "[]")) if (rows[atom]) marks.add(atom); } catch { /* no storage: marks last as long as the page */ }
+try { for (const id of JSON.parse(localStorage.getItem(store) || "[]")) if (known.has(id)) marks.add(id); } catch { /* no storage: marks last as long as the page */ }
 function keep() {
-  try { localStorage.setItem(store, JSON.stringify([...marks].sort((a, b) => a - b))); } catch { /* as above */ }
+  try { localStorage.setItem(store, JSON.stringify(rows.map((row) => row.id).filter((id) => marks.has(id)))); } catch { /* as above */ }
   find("n-marked").textContent = marks.size.toLocaleString("en");
   find("export").disabled = find("unmark").disabled = !marks.size;
 }
 find("export").addEventListener("click", () => {
-  const columns = ["atom", "label", "class", "at", "focus", "rate", "mean", "peak", "cosine", "wins"];
+  const columns = ["head", "atom", "label", "class", "at", "focus", "rate", "mean", "peak", "cosine", "wins"];
   const cell = (x) => x === null || x === undefined ? "" : /[",\n]/.test(x) ? '"' + String(x).replaceAll('"', '""') + '"' : String(x);
-  const lines = rows.filter((row) => marks.has(row.atom)).map((row) => columns.map((column) => cell(row[column])).join(","));
+  const lines = rows.filter((row) => marks.has(row.id)).map((row) => columns.map((column) => cell(row[column])).join(","));
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([[columns.join(","), ...lines, ""].join("\n")], { type: "text/csv" }));
   link.download = name.replace(/[^\w-]+/g, "-") + "-marked.csv";
@@ -48,7 +52,7 @@ if (alive.length) {
   find("density").hidden = false;
 }
 find("all-rates").addEventListener("click", () => { band = null; restart(); });
-const PARTS = ["label", "class", "at", "fires", "tokens", "text"];
+const PARTS = ["label", "head", "class", "at", "fires", "tokens", "text"];
 for (const row of rows) {
   row.fires = row.fires.join("\n");
   row.haystack = PARTS.map((part) => row[part]).join("\n");
@@ -68,9 +72,10 @@ function asked() {
 }
 
 function matches(row, words) {
-  if (kind.value && row.class !== kind.value || measured.checked && !row.measured || only.checked && !marks.has(row.atom)) return false;
+  if (kind.value && row.class !== kind.value || measured.checked && !row.measured || only.checked && !marks.has(row.id) || head.value && row.head !== head.value) return false;
   if (band !== null && (row.bin ?? -1) !== band) return false;
-  if (words.length === 1 && /^#\d+$/.test(words[0].word)) return String(row.atom) === words[0].word.slice(1);
+  const exactly = words.length === 1 && /^(L\d+H\d+)?#(\d+)$/i.exec(words[0].word);
+  if (exactly) return String(row.atom) === exactly[2] && (!exactly[1] || row.head === exactly[1].toUpperCase());
   if (words.length === 1 && !where.value && String(row.atom) === words[0].word) return true;
   const text = where.value ? row[where.value] : row.haystack;
   return words.every(({ found }) => found.test(text));
@@ -79,8 +84,8 @@ function matches(row, words) {
 function compare(a, b) {
   const [x, y] = [a[key], b[key]];
   if (x === null || y === null || x === "" || y === "") return (x === null || x === "") - (y === null || y === "");
-  const order = typeof x === "number" ? x - y : x.localeCompare(y);
-  return (up ? order : -order) || a.atom - b.atom;
+  const order = typeof x === "number" ? x - y : x.localeCompare(y, "en", { numeric: key === "head" });
+  return (up ? order : -order) || a.number - b.number;
 }
 
 function add(parent, tag, text, name) {
@@ -111,11 +116,12 @@ function line(row, words) {
   const tr = document.createElement("tr");
   const mark = add(add(tr, "td"), "input");
   mark.type = "checkbox";
-  mark.checked = marks.has(row.atom);
-  mark.setAttribute("aria-label", "mark atom " + row.atom);
-  mark.addEventListener("change", () => { marks[mark.checked ? "add" : "delete"](row.atom); keep(); });
+  mark.checked = marks.has(row.id);
+  mark.setAttribute("aria-label", "mark atom " + row.id);
+  mark.addEventListener("change", () => { marks[mark.checked ? "add" : "delete"](row.id); keep(); });
+  if (several) add(tr, "td", row.head, "head");
   const link = add(add(tr, "th", undefined, "n"), "a", row.atom);
-  link.href = "atom/" + String(row.atom).padStart(5, "0") + ".html";
+  link.href = (several ? row.head + "/" : "") + "atom/" + String(row.atom).padStart(5, "0") + ".html";
   const context = add(tr, "td", undefined, "context");
   if (row.context.length) {
     add(context, "span", row.context[0]);
@@ -153,26 +159,26 @@ function draw() {
   sort.value = key;
   for (const [bin, bar] of document.querySelectorAll("#density .bars button").entries()) bar.setAttribute("aria-pressed", String(bin === band));
   find("all-rates").hidden = band === null;
-  const state = new URLSearchParams({ q: search.value, in: where.value, marked: only.checked ? "1" : "", band: band ?? "", class: kind.value, measured: measured.checked ? "1" : "", sort: (up ? "+" : "-") + key });
+  const state = new URLSearchParams({ q: search.value, in: where.value, marked: only.checked ? "1" : "", band: band ?? "", head: head.value, class: kind.value, measured: measured.checked ? "1" : "", sort: (up ? "+" : "-") + key });
   try { history.replaceState(null, "", "#" + state); } catch { /* some browsers keep no history of files */ }
 }
 
 function restart() { shown = PAGE; draw(); }
 search.addEventListener("input", restart);
-kind.addEventListener("change", restart);
-for (const control of [where, measured, only]) control.addEventListener("change", restart);
-sort.addEventListener("change", () => { key = sort.value; up = ["atom", "at", "class"].includes(key); restart(); });
+for (const control of [where, head, kind, measured, only]) control.addEventListener("change", restart);
+sort.addEventListener("change", () => { key = sort.value; up = FIRST_UP.includes(key); restart(); });
 for (const th of document.querySelectorAll("th[data-key]")) Object.assign(add(sort, "option", th.textContent.trim()), { value: th.dataset.key });
 more.addEventListener("click", () => { shown += PAGE; draw(); });
 for (const th of document.querySelectorAll("th[data-key]")) {
   th.querySelector("button").addEventListener("click", () => {
-    up = key === th.dataset.key ? !up : ["atom", "at", "class"].includes(th.dataset.key);
+    up = key === th.dataset.key ? !up : FIRST_UP.includes(th.dataset.key);
     key = th.dataset.key;
     restart();
   });
 }
 const state = new URLSearchParams(location.hash.slice(1));
 search.value = state.get("q") || "";
+head.value = state.get("head") || "";
 kind.value = state.get("class") || "";
 where.value = state.get("in") || "";
 only.checked = state.get("marked") === "1";
