@@ -170,7 +170,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
     """Embeddings, blocks, final norm."""
 
     block: ClassVar[type[Block]]
-    final_norm: ClassVar[str] = "norm"
+    final_norm: ClassVar[str] = "norm"  # its name
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -252,6 +252,7 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
 
     @property
     def inner(self) -> RecurrentModel:
+        """The stack, under the name that checkpoints give it."""
         return getattr(self, self.base_model_prefix)
 
     @classmethod
