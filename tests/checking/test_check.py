@@ -33,6 +33,7 @@ from writesae.hooks.families.gdn import GatedDeltaCall
 from writesae.hooks.families.mamba1 import SelectiveScan
 from writesae.hooks.families.mamba2 import ChunkScan
 from writesae.hooks.families.ours import CanonicalCall
+from writesae.hooks.families.xlstm import MLSTMCall
 from writesae.zoo import shipped_models
 
 runner = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
@@ -150,6 +151,8 @@ CALLS = {"gated_delta": GatedDeltaCall, "kimi_delta": GatedDeltaCall, "mamba1": 
 
 
 def call_of(architecture: Architecture) -> type[KernelCall]:
+    if architecture.rule is bf.MLSTM:
+        return MLSTMCall
     ours = architecture.modeling_name.startswith("writesae.models")
     return CanonicalCall if ours else CALLS.get(architecture.rule.name, CanonicalCall)
 

@@ -301,8 +301,8 @@ ARCHITECTURES = [
                      intermediate_size=32, num_local_experts=4, num_experts_per_tok=4, block_size=32),
         gate=None, outputs={"z": "output_gate"}, d_value=D_KEY,
     ),
-    # Reads that nearly cancel are not blown up to logits. A cap so wide that these are linear in the residual stream, as
-    # direct paths want it.
+    # Reads that nearly cancel are not blown up. A cap so wide that logits are linear in the residual stream, as direct
+    # paths want it.
     Architecture(
         "xlstm", bf.MLSTM, _transformers("xlstm"), "xLSTMForCausalLM", "xLSTMConfig", "xLSTMLayer",
         dict(vocab_size=N_VOCAB, hidden_size=64, num_hidden_layers=4, num_heads=N_HEADS, qk_dim_factor=1.0,
@@ -461,7 +461,8 @@ def _build(a: Architecture) -> PreTrainedModel:
                     buffer.copy_(factors)
                 module.qkv_proj.weight.unflatten(0, (N_HEADS, 3, -1))[:, 1].mul_(0.25)
             if hasattr(module, "fgate_preact"):
-                module.fgate_preact.bias.copy_(DECAYS.logit())
+                # None forgets fast: transformers sums 64 log gates in the model's dtype, and half precision loses them.
+                module.fgate_preact.bias.copy_(torch.tensor([0.9, 0.95, 0.98, 0.999]).logit())
                 module.igate_preact.bias.copy_(torch.tensor([0.5, 0.0, -1.0, -2.0]))
             if hasattr(module, "w_proj"):
                 bias = module.w_proj.linear.lora[2].bias  # log decay = -exp(input + bias)

@@ -313,6 +313,11 @@ def no_skip(*args: Any, D: Tensor | None = None, **kwargs: Any) -> bf.Call:
     return bf.mamba2_chunk_scan(*args, D=None, **kwargs)
 
 
+def without(part: str) -> Any:
+    """xLSTM's cell, each call of which begins without a part of its memory."""
+    return lambda *args, **kwargs: bf.mlstm(*args, **kwargs | {part: None})
+
+
 BROKEN = {
     "qwen3_5": {"without erase": replace(bf.GATED_DELTA, erase=None)},
     "kimi_linear": {
@@ -326,6 +331,10 @@ BROKEN = {
             bf.MAMBA2, kernels=dict(bf.MAMBA2.kernels) | {"mamba2_selective_state_update": not_in_place}
         ),
         "no skip": replace(bf.MAMBA2, kernels=dict(bf.MAMBA2.kernels) | {"mamba2_chunk_scan": no_skip}),
+    },
+    "xlstm": {
+        f"forgets {part}": replace(bf.MLSTM, kernels={"xLSTMBackend.forward": without(part)})
+        for part in ("c_initial", "n_initial", "m_initial")
     },
     "rwkv6": {"reads after": replace(bf.RWKV6, reads_before=False)},
     "rwkv7": {

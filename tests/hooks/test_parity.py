@@ -50,6 +50,7 @@ from writesae.hooks.clock import Pass
 from writesae.hooks.families import gdn, mamba1, mamba2
 from writesae.hooks.families.base import of_heads
 from writesae.hooks.families.mamba2 import ChunkScan, StepUpdate
+from writesae.hooks.families.xlstm import MLSTMCall
 from writesae.hooks.positions import PAD
 from writesae.recurrence import Recurrence
 from writesae.recurrence.rules import Rule
@@ -460,6 +461,7 @@ def measure(architecture: Architecture) -> dict[str, float]:
 
 chunked, respond = response.chunked, response.respond
 scan_result, step_result, scan1_result = ChunkScan.result, StepUpdate.result, mamba1.SelectiveScan.result
+normalised = MLSTMCall._normalised
 
 
 def without_erase(rec: Recurrence) -> Recurrence:
@@ -549,6 +551,16 @@ def state1_not_in_place(call: mamba1.StateUpdate, outputs: list[Tensor], states:
     return outputs
 
 
+def nothing_counted(call: MLSTMCall, heads: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """Reads are divided by the least that they may be divided by."""
+    read, n = normalised(call, heads)
+    return 0 * read, n
+
+
+def padding_let_in(_call: MLSTMCall, _padding: Tensor) -> None:
+    pass
+
+
 def forgotten(_here: Any) -> None:
     return None
 
@@ -569,7 +581,7 @@ class Twin:
         return next(a for a in ARCHITECTURES if a.rule is self.rule)
 
     def __str__(self) -> str:
-        return f"{self.rule.name}-{self.broken.__name__}-{self.mode.__name__}-{self.case}"
+        return f"{self.a.name}-{self.broken.__name__}-{self.mode.__name__}-{self.case}"
 
 
 SLICE = "substitute deltas, same"  # a slice: nothing says that a position is missing
@@ -592,7 +604,7 @@ TWINS = [
     Twin(bf.GATED_DELTA, response, "chunked", read_ignored, decode, "read next"),
     *(
         Twin(rule, tap, "respond", state_not_carried, *how)
-        for rule in (bf.GATED_DELTA, bf.MAMBA1, bf.MAMBA2)
+        for rule in (bf.GATED_DELTA, bf.MAMBA1, bf.MAMBA2, bf.MLSTM)
         for how in ((pieces, "interventions"), (decode, "read next"))
     ),
     *(
@@ -602,7 +614,7 @@ TWINS = [
     ),
     *(
         Twin(rule, Rule, "write", write_without_strength, *how)
-        for rule in (bf.MAMBA1, bf.MAMBA2)
+        for rule in (bf.MAMBA1, bf.MAMBA2, bf.MLSTM)
         for how in ((prefill, "interventions"), (decode, "hooks"))
     ),
     Twin(bf.MAMBA1, mamba1.SelectiveScan, "result", skip1_of_the_edited, prefill, "hook_v"),
@@ -612,6 +624,9 @@ TWINS = [
     Twin(bf.MAMBA2, ChunkScan, "result", skip_of_the_edited, prefill, "hook_v"),
     Twin(bf.MAMBA2, ChunkScan, "result", skip_of_the_edited, prefill, "interventions"),
     Twin(bf.MAMBA2, StepUpdate, "result", state_not_in_place, decode, "interventions"),
+    Twin(bf.MLSTM, MLSTMCall, "_normalised", nothing_counted, prefill, "interventions"),
+    Twin(bf.MLSTM, MLSTMCall, "_normalised", nothing_counted, decode, "hooks"),
+    Twin(bf.MLSTM, MLSTMCall, "leave_out", padding_let_in, left_padded, "interventions"),
     Twin(bf.GATED_DELTA, Pass, "positions", padding_counted, left_padded, SLICE),
     Twin(bf.GATED_DELTA, Pass, "positions", padding_counted, left_padded_pieces, SLICE),
     Twin(bf.GATED_DELTA, Pass, "positions", position_after, prefill, "interventions"),

@@ -79,6 +79,10 @@ def test_edges_sum_and_are_those_of_the_frozen_model(architecture: Architecture)
     model = ws.HookedRecurrentModel(architecture.build())
     with torch.no_grad():
         expected = float(OF(model(ids_of()[None])))
+    if architecture.name == "xlstm":
+        with pytest.raises(ValueError, match="a softcap"):
+            ws.circuit(model, ids_of(), OF)
+        return
     full = architecture.is_first_of_its_rule
     found = ws.circuit(model, ids_of(), OF, max_nodes=24 if full else 12)
     assert float(found.pre[-1]) == pytest.approx(expected, abs=1e-4)

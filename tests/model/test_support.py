@@ -32,6 +32,7 @@ ORACLES = {
     "Mamba": "transformers, mamba-ssm's reference",
     "Mamba-2": "transformers",
     "Lightning attention": "transformers",
+    "mLSTM": "transformers",
     "RWKV-7": "`rwkv` (the authors'), fla naive",
     "RWKV-6": "`rwkv` (the authors'), fla naive",
     "DeltaNet": "fla naive",

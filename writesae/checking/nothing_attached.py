@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from writesae.checking.result import Row
-from writesae.checking.subject import MODES, PREFILL, Subject, largest
+from writesae.checking.subject import MODES, PIECES, PREFILL, Subject, largest
 from writesae.hooks import install, name_of
 from writesae.hooks.residual import stream_in
 
@@ -28,8 +28,9 @@ def check_nothing_left(subject: Subject) -> Iterator[Row]:
 def _same(subject: Subject, check: str, mode: str, found: Tensor) -> Row:
     """Some GPU kernels are not bit-identical to themselves: then that difference is what is allowed."""
     difference = largest(found - subject.unwrapped(mode))
-    if subject.forgets(mode):
-        note = "against prefill: unwrapped, each piece would begin with an empty memory"
+    if subject.gets_wrong(mode):
+        wrong = "each piece would begin with an empty memory" if mode == PIECES else "padding would be taken for tokens"
+        note = f"against prefill: unwrapped, {wrong}"
         return Row(check, mode, difference, subject.tolerance, note=note)
     if not difference:
         return Row(check, mode, 0.0, 0.0, note="bit for bit")
@@ -45,7 +46,7 @@ def check_rounding(subject: Subject) -> Iterator[Row]:
     check, native = "unwrapped, by itself", subject.unwrapped()
     nudged = largest(subject.nudged(subject.ids)[0] - native)
     yield Row(check, "last bit off", nudged, note="each layer's input off by up to one unit in the last place")
-    for mode in (mode for mode in MODES[1:] if not subject.forgets(mode)):
+    for mode in (mode for mode in MODES[1:] if not subject.gets_wrong(mode)):
         yield Row(check, mode, largest(subject.unwrapped(mode) - native), note="against its own prefill")
 
 

@@ -81,6 +81,8 @@ class Subject:
     def logits(self, ids: Int[Tensor, "batch pos"], **arguments: Any) -> Float[Tensor, "batch keep vocab"]:
         """Logits of the last tokens of some sequences."""
         use_cache = cache_argument(self.model.hf_model) in arguments
+        if not torch.is_grad_enabled():  # a cache lets no gradient through
+            use_cache |= any(self.dtype in tap.family.needs_memory for tap in self.model.taps)
         out = self.model.hf_model(input_ids=ids, use_cache=use_cache, **self.of_last, **arguments)
         return out.logits[:, -KEEP:].float()
 
@@ -93,7 +95,7 @@ class Subject:
         """The tokens in pieces, and the arguments that go with each: one cache, and positions where the model takes
         them (some models count from 0 in every piece unless told)."""
         hf_model, start = self.model.hf_model, 0
-        cache = {cache_argument(hf_model): self.model.new_cache()}
+        cache = {cache_argument(hf_model): self.model.new_cache(self.ids)}
         places = positions_behind(torch.ones_like(self.ids)) if "position_ids" in arguments_of(hf_model) else None
         for n in lengths:
             here = slice(start, start + n)
@@ -101,13 +103,18 @@ class Subject:
             yield self.ids[:, here], {**cache, **more}
             start += n
 
-    def forgets(self, mode: str) -> bool:
-        """The model that nobody wrapped would begin each piece with an empty memory (`Family.forgets`)."""
-        return mode == PIECES and any(tap.family.forgets for tap in self.model.taps)
+    def gets_wrong(self, mode: str) -> bool:
+        """The model that nobody wrapped gets this mode wrong: it would begin each piece with an empty memory
+        (`Family.forgets`), or take padding for tokens (`Family.ignores_padding`)."""
+        families = [tap.family for tap in self.model.taps]
+        if mode == PADDED:
+            return any(family.ignores_padding for family in families)
+        return mode == PIECES and any(family.forgets for family in families)
 
     def unwrapped(self, mode: str = PREFILL) -> Float[Tensor, "keep vocab"]:
-        """What the model says that nobody wrapped, kept from the first time on; its prefill where it `forgets`."""
-        if self.forgets(mode):
+        """What the model says that nobody wrapped, kept from the first time on; of a mode that it `gets_wrong`, its
+        prefill."""
+        if self.gets_wrong(mode):
             return self.unwrapped()
         if mode not in self._unwrapped:
             with detached(self.model.hf_model):
@@ -165,8 +172,7 @@ class Subject:
         on_cpu = self.model.device.type == "cpu"
         if self.dtype in (torch.float32, torch.float64):
             return 1e-4 if on_cpu else 4e-3
-        within = not on_cpu or any(tap.family.rounds_within for tap in self.model.taps)
-        return (8 if within else 2) * self.eps
+        return max(2 if on_cpu else 8, *(tap.family.rounds_within for tap in self.model.taps)) * self.eps
 
 
 def largest(x: Tensor) -> float:

@@ -20,7 +20,7 @@ class Norm:
 
     Attributes:
         module: the norm's module.
-        inputs: ``o`` (and, where it is gated, ``z``), heads flattened as the module takes them.
+        inputs: ``o`` (and, where it is gated, ``z``), heads flattened or not, as the module takes them.
         output: what the module returned.
         gradient: the number's gradient with respect to that output.
     """
@@ -32,7 +32,7 @@ class Norm:
 
     def rows(self, x: Tensor, shape: torch.Size, used: slice, head: int) -> Float[Tensor, "batch pos width"]:
         """The rows of an input or output that hold the head: only its own where each head is normalised by itself."""
-        if x.shape[-1] == shape[-1]:
+        if self.output.shape[-1] == shape[-1]:
             return x.reshape(shape)[:, used, head]
         return x.reshape(*shape[:2], -1)[:, used]
 
@@ -52,7 +52,9 @@ class Norm:
         rows, o_ndim = o.repeat(1, 1, o_change.shape[2], 1), self.inputs[0].ndim
         d = shape[-1]
         rows[..., slice(0, d) if o.shape[-1] == d else slice(head * d, (head + 1) * d)] += o_change.to(o.dtype)
-        flat = (x.expand(rows.shape).reshape(*(1,) * (o_ndim - 2), -1, rows.shape[-1]) for x in (rows, *gates))
+        tail = self.inputs[0].shape[-1:] if self.inputs[0].shape[-1] == rows.shape[-1] else self.inputs[0].shape[-2:]
+        lead = (1,) * (o_ndim - 1 - len(tail))
+        flat = (x.expand(rows.shape).reshape(*lead, -1, *tail) for x in (rows, *gates))
         after = self.module(*flat).reshape(rows.shape)
         return ((after - before) * gradient).sum((1, 3))
 

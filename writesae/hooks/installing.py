@@ -31,7 +31,7 @@ def find_mixers(model: nn.Module) -> list[tuple[str, Any, Family]]:
         for family in FAMILIES:
             if family.mixers.get(type(module).__module__) == type(module).__name__:
                 if not hasattr(module, "layer_idx"):
-                    module.layer_idx = int(path.rsplit(f"{family.layers}.", 1)[1].partition(".")[0])
+                    vars(module)["layer_idx"] = int(path.rsplit(f"{family.layers}.", 1)[1].partition(".")[0])
                 found.append((path, module, family))
     return sorted(found, key=lambda item: item[2].layer(item[1]))
 
@@ -113,9 +113,9 @@ class Attachment:
         most, n_tokens = getattr(config, name, None), self.clock.now.n_tokens
         if most is not None and n_tokens > most and not text_model.training:
             raise ValueError(
-                f"a pass of {n_tokens} tokens, which {type(text_model).__name__} would cut into pieces of {most} within "
-                f"itself, where hooks and edits could not know which tokens they see: feed it in pieces with a cache, or "
-                f"set model.config.{name} to {n_tokens} or more"
+                f"a pass of {n_tokens} tokens, which {type(text_model).__name__} would cut into pieces of {most} "
+                f"within itself, where hooks and edits could not know which tokens they see: feed it in pieces with a "
+                f"cache, or set model.config.{name} to {n_tokens} or more"
             )
 
     @torch.compiler.disable(reason=graphs.REASON)

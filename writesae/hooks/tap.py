@@ -133,10 +133,11 @@ class Tap:
         (`Family.ignores_padding`)."""
         return self.family.ignores_padding and self.clock.padding() is not None
 
-    @property
-    def takes_calls(self) -> bool:
+    def takes(self, arguments: Iterable[Any]) -> bool:
         """Whether a call of the recurrence is the tap's, and not the native function's alone."""
-        return self.kernels != "native" or self.busy or self.masks
+        if self.kernels != "native" or self.busy or self.masks:
+            return True
+        return any(isinstance(x, Tensor) and x.dtype in self.family.needs_memory for x in arguments)
 
     def run(
         self, native: Callable[..., Any], arguments: dict[str, Any], here: Running, begin: Tensor | None = None
@@ -147,8 +148,8 @@ class Tap:
             call.start_from(begin)
         for state in self.initial.here():
             call.start_from(state)
-        if self.masks:
-            call.leave_out(self.clock.padding().to(device_of_call(call.arguments.values())))
+        if self.family.ignores_padding and (padding := self.clock.padding()) is not None:
+            call.leave_out(padding.to(device_of_call(call.arguments.values())))
         attached, requests, recorders = self.attached.here(), self.state_requests.here(), self.recorders.here()
         knockouts = [a for a in attached if a.targets is not None]
         attached = [a for a in attached if a.targets is None]

@@ -112,11 +112,12 @@ class HookedModel(TokenModel):
         """Where a layer runs, recurrent or not: the model's device, unless its layers lie on several."""
         return device_of(self._installed.layers[layer])
 
-    def new_cache(self) -> DynamicCache:
-        """An empty cache of transformers that the model takes: a ``DynamicCache(config=...)`` for most."""
+    def new_cache(self, ids: Int[Tensor, "batch pos"] | None = None) -> DynamicCache:
+        """An empty cache of transformers that the model takes: a ``DynamicCache(config=...)`` for most. With the tokens
+        that it is for, also one that the unwrapped model takes."""
         take = self.taps[0].family.takes_cache
         if take is not None:
-            return take(None, self._installed.text_model, None)
+            return take(None, self._installed.text_model, ids)
         return DynamicCache(config=bare(self.hf_model).config)
 
     def _tap(self, layer: int) -> Tap:

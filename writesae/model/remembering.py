@@ -202,11 +202,13 @@ class RememberingModel(HookedModel):
             )
 
     def _cache_renamed(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments, with a cache under the model's own name for it."""
-        past = cache_in(kwargs)
+        """The arguments, with a cache that the model takes, under its own name for it."""
+        past, take = cache_in(kwargs), self.taps[0].family.takes_cache
         others = {name: value for name, value in kwargs.items() if name not in CACHES}
         if past is None:
             return others
+        if take is not None:
+            past = take(past, self._installed.text_model, None)
         return {**others, cache_argument(self.hf_model): past}
 
     def _tokens(self, x: Text | None, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -19,7 +19,8 @@ if hasattr(BaseModelOutputWithPast, "cache"):
 # Arguments that transformers uses for every model, beside those of the model's own forward; and a mask, at which a
 # wrapped one looks whether its own forward does or not.
 OF_EVERY_MODEL = (
-    "attention_mask", "output_hidden_states", "output_attentions", "output_router_logits", "num_items_in_batch", "return_dict",
+    "attention_mask", "output_hidden_states", "output_attentions", "output_router_logits", "num_items_in_batch",
+    "return_dict",
 )  # fmt: skip
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 

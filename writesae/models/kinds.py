@@ -75,6 +75,11 @@ def why_not(model: nn.Module, known_mixers: Iterable[str]) -> str:
     """Why a model without a mixer that we know cannot be wrapped; ``known_mixers`` for where the model is not known."""
     name = type(model).__name__
     modules = {type(module).__module__ for module in model.modules()}
+    if any(module.startswith("xlstm.") for module in modules):
+        return (
+            f"{name} cannot be wrapped: its layers are those of the package xlstm, which transformers takes in the "
+            f"place of its own wherever it is installed. Uninstall xlstm, and load the model again"
+        )
     files = {module.split(".")[2]: sys.modules[module] for module in modules if module.startswith(_TRANSFORMERS)}
     for folder in files:
         if reason := OF_TRANSFORMERS.get(folder):

@@ -210,11 +210,13 @@ class Family:
             model, the pass's tokens or their embeddings; None if there is no pass yet) -> a cache that the model takes,
             and that keeps states where transformers' `DynamicCache` does.
         stream_norms: submodules of a layer that are norms of the residual stream itself: what they give is the stream.
-        rounds_within: its own functions compute the recurrence in the model's dtype, and not in float32, on a CPU too.
+        rounds_within: by how many units in the last place of half precision its own functions may be off, as a share of
+            the largest value, where they compute the recurrence in it and not in float32, on a CPU too; 0 where not.
         layers: what its text models call the list of their layers.
         ignores_padding: its mixers know nothing of the attention mask. Where a token is padding, the tap takes the call
             even if nothing is attached, and has the memory pass over it (`KernelCall.leave_out`).
-        fails_on: whether a kernel, called with these arguments by name, would fail: the tap takes such a call, too.
+        needs_memory: dtypes in which its own functions fail on tokens without a memory before them (of zeros, say). The
+            tap takes all calls in these, and its `KernelCall` gives them one.
         cut_beyond: the attribute of a config that says beyond how many tokens a model cuts a pass into several within
             itself, where positions cannot be known.
         letters: what canonical quantities are in the architecture's own words, where those differ.
@@ -240,10 +242,10 @@ class Family:
     forgets: tuple[str, ...] = ()
     takes_cache: Callable[[Any, Any, Tensor | None], Any] | None = None
     stream_norms: tuple[str, ...] = ()
-    rounds_within: bool = False
+    rounds_within: int = 0
     layers: str = "layers"
     ignores_padding: bool = False
-    fails_on: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
+    needs_memory: tuple[torch.dtype, ...] = ()
     cut_beyond: str = ""
     letters: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=lambda: SSM)

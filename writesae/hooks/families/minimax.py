@@ -159,7 +159,7 @@ MINIMAX = Family(
     call=LightningCall,
     takes_cache=lightning_cache,
     stream_norms=("input_layernorm", "post_attention_layernorm"),
-    rounds_within=True,
+    rounds_within=8,
     letters={"log_decay": "fixed", "z": "before its sigmoid"},
 )
 register(MINIMAX)

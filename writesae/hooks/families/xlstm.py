@@ -1,25 +1,27 @@
 """xLSTM's mLSTM: linear attention with gates that are exponentials, read through a normaliser.
 
-    C_t = f C_{t-1} + i k_t v_t^T       n_t = f n_{t-1} + i k_t       h_t = C_t^T q_t / (max(|n_t . q_t|, exp(-m_t)) + eps)
-    m_t = max(log f_t + m_{t-1}, i_t)   f = exp(log f_t + m_{t-1} - m_t)    i = exp(i_t - m_t)
+    C_t = f C_{t-1} + i k_t v_t^T               n_t = f n_{t-1} + i k_t
+    h_t = C_t^T q_t / d_t                       d_t = max(|n_t . q_t|, exp(-m_t)) + eps
+    m_t = max(log f_t + m_{t-1}, i_t)           f = exp(log f_t + m_{t-1} - m_t),  i = exp(i_t - m_t)
 
-with ``log f_t`` the log sigmoid of the forget gate and ``i_t`` the input gate, both before any activation, and ``m`` a
-stabiliser: ``C`` and ``n`` are kept in units of ``exp(m)``. Neither ``n`` nor ``m`` depends on ``C``. So in these units
-the matrix obeys the recurrence of all others, in the letters of `writesae.recurrence`: no erase, write ``k (beta v)^T``
-with ``beta = i``, decay ``f``, and the read ``q`` is the query divided by all that ``h`` is divided by.
+with ``log f_t`` the log sigmoid of the forget gate and ``i_t`` the input gate before its exponential. The stabiliser
+``m`` is the unit, ``exp(m)``, in which ``C`` and the normaliser ``n`` are kept. Neither ``n`` nor ``m`` depends on
+``C``. So the matrix obeys the recurrence of all others, in the letters of `writesae.recurrence`: no erase, decay ``f``,
+write ``k (beta v)^T`` with ``beta = i``, and a read along ``q_t / d_t``.
 
-An edit of the matrix changes what is read of it exactly and linearly, and leaves ``n`` and ``m`` as they are: they go on
-counting what the model itself wrote. So does a hook that changes ``q``, ``k``, ``v``, ``beta`` or ``log_decay``, which are
-of the matrix alone. The model's own inputs are points before these (``q_raw``, ``k_raw``, ``igate``, ``fgate``), and what
-a hook makes of them goes to the native function, normaliser, stabiliser and all.
+An edit of the matrix changes what is read of it linearly and exactly, and leaves ``n`` and ``m`` as they are: they go
+on counting what the model itself wrote. So does a hook that changes ``q``, ``k``, ``v``, ``beta`` or ``log_decay``,
+which are of the matrix alone, and one that changes ``denominator``, which is ``d``. The model's own inputs are points
+before these (``q_raw``, ``k_raw``, ``igate``, ``fgate``): what a hook makes of them goes to the native function, and
+normaliser and stabiliser follow.
 
-The model cuts off no padding, and its cache class is one of its own: `MatrixCache` keeps ``C``, ``n`` and ``m`` where all
-others of transformers keep states.
+transformers keeps no padding out of any of this, and has a cache class for it alone. `MatrixCache` keeps ``C``, ``n``
+and ``m`` where all others keep states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +51,14 @@ class MatrixCache(DynamicCache):
     """Keeps ``C``, ``n`` and ``m`` of each layer as its recurrent states 0, 1 and 2, and shows them to the model by the
     names that an ``xLSTMCache`` has for them."""
 
-    is_compileable = False  # generation would compile the model
-
     def __init__(self, n_layers: int):
         Cache.__init__(self, [LinearAttentionLayer(number_of_states=len(_PARTS)) for _ in range(n_layers)])
         self.seqlen_offset = 0  # which the model counts
+
+    @property
+    def is_compileable(self) -> bool:
+        """Generation on a GPU would compile the model."""
+        return False
 
     @property
     def rnn_state(self) -> _States:
@@ -81,19 +86,19 @@ def matrix_cache(cache: Any, text_model: Any, tokens: Tensor | None) -> MatrixCa
         kind = type(cache).__name__
         if kind not in ("xLSTMCache", "DynamicCache"):
             raise ValueError(f"a cache of the class {kind}: xLSTM takes a DynamicCache(config=...), or none")
-        states = vars(cache).pop("rnn_state", {})
-        if any(bool(C.any()) for C, *_ in states.values()) or any(
-            x.is_initialized for x in vars(cache).get("layers", ())
-        ):
+        states, layers = vars(cache).get("rnn_state", {}), vars(cache).get("layers", ())
+        if any(bool(C.any()) for C, *_ in states.values()) or any(layer.is_initialized for layer in layers):
             raise ValueError(
-                f"this {kind} was filled where writesae did not see it, and which of its tokens were padding is not known: "
-                f"begin with a new one, or with DynamicCache(config=model.config)"
+                f"this {kind} was filled where writesae did not see it, and which of its tokens were padding is not "
+                f"known: begin with a new one, or with DynamicCache(config=model.config)"
             )
+        vars(cache).pop("rnn_state", None)
         cache.__class__ = MatrixCache
         cache.__init__(len(text_model.blocks))
-    if tokens is not None and cache.layers[0].recurrent_states[0] is None:
+    empty: Any = [layer for layer in cache.layers if layer.recurrent_states[0] is None]
+    if tokens is not None and empty:
         like = tokens if tokens.is_floating_point() else text_model.get_input_embeddings().weight
-        for layer, block in zip(cache.layers, text_model.blocks, strict=True):
+        for layer, block in zip(empty, text_model.blocks, strict=True):
             n_heads, d_key, d_value = sizes(block.mlstm_layer)
             for i, shape in enumerate(((d_key, d_value), (d_key,), (1,))):
                 zeros = torch.zeros(len(tokens), n_heads, *shape, dtype=like.dtype, device=device_of(block))
@@ -105,12 +110,6 @@ def sizes(mixer: Any) -> tuple[int, int, int]:
     """``n_heads, d_key, d_value``; the config's own are rounded up to multiples of 64."""
     n_heads = mixer.config.num_heads
     return n_heads, mixer.qk_dim // n_heads, mixer.v_dim // n_heads
-
-
-def without_memory(arguments: Mapping[str, Any]) -> bool:
-    """In half precision and without a memory before its tokens, which transformers begins in float32: it then fails on a
-    chunk of them or more. It does not with one of zeros."""
-    return arguments["query"].dtype in (torch.bfloat16, torch.float16) and arguments.get("c_initial") is None
 
 
 class MLSTMCall(KernelCall):
@@ -152,9 +151,8 @@ class MLSTMCall(KernelCall):
             return get("k_raw") if "k_raw" in self.changed else self.canonical("k_raw", heads)  # no memory in common
         if quantity == "denominator":
             read, _ = self._normalised(heads)
-            return (
-                torch.maximum(read.abs(), (-get("m")[:, 1:]).exp().to(read.dtype)) + self.arguments["self"].config.eps
-            )
+            least = (-get("m")[:, 1:]).exp().to(read.dtype)
+            return torch.maximum(read.abs(), least) + self.arguments["self"].config.eps
         if quantity == "beta":
             return (get("igate") - get("m")[:, 1:]).exp().to(get("igate").dtype)
         if quantity == "log_decay":
@@ -202,7 +200,7 @@ class MLSTMCall(KernelCall):
             return self.compute()
         changed = {_ARGUMENT[name]: x.to(self.dtype).transpose(1, 2) for name, x in self.changed.items()}
         arguments = self.arguments | changed
-        if without_memory(arguments):
+        if self.dtype in self.family.needs_memory and self.initial_state is None:
             batch, n_heads, _, d_key = arguments["query"].shape
             shapes = ((d_key, arguments["value"].shape[-1]), (d_key,), (1,))
             zeros = (arguments["query"].new_zeros(batch, n_heads, *shape) for shape in shapes)
@@ -231,10 +229,10 @@ XLSTM = Family(
     seen_at={"z": "ogate_preact"},
     call=MLSTMCall,
     takes_cache=matrix_cache,
-    rounds_within=True,
+    rounds_within=32,  # it divides by a sum that nearly cancels where the read does
     layers="blocks",
     ignores_padding=True,
-    fails_on=without_memory,
+    needs_memory=(torch.bfloat16, torch.float16),  # transformers begins one in float32, and fails on a chunk
     cut_beyond="max_inference_chunksize",
     meanings={
         "q_raw": Quantity(PER_KEY, "the query, before its scale; it also reads the normaliser"),
