@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -65,7 +65,7 @@ class Intervention(ABC):
     layer: int
     head: int | Sequence[int] | None = None
 
-    def __new__(cls, *_: Any, **named: Any) -> Self:
+    def __new__(cls, *_: Any, **named: Any) -> Any:
         check_names(cls, named)
         return super().__new__(cls)
 
