@@ -4,6 +4,7 @@ They are made in a process of their own, where no type checker stands in front o
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -25,6 +26,23 @@ MISTAKES = {
     "sae.encode(text)": ["an SAE reads matrices", "model.encode(sae, text)"],
     "sae.decode(text)": ["decode takes activations"],
     "sae.atom('53')": ["whole number"],
+    "ws.Knockout(2, 1, source=5, targets=9)": ["no argument 'source': Knockout(layer, head", "did you mean 'sources'?"],
+    "ws.Delete(layers=2)": ["no argument 'layers'", "did you mean 'layer'?"],
+    "ws.Substitute(sae, atoms=[5])": ["no argument 'atoms'", "did you mean 'atom'?"],
+    "ws.Substitute(sae, atom=[5, 9999])": ["atom 9999: this SAE has atoms 0 to 2047"],
+    "ws.Replace(2, 1, write=torch.zeros(3))": ["write= is a Write", "got a Tensor"],
+    "ws.Add(2, 1, write=cache.write(2)[0, 5, 1], scale='3')": ["scale='3': give a number"],
+    "edited(ws.Delete(2, 1), position=[5])": ["argument 'position'", "did you mean 'positions'?"],
+    "edited(sae, atoms=7)": ["argument 'atoms'", "did you mean 'atom'?"],
+    "edited(sae, atom=7, scale='3')": ["scale='3': give a number"],
+    "model.memory(text, memories=None)": ["argument 'memories'", "did you mean 'memory'?"],
+    "model.run_with_hooks(text, ['blocks.2.mixer.hook_k'])": ["hooks are pairs of a name and a function"],
+    "model.likely(text, n='3')": ["n='3': allowed are 1 to 4096"],
+    "ws.HookedRecurrentModel.from_pretrained(3)": ["named by a text or a path; got 3"],
+    "ws.HookedRecurrentModel.from_pretrained('tiny-gnd')": ["tiny-gnd is not shipped", "did you mean 'tiny-gdn'?"],
+    "ws.WriteSAE.from_pretrained('tiny-gnd/L2H1')": ["(did you mean 'tiny-gdn/L2H1'?)"],
+    "ws.population_test(model, sae, text, atom=3)": ["argument 'atom'", "did you mean 'atoms'?"],
+    "ws.steer": ["no attribute 'steer'", "did you mean 'Steer'?"],
     "cache['q']": ["of which layer?", "cache['q', layer]"],
     "model.run_with_cache(text, names='q')": ["of which layer?", "blocks.0.mixer.hook_q"],
     "model(text, positions='all')": ["no argument 'positions'"],
@@ -42,6 +60,9 @@ MISTAKES = {
 }
 PLAIN = {  # where the meaning is plain, it is taken
     "cache.state(1, -1)": "cache.state(1, [-1])",
+    "model.run_with_hooks(text, (('k', 1), halved))": "model.run_with_hooks(text, [(('k', 1), halved)])",
+    "edited(ws.Substitute(sae, atom=fire))": "edited(ws.Substitute(sae))",  # all that fire
+    "edited(ws.Substitute(sae, atom=fire[:1]))": "edited(ws.Substitute(sae, atom=fire[0]))",
     "cache.state(1, -1, heads=0)": "cache.state(1, [-1], heads=[0])",
     "ws.gradient(model, text, ' the').value": "ws.gradient(model, text, ws.Logit(model.to_single_token(' the'))).value",
     "ws.gradient(model, text, ws.Logit(' the', minus=' a')).value": "ws.gradient(model, text, ws.Logit(model.to_single_token(' the'), minus=model.to_single_token(' a'))).value",  # noqa: E501
@@ -54,6 +75,9 @@ model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn")
 sae = ws.WriteSAE.from_pretrained("tiny-gdn/L2H1")
 text = "The state of the Union is strong and the people"
 _, cache = model.run_with_cache(text)
+fire = model.encode(sae, text).indices.unique().tolist()
+assert len(fire) > 2
+halved = lambda x, hook: x / 2
 
 def edited(*edits, **options):
     with model.intervene(*edits, **options):
@@ -74,8 +98,9 @@ print(json.dumps([said, same]))
 @pytest.fixture(scope="module")
 def made():
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], input=json.dumps([list(MISTAKES), PLAIN]), capture_output=True, text=True
-    )
+        [sys.executable, "-c", SCRIPT], input=json.dumps([list(MISTAKES), PLAIN]), capture_output=True, text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
+from writesae.jobs.choices import meant
 from writesae.jobs.late import give
 
 if TYPE_CHECKING:
@@ -145,7 +146,9 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":  # it stands in pyproject.toml, once
         return importlib.metadata.version("writesae")
     if name not in _MODULE:
-        raise AttributeError(f"module 'writesae' has no attribute {name!r}")
+        near = {known.lower(): known for known in __all__}.get(name.lower())
+        said = f"; did you mean {near!r}?" if near else meant(name, __all__, 0.7)
+        raise AttributeError(f"module 'writesae' has no attribute {name!r}{said}")
     return getattr(importlib.import_module(_MODULE[name]), name)
 
 

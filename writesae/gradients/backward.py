@@ -230,6 +230,9 @@ class Gradient:
     cache: ActivationCache
     layers: dict[int, LayerGradient]
 
+    def __repr__(self) -> str:
+        return f"Gradient(of {self.value.tolist()}, with respect to layers {', '.join(map(str, sorted(self.layers)))})"
+
     @property
     @torch.no_grad()
     def logits(self) -> Float[Tensor, "batch pos vocab"]:

@@ -223,7 +223,7 @@ class ActivationCache(Mapping[str, Any]):
             IndexError: a sequence has no such position in this pass.
         """
         if not all(isinstance(p, int) for p in positions):
-            raise TypeError(f"positions={positions!r}: give a list of whole numbers")
+            raise TypeError(f"positions={positions!r}: give a list of whole numbers, or a number")
         own = (self.positions if self.has_batch_dim else self.positions[None]).cpu()
         first, last = own.masked_fill(own == PAD, own.max() + 1).min(1).values, own.max(1).values
         asked = torch.tensor(list(positions)).long().expand(len(own), -1)

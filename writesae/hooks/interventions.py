@@ -17,6 +17,7 @@ from torch import Tensor
 
 from writesae.hooks.positions import Positions, PositionSet, row_of_each
 from writesae.hooks.sites import Site
+from writesae.jobs.arguments import check_names
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32, memory_dtype
 from writesae.recurrence.dynamics import delta_of
 
@@ -63,6 +64,10 @@ class Intervention(ABC):
 
     layer: int
     head: int | Sequence[int] | None = None
+
+    def __new__(cls, *_: Any, **named: Any) -> Any:
+        check_names(cls, named)
+        return super().__new__(cls)
 
     @property
     def fitted(self) -> Any:
@@ -154,6 +159,13 @@ class Add(Intervention):
     write: Write
     scale: float | int | Float[Tensor, "batch *n"] = 1.0
     relative: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.write, Write):
+            got = f"a {type(self.write).__name__}"
+            raise TypeError(f"write= is a Write, as cache.write(layer)[0, 5, head], or ws.Write(key, value); got {got}")
+        if not isinstance(self.scale, int | float | Tensor):
+            raise TypeError(f"scale={self.scale!r}: give a number, or a tensor [batch] or [batch, n]")
 
     def check(self, site: Site, positions: PositionSet) -> None:
         super().check(site, positions)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
+
+from writesae.jobs.choices import meant
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -49,7 +51,9 @@ def named_kinds(function: F) -> F:
         try:
             given = signature.bind_partial(*args, **kwargs).arguments
         except TypeError as error:  # an argument too many, or of no such name
-            raise TypeError(f"{error}: {function.__name__}{_order(signature)}") from None
+            unknown = next((name for name in kwargs if name not in signature.parameters), None)
+            near = "" if unknown is None else meant(unknown, signature.parameters)
+            raise TypeError(f"{error}: {function.__name__}{_order(signature)}{near}") from None
         for name, (is_one, words) in checked.items():
             if name in given and given[name] is not None and not is_one(given[name]):
                 raise TypeError(
@@ -76,3 +80,12 @@ def _order(signature: inspect.Signature) -> str:
 def _shown(value: Any) -> str:
     text = repr(value) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
     return text if len(text) < 60 else f"{text[:56]}...'"
+
+
+def check_names(made: type, named: Mapping[str, Any]) -> None:
+    """Raise TypeError for arguments that a class has none of by that name; the message says the nearest right one."""
+    signature = inspect.signature(made.__init__)
+    unknown = next((name for name in named if name not in signature.parameters), None)
+    if unknown is not None and all(one.kind is not one.VAR_KEYWORD for one in signature.parameters.values()):
+        near = meant(unknown, signature.parameters)
+        raise TypeError(f"no argument {unknown!r}: {made.__name__}{_order(signature)}{near}")

@@ -18,6 +18,10 @@ def one_of(what: str, name: Name, allowed: Iterable[str]) -> Name:
     allowed = list(allowed)
     if name in allowed:
         return name
-    near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
-    meant = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"no {what} {name!r}: allowed are {', '.join(allowed)}{meant}")
+    raise ValueError(f"no {what} {name!r}: allowed are {', '.join(allowed)}{meant(name, allowed)}")
+
+
+def meant(name: str, allowed: Iterable[str], cutoff: float = 0.5) -> str:
+    """``; did you mean 'this'?`` of the nearest name that is allowed; nothing if none is near."""
+    near = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""

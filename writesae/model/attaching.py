@@ -34,6 +34,7 @@ from writesae.hooks.positions import Positions
 from writesae.hooks.quantities import RESIDUAL
 from writesae.hooks.residual_edits import Tokens
 from writesae.hooks.scope import Owner, in_main_thread_alone, owning
+from writesae.jobs.arguments import named_kinds
 from writesae.model.asked import Strength, edits_of
 from writesae.model.blocks import block
 from writesae.model.tokens import TokenModel
@@ -42,7 +43,8 @@ from writesae.recurrence import Read
 
 Name: TypeAlias = str | tuple[str, int]
 Names: TypeAlias = Name | Sequence[Name] | Callable[[str], bool] | None
-Hooks: TypeAlias = Sequence[tuple[Name | Callable[[str], bool], Callable[[Any, HookPoint], Any]]]
+Hooked: TypeAlias = tuple[Name | Callable[[str], bool], Callable[[Any, HookPoint], Any]]
+Hooks: TypeAlias = Sequence[Hooked] | Hooked
 
 
 class HookedModel(TokenModel):
@@ -166,7 +168,7 @@ class HookedModel(TokenModel):
         with ExitStack() as stack:
             owner, silent = stack.enter_context(self._block(everywhere)), Counter[str]()
             requests: dict[int, PositionSet] = {}
-            for name, fn in (*hooks, *fwd_hooks):
+            for name, fn in (*_pairs(hooks), *_pairs(fwd_hooks)):
                 for point in self._select(name):
                     if point.quantity != "state":
                         stack.enter_context(point.add_hook(_noting(silent, point, fn), owner=owner))
@@ -180,7 +182,7 @@ class HookedModel(TokenModel):
                         requests[point.layer] = PositionSet(state_positions)
                         stack.enter_context(self._tap(point.layer).state_requests.added(requests[point.layer], owner))
                     stack.enter_context(point.add_hook(_only_for(requests[point.layer], fn), owner=owner))
-            for name, fn in bwd_hooks:
+            for name, fn in _pairs(bwd_hooks):
                 for point in self._without_states(name, "gradients come from ws.gradient"):
                     stack.enter_context(point.add_hook(fn, "bwd", owner))
             yield owner
@@ -213,6 +215,7 @@ class HookedModel(TokenModel):
             raise ValueError(f"{states[0]} fires only at positions asked for: {instead}")
         return [point for point in points if point.quantity != "state"]
 
+    @named_kinds
     @block
     @contextmanager
     def intervene(
@@ -378,3 +381,13 @@ def _check_reached(positions: Any) -> None:
                 f"a sequence that ran in this block never reached position{'s' if len(missed) > 1 else ''} "
                 f"{', '.join(map(str, missed[:5]))}, so nothing happened there"
             )
+
+
+def _pairs(hooks: Hooks) -> list[Any]:
+    """Pairs of a name and a function; one alone stands for a list of one. TypeError for anything else."""
+    one = isinstance(hooks, tuple) and len(hooks) == 2 and callable(hooks[1])
+    pairs: list[Any] = [hooks] if one else list(hooks)
+    for pair in pairs:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[1])):
+            raise TypeError(f"hooks are pairs of a name and a function, [(name, fn), ...]; got {pair!r}")
+    return pairs

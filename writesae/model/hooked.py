@@ -21,6 +21,7 @@ from writesae.hooks.residual import Stopped, stop_at
 from writesae.hooks.scope import owning
 from writesae.hooks.tap import check_kernels
 from writesae.jobs.arguments import named_kinds
+from writesae.jobs.choices import meant
 from writesae.jobs.elsewhere import NamesElsewhere
 from writesae.model.attaching import Hooks, Names, check_fired
 from writesae.model.continuing import positions_behind
@@ -139,6 +140,8 @@ class HookedRecurrentModel(NamesElsewhere, GeneratingModel):
             check_kernels(kernels)
         if device is not None and kwargs.get("device_map") is not None:
             raise TypeError("device and device_map both say where the model goes: pass one of them")
+        if not isinstance(name, str | Path):
+            raise TypeError(f"a model is named by a text or a path; got {name!r}")
         shipped = shipped_model(str(name))
         source = shipped or str(name)
         place = None if device is None else device_named(device)
@@ -148,9 +151,10 @@ class HookedRecurrentModel(NamesElsewhere, GeneratingModel):
         try:
             hf_model = load_model(source, dtype=dtype, **kwargs)
         except OSError as error:
+            ours = shipped_models()
             raise OSError(
-                f"{name} is not shipped (that is: {', '.join(shipped_models())}), and could not be loaded as a "
-                f"folder, a hub id or a .pth file: {error}"
+                f"{name} is not shipped (that is: {', '.join(ours)}{meant(str(name), ours, 0.7)}), and could not be "
+                f"loaded as a folder, a hub id or a .pth file: {error}"
             ) from error
         if tokenizer is None:
             tokenizer = load_tokenizer(source, **kwargs)

@@ -16,6 +16,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from writesae.hooks.attachment import attach
 from writesae.hooks.clock import Fed, cache_in
 from writesae.hooks.scope import owning
+from writesae.jobs.arguments import named_kinds
 from writesae.model.attaching import HookedModel
 from writesae.model.continuing import cache_argument
 from writesae.model.memory import Memory
@@ -44,6 +45,7 @@ class RememberingModel(HookedModel):
     """A transformers model with hook points that hands out what it remembers; its arguments are those of
     `HookedModel`."""
 
+    @named_kinds
     @torch.inference_mode(False)  # it may be used where gradients are wanted
     @torch.no_grad()
     def memory(self, x: Text | None = None, *, memory: Memory | None = None) -> Memory:

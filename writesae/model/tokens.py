@@ -253,8 +253,8 @@ class TokenModel(nn.Module):
         if logits.ndim > 2 and logits.shape[:-2].numel() != 1:
             raise ValueError(f"likely is of one text: got logits {list(logits.shape)}; give one row of them")
         last = logits.reshape(-1, logits.shape[-1])[-1].float().softmax(-1)
-        if not 1 <= n <= len(last):
-            raise ValueError(f"n={n}: allowed are 1 to {len(last)}, the tokens of the vocabulary")
+        if not isinstance(n, int) or not 1 <= n <= len(last):
+            raise ValueError(f"n={n!r}: allowed are 1 to {len(last)}, the tokens of the vocabulary")
         values, ids = last.topk(n)
         return [
             (str(self.to_string([token])), value) for token, value in zip(ids.tolist(), values.tolist(), strict=True)

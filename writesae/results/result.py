@@ -123,6 +123,14 @@ class Result(ABC):
     KEYS: ClassVar[tuple[str, ...]] = ("part", "layer", "head")
     VALUE: ClassVar[str] = ""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):  # that of a dataclass would be pages of numbers
+            cls.__repr__ = Result.__repr__
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.title}; it has .table(), .numbers(), .records(), .plot())"
+
     @property
     @abstractmethod
     def title(self) -> str:

@@ -13,9 +13,10 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from writesae.jobs.choices import meant
 from writesae.saes import files
 from writesae.saes.config import SAEConfig
-from writesae.zoo import ZOO, shipped_model, shipped_saes
+from writesae.zoo import ZOO, shipped_model, shipped_models, shipped_saes
 
 
 class Format(ABC):
@@ -119,4 +120,8 @@ def fetch(hub_id: str, wanted: list[str], revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as e:
-        raise FileNotFoundError(f"{hub_id} is no folder here, and the hub did not give it: {e}") from e
+        ours = [f"{model}/{sae.name}" for model in shipped_models() for sae in shipped_saes(model)]
+        near = meant(hub_id, ours, 0.8).removeprefix("; ")
+        raise FileNotFoundError(
+            f"{hub_id} is no folder here, and the hub did not give it{f' ({near})' if near else ''}: {e}"
+        ) from e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,20 +43,26 @@ class Substitute(OfItsHead):
 
     Attributes:
         sae: a `WriteSAE`; layer and head are its site's.
-        atom: act only where this atom is the top one; None: whichever it is.
+        atom: act only where this atom is the top one, or one of several; None: whichever it is.
         norm: ``"code"``: the atom at its activation. ``"native"``: at the native write's norm (paper, appendix J).
     """
 
-    atom: int | None = None
+    atom: int | Sequence[int] | None = None
     norm: Literal["code", "native"] = "code"
 
-    def __init__(self, sae: WriteSAE, *, atom: int | None = None, norm: Literal["code", "native"] = "code"):
+    def __init__(
+        self,
+        sae: WriteSAE,
+        *,
+        atom: int | Sequence[int] | None = None,
+        norm: Literal["code", "native"] = "code",
+    ):
         if norm not in ("code", "native"):
             raise ValueError(
                 f"norm={norm!r}: allowed are 'code' (the activation) and 'native' (the native write's norm)"
             )
         if atom is not None:
-            sae.atom(atom)  # raises for an atom out of range
+            sae.atom(torch.as_tensor(atom))  # raises for an atom out of range
         self._set(sae, atom=atom, norm=norm)
 
     @property
@@ -67,7 +74,7 @@ class Substitute(OfItsHead):
         value, top = values[..., 0], indices[..., 0]
         fires = value > 0
         if self.atom is not None:
-            fires = fires & (top == self.atom)
+            fires = fires & torch.isin(top, torch.as_tensor(self.atom, device=top.device))
         atom = self.sae.dictionary.atom(top)
         atom = atom * (value if self.norm == "code" else now.write.norm() / atom.norm().clamp_min(1e-30))
         rank = max(atom.rank, now.write.rank)
