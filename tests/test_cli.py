@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,17 @@ def test_a_file_is_a_command():
     ]
     places = [runner.invoke(app, ["--help"]).output.index(f" {name} ") for name in found]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("command", app.registered_commands, ids=lambda command: command.name)
+def test_help_says_all_of_the_docstring(command):
+    """Brackets are no markup, and paragraphs do not end where lines of the source do."""
+    words = " ".join((command.callback.__doc__ or "").split())
+    narrow = runner.invoke(app, [command.name, "--help"], env={"COLUMNS": "80"}).output
+    assert words in " ".join(narrow.split())
+    lines = [line.rstrip() for line in narrow.split("\u256d")[0].splitlines()]
+    short = [line for line, after in pairwise(lines) if line and after and len(line) < 60]
+    assert not short, "a line ended before its words reached the margin"
 
 
 def test_help_does_not_wait_for_torch():

@@ -6,9 +6,11 @@ command in the list of ``--help``; those without one come last. Files whose name
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,9 +42,16 @@ def main(
     """Look inside recurrent language models, and change what they remember."""
 
 
+def _prose(run: Callable[..., Any]) -> str:
+    """What a command's docstring says: paragraphs without the line ends of the source, brackets that are no markup."""
+    paragraphs = (inspect.getdoc(run) or "").split("\n\n")
+    return "\n\n".join(" ".join(words.split()) for words in paragraphs).replace("[", r"\[")
+
+
 _commands = [
     import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__) if not found.name.startswith("_")
 ]
 for _module in sorted(_commands, key=lambda module: getattr(module, "ORDER", len(_commands) + 1)):
     _name = _module.__name__.rpartition(".")[2]
-    app.command(_name)(getattr(_module, _name))
+    _run = getattr(_module, _name)
+    app.command(_name, help=_prose(_run))(_run)

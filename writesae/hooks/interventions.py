@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ class Add(Intervention):
         if not isinstance(self.write, Write):
             got = f"a {type(self.write).__name__}"
             raise TypeError(f"write= is a Write, as cache.write(layer)[0, 5, head], or ws.Write(key, value); got {got}")
-        if not isinstance(self.scale, int | float | Tensor):
+        if not isinstance(self.scale, Real | Tensor):
             raise TypeError(f"scale={self.scale!r}: give a number, or a tensor [batch] or [batch, n]")
 
     def check(self, site: Site, positions: PositionSet) -> None:
