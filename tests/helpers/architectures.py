@@ -91,7 +91,7 @@ class Architecture:
         """Of a tensor quantity of one head at one token."""
         if quantity == "log_decay" and self.rule.decay_per_key:
             return (D_KEY,)
-        of_values = dict.fromkeys(("v", "v_mix", "o", "z"), (self.d_value,))
+        of_values = dict.fromkeys(("v", "v_mix", "write_gate", "o", "z"), (self.d_value,))
         shape = {"beta": (), "log_decay": (), **of_values}.get(quantity, (D_KEY,))
         return (*self.steps, *shape) if quantity in ("k", "v", "beta") else shape
 
@@ -344,6 +344,8 @@ ARCHITECTURES = [
           gate="o_norm"),
     _ours("comba", bf.COMBA, "Comba", "Comba",
           dict(num_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY, intermediate_size=96), gate="o_norm"),
+    _ours("gdn2", bf.GDN2, "GDN2", "GatedDeltaNet2",
+          dict(num_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY, intermediate_size=96), gate="o_norm"),
     # Two heads of values share queries and keys.
     _ours("gated_delta_product", bf.DELTA_PRODUCT, "GatedDeltaProduct", "GatedDeltaProduct",
           dict(num_heads=N_KEY_HEADS, num_v_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY,
@@ -410,7 +412,7 @@ def _build(a: Architecture) -> PreTrainedModel:
                 for buffer, factors in zip(buffers, module.decay_factors(slopes), strict=True):
                     buffer.copy_(factors)
                 module.qkv_proj.weight.unflatten(0, (N_HEADS, 3, -1))[:, 1].mul_(0.25)
-            if hasattr(module, "w_proj"):
+            if type(module).__name__ == "RWKV6Attention":
                 bias = module.w_proj.linear.lora[2].bias  # log decay = -exp(input + bias)
                 bias.copy_((-torch.linspace(0.3, 0.999, len(bias)).log()).log())
             if type(module).__name__ in ("RWKV7Attention", "GatedLinearAttention", "MultiScaleRetention"):

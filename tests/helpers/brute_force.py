@@ -278,6 +278,11 @@ def comba_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
     return -outer(x["k"], x["beta"][..., None] * read_along(x["kappa"], S))
 
 
+def gdn2_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
+    """``-k ((b * k)^T D S)``, with an erase gate ``b`` of each key channel (fla/layers/gdn2.py)."""
+    return -outer(x["k"], read_along(x["erase_gate"] * x["k"], decayed))
+
+
 def rwkv7_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
     """``-(kappa iclr)(kappa^T S)``, which reads the state before its decay (arXiv 2503.14456, eq. 17)."""
     return -outer(x["kappa"] * x["iclr"], read_along(x["kappa"], S))
@@ -515,6 +520,14 @@ DELTA_PRODUCT = Rule(
     {"delta_product_recurrence": canonical},
     product_erase,
     product_value,
+)
+GDN2 = Rule(
+    "gdn2",
+    ("q", "k", "v", "log_decay", "erase_gate", "write_gate"),
+    {"gdn2_recurrence": canonical},
+    gdn2_erase,
+    lambda x: x["write_gate"] * x["v"],
+    decay_per_key=True,
 )
 DELTA_NET = Rule("delta", ("q", "k", "v", "beta"), {"delta_rule_recurrence": canonical}, delta_erase)
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), {"gla_recurrence": canonical}, decay_per_key=True)

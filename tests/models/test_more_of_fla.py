@@ -48,8 +48,14 @@ DELTA_PRODUCT = FLA_COMMON | dict(
     expand_v=2.0, head_dim=16, num_heads=2, num_householder=2, num_v_heads=None, use_forget_gate=True,
     use_output_gate=True, use_short_conv=True,
 )  # fmt: skip
+# Its layer's arguments: there is no model of it.
+GDN2 = FLA_COMMON | dict(
+    model_type="gdn2", architectures=["GDN2ForCausalLM"], allow_neg_eigval=False, expand_v=1.0, head_dim=16,
+    num_heads=2, num_v_heads=None, use_short_conv=True,
+)  # fmt: skip
 KINDS = {
-    config["model_type"]: config for config in (DELTA_PRODUCT, GATED_DELTANET, HGRN2, RETNET, LINEAR_ATTN, KDA, COMBA)
+    config["model_type"]: config
+    for config in (DELTA_PRODUCT, GATED_DELTANET, HGRN2, RETNET, LINEAR_ATTN, KDA, COMBA, GDN2)
 }
 
 
@@ -85,8 +91,12 @@ def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
         rank, of_gate = d_value // heads, {"A_log": heads, "dt_bias": heads}
         made[f"{at}attn.b_proj.weight"] = weight(heads * steps, d)
         made[f"{at}attn.o_norm.weight"] = around_one(rank)
-        if config["model_type"] == "kda":
-            of_gate["dt_bias"] = n = heads * config["head_dim"]
+        if config["model_type"] in ("kda", "gdn2"):
+            n = heads * config["head_dim"]
+            if config["model_type"] == "gdn2":  # keys have no more decays than they have heads
+                n, of_gate["A_log"] = d_key, config["num_heads"]
+                made |= {f"{at}attn.b_proj.weight": weight(d_key, d), f"{at}attn.w_proj.weight": weight(d_value, d)}
+            of_gate["dt_bias"] = n
             made |= {f"{at}attn.{x}_proj.0.weight": weight(rank, d) for x in "fg"}
             made |= {f"{at}attn.f_proj.1.weight": weight(n, rank), f"{at}attn.g_proj.1.weight": weight(d_value, rank)}
             made[f"{at}attn.g_proj.1.bias"] = around_one(d_value) - 1
@@ -162,6 +172,8 @@ def _gated_deltanet(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, r
     if broken != "norm":
         q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     v = v.unflatten(-1, (heads, -1))
+    if config["model_type"] == "gdn2":
+        return _gdn2(config, p, h, rms, broken, q, k, v)
     beta = (h @ p("attn.b_proj").T).sigmoid() * (2 if config.get("allow_neg_eigval") and broken != "eigval" else 1)
     if config["model_type"] == "kda":
         return _kda(config, p, h, rms, broken, q, k, v, beta)
@@ -216,6 +228,29 @@ def _kda(config: Any, p: Any, h: Tensor, rms: Any, broken: str, *qkv_beta: Tenso
     o, _ = fla_naive("kda").naive_recurrent_kda(q, k, v, g, beta)
     z = (h @ p("attn.g_proj.0").T @ p("attn.g_proj.1").T + p("attn.g_proj.1.bias")).unflatten(-1, (v.shape[2], -1))
     return (rms(o, p("attn.o_norm")) * (F.silu(z) if broken == "silu" else z.sigmoid())).flatten(2)
+
+
+def _gdn2(config: Any, p: Any, h: Tensor, rms: Any, broken: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Decays and erase gates are of key heads."""
+    of_keys = lambda y: y.unflatten(-1, (config["num_heads"], -1))  # noqa: E731
+    f = of_keys(h @ p("attn.f_proj.0").T @ p("attn.f_proj.1").T + p("attn.dt_bias"))
+    g = -p("attn.A_log").exp()[:, None] * F.softplus(f)
+    b, w = ((h @ p(f"attn.{name}_proj").T).sigmoid() for name in "bw")
+    w = w.unflatten(-1, (v.shape[2], -1))
+    b = of_keys(b) * (2 if config["allow_neg_eigval"] and broken != "erases once" else 1)
+    if broken == "one gate":
+        b = b.mean(-1, keepdim=True).expand_as(b)
+    elif broken == "no write gate":
+        w = torch.ones_like(w)
+    g, b = (
+        y.repeat(1, 1, v.shape[2] // y.shape[2], 1)
+        if broken == "gates of the wrong head"
+        else y.repeat_interleave(v.shape[2] // y.shape[2], 2)
+        for y in (g, b)
+    )
+    o, _ = fla_naive("gdn2").naive_recurrent_gdn2(q, k, v, g, b, w)
+    z = (h @ p("attn.g_proj.0").T @ p("attn.g_proj.1").T + p("attn.g_proj.1.bias")).unflatten(-1, (v.shape[2], -1))
+    return (rms(o, p("attn.o_norm")) * z.sigmoid()).flatten(2)
 
 
 def _hgrn2(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, rms: Any, broken: str) -> Tensor:
@@ -316,6 +351,8 @@ CONFIGS = [
     DELTA_PRODUCT,
     DELTA_PRODUCT | dict(num_v_heads=4, num_householder=3, use_forget_gate=False, allow_neg_eigval=True),
     DELTA_PRODUCT | dict(num_householder=1, use_output_gate=False, use_short_conv=False),
+    GDN2,
+    GDN2 | dict(num_v_heads=4, allow_neg_eigval=True, expand_v=0.5, use_short_conv=False),
 ]
 TWINS = {
     **dict.fromkeys(("heads", "norm", "eigval", "bias", "decay"), CONFIGS[1]),
@@ -326,6 +363,7 @@ TWINS = {
     **dict.fromkeys(("bias of f", "one decay", "silu"), KDA),
     "no bound": CONFIGS[16],
     **dict.fromkeys(("order", "no decay", "one step"), DELTA_PRODUCT),
+    **dict.fromkeys(("erases once", "one gate", "no write gate", "gates of the wrong head"), CONFIGS[-1]),
     **dict.fromkeys(("correction", "inner decay", "silu gate"), COMBA),
 }
 
@@ -370,6 +408,7 @@ def test_a_broken_one_is_not(broken: str, tmp_path: Path) -> None:
         (KDA, dict(lower_bound=1.0), "lower_bound=1.0: log decays lie below 0"),
         (KDA, dict(use_gate=False), "always has a gate"),
         (COMBA, dict(use_output_correction=False), "use_output_correction=True only"),
+        (GDN2, dict(lower_bound=-5.0), "config has lower_bound=-5.0, which writesae does not know"),
         (DELTA_PRODUCT, dict(num_householder=0), "num_householder=0: 1 step or more"),
         (RETNET, dict(use_short_conv=True), "use_short_conv=True: flash-linear-attention's has no convolution either"),
         (RETNET, dict(num_heads=32), "each head needs an even number; got 1"),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from writesae.hooks.families.base import Family, KernelCall, as_given, of_heads
 from writesae.hooks.families.registry import register
-from writesae.hooks.quantities import Quantity
+from writesae.hooks.quantities import PER_KEY, PER_VALUE, Quantity
 from writesae.recurrence import rules
 
 _SIZES = ("num_heads", "head_k_dim", "head_v_dim")
@@ -119,6 +119,22 @@ DELTA_PRODUCT = Family(
     letters={"log_decay": "before a token's first step; 0 without a forget gate"},
 )
 register(DELTA_PRODUCT)
+
+GDN2 = Family(
+    name="Gated DeltaNet 2",
+    rule=rules.GDN2,
+    mixers={"writesae.models.gdn2": "GatedDeltaNet2"},
+    kernels=("gdn2_recurrence",),
+    sizes=_SIZES,
+    norms=("o_norm",),
+    call=CanonicalCall,
+    meanings={
+        "erase_gate": Quantity(PER_KEY, "b: how much of each key channel the erase reads"),
+        "write_gate": Quantity(PER_VALUE, "w: how much of each value channel it writes"),
+        "write": Quantity("Write [batch, pos, head]", "the native write, in factors: key k, value write_gate * v"),
+    },
+)
+register(GDN2)
 
 GLA = Family(
     name="Gated Linear Attention",
