@@ -721,7 +721,7 @@ class BruteForce:
 
     def changed(self, stage: str, value: Tensor) -> Tensor:
         """A quantity outside of the recurrence; tokens, heads and channels may be flattened together."""
-        changed = value.reshape(self.n_rows, -1, self.a.n_heads, self.a.d_value).clone()
+        changed = value.reshape(self.n_rows, -1, self.a.n_heads, *self.a.shape(stage)).clone()
         for t in range(changed.shape[1]):
             for row, edit, _i in self.here(t):
                 if edit.stage == stage:

@@ -41,7 +41,6 @@ OF_FLA: dict[str, str] = {
     "cyclic_flow_attention": "it keeps aligned keys and values in slots of time, and moves them from slot to slot",
     "deltaformer": _ATTENTION,
     "forgetting_transformer": _ATTENTION,
-    "gsa": _TWO_MATRICES,
     "hgrn": "HGRN keeps a vector per layer, not a matrix (HGRN2 keeps matrices)",
     "lightnet": "it keeps a matrix per head, and decays that depend on a running sum of the keys' exponentials",
     "log_linear_mamba2": "it keeps a number of matrices per head that grows with the logarithm of the text's length",

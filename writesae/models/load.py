@@ -46,6 +46,7 @@ from writesae.models.gated_delta_net import GatedDeltaNetForCausalLM
 from writesae.models.gated_delta_product import GatedDeltaProductForCausalLM
 from writesae.models.gdn2 import GDN2ForCausalLM
 from writesae.models.gla import GLAForCausalLM
+from writesae.models.gsa import GSAForCausalLM
 from writesae.models.hgrn2 import HGRN2ForCausalLM
 from writesae.models.kda import KDAForCausalLM
 from writesae.models.kinds import OF_FLA, OF_TRANSFORMERS
@@ -69,6 +70,7 @@ OURS: dict[str, type[RecurrentForCausalLM]] = {
         CombaForCausalLM,
         GatedDeltaProductForCausalLM,
         GDN2ForCausalLM,
+        GSAForCausalLM,
     )
 }
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -158,6 +158,24 @@ HGRN2 = Family(
 )
 register(HGRN2)
 
+GSA = Family(
+    name="Gated Slot Attention",
+    rule=rules.GLA,
+    mixers={"writesae.models.gsa": "GatedSlotAttention"},
+    kernels=("gla_recurrence",),
+    sizes=("num_heads", "num_slots", "head_v_dim"),
+    seen_at={"scores": "scores"},
+    call=CanonicalCall,
+    meanings={"scores": Quantity(PER_KEY, "what each slot's key has in common with the query")},
+    letters={
+        "q": "the softmax of scores",
+        "k": "s, how much goes into each slot; a hook changes that of values, not of keys",
+        "log_decay": "likewise of values alone",
+        "state": "of values; that of keys has no hook point",
+    },
+)
+register(GSA)
+
 RETNET = Family(
     name="RetNet",
     rule=rules.SIMPLE_GLA,
