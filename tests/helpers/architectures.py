@@ -361,7 +361,7 @@ ARCHITECTURES = [
     # Two heads share keys, values and decays; slots, keys and values are of three sizes.
     _ours("gsa", bf.GLA, "GSA", "GatedSlotAttention",
           _MIXER | dict(hidden_size=N_HEADS * D_VALUE, num_kv_heads=N_KEY_HEADS, expand_k=0.5, expand_v=1.0,
-                        num_slots=D_KEY, gate_logit_normalizer=4),
+                        num_slots=D_KEY, gate_logit_normalizer=4, use_short_conv=True),
           gate=None, outputs={"scores": "scores"}),
     # Two heads share keys and values.
     _ours("retnet", bf.SIMPLE_GLA, "RetNet", "MultiScaleRetention", _MIXER | dict(num_kv_heads=N_KEY_HEADS),

@@ -55,7 +55,8 @@ def models(family: Family) -> list[str]:
 
 def points(family: Family) -> list[str]:
     """Its hook points in any model, in firing order."""
-    gate = ["z"] if family.norms and "z" not in family.seen_at else []
+    gated = any(a.gate for a in ARCHITECTURES if a.modeling_name in family.mixers)
+    gate = ["z"] if gated and "z" not in family.seen_at else []
     return [*family.seen_at, *family.raw, *family.rule.inputs, "write", "state", "o", *gate]
 
 

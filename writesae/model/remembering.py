@@ -24,7 +24,8 @@ from writesae.model.tokens import Text
 from writesae.models.arguments import CACHES
 from writesae.models.wrappers import bare
 
-STATE = "{}.recurrent_states.0"  # what transformers calls the state of a layer, by the names of `Memory.others`
+RECURRENT = ".recurrent_states."  # what transformers calls states, by the names of `Memory.others`
+STATE = f"{{}}{RECURRENT}0"  # that of a layer
 
 
 @contextmanager
@@ -170,7 +171,9 @@ class RememberingModel(HookedModel):
             )
         here, dtype = memory[range(batch) if len(memory) == batch else [0] * batch], bare(self.hf_model).dtype
         if here.dtype != dtype:  # convolutions and attention want the model's; recurrences take any
-            here = replace(here.to(dtype=dtype), states=here.states)
+            cast = here.to(dtype=dtype)
+            others = {name: x if RECURRENT in name else cast.others[name] for name, x in here.others.items()}
+            here = replace(cast, states=here.states, others=others)
         states = {
             STATE.format(tap.site.layer): tap.family.to_model(here.states[tap.site.layer], tap.n_calls).contiguous()
             for tap in self.taps

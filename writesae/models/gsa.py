@@ -57,13 +57,20 @@ class GSAConfig(SharedKeysConfig):
             raise ValueError(f"gsa with feature_map={self.feature_map!r}: allowed are {', '.join(FEATURE_MAPS)}")
 
 
+class ReadNorm(nn.RMSNorm):
+    """RMS norm of what all heads read, after an activation."""
+
+    def forward(self, x: Float[Tensor, "batch pos channel"]) -> Float[Tensor, "batch pos channel"]:
+        return super().forward(F.silu(x))
+
+
 class GatedSlotAttention(Mixer):
     def __init__(self, config: GSAConfig, layer_idx: int):
         super().__init__(config, layer_idx, gated=False, n_served=config.n_served)
         self.gate_logit_normalizer = config.gate_logit_normalizer
         self.feature_map = FEATURE_MAPS[config.feature_map](self.head_k_dim)
         self.scores = nn.Identity()  # named, so that hooks find what passes here
-        self.g_norm = nn.RMSNorm(config.d_value, eps=NORM_EPS, elementwise_affine=bool(config.elementwise_affine))
+        self.g_norm = ReadNorm(config.d_value, eps=NORM_EPS, elementwise_affine=bool(config.elementwise_affine))
 
     def make_gates(self, config: GSAConfig) -> None:
         self.num_slots = config.num_slots or self.head_k_dim
@@ -97,7 +104,7 @@ class GatedSlotAttention(Mixer):
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)  # type: ignore[arg-type]
             cache.update_recurrent_state(keys, self.layer_idx, state_idx=1)
-        return self.o_proj(self.g_norm(F.silu(o.flatten(2))))
+        return self.o_proj(self.g_norm(o.flatten(2)))
 
 
 class GSABlock(MixerBlock):

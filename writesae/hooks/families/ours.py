@@ -164,6 +164,7 @@ GSA = Family(
     mixers={"writesae.models.gsa": "GatedSlotAttention"},
     kernels=("gla_recurrence",),
     sizes=("num_heads", "num_slots", "head_v_dim"),
+    norms=("g_norm",),
     seen_at={"scores": "scores"},
     call=CanonicalCall,
     meanings={"scores": Quantity(PER_KEY, "what each slot's key has in common with the query")},
