@@ -171,7 +171,7 @@ GSA = Family(
     letters={
         "q": "the softmax of scores",
         "k": "s, how much goes into each slot; a hook changes that of values, not of keys",
-        "log_decay": "likewise of values alone",
+        "log_decay": "of each slot; likewise",
         "state": "of values; that of keys has no hook point",
     },
 )
