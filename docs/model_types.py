@@ -16,6 +16,7 @@ from writesae.models.load import OURS
 
 PAGE = Path(__file__).with_suffix(".md")
 AS_TRANSFORMERS = ("bitnet", "mamba", "mamba2")  # kinds of flash-linear-attention that load as transformers' own
+OF_LAYERS = ("gdn2",)  # kinds of ours alone: flash-linear-attention has the layer, and no model of it
 
 HEAD = """# Every recurrent model type
 
@@ -81,14 +82,16 @@ def table(kinds: list[str], ours: dict[str, Family], reasons: dict[str, str]) ->
 
 def page() -> str:
     """The page. Of flash-linear-attention those types that we know of, if it is not installed."""
-    kinds = of_fla() or sorted({*OURS, *OF_FLA, *AS_TRANSFORMERS})
-    theirs = [kind for kind in kinds if kind not in AS_TRANSFORMERS]
+    kinds = of_fla() or sorted({*OURS, *OF_FLA})
+    theirs = [kind for kind in kinds if kind not in (*AS_TRANSFORMERS, *OF_LAYERS)]
+    code = lambda kinds: ", ".join(f"`{kind}`" for kind in kinds)  # noqa: E731
     parts = [
         f"{HEAD}\n## transformers",
         table(of_transformers(), adapted(), OF_TRANSFORMERS),
         "## flash-linear-attention",
-        f"Its {', '.join(f'`{kind}`' for kind in AS_TRANSFORMERS)} load as transformers' own.",
-        table(theirs, ours_of_fla(), OF_FLA),
+        f"Its {code(AS_TRANSFORMERS)} load as transformers' own. Of {code(OF_LAYERS)} it has a layer and no model: the "
+        f"one here is ours.",
+        table(sorted([*theirs, *OF_LAYERS]), ours_of_fla(), OF_FLA),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -93,7 +93,7 @@ class Architecture:
         """Of a tensor quantity of one head at one token."""
         if quantity == "log_decay" and self.rule.decay_per_key:
             return (D_KEY,)
-        of_values = dict.fromkeys(("v", "v_mix", "o", "z"), (self.d_value,))
+        of_values = dict.fromkeys(("v", "v_mix", "write_gate", "o", "z"), (self.d_value,))
         of_gates = dict.fromkeys(("beta", "log_decay", "igate", "fgate", "denominator"), ())
         shape = {**of_gates, **of_values}.get(quantity, (D_KEY,))
         return (*self.steps, *shape) if quantity in ("k", "v", "beta") else shape
@@ -368,6 +368,8 @@ ARCHITECTURES = [
           gate="o_norm"),
     _ours("comba", bf.COMBA, "Comba", "Comba",
           dict(num_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY, intermediate_size=96), gate="o_norm"),
+    _ours("gdn2", bf.GDN2, "GDN2", "GatedDeltaNet2",
+          dict(num_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY, intermediate_size=96), gate="o_norm"),
     # Two heads of values share queries and keys.
     _ours("gated_delta_product", bf.DELTA_PRODUCT, "GatedDeltaProduct", "GatedDeltaProduct",
           dict(num_heads=N_KEY_HEADS, num_v_heads=N_HEADS, head_dim=D_KEY, expand_v=D_VALUE / D_KEY,
@@ -385,6 +387,11 @@ ARCHITECTURES = [
     _ours("gla", bf.GLA, "GLA", "GatedLinearAttention",
           _MIXER | dict(num_kv_heads=N_KEY_HEADS, use_short_conv=True, fuse_norm=False), gate="g_norm",
           variant="gla_grouped"),
+    # Two heads share keys, values and decays; slots, keys and values are of three sizes.
+    _ours("gsa", bf.GLA, "GSA", "GatedSlotAttention",
+          _MIXER | dict(hidden_size=N_HEADS * D_VALUE, num_kv_heads=N_KEY_HEADS, expand_k=0.5, expand_v=1.0,
+                        num_slots=D_KEY, gate_logit_normalizer=4, use_short_conv=True),
+          gate=None, outputs={"scores": "scores"}),
     # Two heads share keys and values.
     _ours("retnet", bf.SIMPLE_GLA, "RetNet", "MultiScaleRetention", _MIXER | dict(num_kv_heads=N_KEY_HEADS),
           gate="g_norm_swish_gate"),
@@ -464,7 +471,7 @@ def _build(a: Architecture) -> PreTrainedModel:
                 # None forgets fast: transformers sums 64 log gates in the model's dtype, and half precision loses them.
                 module.fgate_preact.bias.copy_(torch.tensor([0.9, 0.95, 0.98, 0.999]).logit())
                 module.igate_preact.bias.copy_(torch.tensor([0.5, 0.0, -1.0, -2.0]))
-            if hasattr(module, "w_proj"):
+            if type(module).__name__ == "RWKV6Attention":
                 bias = module.w_proj.linear.lora[2].bias  # log decay = -exp(input + bias)
                 bias.copy_((-torch.linspace(0.3, 0.999, len(bias)).log()).log())
             if type(module).__name__ in ("RWKV7Attention", "GatedLinearAttention", "MultiScaleRetention"):

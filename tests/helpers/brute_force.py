@@ -281,6 +281,11 @@ def comba_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
     return -outer(x["k"], x["beta"][..., None] * read_along(x["kappa"], S))
 
 
+def gdn2_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
+    """``-k ((b * k)^T D S)``, with an erase gate ``b`` of each key channel (fla/layers/gdn2.py)."""
+    return -outer(x["k"], read_along(x["erase_gate"] * x["k"], decayed))
+
+
 def rwkv7_erase(x: At, S: Tensor, decayed: Tensor) -> Tensor:
     """``-(kappa iclr)(kappa^T S)``, which reads the state before its decay (arXiv 2503.14456, eq. 17)."""
     return -outer(x["kappa"] * x["iclr"], read_along(x["kappa"], S))
@@ -575,6 +580,15 @@ RWKV7 = Rule(
     rwkv7_erase,
     decay_per_key=True,
 )
+GDN2 = Rule(
+    "gdn2",
+    ("q", "k", "v", "log_decay", "erase_gate", "write_gate"),
+    {"gdn2_recurrence": canonical},
+    gdn2_erase,
+    lambda x: x["write_gate"] * x["v"],
+    decay_per_key=True,
+    shares=RWKV7,
+)
 FLA_GATED_DELTA = Rule(
     "gated_delta",
     ("q", "k", "v", "beta", "log_decay"),
@@ -781,7 +795,7 @@ class BruteForce:
 
     def changed(self, stage: str, value: Tensor) -> Tensor:
         """A quantity outside of the recurrence; tokens, heads and channels may be flattened together."""
-        changed = value.reshape(self.n_rows, -1, self.a.n_heads, self.a.d_value).clone()
+        changed = value.reshape(self.n_rows, -1, self.a.n_heads, *self.a.shape(stage)).clone()
         for t in range(changed.shape[1]):
             for row, edit, _i in self.here(t):
                 if edit.stage == stage:

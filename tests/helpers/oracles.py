@@ -110,6 +110,11 @@ def mamba3(x: Quantities, state: Tensor) -> Result:
     return o[:, n - 1 :: n], state
 
 
+def gdn2(x: Quantities, state: Tensor) -> Result:
+    values = (x["q"], x["k"], x["v"], x["log_decay"], x["erase_gate"], x["write_gate"])
+    return fla_naive("gdn2").naive_recurrent_gdn2(*values, scale=1.0, initial_state=state, output_final_state=True)
+
+
 def delta(x: Quantities, state: Tensor) -> Result:
     values = heads_first(unscaled(x), x["k"], x["v"], x["beta"])
     o, state = fla_naive("delta_rule").delta_rule_recurrence(*values, initial_state=state)

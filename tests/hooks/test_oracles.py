@@ -69,6 +69,8 @@ def quantities(rule: bf.Rule) -> dict[str, Tensor]:
         "log_decay": -torch.rand(*shape, D_KEY) if rule.decay_per_key else -torch.rand(*shape),
         "kappa": F.normalize(torch.randn(*shape, D_KEY), dim=-1),
         "iclr": torch.rand(*shape, D_KEY),
+        "erase_gate": torch.rand(*shape, D_KEY),
+        "write_gate": torch.rand(*shape, D_VALUE),
     }
     if rule in (bf.DELTA_PRODUCT, bf.MAMBA3):  # of three steps, each with a key of its own
         x |= {name: torch.stack([x[name] + y for y in 0.3 * torch.randn(3, *x[name].shape)], 3) for name in "kv"}
@@ -153,6 +155,7 @@ RULES: list[tuple[bf.Rule, Callable[..., oracles.Result], list[Break]]] = [
     (bf.COMBA, oracles.comba, [without_erase, erase_decayed, swapped]),
     (bf.DELTA_PRODUCT, oracles.delta_product, [without_erase, erase_undecayed, steps_at_once]),
     (bf.MAMBA3, oracles.mamba3, [never_forgetting, of_one_step]),
+    (bf.GDN2, oracles.gdn2, [without_erase, erase_undecayed, swapped, one_decay_a_head]),
     (bf.DELTA_NET, oracles.delta, [without_erase]),
     (bf.GLA, oracles.gla, [one_decay_a_head]),
     (bf.SIMPLE_GLA, oracles.simple_gla, [never_forgetting, forgetting]),

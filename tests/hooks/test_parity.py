@@ -589,11 +589,14 @@ RULES = {a.rule for a in ARCHITECTURES}
 TWINS = [
     *(
         Twin(rule, Rule, "recurrence", without_erase, prefill, case)
-        for rule in (bf.GATED_DELTA, bf.KDA, bf.COMBA, bf.DELTA_PRODUCT, bf.DELTA_NET, bf.RWKV7)
+        for rule in (bf.GATED_DELTA, bf.KDA, bf.COMBA, bf.DELTA_PRODUCT, bf.GDN2, bf.DELTA_NET, bf.RWKV7)
         for case in ("interventions", "hooks", "substitutes")
     ),
     # Not for the rules whose `a b^T` is symmetric, since both lie along the key: swapping is right there.
-    *(Twin(rule, Rule, "recurrence", a_and_b_swapped, prefill, "interventions") for rule in (bf.KDA, bf.RWKV7)),
+    *(
+        Twin(rule, Rule, "recurrence", a_and_b_swapped, prefill, "interventions")
+        for rule in (bf.KDA, bf.GDN2, bf.RWKV7)
+    ),
     *(Twin(rule, Rule, "recurrence", erase_undecayed, prefill, "interventions") for rule in (bf.GATED_DELTA, bf.KDA)),
     *(
         Twin(rule, Rule, "recurrence", decay_of_the_first_channel, prefill, "interventions")

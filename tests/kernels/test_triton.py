@@ -48,7 +48,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore")]
 # Their kernels run in half precision alone.
 OURS = (
     "rwkv6", "rwkv7", "delta_net", "delta_net_no_gate", "gated_delta_net", "gla", "gla_grouped", "hgrn2", "retnet",
-    "linear_attn", "kda", "comba", "gated_delta_product", "mamba3",
+    "linear_attn", "kda", "comba", "gated_delta_product", "mamba3", "gdn2", "gsa",
 )  # fmt: skip
 SLOW = ("kimi_linear", "bailing_hybrid", "glm5_next")  # ten times as slow as the others: the first stands for all three
 OF_MAMBA = [a.name for a in ARCHITECTURES if a.rule is bf.MAMBA2]

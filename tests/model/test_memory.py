@@ -75,7 +75,7 @@ def test_it_goes_on_as_the_unbroken_text(architecture: Architecture, tmp_path: P
 @each_architecture
 @torch.no_grad()
 def test_what_is_left_out_is_missed(architecture: Architecture) -> None:
-    """The twins: a state turned over or forgotten, a convolution, keys or values."""
+    """The twins: a state turned over or forgotten, a convolution, a second memory, keys or values."""
     model = wrapped(architecture)
     expected, memory = model(IDS)[:, N_READ:], model.memory(READ)
 
@@ -87,7 +87,7 @@ def test_what_is_left_out_is_missed(architecture: Architecture) -> None:
     turned = S.flatten(2).unflatten(2, (site.d_value, site.d_key)).mT if site.d_value > 1 else S.flip(2)
     assert error(memory.with_state(site.layer, turned)) > 1e-3
     assert error(memory.zeroed()) > 1e-3
-    for part in ("conv_states", "keys", "values"):
+    for part in ("conv_states", "recurrent_states", "keys", "values"):
         those = {name: torch.zeros_like(x) for name, x in memory.others.items() if part in name and x.numel()}
         if those:
             assert error(replace(memory, others={**memory.others, **those})) > 1e-3, part

@@ -18,8 +18,10 @@ CHECKPOINTS = {
     "Comba": "flash-linear-attention",
     "Gated DeltaProduct": "flash-linear-attention",
     "Mamba-3": "flash-linear-attention, but for MIMO (`is_mimo`)",
+    "Gated DeltaNet 2": "flash-linear-attention's layer",
     "Gated Linear Attention": "flash-linear-attention",
     "HGRN2": "flash-linear-attention",
+    "Gated Slot Attention": "flash-linear-attention",
     "Kimi Delta Attention of flash-linear-attention": "flash-linear-attention",
     "RetNet": "flash-linear-attention",
     "Linear attention": "flash-linear-attention",
@@ -39,8 +41,10 @@ ORACLES = {
     "Comba": "fla naive",
     "Gated DeltaProduct": "fla naive",
     "Mamba-3": "mamba-ssm's kernels, interpreted",
+    "Gated DeltaNet 2": "fla naive",
     "Gated Linear Attention": "fla naive",
     "HGRN2": "fla naive",
+    "Gated Slot Attention": "fla naive",
     "Kimi Delta Attention of flash-linear-attention": "fla naive",
     "RetNet": "fla naive",
     "Linear attention": "fla naive",
@@ -54,7 +58,8 @@ def models(family: Family) -> list[str]:
 
 def points(family: Family) -> list[str]:
     """Its hook points in any model, in firing order."""
-    gate = ["z"] if family.norms and "z" not in family.seen_at else []
+    gated = any(a.gate for a in ARCHITECTURES if a.modeling_name in family.mixers)
+    gate = ["z"] if gated and "z" not in family.seen_at else []
     return [*family.seen_at, *family.raw, *family.rule.inputs, "write", "state", "o", *gate]
 
 

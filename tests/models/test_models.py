@@ -948,7 +948,7 @@ def test_beside_flash_linear_attention(tmp_path: Path, monkeypatch: pytest.Monke
     assert type(AutoConfig.from_pretrained(tmp_path)) is Theirs
     assert OURS.keys() == {
         "rwkv6", "rwkv7", "delta_net", "gated_deltanet", "gla", "hgrn2", "retnet", "linear_attn", "kda", "comba",
-        "gated_deltaproduct", "mamba3",
+        "gated_deltaproduct", "mamba3", "gdn2", "gsa",
     }  # fmt: skip
     assert not OURS.keys() & OF_FLA
 

@@ -1,4 +1,4 @@
-"""Gated DeltaNet, HGRN2, RetNet and linear attention of flash-linear-attention.
+"""Models of flash-linear-attention beyond those of `test_models.py`.
 
 Against its loops; the rest is written from its layers' sources.
 """
@@ -48,8 +48,19 @@ DELTA_PRODUCT = FLA_COMMON | dict(
     expand_v=2.0, head_dim=16, num_heads=2, num_householder=2, num_v_heads=None, use_forget_gate=True,
     use_output_gate=True, use_short_conv=True,
 )  # fmt: skip
+# Its layer's arguments: there is no model of it.
+GDN2 = FLA_COMMON | dict(
+    model_type="gdn2", architectures=["GDN2ForCausalLM"], allow_neg_eigval=False, expand_v=1.0, head_dim=16,
+    num_heads=2, num_v_heads=None, use_short_conv=True,
+)  # fmt: skip
+GSA = FLA_COMMON | dict(
+    model_type="gsa", architectures=["GSAForCausalLM"], clamp_max=None, clamp_min=None, elementwise_affine=True,
+    expand_k=1, feature_map="swish", gate_logit_normalizer=8, num_heads=2, num_kv_heads=None, num_slots=24,
+    use_norm=True, use_output_gate=False, use_short_conv=False,
+)  # fmt: skip
 KINDS = {
-    config["model_type"]: config for config in (DELTA_PRODUCT, GATED_DELTANET, HGRN2, RETNET, LINEAR_ATTN, KDA, COMBA)
+    config["model_type"]: config
+    for config in (DELTA_PRODUCT, GATED_DELTANET, HGRN2, RETNET, LINEAR_ATTN, KDA, COMBA, GDN2, GSA)
 }
 
 
@@ -72,7 +83,7 @@ def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
             if config["elementwise_affine"]:
                 made[f"{at}attn.g_norm.weight"] = around_one(d)
             continue
-        if config["model_type"] in ("retnet", "linear_attn"):
+        if config["model_type"] in ("retnet", "linear_attn", "gsa"):
             made |= {f"{at}attn.{name}": x for name, x in _of_shared_keys(config, weight, around_one).items()}
             continue
         heads = config["num_v_heads"] or config["num_heads"]
@@ -85,8 +96,12 @@ def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
         rank, of_gate = d_value // heads, {"A_log": heads, "dt_bias": heads}
         made[f"{at}attn.b_proj.weight"] = weight(heads * steps, d)
         made[f"{at}attn.o_norm.weight"] = around_one(rank)
-        if config["model_type"] == "kda":
-            of_gate["dt_bias"] = n = heads * config["head_dim"]
+        if config["model_type"] in ("kda", "gdn2"):
+            n = heads * config["head_dim"]
+            if config["model_type"] == "gdn2":  # keys have no more decays than they have heads
+                n, of_gate["A_log"] = d_key, config["num_heads"]
+                made |= {f"{at}attn.b_proj.weight": weight(d_key, d), f"{at}attn.w_proj.weight": weight(d_value, d)}
+            of_gate["dt_bias"] = n
             made |= {f"{at}attn.{x}_proj.0.weight": weight(rank, d) for x in "fg"}
             made |= {f"{at}attn.f_proj.1.weight": weight(n, rank), f"{at}attn.g_proj.1.weight": weight(d_value, rank)}
             made[f"{at}attn.g_proj.1.bias"] = around_one(d_value) - 1
@@ -113,6 +128,13 @@ def _of_shared_keys(config: dict[str, Any], weight: Any, around_one: Any) -> dic
         gated = config["use_output_gate"]
         made |= {"g_proj.weight": weight(d_value, d)} if gated else {}
         norm = "g_norm_swish_gate" if gated and config["fuse_norm"] else "g_norm"
+    elif config["model_type"] == "gsa":
+        made["f_proj.weight"] = weight((config["num_slots"] or d_key // heads) * heads // served, d)
+        if config["feature_map"] == "t2r":
+            made["feature_map.layer.weight"] = weight(d_key // heads, d_key // heads)
+        if config["use_short_conv"]:
+            made |= {f"{x}_conv1d.weight": weight(len(made[f"{x}_proj.weight"]), 1, config["conv_size"]) for x in "qkv"}
+        return made | ({"g_norm.weight": around_one(d)} if config["elementwise_affine"] else {})
     else:
         norm, d_head = "norm", d_key // heads
         for side in "qk":
@@ -132,7 +154,8 @@ def _of_shared_keys(config: dict[str, Any], weight: Any, around_one: Any) -> dic
 def forward(config: dict[str, Any], w: dict[str, Tensor], ids: Tensor, broken: str = "") -> Tensor:
     """One unpadded pass, as flash-linear-attention's models compute it; or with one thing wrong."""
     rms = lambda x, by: x * (x.square().mean(-1, keepdim=True) + config["norm_eps"]).rsqrt() * by  # noqa: E731
-    mixer = {"hgrn2": _hgrn2, "retnet": _retnet, "linear_attn": _linear_attn}.get(config["model_type"], _gated_deltanet)
+    others = {"hgrn2": _hgrn2, "retnet": _retnet, "linear_attn": _linear_attn, "gsa": _gsa}
+    mixer = others.get(config["model_type"], _gated_deltanet)
     x = w["model.embeddings.weight"][ids]
     for i in range(config["num_hidden_layers"]):
         p = lambda name, i=i: w.get(f"model.layers.{i}.{name}.weight", w.get(f"model.layers.{i}.{name}"))  # noqa: E731
@@ -142,14 +165,19 @@ def forward(config: dict[str, Any], w: dict[str, Tensor], ids: Tensor, broken: s
     return rms(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
 
 
+def _projected(config: dict[str, Any], p: Any, h: Tensor) -> list[Tensor]:
+    """q, k, v, after their convolutions if there are any."""
+    of = [h @ p(f"attn.{c}_proj").T for c in "qkv"]
+    if not config.get("use_short_conv"):
+        return of
+    return [
+        F.conv1d(F.pad(y.mT, (config["conv_size"] - 1, 0)), p(f"attn.{c}_conv1d"), groups=y.shape[-1]).mT
+        for y, c in zip(of, "qkv", strict=True)
+    ]
+
+
 def _gated_deltanet(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, rms: Any, broken: str) -> Tensor:
-    q, k, v = (h @ p(f"attn.{c}_proj").T for c in "qkv")
-    if config["use_short_conv"]:
-        q, k, v = (
-            F.conv1d(F.pad(y.mT, (config["conv_size"] - 1, 0)), p(f"attn.{c}_conv1d"), groups=y.shape[-1]).mT
-            for y, c in ((q, "q"), (k, "k"), (v, "v"))
-        )
-    q, k, v = F.silu(q), F.silu(k), F.silu(v)
+    q, k, v = map(F.silu, _projected(config, p, h))
     if config["model_type"] == "gated_deltaproduct":
         return _delta_product(config, p, h, rms, broken, q, k, v)
     heads = config["num_v_heads"] or config["num_heads"]
@@ -162,6 +190,8 @@ def _gated_deltanet(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, r
     if broken != "norm":
         q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
     v = v.unflatten(-1, (heads, -1))
+    if config["model_type"] == "gdn2":
+        return _gdn2(config, p, h, rms, broken, q, k, v)
     beta = (h @ p("attn.b_proj").T).sigmoid() * (2 if config.get("allow_neg_eigval") and broken != "eigval" else 1)
     if config["model_type"] == "kda":
         return _kda(config, p, h, rms, broken, q, k, v, beta)
@@ -218,6 +248,29 @@ def _kda(config: Any, p: Any, h: Tensor, rms: Any, broken: str, *qkv_beta: Tenso
     return (rms(o, p("attn.o_norm")) * (F.silu(z) if broken == "silu" else z.sigmoid())).flatten(2)
 
 
+def _gdn2(config: Any, p: Any, h: Tensor, rms: Any, broken: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Decays and erase gates are of key heads."""
+    of_keys = lambda y: y.unflatten(-1, (config["num_heads"], -1))  # noqa: E731
+    f = of_keys(h @ p("attn.f_proj.0").T @ p("attn.f_proj.1").T + p("attn.dt_bias"))
+    g = -p("attn.A_log").exp()[:, None] * F.softplus(f)
+    b, w = ((h @ p(f"attn.{name}_proj").T).sigmoid() for name in "bw")
+    w = w.unflatten(-1, (v.shape[2], -1))
+    b = of_keys(b) * (2 if config["allow_neg_eigval"] and broken != "erases once" else 1)
+    if broken == "one gate":
+        b = b.mean(-1, keepdim=True).expand_as(b)
+    elif broken == "no write gate":
+        w = torch.ones_like(w)
+    g, b = (
+        y.repeat(1, 1, v.shape[2] // y.shape[2], 1)
+        if broken == "gates of the wrong head"
+        else y.repeat_interleave(v.shape[2] // y.shape[2], 2)
+        for y in (g, b)
+    )
+    o, _ = fla_naive("gdn2").naive_recurrent_gdn2(q, k, v, g, b, w)
+    z = (h @ p("attn.g_proj.0").T @ p("attn.g_proj.1").T + p("attn.g_proj.1.bias")).unflatten(-1, (v.shape[2], -1))
+    return (rms(o, p("attn.o_norm")) * z.sigmoid()).flatten(2)
+
+
 def _hgrn2(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, rms: Any, broken: str) -> Tensor:
     q, f, v = F.silu(h @ p("attn.q_proj").T), (h @ p("attn.f_proj").T).sigmoid(), h @ p("attn.i_proj").T
     if config["use_lower_bound"] and i > 0:
@@ -233,9 +286,8 @@ def _hgrn2(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, rms: Any, 
 def _shared_keys(config: dict[str, Any], p: Any, h: Tensor, broken: str) -> list[Tensor]:
     """q, k, v of each head."""
     heads, kv_heads = config["num_heads"], config["num_kv_heads"] or config["num_heads"]
-    q, k, v = (
-        (h @ p(f"attn.{c}_proj").T).unflatten(-1, (n, -1)) for c, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-    )
+    of = zip(_projected(config, p, h), (heads, kv_heads, kv_heads), strict=True)
+    q, k, v = (y.unflatten(-1, (n, -1)) for y, n in of)
     head = torch.arange(heads)
     at = head % kv_heads if broken == "shared" else head * kv_heads // heads
     return [q, k[:, :, at], v[:, :, at]]
@@ -293,6 +345,25 @@ def _linear_attn(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, rms:
     return rms(o, _affine(config, p, "norm")).flatten(2)
 
 
+def _gsa(config: dict[str, Any], w: Any, p: Any, h: Tensor, i: int, rms: Any, broken: str) -> Tensor:
+    """Its output norm has an eps of its own, whatever the config says."""
+    q, k, v = _shared_keys(config, p, h, broken)
+    if config["use_short_conv"]:
+        q, k, v = map(F.silu, (q, k, v))
+    features = {"swish": F.silu, "relu": F.relu, "t2r": lambda x: F.relu(x @ p("attn.feature_map.layer").T)}
+    q, k = map(features["relu" if broken == "features" else config["feature_map"]], (q, k))
+    served = config["num_heads"] // (config["num_kv_heads"] or config["num_heads"])
+    g = F.logsigmoid(h @ p("attn.f_proj").T).unflatten(-1, (config["num_heads"] // served, -1))
+    g = g.repeat_interleave(served, 2) / (1 if broken == "normaliser" else config["gate_logit_normalizer"])
+    s = torch.ones_like(g) if broken == "slots" else 1 - g.exp()
+    q = torch.zeros_like(q) if broken == "no keys" else q
+    o, _ = fla_naive("gsa").naive_recurrent_gsa(q, k, F.silu(v), s, g, scale=0.5 if broken == "scale" else 1.0)
+    o = F.silu(o.flatten(2))
+    eps = config["norm_eps"] if broken == "eps" else 1e-5
+    o = o * (o.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return o * p("attn.g_norm") if config["elementwise_affine"] else o
+
+
 CONFIGS = [
     GATED_DELTANET,
     GATED_DELTANET | dict(num_v_heads=4, allow_neg_eigval=True),
@@ -316,6 +387,11 @@ CONFIGS = [
     DELTA_PRODUCT,
     DELTA_PRODUCT | dict(num_v_heads=4, num_householder=3, use_forget_gate=False, allow_neg_eigval=True),
     DELTA_PRODUCT | dict(num_householder=1, use_output_gate=False, use_short_conv=False),
+    GDN2,
+    GDN2 | dict(num_v_heads=4, allow_neg_eigval=True, expand_v=0.5, use_short_conv=False),
+    GSA,
+    GSA | dict(num_heads=4, num_kv_heads=2, use_short_conv=True, feature_map="t2r", elementwise_affine=False),
+    GSA | dict(expand_k=0.5, feature_map="relu", gate_logit_normalizer=1, num_slots=None),
 ]
 TWINS = {
     **dict.fromkeys(("heads", "norm", "eigval", "bias", "decay"), CONFIGS[1]),
@@ -326,6 +402,9 @@ TWINS = {
     **dict.fromkeys(("bias of f", "one decay", "silu"), KDA),
     "no bound": CONFIGS[16],
     **dict.fromkeys(("order", "no decay", "one step"), DELTA_PRODUCT),
+    **dict.fromkeys(("erases once", "one gate", "no write gate", "gates of the wrong head"), CONFIGS[23]),
+    **dict.fromkeys(("normaliser", "slots", "no keys", "scale"), GSA),
+    "eps": GSA | dict(norm_eps=1e-2),
     **dict.fromkeys(("correction", "inner decay", "silu gate"), COMBA),
 }
 
@@ -370,6 +449,10 @@ def test_a_broken_one_is_not(broken: str, tmp_path: Path) -> None:
         (KDA, dict(lower_bound=1.0), "lower_bound=1.0: log decays lie below 0"),
         (KDA, dict(use_gate=False), "always has a gate"),
         (COMBA, dict(use_output_correction=False), "use_output_correction=True only"),
+        (GDN2, dict(lower_bound=-5.0), "config has lower_bound=-5.0, which writesae does not know"),
+        (GSA, dict(use_output_gate=True), "use_output_gate=False only"),
+        (GSA, dict(expand_v=2), "expand_v=2: its norm is of hidden_size channels; allowed is 1"),
+        (GSA, dict(feature_map="elu"), "feature_map='elu': allowed are swish, relu, t2r"),
         (DELTA_PRODUCT, dict(num_householder=0), "num_householder=0: 1 step or more"),
         (RETNET, dict(use_short_conv=True), "use_short_conv=True: flash-linear-attention's has no convolution either"),
         (RETNET, dict(num_heads=32), "each head needs an even number; got 1"),

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from writesae.recurrence import Recurrence, Write, decay, kernels, states, step_loop
 from writesae.recurrence.decay import CHUNK, CHUNK_PER_KEY
-from writesae.recurrence.kernels import chunked, decayed_sum, erase_reads, states_at
+from writesae.recurrence.kernels import chunked, decayed_sum, erase_reads, states_at, value_reads
 
 PER_KEY = pytest.mark.parametrize("per_key", [False, True], ids=["scalar decay", "per-key decay"])
 ERASE = pytest.mark.parametrize("erase", [True, False], ids=["erase", "no erase"])
@@ -603,6 +603,58 @@ def test_decayed_sum_twin(twin: Callable[..., Tensor]) -> None:
         check_decayed_sum(twin, 70)
 
 
+# Reads from the side of the values ------------------------------------------------------------------------------------
+
+
+def of_values(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Arguments of `value_reads`: reads, keys, values, decays and the first state."""
+    rec, write, S = inputs
+    decays = rec.log_decay if rec.log_decay.ndim == 4 else rec.log_decay[..., None].expand_as(write.key)
+    return write.value.roll(1, 1), write.key, write.value, decays, S
+
+
+def check_value_reads(run: Callable[..., tuple[Tensor, Tensor]], n_pos: int, strong: float = 1.0, d_key: int = 5):
+    """``S_t x_t`` of real states, in one stretch and in several."""
+    rec, write, S = random_inputs(n_pos, per_key=True, erase=False, d_key=d_key, batch=2)
+    x, *rest = of_values((replace(rec, log_decay=rec.log_decay * strong), write, S))
+    every = list(states(Recurrence(rec.q, rest[2]), write, S))
+    expected = torch.einsum("bphkv,bphv->bphk", torch.stack(every, 1), x)
+    assert_same(run(x, *rest), (expected, every[-1]), 1e-10)
+
+
+@pytest.mark.parametrize("strong", [1.0, 40.0], ids=["mild", "strong"])
+@pytest.mark.parametrize("n_pos", BORDERS)
+def test_value_reads(n_pos: int, strong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for cached in (kernels.CACHED, 1):
+        monkeypatch.setattr(kernels, "CACHED", cached)
+        check_value_reads(value_reads, n_pos, strong)
+        check_value_reads(value_reads, n_pos, strong, d_key=1)
+    from_zero = value_reads(*(args := of_values(random_inputs(n_pos, per_key=True)))[:4])
+    assert_same(from_zero, value_reads(*args[:4], torch.zeros_like(args[4])), 0.0)
+
+
+@pytest.mark.parametrize(
+    "twin",
+    [
+        lambda x, k, v, g, S: value_reads(x, k, v, g),
+        lambda x, k, v, g, S: value_reads(x, k, v, g.mean(-1, keepdim=True).expand_as(g), S),
+        lambda x, k, v, g, S: value_reads(x, k, v, g.roll(1, 1), S),
+        lambda x, k, v, g, S: value_reads(x.roll(1, 1), k, v, g, S),
+        lambda x, k, v, g, S: value_reads(x, k.roll(1, 2), v, g, S),
+    ],
+    ids=["initial forgotten", "one decay", "decay shifted", "read shifted", "heads mixed up"],
+)
+def test_value_reads_twin(twin: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    with must_differ():
+        check_value_reads(twin, 70)
+
+
+def test_value_reads_have_gradients() -> None:
+    for strong in (1, 40):
+        args = [x.detach().requires_grad_() for x in of_values(random_inputs(35, per_key=True))]
+        assert gradcheck(lambda x, k, v, g, S, by=strong: value_reads(x, k, v, g * by, S), args, fast_mode=True)
+
+
 # Linearity -----------------------------------------------------------------------------------------------------------
 
 
@@ -701,6 +753,7 @@ MEMORY = {
     "gradients": lambda inputs: sum(x.sum() for x in chunked(*inputs)).backward(),
     "states": lambda inputs: states_at(*inputs[:2], [0, 100, 511], inputs[2]),
     "erase reads": lambda inputs: erase_reads(*inputs),
+    "value reads": lambda inputs: value_reads(*of_values(inputs)),
 }
 
 

@@ -81,12 +81,15 @@ class Norm:
 
 
 class FixedScale(TorchFunctionMode):
-    """While it is active, no gradient passes through the scale of a norm."""
+    """While it is active, no gradient passes through the scale of a norm, nor through the factor ``sigmoid(x)`` of
+    ``silu(x)`` (Gated Slot Attention has one before its norm)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.rsqrt, Tensor.rsqrt):
             return func(args[0].detach())
+        if func is F.silu and args[0].requires_grad:
+            return args[0] * args[0].sigmoid().detach()
         if func is F.group_norm:
             return _group_norm(*args, **kwargs)
         if func is F.rms_norm:

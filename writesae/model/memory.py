@@ -40,7 +40,7 @@ class Memory:
         origin: the model that made it: its name, recurrent layers and weights.
         states: layer -> the state of each head.
         others: what else is remembered, by layer and name: convolution states (``"0.conv_states.0"``), keys and values
-            of attention layers (``"2.keys"``).
+            of attention layers (``"2.keys"``), Gated Slot Attention's memory of keys (``"0.recurrent_states.1"``).
         settings: what transformers' cache notes beside these, by the same kind of name.
         ids: the tokens that were read, padding included.
         mask: 1 where a token is real, 0 where it is padding on the left; None if all are real.

@@ -25,7 +25,8 @@ from writesae.model.tokens import Text
 from writesae.models.arguments import CACHES
 from writesae.models.wrappers import bare
 
-STATE = "{}.recurrent_states.0"  # what transformers calls the state of a layer, by the names of `Memory.others`
+RECURRENT = ".recurrent_states."  # what transformers calls states, by the names of `Memory.others`
+STATE = f"{{}}{RECURRENT}0"  # that of a layer
 
 
 @contextmanager
@@ -171,9 +172,12 @@ class RememberingModel(HookedModel):
                 f"memory, memory[0], which serves any number"
             )
         here, dtype = memory[range(batch) if len(memory) == batch else [0] * batch], bare(self.hf_model).dtype
-        if here.dtype != dtype:  # convolutions and attention want the model's; recurrences take any, but for some
-            rounded = any(tap.family.rounds_within for tap in self.taps)
-            here = replace(here.to(dtype=dtype), **({} if rounded else {"states": here.states}))
+        if here.dtype != dtype:
+            cast = here.to(dtype=dtype)
+            if not any(tap.family.rounds_within for tap in self.taps):  # most recurrences take any dtype
+                others = {name: x if RECURRENT in name else cast.others[name] for name, x in here.others.items()}
+                cast = replace(cast, states=here.states, others=others)
+            here = cast
         states = {
             STATE.format(tap.site.layer): tap.family.to_model(here.states[tap.site.layer], tap.n_calls).contiguous()
             for tap in self.taps

@@ -95,12 +95,12 @@ class RecurrentConfig(PreTrainedConfig):
 # --- the past ---------------------------------------------------------------------------------------------------------
 
 
-def past_state(cache: Cache | None, layer: int) -> Float[Tensor, "batch head d_key d_value"] | None:
-    """The state that a cache holds for a layer; None if nothing has been fed."""
+def past_state(cache: Cache | None, layer: int, state_idx: int = 0) -> Float[Tensor, "batch head d_key d_value"] | None:
+    """A state that a cache holds for a layer, 0 for that which hooks see; None if nothing has been fed."""
     if cache is None:
         return None
     kept: Any = cache.layers[layer]  # get_recurrent_state knows nothing of layers without a convolution
-    return kept.recurrent_states[0] if kept.is_recurrent_states_initialized[0] else None
+    return kept.recurrent_states[state_idx] if kept.is_recurrent_states_initialized[state_idx] else None
 
 
 def with_past(

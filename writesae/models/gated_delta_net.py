@@ -61,10 +61,8 @@ def gated_delta_rule_recurrence(
 
 
 class GatedDeltaNet(Mixer):
-    """Of Gated DeltaNet, and what those that follow from it share: they say what is theirs in `keys`, `log_decay` and
-    `recurrence`."""
-
-    gates: ClassVar[tuple[str, ...]] = ("beta", "log_decay")  # where these are 0, a token changes no state
+    """Of Gated DeltaNet, and what those that follow from it share: they say what is theirs in `keys`, `gates`,
+    `log_decay` and `recurrence`."""
 
     def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx, gated=config.gated)
@@ -94,26 +92,33 @@ class GatedDeltaNet(Mixer):
         """What the recurrence takes at length 1, before it is made so."""
         return dict(q=q, k=k)
 
+    def gates(self, x: Float[Tensor, "batch pos hidden"]) -> dict[str, Tensor]:
+        """What enters the recurrence beside q, k and v, ``[batch, pos, head, ...]``: where all of it is 0, a token
+        changes no state."""
+        return dict(beta=self.b_proj(x).sigmoid() * self.beta_max, log_decay=self.log_decay(x))
+
+    def of_values(self, y: Float[Tensor, "batch pos key_head *any"]) -> Float[Tensor, "batch pos head *any"]:
+        """What a key head has, copied for each head of values that it serves."""
+        return y.repeat_interleave(self.num_heads // y.shape[2], 2)
+
     def inputs(self, x: Float[Tensor, "batch pos hidden"], cache: Cache | None) -> dict[str, Tensor]:
-        """What enters the recurrence, ``[batch, pos, head, ...]``."""
+        """q, k and v as they enter it, and what else it wants at length 1."""
         q, k, v = (F.silu(y) for y in self.project(x, cache))
         keys = self.keys(*(y.unflatten(-1, (-1, self.head_k_dim)) for y in (q, k)))
-        served = self.num_heads * self.head_k_dim // q.shape[-1]
         made = {name: NORMS["l2"](at_least_float32(y)).to(v.dtype) for name, y in keys.items()}
         made["q"] = made["q"] * self.head_k_dim**-0.5
-        made = {name: y.repeat_interleave(served, 2) for name, y in made.items()}
-        v, beta = v.unflatten(-1, (self.num_heads, -1)), self.b_proj(x).sigmoid() * self.beta_max
-        return made | dict(v=v, beta=beta, log_decay=self.log_decay(x))
+        made = {name: self.of_values(y) for name, y in made.items()}
+        return made | dict(v=v.unflatten(-1, (self.num_heads, -1)))
 
     def forward(
         self, x: Float[Tensor, "batch pos hidden"], mask: Tensor | None, cache: Cache | None
     ) -> Float[Tensor, "batch pos hidden"]:
         x = x if mask is None else x * mask
         state = past_state(cache, self.layer_idx)
-        values = self.inputs(x, cache)
+        values, gates = self.inputs(x, cache), self.gates(x)
         if mask is not None:  # padding changes no state
-            values |= {name: (values[name].flatten(2) * mask).view_as(values[name]) for name in self.gates}
-        o, state = self.recurrence(**values, initial_state=state, output_final_state=cache is not None)
+            gates = {name: (y.flatten(2) * mask).view_as(y) for name, y in gates.items()}
+        o, state = self.recurrence(**values, **gates, initial_state=state, output_final_state=cache is not None)
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)  # type: ignore[arg-type]
         return self.read_out(o, x, self.o_norm)

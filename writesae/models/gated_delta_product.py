@@ -93,10 +93,13 @@ class GatedDeltaProduct(GatedDeltaNet):
             return super().log_decay(x)
         return torch.zeros(*x.shape[:2], self.num_heads, device=x.device)
 
+    def gates(self, x: Float[Tensor, "batch pos hidden"]) -> dict[str, Tensor]:
+        made = super().gates(x)
+        return made | dict(beta=self.in_steps(made["beta"], 1)[..., 0])
+
     def inputs(self, x: Float[Tensor, "batch pos hidden"], cache: Cache | None) -> dict[str, Tensor]:
         made = super().inputs(x, cache)
-        v, beta = self.in_steps(made["v"], self.head_v_dim), self.in_steps(made["beta"], 1)[..., 0]
-        return made | dict(v=v, beta=beta)
+        return made | dict(v=self.in_steps(made["v"], self.head_v_dim))
 
     def recurrence(self, **values: Any) -> tuple[Tensor, Tensor | None]:
         return delta_product_recurrence(**values)

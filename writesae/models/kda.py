@@ -67,9 +67,9 @@ def kda_recurrence(
 
 
 class KimiDeltaAttention(GatedDeltaNet):
-    def __init__(self, config: KDAConfig, layer_idx: int):
+    def __init__(self, config: Any, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.lower_bound = config.lower_bound
+        self.lower_bound = getattr(config, "lower_bound", None)
         d, rank = config.hidden_size, self.head_v_dim
         self.g_proj = nn.Sequential(nn.Linear(d, rank, bias=False), nn.Linear(rank, config.d_value))
         self.o_norm = GatedRMSNorm(self.head_v_dim, config.norm_eps, gate=torch.sigmoid)
@@ -83,7 +83,7 @@ class KimiDeltaAttention(GatedDeltaNet):
         self.dt_bias = nn.Parameter(torch.zeros(n_channels))
 
     def log_decay(self, x: Float[Tensor, "batch pos hidden"]) -> Float[Tensor, "batch pos head d_key"]:
-        f = (at_least_float32(self.f_proj(x)) + self.dt_bias).unflatten(-1, (self.num_heads, -1))
+        f = (at_least_float32(self.f_proj(x)) + self.dt_bias).unflatten(-1, (len(self.A_log), -1))
         rate = self.A_log.float().exp()[:, None]
         return -rate * F.softplus(f) if self.lower_bound is None else self.lower_bound * (rate * f).sigmoid()
 

@@ -18,7 +18,6 @@ _ATTENTION = "it is attention: it remembers keys and values of every token, and 
 _CONVOLUTION = (
     "it has attention and short convolutions: it remembers the last few tokens beside keys and values, no state"
 )
-_TWO_MATRICES = "it keeps two matrices per head, and reads one through the softmax of what it read from the other"
 _NOT_YET = "it keeps a matrix per head that writesae's recurrence could follow, but there is no model for it yet"
 
 OF_TRANSFORMERS: dict[str, str] = {
@@ -34,12 +33,12 @@ OF_TRANSFORMERS: dict[str, str] = {
 """Folders of ``transformers.models`` with a memory beside keys and values, if we have no adapter for it."""
 
 OF_FLA: dict[str, str] = {
-    "abc": _TWO_MATRICES,
+    "abc": "it keeps slots of keys and of values as Gated Slot Attention does, but its gates are shares of a running "
+    "sum of exponentials, and there is no model for it yet",
     "cat": "it is attention to chunks of tokens, compressed: it keeps no state",
     "cyclic_flow_attention": "it keeps aligned keys and values in slots of time, and moves them from slot to slot",
     "deltaformer": _ATTENTION,
     "forgetting_transformer": _ATTENTION,
-    "gsa": _TWO_MATRICES,
     "hgrn": "HGRN keeps a vector per layer, not a matrix (HGRN2 keeps matrices)",
     "lightnet": "it keeps a matrix per head, and decays that depend on a running sum of the keys' exponentials",
     "log_linear_mamba2": "it keeps a number of matrices per head that grows with the logarithm of the text's length",
@@ -52,7 +51,8 @@ OF_FLA: dict[str, str] = {
     "path_attn": _ATTENTION,
     "precond_gated_deltanet": "beside its matrix it keeps a preconditioner, which its erase and write depend on",
     "precond_kda": "beside its matrix it keeps a preconditioner, which its erase and write depend on",
-    "raven": "it keeps slots of keys and of values, and reads one through the softmax of what it read from the other",
+    "raven": "it keeps slots of keys and of values as Gated Slot Attention does, but routes each token to some of "
+    "them, and there is no model for it yet",
     "rodimus": _NOT_YET,
     "samba": "its recurrent layers are those of Mamba, but there is no model for this mix with attention yet",
     "stickbreaking_attn": _ATTENTION,

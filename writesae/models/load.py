@@ -44,7 +44,9 @@ from writesae.models.delta_net import DeltaNetForCausalLM
 from writesae.models.formats import mamba_of_authors, mamba_tensors_of_authors, rwkv7_of_early_fla, rwkv_of_authors
 from writesae.models.gated_delta_net import GatedDeltaNetForCausalLM
 from writesae.models.gated_delta_product import GatedDeltaProductForCausalLM
+from writesae.models.gdn2 import GDN2ForCausalLM
 from writesae.models.gla import GLAForCausalLM
+from writesae.models.gsa import GSAForCausalLM
 from writesae.models.hgrn2 import HGRN2ForCausalLM
 from writesae.models.kda import KDAForCausalLM
 from writesae.models.kinds import OF_FLA, OF_TRANSFORMERS
@@ -68,7 +70,9 @@ OURS: dict[str, type[RecurrentForCausalLM]] = {
         KDAForCausalLM,
         CombaForCausalLM,
         GatedDeltaProductForCausalLM,
+        GDN2ForCausalLM,
         Mamba3ForCausalLM,
+        GSAForCausalLM,
     )
 }
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

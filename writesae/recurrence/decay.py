@@ -100,6 +100,14 @@ class Decay:
             return torch.einsum("...td,...jd,...dtj->...tj", x, y, between)
         return (x @ y.mT) * between
 
+    def spread(self, scores: Tensor, y: Tensor) -> Tensor:
+        """``sum_j scores[t, j] D[t, j, d] y[j, d]`` over the tokens ``j`` up to ``t``, for each channel ``d``."""
+        if self.factored:
+            return self.reads * (scores.tril() @ (y * self.writes))
+        if self.per_key:
+            return torch.einsum("...tj,...dtj,...jd->...td", scores, self.between, y)
+        return (scores * self.between) @ y
+
 
 def each(x: Tensor, n: int, dim: int) -> Tensor:
     """``n`` copies of each entry, one after the other; without a copy if it is one."""

@@ -206,6 +206,37 @@ def carried(
 
 
 @_without_autocast
+def value_reads(
+    x: Float[Tensor, "batch pos head d_value"],
+    key: Float[Tensor, "batch pos head d_key"],
+    value: Float[Tensor, "batch pos head d_value"],
+    log_decay: Float[Tensor, "batch pos head d_key"],
+    initial_state: Float[Tensor, "batch head d_key d_value"] | None = None,
+) -> tuple[Float[Tensor, "batch pos head d_key"], Float[Tensor, "batch head d_key d_value"]]:
+    """A memory that erases nothing, read from its other side: ``S_t = D_t S_{t-1} + k_t v_t^T``, and ``S_t x_t``, one
+    number for each row of the state. Returns these reads, and the final state.
+
+    Within a chunk a read is ``sum_j (x_t . v_j) D(j..t) k_j``: scores between tokens are the same for all rows, which
+    differ in their decays alone.
+    """
+    lead, outputs = (x.shape[0], x.shape[2]), []
+    S = at_least_float32(x).new_zeros(*lead, key.shape[-1], x.shape[-1]) if initial_state is None else initial_state
+    S = at_least_float32(S).flatten(0, 1)
+    for here in stretches(x, key, value, log_decay):
+        g, size, mild = cut_decay(log_decay[here], None)
+        reads, keys, values = (cut(y[here], size) for y in (x, key, value))
+        decay = Decay(g, factored=mild)
+        gained, left, firsts = (keys * decay.to_end).mT @ values, decay.from_start[..., -1:, :].mT, []
+        for n in range(keys.shape[1]):
+            firsts.append(S)
+            S = torch.addcmul(gained[:, n], left[:, n], S)
+        o = decay.spread(reads @ values.mT, keys) + decay.from_start * (reads @ _stacked(firsts).mT)
+        o = o.flatten(1, 2)[:, : here[1].stop - here[1].start]
+        outputs.append(o.unflatten(0, lead).transpose(1, 2))
+    return torch.cat(outputs, 1), S.unflatten(0, lead)
+
+
+@_without_autocast
 def decayed_sum(
     x: Float[Tensor, "batch pos feature"],
     log_decay: Float[Tensor, "batch pos"],

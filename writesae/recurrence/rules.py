@@ -134,8 +134,17 @@ def _write_in_turn(get: Get) -> Write:
     return in_terms(get("k"), in_turn(get, get("v")))
 
 
+def _gdn2(get: Get) -> Recurrence:
+    k, log_decay = get("k"), get("log_decay")
+    return Recurrence(get("q"), log_decay, a=k, b=-log_decay.exp() * get("erase_gate") * k)
+
+
+def _gated_write(get: Get) -> Write:
+    return Write(get("k"), get("write_gate") * get("v"))
+
+
 def _one(get: Get) -> Tensor:
-    return torch.ones_like(get("beta"))
+    return torch.ones_like(get("k")[..., 0])
 
 
 def _minus_beta(get: Get) -> Tensor:
@@ -158,6 +167,14 @@ KIMI_DELTA = Rule(
 )
 COMBA = Rule("comba", (*_WITH_STRENGTH, "kappa"), _comba, write_with_strength, strength=_minus_beta)
 DELTA_PRODUCT = Rule("delta_product", _WITH_STRENGTH, _delta_product, _write_in_turn, strength=_one)
+GDN2 = Rule(
+    "gdn2",
+    ("q", "k", "v", "log_decay", "erase_gate", "write_gate"),
+    _gdn2,
+    _gated_write,
+    decay_per_key=True,
+    strength=_one,
+)
 MAMBA2 = Rule("mamba2", _WITH_STRENGTH, nothing_erased, write_with_strength)
 MAMBA1 = Rule("mamba1", _WITH_STRENGTH, nothing_erased, write_with_strength, decay_per_key=True)
 MAMBA3 = Rule("mamba3", _WITH_STRENGTH, nothing_erased, _write_of_steps)
@@ -177,6 +194,7 @@ RULES: dict[str, Rule] = {
         KIMI_DELTA,
         COMBA,
         DELTA_PRODUCT,
+        GDN2,
         MAMBA1,
         MAMBA2,
         MAMBA3,

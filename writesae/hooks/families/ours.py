@@ -9,7 +9,7 @@ from torch import Tensor
 
 from writesae.hooks.families.base import Family, KernelCall, as_given, of_heads
 from writesae.hooks.families.registry import register
-from writesae.hooks.quantities import Quantity
+from writesae.hooks.quantities import PER_KEY, PER_VALUE, Quantity
 from writesae.recurrence import rules
 
 _SIZES = ("num_heads", "head_k_dim", "head_v_dim")
@@ -144,6 +144,22 @@ MAMBA3 = Family(
 )
 register(MAMBA3)
 
+GDN2 = Family(
+    name="Gated DeltaNet 2",
+    rule=rules.GDN2,
+    mixers={"writesae.models.gdn2": "GatedDeltaNet2"},
+    kernels=("gdn2_recurrence",),
+    sizes=_SIZES,
+    norms=("o_norm",),
+    call=CanonicalCall,
+    meanings={
+        "erase_gate": Quantity(PER_KEY, "b: how much of each key channel the erase reads"),
+        "write_gate": Quantity(PER_VALUE, "w: how much of each value channel it writes"),
+        "write": Quantity("Write [batch, pos, head]", "the native write, in factors: key k, value write_gate * v"),
+    },
+)
+register(GDN2)
+
 GLA = Family(
     name="Gated Linear Attention",
     rule=rules.GLA,
@@ -165,6 +181,25 @@ HGRN2 = Family(
     letters={"k": "1 - f", "v": "i, the input"},
 )
 register(HGRN2)
+
+GSA = Family(
+    name="Gated Slot Attention",
+    rule=rules.GLA,
+    mixers={"writesae.models.gsa": "GatedSlotAttention"},
+    kernels=("gla_recurrence",),
+    sizes=("num_heads", "num_slots", "head_v_dim"),
+    norms=("g_norm",),
+    seen_at={"scores": "scores"},
+    call=CanonicalCall,
+    meanings={"scores": Quantity(PER_KEY, "what each slot's key has in common with the query")},
+    letters={
+        "q": "the softmax of scores",
+        "k": "s, how much goes into each slot; a hook changes that of values, not of keys",
+        "log_decay": "of each slot; likewise",
+        "state": "of values; that of keys has no hook point",
+    },
+)
+register(GSA)
 
 RETNET = Family(
     name="RetNet",
