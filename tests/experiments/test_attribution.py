@@ -118,6 +118,12 @@ def test_deletions_of_a_model_in_half_precision_can_be_looked_at():
     model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn", dtype="bfloat16")
     found = attribute(model, "The captain and the", deletions=True).records()
     assert found["deletion"].abs().max() > 0 and found["deletion"].dtype == "float32"
+    test = attribution_test(model, heldout_documents(), n_prompts=8, n_deletions=48)
+    numbers = test.records()[["measured", *PREDICTIONS]]
+    assert (numbers.dtypes == "float32").all() and numbers["measured"].abs().max() > 0
+    test.table(), test.plot()
+    with pytest.raises(ValueError, match=r'model in bfloat16 rounds.*load it with dtype="float32"'):
+        ws.circuit(model, "The captain and the", " war")
 
 
 def test_bad_questions(model):

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from writesae.recurrence import at_least_float32
+
 
 @dataclass(frozen=True, eq=False)
 class Logit:
@@ -31,12 +33,13 @@ class Logit:
         return Logit(some(self.token), some(self.at), some(self.minus))
 
     def __call__(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
-        """The number of each sequence. Raises IndexError for a token outside the vocabulary or a column not there."""
+        """The number of each sequence, in float32 or more. Raises IndexError for a token outside the vocabulary or a
+        column that is not there."""
         batch, n_pos, n_vocab = logits.shape
         rows, at = columns_of(self.at, batch, n_pos, logits.device)
         token = lambda given: _of_rows(given, batch, 0, n_vocab - 1, "token id").to(logits.device)  # noqa: E731
-        found = logits[rows, at, token(self.token)]
-        return found if self.minus is None else found - logits[rows, at, token(self.minus)]
+        logit = lambda given: at_least_float32(logits[rows, at, token(given)])  # noqa: E731
+        return logit(self.token) if self.minus is None else logit(self.token) - logit(self.minus)
 
 
 @runtime_checkable

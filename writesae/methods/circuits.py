@@ -20,6 +20,7 @@ from writesae.methods.influence import influence_of_rows
 from writesae.methods.questions import one_text, strings_of
 from writesae.methods.tracing import Question, Trace, run, transcodes
 from writesae.model import HookedRecurrentModel, Text
+from writesae.models.wrappers import bare
 
 LEAK = 1e-4  # of the sizes of the edges into a node: what they may miss its pre-activation by
 POINTS = ("resid_pre", "mixer_out", "mlp_out", "resid_post")  # where SAEs of vectors may be
@@ -75,12 +76,17 @@ def circuit(
     Raises:
         ValueError: several texts, or one of a single token; a target that is no single token, or is outside the
             vocabulary; an SAE of another layer, head or model, or that reads something else than writes; two SAEs of a
-            head; a model that does something to its stream that can't be held as it was.
+            head; a model in half precision, or one that does something to its stream that can't be held as it was.
         IndexError: a `Logit` outside the vocabulary or the text.
         KeyError: a residual SAE of a hook point that is not there.
     """
     if max_nodes < 1:
         raise ValueError(f"max_nodes={max_nodes}: give a number of nodes, 1 or more")
+    if (dtype := bare(model.hf_model).dtype).itemsize < 4:
+        raise ValueError(
+            f"a model in {str(dtype).removeprefix('torch.')} rounds the sums that a circuit is made of: load it with "
+            f'dtype="float32"'
+        )
     ids = one_text(model, text)
     n_pos = ids.shape[1]
     if n_pos < 2:
