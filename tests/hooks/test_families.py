@@ -60,6 +60,8 @@ def test_register(mine: Family) -> None:
         ({"kernels": "f"}, TypeError, r"kernels='f'.*give a tuple of names"),
         ({"sizes": ("n_heads",)}, ValueError, "n_heads, d_key and d_value"),
         ({"call": None}, TypeError, "give a KernelCall class"),
+        ({"layers": ""}, TypeError, "layers='' of the family 'mine': name the list"),
+        ({"needs_memory": torch.float16}, TypeError, r"needs_memory=torch.float16 .*give a tuple of dtypes"),
         ({"takes_cache": "c"}, TypeError, r"takes_cache='c'.*\(cache, text model, tokens\) -> cache"),
         ({"stream_norms": "n"}, TypeError, r"stream_norms='n'.*give a tuple of names"),
         ({"rule": "gla"}, TypeError, "give a writesae.recurrence.rules.Rule"),

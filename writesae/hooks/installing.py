@@ -73,23 +73,26 @@ class Attachment:
         """Whether its recurrences run on the kernels of `writesae.recurrence`."""
         return any(tap.kernels != "native" for tap in self.taps)
 
+    @property
+    def acts(self) -> bool:
+        """Whether the running pass is another than that of a model that nobody wrapped."""
+        return self.busy or self.on_our_kernels or self.taps[0].masks
+
     @torch.compiler.disable(reason=graphs.REASON)
     def begin(self, text_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before each pass of the text model: its arguments, with a cache that it takes (`Family.takes_cache`)."""
         if given(text_model):
             return args, kwargs
         kwargs = self._with_its_cache(text_model, args, kwargs)
-        busy = self.busy
+        busy, mask = self.busy, kwargs.get("attention_mask")
         ours = busy or self.on_our_kernels
-        mask = kwargs.get("attention_mask")
         if ours and (mask is None or getattr(mask, "ndim", 0) == 2):  # another does not say which tokens are padding
             check_no_packing(kwargs)
         for owner in self.blocks.all():
             owner.note(complete=False)
         self.clock.begin(args, kwargs, lambda: _calls_under_way(text_model) > 1, check=busy)
-        ours = ours or self.taps[0].masks
-        graphs.begin(text_model, ours)
-        if ours:
+        graphs.begin(text_model, self.acts)
+        if self.acts:
             self._check_uncut(text_model)
         return args, kwargs
 
@@ -125,7 +128,7 @@ class Attachment:
             return
         graphs.end(text_model)
         if self.clock.end(output):
-            graphs.begin(text_model, self.busy or self.on_our_kernels)
+            graphs.begin(text_model, self.acts)
         if output is not None:
             for owner in self.blocks.all():
                 owner.note(complete=True)

@@ -137,7 +137,8 @@ class Tap:
         """Whether a call of the recurrence is the tap's, and not the native function's alone."""
         if self.kernels != "native" or self.busy or self.masks:
             return True
-        return any(isinstance(x, Tensor) and x.dtype in self.family.needs_memory for x in arguments)
+        needs = self.family.needs_memory
+        return bool(needs) and any(isinstance(x, Tensor) and x.dtype in needs for x in arguments)
 
     def run(
         self, native: Callable[..., Any], arguments: dict[str, Any], here: Running, begin: Tensor | None = None

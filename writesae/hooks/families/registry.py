@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from writesae.hooks.families.base import Family
 from writesae.hooks.quantities import RESIDUAL
 from writesae.recurrence.rules import RULES, Rule
@@ -77,6 +79,12 @@ def _check(family: Family) -> None:
             f"takes_cache={family.takes_cache!r} of the family {family.name!r}: give a function "
             f"(cache, text model, tokens) -> cache"
         )
+    if not family.layers or not isinstance(family.layers, str):
+        raise TypeError(
+            f"layers={family.layers!r} of the family {family.name!r}: name the list of a text model's layers"
+        )
+    if not isinstance(family.needs_memory, tuple) or not all(isinstance(x, torch.dtype) for x in family.needs_memory):
+        raise TypeError(f"needs_memory={family.needs_memory!r} of the family {family.name!r}: give a tuple of dtypes")
     inputs = family.rule.inputs
     if missing := [quantity for quantity in NEEDED if quantity not in inputs]:
         raise ValueError(f"rule {family.rule.name!r} has inputs {inputs}: {', '.join(missing)} must be among them")

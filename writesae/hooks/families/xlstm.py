@@ -95,7 +95,8 @@ def matrix_cache(cache: Any, text_model: Any, tokens: Tensor | None) -> MatrixCa
         vars(cache).pop("rnn_state", None)
         cache.__class__ = MatrixCache
         cache.__init__(len(text_model.blocks))
-    empty: Any = [layer for layer in cache.layers if layer.recurrent_states[0] is None]
+    of_layers: Any = cache.layers
+    empty = [layer for layer in of_layers if layer.recurrent_states[0] is None]
     if tokens is not None and empty:
         like = tokens if tokens.is_floating_point() else text_model.get_input_embeddings().weight
         for layer, block in zip(empty, text_model.blocks, strict=True):
