@@ -9,9 +9,9 @@ So what a token writes is a matrix of rank 2: what the token before left it to w
 Queries and keys are turned by angles that add up over the text, in proportion to ``dt``. Outside of the state stands
 the skip ``D v``; then a gate, and before it a norm if asked for.
 
-With several inputs and outputs per head (MIMO), ``R`` keys and queries, all of this has a sum over ``r``: a token writes
-``2 R`` terms, with values ``v_t * x_r``, and reads ``R`` times, ``o_t = sum_r w_tr * (S_t^T q_tr)``. The gate is then in
-the weights, ``w_tr = o_r * silu(z_t * z_r)``, which depend on the token alone; ``x_r``, ``z_r`` and ``o_r`` are learned.
+With several inputs and outputs per head (MIMO) a token has ``R`` keys and queries: it writes ``2 R`` terms, of values
+``v_t * x_r``, and reads ``R`` times, ``o_t = sum_r w_tr * (S_t^T q_tr)``. The gate is then in the weights,
+``w_tr = o_r * silu(z_t * z_r)``, which depend on the token alone. (``x_r``, ``z_r`` and ``o_r`` are learned.)
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Mamba3Config(RecurrentConfig):
         if self.is_mimo and (self.is_outproj_norm or self.mimo_rank < 1):
             raise ValueError(
                 f"mamba3 with is_mimo=True, mimo_rank={self.mimo_rank} and is_outproj_norm={self.is_outproj_norm}: "
-                f"supported are a rank of 1 or more, and no norm between a token's reads and their sum, which would not "
-                f"be linear in the memory"
+                f"supported are a rank of 1 or more, and is_outproj_norm=False, since a norm between a token's reads "
+                f"and their sum would make it depend on the memory otherwise than linearly"
             )
         heads, left = divmod(self.expand * self.hidden_size, self.head_dim)
         if left or self.num_heads not in (None, heads):

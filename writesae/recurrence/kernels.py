@@ -7,9 +7,10 @@ Within a chunk, write ``r_t = b_t^T S_{t-1}`` for what the erase reads. Then ``r
 
 The write keys enter only on the right, so they need not be the erase keys, and a token may write any number of rank-1
 terms. It may erase any number of them too: all of them read the state before the token, so the system is the same with
-so many rows per token; and so may it read several times (`Recurrence.read_weights`). Where the erase does write along the key (``a = c k``), ``v_j + c_j r_j`` solves a system of its
-own, with fewer scores. All exponents are sums of log decays over a later stretch, hence ``<= 0``: nothing overflows
-however strong the decay (or, for mild decays per key channel, at most 2 MILD in size).
+so many rows per token. Reads have rows too, as many per token as it reads times (`Recurrence.read_weights`). Where the
+erase does write along the key (``a = c k``), ``v_j + c_j r_j`` solves a system of its own, with fewer scores. All
+exponents are sums of log decays over a later stretch, hence ``<= 0``: nothing overflows however strong the decay (or,
+for mild decays per key channel, at most 2 MILD in size).
 
 Where the state has few columns and a decay per key channel (Mamba-1: one column per head, heads by the thousand), a
 matmul has nothing to save, and the chunks go token by token, all at once (`_scan_columns`).

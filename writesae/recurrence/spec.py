@@ -17,8 +17,9 @@ Dimension letters used in the code and in shape annotations:
     pos    tokens in this call  d_key  rows of the state      d_value  columns of the state
     rank   rank-1 terms of one write or erase                  read     reads of one token
 
-Decay, erase and the weights of reads do not depend on the state, so the outputs and states are **linear in the writes**: an edit ``E_t``
-added to the state changes everything after it by the same recurrence run on ``E`` alone. Edits rest on that fact.
+Decay, erase and weights do not depend on the state, so the outputs and states are **linear in the writes**: an edit
+``E_t`` added to the state changes everything after it by the same recurrence run on ``E`` alone. Edits rest on that
+fact.
 
 Everything is computed in float32 (float64 if the inputs are), whatever the model's dtype.
 """
