@@ -457,8 +457,8 @@ def _build(a: Architecture) -> PreTrainedModel:
                 module.D.copy_(torch.tensor([0.7, -0.4, 1.5, 1.0]))
                 module.B_norm.weight.fill_(0.25)  # so that states and reads are about as large as the others'
                 module.B_bias.mul_(0.25)
-            for name in ("mimo_x", "mimo_z", "mimo_o"):  # factors of about 1
-                getattr(module, name, torch.ones(())).mul_(math.sqrt(D_VALUE))
+            for name, size in {"mimo_x": 0.5, "mimo_z": 1.0, "mimo_o": 1.0}.items():
+                getattr(module, name, torch.ones(())).mul_(size * math.sqrt(D_VALUE))
             if hasattr(module, "gk_proj"):
                 bias = module.gk_proj[1].bias
                 kept = -torch.linspace(0.3, 0.999, len(bias)).log() * 16  # log decay = log sigmoid(input + bias) / 16

@@ -116,8 +116,8 @@ def test_as_it_is_called_in_half_precision(kind: str, monkeypatch: pytest.Monkey
     assert (ours(x, None, None) - want).norm() < 0.03 * want.norm()
 
 
-# Several inputs and outputs per head: their kernels are in TileLang and CuTe, which nothing interprets. Their layer's own
-# decoding step runs here on the function that they check that step's kernel with, and on their Triton rotation.
+# Several inputs and outputs per head: their kernels are in TileLang and CuTe, which nothing interprets. So their layer's
+# own decoding step runs on the function that they check that step with, and on their Triton rotation.
 
 STEP = "ops/cute/mamba3/mamba3_step_fn.py", "selective_state_update_fused_ref_v2"
 
@@ -127,7 +127,7 @@ def step_function() -> Any:
     path = Path(os.environ["MAMBA_SSM"]) / "mamba_ssm" / STEP[0]
     found = [node for node in ast.parse(path.read_text("utf-8")).body if getattr(node, "name", "") == STEP[1]]
     names: dict[str, Any] = {"torch": torch}
-    exec(compile(ast.Module(found, []), str(path), "exec"), names)  # noqa: S102
+    exec(compile(ast.Module(found, []), str(path), "exec"), names)
     reference = names[STEP[1]]
 
     def step(
