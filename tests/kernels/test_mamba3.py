@@ -116,8 +116,8 @@ def test_as_it_is_called_in_half_precision(kind: str, monkeypatch: pytest.Monkey
     assert (ours(x, None, None) - want).norm() < 0.03 * want.norm()
 
 
-# Several inputs and outputs per head: their kernels are in TileLang and CuTe, which nothing interprets. So their layer's
-# own decoding step runs on the function that they check that step with, and on their Triton rotation.
+# Several inputs and outputs per head: their kernels are in TileLang and CuTe, which nothing interprets. So their
+# layer's own decoding step runs on the function that they check that step with, and on their Triton rotation.
 
 STEP = "ops/cute/mamba3/mamba3_step_fn.py", "selective_state_update_fused_ref_v2"
 
