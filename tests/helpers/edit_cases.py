@@ -261,6 +261,7 @@ def hooks(a: Architecture) -> list[Case]:
         hook("log_decay", 3, 3, lambda g: g - 0.2, in_place=True),
         hook("kappa", 1, 2, lambda kappa: 0.9 * kappa.roll(1, -1)),
         hook("iclr", 0, 0, lambda iclr: 0.6 * iclr),
+        hook("read_weights", 1, 3, lambda w: 0.7 * w.roll(1, -1)),
         hook("v_mix", 1, 3, lambda v_mix: 0.3 * v_mix),
         hook("z", 3, 2, lambda z: -z),
     ]

@@ -434,6 +434,13 @@ def test_reads_and_their_weights_come_together(unchecked: None) -> None:
             replace(rec, read_weights=wrong)
 
 
+@BOTH
+def test_weights_for_other_columns_than_the_writes(run: Run) -> None:
+    rec, write, state = random_inputs(3, reads=2)
+    with pytest.raises(ValueError, match="read_weights have 4 columns, the writes have 1"):
+        run(rec, replace(write, value=write.value[..., :1]), state[..., :1])
+
+
 # Several reads per token ---------------------------------------------------------------------------------------------
 
 

@@ -130,9 +130,12 @@ def zero_state(rec: Recurrence, write: Write) -> Float[Tensor, "batch head d_key
 
 
 def first_state(rec: Recurrence, write: Write, initial_state: Tensor | None) -> Tensor:
-    """The state before the first token, in the dtype of computing; ValueError if ``write`` has other positions."""
+    """The state before the first token, in the dtype of computing; ValueError if ``write`` has other positions, or
+    another number of columns than the weights of reads."""
     if write.shape[1] != rec.n_pos:
         raise ValueError(f"the recurrence has {rec.n_pos} positions, the writes have {write.shape[1]}")
+    if rec.read_weights is not None and rec.read_weights.shape[-1] != write.d_value:
+        raise ValueError(f"read_weights have {rec.read_weights.shape[-1]} columns, the writes have {write.d_value}")
     return zero_state(rec, write) if initial_state is None else at_least_float32(initial_state)
 
 
