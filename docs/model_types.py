@@ -48,8 +48,8 @@ def of_fla() -> list[str] | None:
 
 
 def adapters() -> dict[str, Family]:
-    """``{modeling module: family}``."""
-    return {module: family for family in FAMILIES for module in family.mixers}
+    """``{modeling module: family}``, the first of it where a file has mixers of several."""
+    return {module: family for family in reversed(FAMILIES) for module in family.mixers}
 
 
 def ours_of_fla() -> dict[str, Family]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import LogitsProcessor
 
 import writesae as ws
+from architectures import architecture_named
 from writesae.experiments.amplifying import METRICS, amplify, count_of
 from writesae.experiments.engine.directions import (
     Places,
@@ -22,6 +23,7 @@ from writesae.experiments.engine.directions import (
 from writesae.experiments.engine.targets import ordinary_tokens, ranks, token_ids
 from writesae.experiments.erasing import Effect, erase
 from writesae.experiments.installing import included, install
+from writesae.experiments.logit_changes import logit_change
 from writesae.experiments.signs import sign_test
 from writesae.futures.continuations import ENDED, CommonRandomNumbers, go_on
 from writesae.saes.activity.token_classes import choose_atoms
@@ -669,3 +671,18 @@ def test_bad_amplifications(gdn, sae, text, commas):
         choose_atoms(gdn, sae, "Call me Ishmael.", "comma")
     with pytest.raises(ValueError, match="the control needs"):
         amplify(gdn, dataclasses.replace(commas, pool=commas.pool[:2]), PROMPTS)
+
+
+def test_a_token_of_several_reads_has_no_one_query() -> None:
+    """Refused by name, before anything runs; a token with one is not."""
+    ids, said = torch.arange(24).view(2, 12), "mamba3_mimo reads it several times"
+    model = ws.HookedRecurrentModel(architecture_named("mamba3_mimo").build())
+    with pytest.raises(ValueError, match=f"this experiment takes the one vector .* {said}"):
+        at_positions(model, 1, ids, None, torch.tensor([[3], [4]]))
+    with pytest.raises(ValueError, match=f"this experiment takes the one vector .* {said}"):
+        sign_test(model, 1, 0, ids, n=2, targets=[5], context=12, per_window=1)
+    sae = ws.WriteSAE(ws.SAEConfig(d_key=16, d_value=12, n_atoms=4, k=1, layer=1, head=0))
+    with pytest.raises(ValueError, match=f"logit_change, whose closed form has one query, takes .* {said}"):
+        logit_change(model, sae, ids, check_model=False)
+    plain = ws.HookedRecurrentModel(architecture_named("mamba3").build())
+    assert at_positions(plain, 1, ids, None, torch.tensor([[3], [4]]))[1].shape == (2, 1, 4, 16)

@@ -13,8 +13,8 @@ from writesae.recurrence.kernels import adjoint, adjoint_write, carried, chunked
 from writesae.zoo import heldout_documents
 
 BATCH, POS, HEADS, D_KEY, D_VALUE = 2, 37, 2, 6, 5
-# one decay per key channel, terms of an erase, reads before it writes
-KINDS = {
+# one decay per key channel, terms of an erase, reads before it writes; and reads per token, if several
+KINDS: dict[str, tuple] = {
     "one decay": (False, 0, False),
     "one decay, erases": (False, 1, False),
     "one decay, erases two terms": (False, 2, False),
@@ -22,20 +22,31 @@ KINDS = {
     "a key channel": (True, 0, False),
     "a key channel, erases": (True, 1, False),
     "a key channel, reads before": (True, 0, True),
+    "one decay, three reads": (False, 0, False, 3),
+    "a key channel, erases, two reads": (True, 1, False, 2),
+    "one decay, two reads before": (False, 0, True, 2),
 }
 each_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 
 def make(kind):
-    per_key, erases, before = KINDS[kind]
+    per_key, erases, before, *reads = KINDS[kind]
     draw = lambda *size: torch.randn(BATCH, POS, HEADS, *size, dtype=torch.float64)  # noqa: E731
     k, other = (torch.nn.functional.normalize(draw(D_KEY), dim=-1) for _ in range(2))
     decay = -draw(*((D_KEY,) if per_key else ())).abs() / 4
     a, b = (-0.8 * k, k + 0.5 * other) if erases else (None, None)
     if erases > 1:
         a, b = torch.stack([a, 0.3 * other], -2), torch.stack([b, k.roll(1, 1)], -2)
-    rec = Recurrence(draw(D_KEY), decay, a, b, reads_before=before)
+    weights = draw(*reads, D_VALUE) if reads else None
+    rec = Recurrence(draw(*reads, D_KEY), decay, a, b, reads_before=before, read_weights=weights)
     return rec, Write(k, draw(D_VALUE)), draw(D_VALUE)
+
+
+def read_of(rec, t, S):
+    """What token ``t`` reads of a state, as it is written."""
+    if rec.read_weights is None:
+        return torch.einsum("bhkv,bhk->bhv", S, rec.q[:, t])
+    return torch.einsum("bhrv,bhkv,bhrk->bhv", rec.read_weights[:, t], S, rec.q[:, t])
 
 
 def by_autograd(rec, write, g, read="same"):
@@ -50,7 +61,7 @@ def by_autograd(rec, write, g, read="same"):
         native = kept + torch.einsum("bhk,bhv->bhkv", write.key[:, t], write.value[:, t])
         before, S = S, native + E[t]
         seen = before if rec.reads_before else S if read == "same" else native
-        total = total + (torch.einsum("bhkv,bhk->bhv", seen, rec.q[:, t]) * g[:, t]).sum()
+        total = total + (read_of(rec, t, seen) * g[:, t]).sum()
     (M,) = torch.autograd.grad(total, E)
     return M.transpose(0, 1), total.detach()  # [batch, pos, head, d_key, d_value]
 
@@ -77,20 +88,28 @@ def test_gradients_of_writes_are_those_of_autograd(kind, read):
 
 
 @each_kind
-@pytest.mark.parametrize("broken", ["decay not shifted", "a and b not exchanged", "write of the other token"])
+@pytest.mark.parametrize(
+    "broken", ["decay not shifted", "a and b not exchanged", "write of the other token", "weights of the other read"]
+)
 def test_a_broken_adjoint_is_noticed(kind, broken):
     rec, write, g = make(kind)
     if broken == "a and b not exchanged" and rec.a is None:
         pytest.skip("nothing is erased")
+    right_one = rec
     M, _ = by_autograd(rec, write, g)
     back = adjoint(rec)
     if broken == "decay not shifted":
         back = dataclasses.replace(back, log_decay=rec.log_decay.flip(1))
     elif broken == "a and b not exchanged":
         back = dataclasses.replace(back, a=back.b, b=back.a)
+    elif broken == "weights of the other read":
+        if rec.read_weights is None:
+            pytest.skip("one read")
+        rec = dataclasses.replace(rec, read_weights=rec.read_weights.flip(3))
     other = dataclasses.replace(rec, reads_before=not rec.reads_before)
     seen, _ = chunked(back, adjoint_write(other if broken == "write of the other token" else rec, g))
-    right = torch.einsum("bthkv,bthk->bthv", M, rec.q)
+    rec = right_one
+    right = torch.stack([read_of(rec, t, M[:, t]) for t in range(POS)], 1)
     assert (seen.flip(1) - right).abs().max() > 1e-2
     seen, _ = chunked(adjoint(rec), adjoint_write(rec, g))
     torch.testing.assert_close(seen.flip(1), right)
@@ -107,7 +126,8 @@ def test_a_key_carried_on_is_the_response_to_its_edit(kind):
         key = torch.zeros(BATCH, POS, 1, D_KEY).double()
         key[torch.arange(BATCH), positions[:, n], 0] = keys[:, n]
         o, _ = chunked(one, Write(key, value.expand(BATCH, POS, 1, D_VALUE)))
-        torch.testing.assert_close(found[..., n, None] * value, o[:, :, 0])
+        factor = found[:, :, n] if found.ndim == 4 else found[:, :, n, None]
+        torch.testing.assert_close(factor * value, o[:, :, 0])
         assert not found[0, : positions[0, n], n].any()
 
 

@@ -49,6 +49,7 @@ class Architecture:
         forgets_positions: its attention layers count from 0 in every piece, unless told (transformers 5.23).
         n_heads, d_value: heads, and columns of the state (the rows are `D_KEY` in every model).
         steps: steps per token, for keys, values and strengths that have a dimension of them.
+        reads: reads per token, for queries and weights of reads that have a dimension of them.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Architecture:
     n_heads: int = N_HEADS
     d_value: int = D_VALUE
     steps: tuple[int, ...] = ()
+    reads: tuple[int, ...] = ()
 
     @property
     def modeling(self) -> ModuleType:
@@ -93,10 +95,11 @@ class Architecture:
         """Of a tensor quantity of one head at one token."""
         if quantity == "log_decay" and self.rule.decay_per_key:
             return (D_KEY,)
-        of_values = dict.fromkeys(("v", "v_mix", "write_gate", "o", "z"), (self.d_value,))
+        of_values = dict.fromkeys(("v", "v_mix", "write_gate", "o", "z", "read_weights"), (self.d_value,))
         of_gates = dict.fromkeys(("beta", "log_decay", "igate", "fgate", "denominator"), ())
         shape = {**of_gates, **of_values}.get(quantity, (D_KEY,))
-        return (*self.steps, *shape) if quantity in ("k", "v", "beta") else shape
+        several = self.steps if quantity in ("k", "v", "beta") else self.reads if quantity in bf.READS else ()
+        return (*several, *shape)
 
     def build(self) -> PreTrainedModel:
         """A new model, always with the same weights, in float32, nothing attached."""
@@ -380,6 +383,11 @@ ARCHITECTURES = [
           dict(hidden_size=N_HEADS * D_VALUE, expand=1, head_dim=D_VALUE, state_size=D_KEY, n_groups=N_KEY_HEADS,
                is_outproj_norm=True),
           gate=None, outputs={"z": "gate"}, mlp=False, steps=(2,)),
+    # Two keys and two queries per token; its gates are weights of the reads.
+    _ours("mamba3", bf.MAMBA3_MIMO, "Mamba3", "Mamba3MIMO",
+          dict(hidden_size=N_HEADS * D_VALUE, expand=1, head_dim=D_VALUE, state_size=D_KEY, n_groups=N_KEY_HEADS,
+               is_mimo=True, mimo_rank=2),
+          gate=None, mlp=False, steps=(4,), reads=(2,), variant="mamba3_mimo"),
     _ours("gla", bf.GLA, "GLA", "GatedLinearAttention", _MIXER, gate="g_norm_swish_gate"),
     _ours("hgrn2", bf.GLA, "HGRN2", "HGRN2Attention",
           dict(hidden_size=N_HEADS * D_KEY, expand_ratio=D_KEY, intermediate_size=96), gate=None, d_value=D_KEY),
@@ -456,6 +464,8 @@ def _build(a: Architecture) -> PreTrainedModel:
                 module.D.copy_(torch.tensor([0.7, -0.4, 1.5, 1.0]))
                 module.B_norm.weight.fill_(0.25)  # so that states and reads are about as large as the others'
                 module.B_bias.mul_(0.25)
+            for name, size in {"mimo_x": 0.5, "mimo_z": 1.0, "mimo_o": 1.0}.items():
+                getattr(module, name, torch.ones(())).mul_(size * math.sqrt(D_VALUE))
             if hasattr(module, "gk_proj"):
                 bias = module.gk_proj[1].bias
                 kept = -torch.linspace(0.3, 0.999, len(bias)).log() * 16  # log decay = log sigmoid(input + bias) / 16

@@ -167,6 +167,7 @@ def recode(
 # The rules -----------------------------------------------------------------------------------------------------------
 
 At = Mapping[str, Tensor]  # quantities of one token, [batch, head, ...]
+READS = ("q", "read_weights")  # those that only read the state
 
 
 @dataclass
@@ -237,6 +238,13 @@ class Rule:
             return x["k"], self.value(x), decayed, kept
         value = x["v"] * x["beta"][..., None] if "beta" in x else x["v"]
         return x["k"], value, decayed, kept
+
+    def read(self, x: At, S: Tensor) -> Tensor:
+        """What one token reads of a state: once, or several times, and then their weighted sum."""
+        if "read_weights" not in x:
+            return read_along(x["q"], S)
+        several = zip(x["q"].unbind(2), x["read_weights"].unbind(2), strict=True)
+        return torch.stack([weights * read_along(q, S) for q, weights in several]).sum(0)
 
 
 def outer(key: Tensor, value: Tensor) -> Tensor:
@@ -564,6 +572,11 @@ DELTA_PRODUCT = Rule(
     product_value,
 )
 MAMBA3 = Rule("mamba3", ("q", "k", "v", "beta", "log_decay"), {"mamba3_recurrence": canonical}, shares=DELTA_PRODUCT)
+MAMBA3_MIMO = Rule(
+    "mamba3_mimo",
+    ("q", "k", "v", "beta", "log_decay", "read_weights"),
+    {"mamba3_mimo_recurrence": canonical},
+)
 MLSTM = Rule(
     "mamba2",
     ("q", "k", "v", "beta", "log_decay"),
@@ -766,7 +779,7 @@ class BruteForce:
             for row, edit, _i in here:
                 if edit.stage == "state":
                     S[row, edit.head] = edit.fn(S[row, edit.head])
-            o = read_along(at["q"], before if self.a.rule.reads_before else S)
+            o = self.a.rule.read(at, before if self.a.rule.reads_before else S)
             self.knock_out(at, outer(key, value), o, self.first + t)
             for row, edit, _i in here:
                 if edit.stage == "o":
@@ -790,7 +803,7 @@ class BruteForce:
             *_, left = self.a.rule.step(at, before)
             if edit.targets is None or position in edit.targets:
                 seen = before if self.a.rule.reads_before else left
-                o[row, edit.head] -= read_along(at["q"], seen)[row, edit.head]
+                o[row, edit.head] -= self.a.rule.read(at, seen)[row, edit.head]
             self.left[row, whole] = left + written if position in edit.sources else left
 
     def changed(self, stage: str, value: Tensor) -> Tensor:

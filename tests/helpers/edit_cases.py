@@ -264,6 +264,7 @@ def hooks(a: Architecture) -> list[Case]:
         hook("erase_gate", 3, 1, lambda gate: 0.7 * gate.roll(1, -1)),
         hook("write_gate", 0, 1, lambda gate: 0.7 * gate.roll(1, -1)),
         hook("scores", 1, 2, lambda scores: 1.5 * scores.roll(1, -1)),
+        hook("read_weights", 1, 3, lambda w: 0.7 * w.roll(1, -1)),
         hook("v_mix", 1, 3, lambda v_mix: 0.3 * v_mix),
         hook("z", 3, 2, lambda z: -z),
     ]

@@ -115,6 +115,12 @@ def gdn2(x: Quantities, state: Tensor) -> Result:
     return fla_naive("gdn2").naive_recurrent_gdn2(*values, scale=1.0, initial_state=state, output_final_state=True)
 
 
+def mamba3_mimo(x: Quantities, state: Tensor) -> Result:
+    """Each read by itself, weighted and added up."""
+    each = [mamba3({**x, "q": q}, state) for q in x["q"].unbind(3)]
+    return sum(w * o for w, (o, _) in zip(x["read_weights"].unbind(3), each, strict=True)), each[0][1]
+
+
 def delta(x: Quantities, state: Tensor) -> Result:
     values = heads_first(unscaled(x), x["k"], x["v"], x["beta"])
     o, state = fla_naive("delta_rule").delta_rule_recurrence(*values, initial_state=state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,11 +106,15 @@ def test_a_read_misses_its_entries_of_the_pattern(architecture: Architecture) ->
     with model.intervene(ws.Knockout(layer, sources=sources, targets=targets)):
         _, cut = model.run_with_cache(ids)
     written = cache.write(layer).value.float()
-    before = torch.ones(40, 40).tril(-1)[(..., *(None,) * len(a.steps))]
+    before = torch.ones(40, 40).tril(-1)[(..., *(None,) * len(a.steps + a.reads))]
     pattern = cache.pattern(layer) * before  # its own write a token reads in any case
-    terms = "s" * len(a.steps)
+    terms, reads = "s" * len(a.steps), "r" * len(a.reads)
+    weights = cache["read_weights", layer][:, targets] if reads else torch.ones(2, 3, a.n_heads, a.d_value)
     missing = torch.einsum(
-        f"bhqk{terms},bkh{terms}v->bqhv", pattern[:, :, targets][:, :, :, sources], written[:, sources]
+        f"bhqk{terms}{reads},bkh{terms}v,bqh{reads}v->bqhv",
+        pattern[:, :, targets][:, :, :, sources],
+        written[:, sources],
+        weights,
     )
     expected = cache["o", layer].float().clone()
     expected[:, targets] -= missing
@@ -132,7 +137,7 @@ def test_a_wrong_response_would_be_noticed(architecture: Architecture, monkeypat
 
     def without(rec: Recurrence, *args: Any, **kwargs: Any) -> Any:
         left_out = rec.log_decay * 0 if rec.log_decay.any() else rec.log_decay - 0.1
-        rec = Recurrence(rec.q, rec.log_decay if rec.a is not None else left_out)
+        rec = replace(rec, log_decay=rec.log_decay if rec.a is not None else left_out, a=None, b=None)
         return chunked(rec, *args, **kwargs)
 
     monkeypatch.setattr(response, "chunked", without)

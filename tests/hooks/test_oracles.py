@@ -72,9 +72,11 @@ def quantities(rule: bf.Rule) -> dict[str, Tensor]:
         "erase_gate": torch.rand(*shape, D_KEY),
         "write_gate": torch.rand(*shape, D_VALUE),
     }
-    if rule in (bf.DELTA_PRODUCT, bf.MAMBA3):  # of three steps, each with a key of its own
+    if rule in (bf.DELTA_PRODUCT, bf.MAMBA3, bf.MAMBA3_MIMO):  # of three steps, each with a key of its own
         x |= {name: torch.stack([x[name] + y for y in 0.3 * torch.randn(3, *x[name].shape)], 3) for name in "kv"}
         x |= {"k": F.normalize(x["k"], dim=-1), "beta": torch.rand(*shape, 3)}
+    if rule is bf.MAMBA3_MIMO:  # of two reads
+        x |= {"q": torch.randn(*shape, 2, D_KEY) / D_KEY**0.5, "read_weights": torch.randn(*shape, 2, D_VALUE)}
     return {name: x[name] for name in rule.inputs}
 
 
@@ -90,9 +92,10 @@ def by_rule(rule: bf.Rule, x: dict[str, Tensor], state: Tensor) -> oracles.Resul
     """By the rule that tests/helpers/brute_force.py replays."""
     outputs = []
     for t in range(x["q"].shape[1]):
-        key, value, _, kept = rule.step({name: y[:, t] for name, y in x.items()}, state)
+        at = {name: y[:, t] for name, y in x.items()}
+        key, value, _, kept = rule.step(at, state)
         before, state = state, kept + bf.outer(key, value)
-        outputs.append(bf.read_along(x["q"][:, t], before if rule.reads_before else state))
+        outputs.append(rule.read(at, before if rule.reads_before else state))
     return torch.stack(outputs, 1), state
 
 
@@ -137,6 +140,15 @@ def forgetting(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
     return replace(rec, log_decay=rec.log_decay - 0.1), write
 
 
+def weights_exchanged(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
+    assert rec.read_weights is not None
+    return replace(rec, read_weights=rec.read_weights.flip(3)), write
+
+
+def unweighted(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
+    return replace(rec, q=rec.q.sum(3), read_weights=None), write
+
+
 def one_decay_a_head(rec: Recurrence, write: Write) -> tuple[Recurrence, Write]:
     return replace(rec, log_decay=rec.log_decay[..., 0]), write
 
@@ -156,6 +168,7 @@ RULES: list[tuple[bf.Rule, Callable[..., oracles.Result], list[Break]]] = [
     (bf.DELTA_PRODUCT, oracles.delta_product, [without_erase, erase_undecayed, steps_at_once]),
     (bf.MAMBA3, oracles.mamba3, [never_forgetting, of_one_step]),
     (bf.GDN2, oracles.gdn2, [without_erase, erase_undecayed, swapped, one_decay_a_head]),
+    (bf.MAMBA3_MIMO, oracles.mamba3_mimo, [never_forgetting, of_one_step, weights_exchanged, unweighted]),
     (bf.DELTA_NET, oracles.delta, [without_erase]),
     (bf.GLA, oracles.gla, [one_decay_a_head]),
     (bf.SIMPLE_GLA, oracles.simple_gla, [never_forgetting, forgetting]),

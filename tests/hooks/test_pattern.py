@@ -17,9 +17,14 @@ def test_a_pattern_times_what_was_written_is_what_is_read(a):
     _, cache = model.run_with_cache(ids)
     for layer in (a.layers[0], a.layers[-1]):
         pattern, written = cache.pattern(layer), cache.write(layer).value.float()
-        assert pattern.shape == (2, a.n_heads, 40, 40, *a.steps)
-        terms = "s" * len(a.steps)
-        read = torch.einsum(f"bhqk{terms},bkh{terms}v->bqhv", pattern, written)
+        assert pattern.shape == (2, a.n_heads, 40, 40, *a.steps, *a.reads)
+        terms, reads = "s" * len(a.steps), "r" * len(a.reads)
+        weights = cache["read_weights", layer] if reads else torch.ones(2, 40, a.n_heads, a.d_value)
+        formula = f"bhqk{terms}{reads},bkh{terms}v,bqh{reads}v->bqhv"
+        read = torch.einsum(formula, pattern, written, weights)
+        if reads:  # the twin: the weights of the other read
+            other = torch.einsum(formula, pattern, written, weights.flip(3))
+            assert (other - read).abs().max() > 1e-2
         torch.testing.assert_close(read, cache["o", layer].float(), rtol=1e-4, atol=1e-5)
         assert (pattern.movedim((2, 3), (-2, -1)).triu(1) == 0).all()
         torch.testing.assert_close(cache.pattern(layer, 1), pattern[:, 1])

@@ -8,6 +8,7 @@ Like test_triton.py it wants a process of its own, triton, and the source of mam
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from edit_cases import annotations_unchecked
-from writesae.models.mamba3 import Mamba3, Mamba3Config
+from writesae.models.mamba3 import Mamba3, Mamba3Config, Mamba3MIMO
 
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore")]
 combined: Any = importlib.import_module("mamba_ssm.ops.triton.mamba3.mamba3_siso_combined")
@@ -113,6 +114,76 @@ def test_as_it_is_called_in_half_precision(kind: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(layers, "mamba3_siso_combined", Kernel(half=True))
     want = theirs(x)
     assert (ours(x, None, None) - want).norm() < 0.03 * want.norm()
+
+
+# Several inputs and outputs per head: their kernels are in TileLang and CuTe, which nothing interprets. So their
+# layer's own decoding step runs on the function that they check that step with, and on their Triton rotation.
+
+STEP = "ops/cute/mamba3/mamba3_step_fn.py", "selective_state_update_fused_ref_v2"
+
+
+def step_function() -> Any:
+    """That function, out of a file that cannot be imported without CuTe."""
+    path = Path(os.environ["MAMBA_SSM"]) / "mamba_ssm" / STEP[0]
+    found = [node for node in ast.parse(path.read_text("utf-8")).body if getattr(node, "name", "") == STEP[1]]
+    names: dict[str, Any] = {"torch": torch}
+    exec(compile(ast.Module(found, []), str(path), "exec"), names)
+    reference = names[STEP[1]]
+
+    def step(
+        state: Tensor, B_state: Tensor, x_state: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, x: Tensor,
+        dt: Tensor, trap: Tensor, xproj: Tensor, *, out: Tensor, z: Tensor, zproj: Tensor, outproj: Tensor, **_: Any,
+    ) -> None:  # fmt: skip
+        o, after = reference(state, A, B, C, xproj, x, zproj, z, dt, B_state, x_state, trap, D, outproj)
+        state.copy_(after)
+        out.copy_(o)
+
+    return step
+
+
+def mimo(monkeypatch: pytest.MonkeyPatch, **config: Any) -> tuple[Any, Mamba3MIMO, DynamicCache]:
+    """Their layer and ours with the same random weights, and a cache for ours."""
+    monkeypatch.setattr(layers, "mamba3_mimo_combined", object())  # it only has to be there
+    monkeypatch.setattr(layers, "mamba3_step_fn", step_function())
+    made = Mamba3Config(
+        hidden_size=D, state_size=D_KEY, head_dim=D_HEAD, num_hidden_layers=1, vocab_size=8, is_mimo=True, **config
+    )
+    theirs = layers.Mamba3(
+        D, D_KEY, headdim=D_HEAD, rope_fraction=made.rope_fraction, is_mimo=True, mimo_rank=made.mimo_rank, layer_idx=0
+    )
+    generator = torch.Generator().manual_seed(3)
+    for name, p in theirs.named_parameters():
+        p.copy_(torch.randn(p.shape, generator=generator) * (p.shape[-1] ** -0.5 if "proj" in name else 0.5) + p * 0.5)
+    ours = Mamba3MIMO(made, 0)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours, DynamicCache(config=made)
+
+
+def by_steps(theirs: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    kept, outputs = theirs.allocate_inference_cache(len(x), x.shape[1]), []
+    for t in range(x.shape[1]):
+        outputs.append(theirs.step(x[:, t], *kept)[0])
+    return torch.stack(outputs, 1), kept
+
+
+@pytest.mark.parametrize("config", [dict(mimo_rank=4), dict(mimo_rank=2, rope_fraction=1.0)], ids=str)
+def test_mimo_is_mamba_ssms_layer(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    (theirs, ours, cache), x = mimo(monkeypatch, **config), inputs()
+    want, (_, state, k, _) = by_steps(theirs, x)
+    assert want.std() > 0.2 and (ours(x, None, None) - want).abs().max() < 1e-4
+    found = torch.cat([ours(piece, None, cache) for piece in x.split([17, 1, 22], 1)], 1)
+    assert (found - want).abs().max() < 1e-4
+    kept: Any = cache.layers[0]
+    assert (kept.recurrent_states[0] - state.mT).abs().max() < 1e-4
+    assert (kept.conv_states[0][..., 0] - k.transpose(1, 2).flatten(1)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["mimo_x", "mimo_z", "mimo_o", "B_bias", "C_bias", "D"])
+def test_mimo_with_another_weight_it_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (theirs, ours, _), x = mimo(monkeypatch, mimo_rank=4), inputs()[:, :8]
+    weight = ours.get_parameter(name)
+    weight.copy_(weight.roll(1, -1))
+    assert (ours(x, None, None) - by_steps(theirs, x)[0]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["in_proj.weight", "dt_bias", "B_bias", "C_bias", "B_norm.weight", "D", "norm.weight"])

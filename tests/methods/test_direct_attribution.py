@@ -14,7 +14,8 @@ from writesae.methods import direct_paths
 
 OF = ws.Logit(5, minus=11)
 TEXT = "The captain of the ship said that the name of the sea was"
-OUTSIDE = ("mamba1", "mamba2", "mamba3", "rwkv6", "rwkv7")  # rules with something beside the memory: a skip, a bonus
+# Rules with something beside the memory: a skip, a bonus.
+OUTSIDE = ("mamba1", "mamba2", "mamba3", "mamba3_mimo", "rwkv6", "rwkv7")
 
 
 def ids_of(a: Architecture) -> Tensor:

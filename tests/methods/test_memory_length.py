@@ -45,11 +45,19 @@ def test_what_is_left_and_who_reads_it(architecture: Architecture) -> None:
         torch.testing.assert_close(decayed[:, 1:], summed, rtol=1e-4, atol=1e-6)
 
     reads = [N_POS - 1, 5, 11]
-    rows = memory.read_from(rec, keys, reads)
     expected = cache.pattern(layer)[:, :, reads]  # [batch, head, read, source]
-    if architecture.steps:  # of values of other lengths, which add up to vectors of the same length
+    if architecture.reads:  # weighted, so that values of the same length are not enough
+        rows = memory.parts_of_reads(rec, write, reads)
+        weights = cache["read_weights", layer][:, reads]
+        expected = torch.einsum("bhnjsr,bjhsv,bnhrv->bhnjv", expected, write.value, weights).norm(dim=-1)
+    else:
+        rows = memory.read_from(rec, keys, reads)
+    if architecture.steps and not architecture.reads:  # of values of other lengths, whose sums have the same length
         rows = rows.norm(dim=-1)
         expected = torch.einsum("bhrjs,bjhsv->bhrjv", expected, write.value).norm(dim=-1)
+    if not architecture.reads:
+        sizes = write.norm() / keys.flatten(3).norm(dim=-1)
+        torch.testing.assert_close(memory.parts_of_reads(rec, write, reads), rows.abs() * sizes[..., None])
     torch.testing.assert_close(rows.permute(0, 2, 3, 1), expected, rtol=1e-3, atol=1e-5)
     assert (rows[:, 1:].permute(0, 2, 3, 1) - expected[..., :-1]).abs().max() > 1e-3  # the twin: of the token before
 

@@ -34,7 +34,10 @@ CONFIGS = [
     CONFIG,
     CONFIG | dict(n_groups=2, is_outproj_norm=True, use_bias=True),
     CONFIG | dict(rope_fraction=1.0, expand=1.5, num_heads=3, state_size=6),
+    CONFIG | dict(is_mimo=True, mimo_rank=3, n_groups=2, use_bias=True),
+    CONFIG | dict(is_mimo=True, mimo_rank=1, rope_fraction=1.0, state_size=6),
 ]
+MIMO = CONFIGS[3]
 
 
 def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
@@ -42,7 +45,8 @@ def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(6)
     n = lambda *shape: torch.randn(shape, generator=g)  # noqa: E731
     d, d_key, heads = config["hidden_size"], config["state_size"], config["num_heads"]
-    d_inner, groups = heads * config["head_dim"], config["n_groups"]
+    d_inner, rank = heads * config["head_dim"], config["mimo_rank"] if config["is_mimo"] else 1
+    groups = config["n_groups"] * rank
     n_in = 2 * d_inner + 2 * groups * d_key + 3 * heads + int(d_key * config["rope_fraction"]) // 2
     made = {"backbone.embeddings.weight": n(VOCAB, d), "lm_head.weight": n(VOCAB, d) / d**0.5}
     made["backbone.norm_f.weight"] = 1 + 0.2 * n(d)
@@ -50,7 +54,7 @@ def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
         at = f"backbone.layers.{i}."
         made |= {f"{at}norm.weight": 1 + 0.2 * n(d), f"{at}mixer.dt_bias": n(heads) - 1, f"{at}mixer.D": n(heads)}
         made |= {f"{at}mixer.{x}_norm.weight": 1 + 0.2 * n(d_key) for x in "BC"}
-        made |= {f"{at}mixer.{x}_bias": 1 + 0.5 * n(heads, 1, d_key) for x in "BC"}
+        made |= {f"{at}mixer.{x}_bias": 1 + 0.5 * n(heads, rank, d_key) for x in "BC"}
         made |= {
             f"{at}mixer.in_proj.weight": n(n_in, d) / d**0.5,
             f"{at}mixer.out_proj.weight": n(d, d_inner) / d_inner**0.5,
@@ -59,6 +63,8 @@ def tensors_of(config: dict[str, Any]) -> dict[str, Tensor]:
             made |= {f"{at}mixer.in_proj.bias": 0.3 * n(n_in), f"{at}mixer.out_proj.bias": 0.3 * n(d)}
         if config["is_outproj_norm"]:
             made[f"{at}mixer.norm.weight"] = 1 + 0.2 * n(d_inner)
+        if config["is_mimo"]:
+            made |= {f"{at}mixer.mimo_{x}": n(heads, rank, config["head_dim"]) for x in "xzo"}
     return made
 
 
@@ -80,13 +86,15 @@ def rms(x: Tensor, config: dict[str, Any]) -> Tensor:
 
 
 def step(config: dict[str, Any], p: Any, u: Tensor, memory: Any, broken: str) -> tuple[Tensor, Any]:
-    """One token of one layer."""
+    """One token of one layer, ``[batch, rank, head, ...]``; without MIMO the rank is 1."""
+    mimo, rank = config["is_mimo"], config["mimo_rank"] if config["is_mimo"] else 1
     d_key, d_head, heads, groups = (config[name] for name in ("state_size", "head_dim", "num_heads", "n_groups"))
     d_inner, n_angles = heads * d_head, int(d_key * config["rope_fraction"]) // 2
-    sizes = [d_inner, d_inner, groups * d_key, groups * d_key, heads, heads, heads, n_angles]
+    sizes = [d_inner, d_inner, rank * groups * d_key, rank * groups * d_key, heads, heads, heads, n_angles]
     z, x, B, C, dd_dt, dd_A, trap, angles = F.linear(u, p("in_proj.weight"), p("in_proj.bias")).split(sizes, -1)
     if memory is None:
-        memory = [u.new_zeros(len(u), heads, *size) for size in ((n_angles,), (d_head, d_key), (d_key,), (d_head,))]
+        sizes = (heads, n_angles), (heads, d_head, d_key), (rank, heads, d_key), (heads, d_head)
+        memory = [u.new_zeros(len(u), *size) for size in sizes]
     angle, h, k_before, x_before = memory
 
     A = (-F.softplus(dd_A)).clamp(max=-config["A_floor"])
@@ -96,33 +104,45 @@ def step(config: dict[str, Any], p: Any, u: Tensor, memory: Any, broken: str) ->
     angle = angle + angles.tanh()[:, None] * dt[..., None] * (1 if broken == "pi" else math.pi)
 
     def turned(y: Tensor, side: str) -> Tensor:
-        y = rms(y.unflatten(-1, (groups, d_key)), config) * p(f"{side}_norm.weight")
+        y = y.unflatten(-1, (rank, groups, d_key))
+        y = y.reshape(-1, groups, rank, d_key).transpose(1, 2) if broken == "ranks" else y
+        y = rms(y, config) * p(f"{side}_norm.weight")
         of_head = torch.arange(heads) % groups if broken == "groups" else torch.arange(heads) * groups // heads
-        y = y[:, of_head] + (0 if broken == "bias" else p(f"{side}_bias")[:, 0])
-        y0, y1 = y[..., 0 : 2 * n_angles : 2], y[..., 1 : 2 * n_angles : 2]
-        if broken == "halves":
-            y0, y1 = y[..., :n_angles], y[..., n_angles : 2 * n_angles]
-        numbers = torch.complex(y0.contiguous(), y1.contiguous()) * torch.polar(torch.ones_like(angle), angle)
-        return torch.cat([torch.view_as_real(numbers).flatten(-2), y[..., 2 * n_angles :]], -1)
+        y = y[:, :, of_head] + (0 if broken == "bias" else p(f"{side}_bias").transpose(0, 1))
+        pairs = [(2 * j, 2 * j + 1) for j in range(n_angles)]
+        if mimo != (broken == "halves"):
+            pairs = [(j, j + d_key // 2) for j in range(n_angles)]
+        y0, y1 = (y[..., list(which)] for which in zip(*pairs, strict=True))
+        numbers = torch.complex(y0, y1) * torch.polar(torch.ones_like(angle), angle)[:, None]
+        made = y.clone()
+        for (i, j), number in zip(pairs, numbers.unbind(-1), strict=True):
+            made[..., i], made[..., j] = number.real, number.imag
+        return made
 
     k, q = turned(B, "B"), turned(C, "C")
     alpha = (A * dt).exp()
     beta = (1 - share) * dt * (1 if broken == "undecayed" else alpha)
-    h = alpha[..., None, None] * h + (beta[..., None] * x_before)[..., None] * k_before[..., None, :]
-    h = h + ((share * dt)[..., None] * x)[..., None] * k[..., None, :]
-    y = (h @ q[..., None])[..., 0] + (0 if broken == "skip" else p("D")[:, None] * x)
+    psi, zeta, phi = (
+        p(f"mimo_{c}").transpose(0, 1) if mimo and broken != f"mimo_{c}" else x.new_ones(rank, heads, d_head)
+        for c in "xzo"
+    )
+    into = lambda x, k: torch.einsum("brhp,brhs->bhps", x[:, None] * psi, k)  # noqa: E731
+    h = alpha[..., None, None] * h + into(beta[..., None] * x_before, k_before) + into((share * dt)[..., None] * x, k)
+    skip = p("D")[:, None] * x[:, None] * (1 if broken == "skip of x" else psi)
+    y = torch.einsum("bhps,brhs->brhp", h, q) + (0 if broken == "skip" else skip)
     if config["is_outproj_norm"] and broken != "norm":
         y = rms(y, config) * p("norm.weight").unflatten(-1, (heads, d_head))
-    y = y * (z.sigmoid() if broken == "gate" else F.silu(z))
+    z = z[:, None] * zeta
+    y = (phi * y * (z.sigmoid() if broken == "gate" else F.silu(z))).sum(1)
     return F.linear(y.flatten(1), p("out_proj.weight"), p("out_proj.bias")), (angle, h, k, x)
 
 
-BROKEN = [
-    "bias of dt", "no trapezoid", "pi", "groups", "bias", "halves", "undecayed", "skip", "norm", "gate",
-]  # fmt: skip
+BROKEN = ["bias of dt", "no trapezoid", "pi", "groups", "bias", "halves", "undecayed", "skip", "gate"]
+OF_MIMO = ["ranks", "mimo_x", "mimo_z", "mimo_o", "skip of x"]
+TWINS = [(CONFIGS[1], broken) for broken in [*BROKEN, "norm"]] + [(MIMO, broken) for broken in BROKEN + OF_MIMO]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["plain", "norm, groups, biases", "all turned"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["plain", "norm, groups, biases", "all turned", "MIMO", "rank 1"])
 @torch.no_grad()
 def test_it_computes_what_the_layer_says(config: dict[str, Any], tmp_path: Path) -> None:
     tensors, ids = tensors_of(config), tokens(2, 80)
@@ -134,19 +154,20 @@ def test_it_computes_what_the_layer_says(config: dict[str, Any], tmp_path: Path)
     assert (model.float()(ids).logits - want).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize(("config", "broken"), TWINS)
 @torch.no_grad()
-def test_a_broken_one_is_not(broken: str, tmp_path: Path) -> None:
-    tensors, ids = tensors_of(CONFIGS[1]), tokens(1, 20)
-    logits = load_model(folder(tmp_path, CONFIGS[1], tensors))(ids).logits
-    assert (logits - forward(CONFIGS[1], tensors, ids)).abs().max() < 1e-3
-    assert (logits - forward(CONFIGS[1], tensors, ids, broken)).abs().max() > 1e-2
+def test_a_broken_one_is_not(config: dict[str, Any], broken: str, tmp_path: Path) -> None:
+    tensors, ids = tensors_of(config), tokens(1, 20)
+    logits = load_model(folder(tmp_path, config, tensors))(ids).logits
+    assert (logits - forward(config, tensors, ids)).abs().max() < 1e-3
+    assert (logits - forward(config, tensors, ids, broken)).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("config", [CONFIGS[1], MIMO], ids=["one read", "MIMO"])
 @torch.no_grad()
-def test_padding_leaves_no_key_and_no_angle(tmp_path: Path) -> None:
+def test_padding_leaves_no_key_and_no_angle(config: dict[str, Any], tmp_path: Path) -> None:
     """With biases, so that padding would have both; and what a cache keeps is as without it."""
-    model = load_model(folder(tmp_path, CONFIGS[1], tensors_of(CONFIGS[1]))).double()
+    model = load_model(folder(tmp_path, config, tensors_of(config))).double()
     ids = tokens(1, 12)
     padded, mask = F.pad(ids, (5, 0), value=3), F.pad(torch.ones_like(ids), (5, 0))
     caches = [DynamicCache(config=model.config) for _ in range(2)]
@@ -182,7 +203,8 @@ def test_angles_stay_exact_far_into_a_text(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(is_mimo=True), "is_mimo=True .several inputs and outputs per head.: a token then reads"),
+        (dict(is_mimo=True, is_outproj_norm=True), "is_mimo=True, mimo_rank=4 and is_outproj_norm=True: supported are"),
+        (dict(is_mimo=True, mimo_rank=0), "mimo_rank=0 and is_outproj_norm=False: supported are a rank of 1 or more"),
         (dict(num_heads=5), "expand=2: their product must be num_heads=5 times head_dim=16"),
         (dict(head_dim=24, num_heads=None), "their product must be num_heads=2 times head_dim=24"),
         (dict(n_groups=3), "n_groups=3: it must divide the number of heads, 4"),
@@ -196,16 +218,26 @@ def test_what_is_not_supported_is_said(changes: dict[str, Any], said: str, tmp_p
         load_model(folder(tmp_path, CONFIG | changes, tensors_of(CONFIG)))
 
 
-def test_saved_and_loaded(tmp_path: Path) -> None:
-    model = load_model(folder(tmp_path / "theirs", CONFIG, tensors_of(CONFIG)))
+@pytest.mark.parametrize("config", [CONFIG, MIMO], ids=["one read", "MIMO"])
+def test_saved_and_loaded(config: dict[str, Any], tmp_path: Path) -> None:
+    model = load_model(folder(tmp_path / "theirs", config, tensors_of(config)))
     model.save_pretrained(tmp_path / "ours")
     again = load_model(tmp_path / "ours")
     fields = again.config.to_dict()
-    same = CONFIG.keys() - {"hidden_act", "torch_dtype", "transformers_version"}  # what it may be only is not kept
-    assert {name: fields[name] for name in same} == {name: CONFIG[name] for name in same}
+    same = config.keys() - {"hidden_act", "torch_dtype", "transformers_version"}  # what it may be only is not kept
+    assert {name: fields[name] for name in same} == {name: config[name] for name in same}
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
 
 
 def test_default_sizes_of_flash_linear_attention_are_taken() -> None:
     config = Mamba3Config()
     assert (config.hidden_size, config.num_heads, config.head_dim, config.state_size) == (2048, 64, 64, 128)
+
+
+def test_a_new_one_of_several_reads_begins_as_flash_linear_attentions() -> None:
+    model = Mamba3ForCausalLM(
+        Mamba3Config(**{name: MIMO[name] for name in MIMO.keys() - {"model_type", "torch_dtype"}})
+    )
+    for name, value in {"mimo_x": 1 / 3, "mimo_z": 1.0, "mimo_o": 1 / 3}.items():
+        found = model.get_parameter(f"backbone.layers.0.mixer.{name}")
+        assert found.shape == (4, 3, 16) and bool((found == torch.tensor(value)).all()), name

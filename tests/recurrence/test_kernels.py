@@ -13,6 +13,7 @@ import torch
 from test_recurrence import (
     BREAKAGES,
     ERASE_BREAKAGES,
+    READ_BREAKAGES,
     Breakage,
     Inputs,
     Run,
@@ -268,6 +269,64 @@ def test_in_stretches(per_key: bool, erase: bool, monkeypatch: pytest.MonkeyPatc
         check_lengths(chunked, inputs, [1, CHUNK + 1, 3 * CHUNK + 5])
 
 
+@UNCHECKED
+@PER_KEY
+@ERASE
+@READ
+@INITIAL
+@pytest.mark.parametrize("reads", [1, 2, 3])
+def test_several_reads(per_key: bool, erase: bool, read: str, initial: bool, reads: int) -> None:
+    rec, write, state = random_inputs(BORDERS[-1], per_key=per_key, erase=erase, rank=2, reads=reads, batch=2)
+    dense = {t: torch.randn_like(state) for t in EDITED}
+    inputs = rec, write, state if initial else None
+    check_lengths(chunked, inputs, BORDERS, read=read)
+    check_lengths(chunked, inputs, [t + 1 for t in EDITED], dense=dense, read=read)
+    check_lengths(chunked, reading_before(inputs), BORDERS, read=read)
+    for chunk in (1, 5, 70):
+        check_lengths(chunked, inputs, [6, 35], dense={5: dense[0]}, read=read, chunk=chunk)
+
+
+@UNCHECKED
+@PER_KEY
+@pytest.mark.parametrize("rank", [1, 2])
+def test_several_reads_and_an_erase_along_the_key(per_key: bool, rank: int) -> None:
+    inputs, strength = along_the_key(random_inputs(BORDERS[-1], per_key=per_key, rank=rank, erases=rank, reads=2))
+
+    def run(rec: Recurrence, *args, **options):
+        return chunked(rec, *args, strength=strength[:, : rec.n_pos], **options)
+
+    check_lengths(run, inputs, BORDERS)
+
+
+@UNCHECKED
+@PER_KEY
+@pytest.mark.parametrize("twin", [broken(chunked, breakage) for breakage in READ_BREAKAGES])
+def test_several_reads_twin(twin: Run, per_key: bool) -> None:
+    inputs = random_inputs(CHUNK + 2, per_key=per_key, reads=3)
+    dense = {t: torch.randn_like(inputs[2]) for t in (3, CHUNK)}
+    with must_differ():
+        check_lengths(twin, inputs, [CHUNK + 2], dense=dense)
+
+
+@UNCHECKED
+def test_several_reads_of_states_of_few_columns() -> None:
+    inputs = random_inputs(BORDERS[-1], per_key=True, erase=False, reads=2, d_value=1)
+    check_lengths(chunked, inputs, BORDERS)
+
+
+@PER_KEY
+@ERASE
+def test_several_reads_have_the_gradients_of_the_loop(per_key: bool, erase: bool) -> None:
+    check_gradients(chunked, random_inputs(70, per_key=per_key, erase=erase, reads=2))
+
+
+@PER_KEY
+@pytest.mark.parametrize("field", ["q", "read_weights"])
+def test_several_reads_have_the_gradients_of_the_loop_twin(field: str, per_key: bool) -> None:
+    with must_differ():
+        check_gradients(broken(chunked, detached(field)), random_inputs(70, per_key=per_key, reads=2))
+
+
 TWINS = [broken(chunked, breakage) for breakage in BREAKAGES + ERASE_BREAKAGES]
 TWINS += [chunks_not_carried, other_read, rank_cut, edits_dropped, edits_one_token_late]
 
@@ -313,10 +372,11 @@ def results_and_gradients(run: Run, inputs: Inputs, dense: dict[int, Tensor] | N
     """Outputs, final state, and the gradients of a random sum of both for every input."""
     rec, write, state = inputs
     dense = dense or {}
-    leaves = [rec.q, rec.log_decay, rec.a, rec.b, write.key, write.value, state, *dense.values()]
+    leaves = [rec.q, rec.log_decay, rec.a, rec.b, rec.read_weights, write.key, write.value, state, *dense.values()]
     leaves = [x.detach().clone().requires_grad_() for x in leaves if x is not None]
     rest = iter(leaves)
-    rec = Recurrence(*(None if x is None else next(rest) for x in (rec.q, rec.log_decay, rec.a, rec.b)))
+    fields = {name: getattr(rec, name) for name in ("q", "log_decay", "a", "b", "read_weights")}
+    rec = replace(rec, **{name: None if x is None else next(rest) for name, x in fields.items()})
     write = Write(next(rest), next(rest), write.rank)
     state = None if state is None else next(rest)
     o, S = run(rec, write, state, dense={t: next(rest) for t in dense}, **options)
@@ -394,7 +454,7 @@ def test_factored_decay_twin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_gradients(run: Run, inputs: Inputs, **options) -> None:
-    dense = {t: torch.randn_like(inputs[0].q[:, 0, :, :, None].expand(-1, -1, -1, 4)) for t in (5, 69)}
+    dense = {t: torch.randn_like(inputs[2]) for t in (5, 69)}
     ours, theirs = (results_and_gradients(f, inputs, dense, **options) for f in (run, step_loop))
     assert_same(ours, theirs, 1e-10)
 

@@ -53,6 +53,7 @@ def random_inputs(
     erase: bool = True,
     rank: int = 1,
     erases: int = 1,
+    reads: int = 0,
     d_key: int = 5,
     d_value: int = 4,
     batch: int = 1,
@@ -75,7 +76,10 @@ def random_inputs(
     ranks = () if rank == 1 else (rank,)
     write = Write(draw(n_pos, head, *ranks, d_key), draw(n_pos, head, *ranks, d_value), rank)
     rec = Recurrence(q, log_decay, a, b) if erase else Recurrence(q, log_decay)
-    return rec, write, draw(head, d_key, d_value)
+    state = draw(head, d_key, d_value)
+    if reads:
+        rec = replace(rec, q=draw(n_pos, head, reads, d_key), read_weights=draw(n_pos, head, reads, d_value))
+    return rec, write, state
 
 
 # The twins. Each takes the inputs of a run and spoils them as a wrong implementation would.
@@ -417,6 +421,88 @@ def test_recurrence_index(per_key: bool, erase: bool) -> None:
     assert rec[part].n_pos == 5
     o, _ = step_loop(rec, write, state)
     torch.testing.assert_close(step_loop(rec[part], write[part], state[1:2, 2:3])[0], o[part])
+
+
+def test_reads_and_their_weights_come_together(unchecked: None) -> None:
+    rec, _, _ = random_inputs(3, reads=2)
+    for half in ({"q": rec.q[..., 0, :]}, {"read_weights": None}):
+        with pytest.raises(ValueError, match="a dimension of reads in q and read_weights come together"):
+            replace(rec, **half)
+    assert rec.read_weights is not None
+    for wrong in (rec.read_weights[:, 1:], rec.read_weights[:, :, :, :1]):  # would be broadcast in silence
+        with pytest.raises(ValueError, match=r"read_weights \[1, .* does not fit q \[1, 3, 2, 2, 5\]"):
+            replace(rec, read_weights=wrong)
+
+
+@BOTH
+def test_weights_for_other_columns_than_the_writes(run: Run) -> None:
+    rec, write, state = random_inputs(3, reads=2)
+    with pytest.raises(ValueError, match="read_weights have 4 columns, the writes have 1"):
+        run(rec, replace(write, value=write.value[..., :1]), state[..., :1])
+
+
+# Several reads per token ---------------------------------------------------------------------------------------------
+
+
+def weights_of_the_other_read(rec: Recurrence, write: Write, state: Tensor | None) -> Inputs:
+    assert rec.read_weights is not None
+    return replace(rec, read_weights=rec.read_weights.flip(3)), write, state
+
+
+def weights_of_the_next_token(rec: Recurrence, write: Write, state: Tensor | None) -> Inputs:
+    assert rec.read_weights is not None
+    return replace(rec, read_weights=rec.read_weights.roll(1, 1)), write, state
+
+
+def unweighted(rec: Recurrence, write: Write, state: Tensor | None) -> Inputs:
+    assert rec.read_weights is not None
+    return replace(rec, read_weights=torch.ones_like(rec.read_weights)), write, state
+
+
+def first_read_only(rec: Recurrence, write: Write, state: Tensor | None) -> Inputs:
+    assert rec.read_weights is not None
+    return replace(rec, q=rec.q[:, :, :, :1], read_weights=rec.read_weights[:, :, :, :1]), write, state
+
+
+READ_BREAKAGES = [weights_of_the_other_read, weights_of_the_next_token, unweighted, first_read_only]
+
+
+def check_several_reads(run: Run, *, per_key: bool = False, erase: bool = True, **changes: bool) -> None:
+    """``o_t = sum_r w_tr * (S_t^T q_tr)``, of states that are built."""
+    rec, write, state = random_inputs(7, per_key=per_key, erase=erase, rank=2, reads=3, batch=2)
+    rec = replace(rec, **changes)
+    after = torch.stack(list(states(rec, write, state)), 1)
+    seen = torch.cat([state[:, None], after[:, :-1]], 1) if rec.reads_before else after
+    o = torch.einsum("bthrv,bthkv,bthrk->bthv", rec.read_weights, seen, rec.q)
+    assert_same(run(rec, write, state), (o, after[:, -1]), 1e-12)
+
+
+@BOTH
+@pytest.mark.parametrize("per_key", [False, True], ids=["scalar decay", "per-key decay"])
+@pytest.mark.parametrize("erase", [False, True])
+@pytest.mark.parametrize("reads_before", [False, True])
+def test_several_reads(run: Run, per_key: bool, erase: bool, reads_before: bool) -> None:
+    check_several_reads(run, per_key=per_key, erase=erase, reads_before=reads_before)
+
+
+@BOTH
+@pytest.mark.parametrize("breakage", READ_BREAKAGES)
+def test_several_reads_twin(run: Run, breakage: Breakage) -> None:
+    with must_differ():
+        check_several_reads(broken(run, breakage))
+
+
+def test_several_reads_are_those_of_each_weighted_and_added() -> None:
+    rec, write, state = random_inputs(7, reads=3)
+    assert rec.read_weights is not None
+    each = torch.stack([step_loop(one, write, state)[0] for one in rec.single_reads()], 3)
+    torch.testing.assert_close((rec.read_weights * each).sum(3), step_loop(rec, write, state)[0])
+    part = (slice(None), slice(2, 7), slice(1, 2))
+    whole, S = step_loop(rec, write, state)
+    start = step_loop(rec[:, :2], write[:, :2], state)[1][:, 1:2]
+    assert_same(step_loop(rec[part], write[part], start), (whole[part], S[:, 1:2]), 1e-12)
+    half = replace(rec, read_weights=rec.read_weights.to(torch.bfloat16)).float()
+    assert half.read_weights is not None and half.read_weights.dtype == torch.float32
 
 
 # Write ---------------------------------------------------------------------------------------------------------------

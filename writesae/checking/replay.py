@@ -44,7 +44,7 @@ def replay(
         if t in at:
             state = change.new(at.index(t), write[:, t].dense(), state)
             if rec.sees(change.read) == "same":
-                o = (rec.q[:, t, :, None, :] @ state).mT.reshape(o.shape)
+                o = rec[now].read(state[:, None])
         outputs.append(o)
     assert state is not None
     return torch.cat(outputs, 1), state

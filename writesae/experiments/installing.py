@@ -229,7 +229,8 @@ def install(
         progress: called with the number of continuations done: trials, twice for the control, and prompts.
 
     Raises:
-        ValueError: a target is not one token; a prompt is shorter than ``n_positions``; no token is in a stratum.
+        ValueError: a target is not one token; a prompt is shorter than ``n_positions``; no token is in a stratum; a
+            layer that reads several times per token (Mamba-3's MIMO form).
         IndexError: no such layer, head or token.
     """
     heads = _heads(model, layer, head)

@@ -205,11 +205,13 @@ def logit_change(
         progress: called with the number of edited prompts run.
 
     Raises:
-        ValueError: too little text, too few atoms that fire, a lag longer than half a prompt, fewer than 4 prompts.
+        ValueError: too little text, too few atoms that fire, a lag longer than half a prompt, fewer than 4 prompts, or
+            a layer that reads several times per token (Mamba-3's MIMO form).
         IndexError: an atom out of range.
     """
     run = Run(model, text, [sae], batch_size, seed, check_model, progress)
     (layer, head), generator = sae.place, run.generator
+    model.family(layer).rule.check_reads_once("logit_change, whose closed form has one query,")
     if min(lags) < 0 or max(lags) >= context // 2 or n_prompts < 4:
         raise ValueError(
             f"lags={tuple(lags)}, context={context}, n_prompts={n_prompts}: lags are 0 to {context // 2 - 1} (half a "

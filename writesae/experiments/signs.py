@@ -169,7 +169,8 @@ def sign_test(
         progress: called with the number of trials done.
 
     Raises:
-        ValueError: the text is too short; a target is not one token.
+        ValueError: the text is too short; a target is not one token; a layer that reads several times per token
+            (Mamba-3's MIMO form).
         IndexError: no such layer, head or token.
     """
     model.site(layer).check_head(head)

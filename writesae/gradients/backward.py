@@ -35,7 +35,7 @@ from writesae.jobs.arguments import named_kinds
 from writesae.model.late_logits import LateLogits, late_logits
 from writesae.recurrence import Read, Recurrence, Write, at_least_float32, memory_dtype
 from writesae.recurrence.dynamics import Dynamics
-from writesae.recurrence.kernels import adjoint, adjoint_write, carried, chunked, states_at
+from writesae.recurrence.kernels import adjoint, adjoint_write, carried, chunked, gradient_of_read, states_at
 from writesae.recurrence.matrices import Atoms, project, top_pair
 from writesae.recurrence.write import index_of
 
@@ -143,10 +143,11 @@ class LayerGradient:
             change = torch.zeros(())
             for key, value in zip(*(x.unbind(-2) for x in edits[:, some].factors()), strict=True):
                 seen = carried(rec, key, positions[:, some])
+                seen = seen if seen.ndim == 4 else seen[..., None]  # of each column
                 if read == "next":
                     now = torch.arange(rec.n_pos, device=positions.device)[None, :, None] == positions[:, None, some]
-                    seen = seen.masked_fill(now, 0)
-                change = change + seen[..., None] * value[:, None]
+                    seen = seen.masked_fill(now[..., None], 0)
+                change = change + seen * value[:, None]
             if self.norm is None:
                 parts.append((change * self.output[:, used, head, None]).sum((1, 3)))
             else:
@@ -169,7 +170,7 @@ class LayerGradient:
             step = max(1, BLOCK // (len(self.output) * gradients.d_key * gradients.d_value))
             found = torch.cat([project(M, atoms) for M in gradients.pieces(step)], 1).flip(1)
         if self._leaves_out(read) == "next":
-            own = Write(self.recurrence.q[:, :, head], self.output[:, :, head]).to(found.dtype)
+            own = gradient_of_read(self.recurrence[one], self.output[one])[:, :, 0].to(found.dtype)
             found = found - project(own, atoms)
         return found
 

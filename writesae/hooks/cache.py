@@ -157,7 +157,8 @@ class ActivationCache(Mapping[str, Any]):
             layer: a recurrent layer, whose recurrence's inputs are in the cache.
             head: a head, for ``[batch, query, key]``; None for all, ``[batch, head, query, key]``. Where a write has
                 several values, as those of Gated DeltaProduct, there is a number for each in a last dimension, and
-                ``o`` is the sum over these too.
+                ``o`` is the sum over these too. Where a token reads several times (Mamba-3's MIMO form), a dimension
+                of reads comes last, and ``o`` is the sum over these, each times its ``hook_read_weights``.
 
         Raises:
             IndexError: no such layer or head.
@@ -172,8 +173,10 @@ class ActivationCache(Mapping[str, Any]):
         write = self._records[layer].write or rule.write(lambda quantity: self._value(name_of(quantity, layer)))
         keys = write[here].factors()[0].unbind(-2)
         one_hot = torch.eye(rec.n_pos, device=rec.q.device)[None, :, None].expand(*rec.q.shape[:3], -1)
-        of_each = [chunked(rec, Write(key, one_hot))[0].transpose(1, 2) for key in keys]
-        found = of_each[0] if len(of_each) == 1 else torch.stack(of_each, -1)
+        reads = rec.single_reads()
+        of_each = [chunked(one, Write(key, one_hot))[0].transpose(1, 2) for key in keys for one in reads]
+        several = [len(keys)] * (len(keys) > 1) + [len(reads)] * (rec.read_weights is not None)
+        found = torch.stack(of_each, -1).unflatten(-1, several) if several else of_each[0]
         return self._shown(found if head is None else found[:, 0])
 
     def state(

@@ -174,7 +174,7 @@ def respond(
             rec = recurrence(edit.heads)[:, edit.start :]
             if rec.sees(edit.read) == "next":
                 keys, values = (native[edit.index] * edit.instead).factors()
-                seen = ((keys @ rec.q[..., None]) * values).sum(-2)
+                seen = rec.joined(rec.queries() @ keys.mT @ values)
                 responses.append((edit.heads, edit.start, seen, None))
     for (heads, read), edits in groups.items():
         start = min(edit.start for edit in edits)

@@ -83,7 +83,7 @@ def memory_length(
     known = _delimiters(model, tokens.unique(), delimiters)
     found: dict[str, list[list[Tensor]]] = defaultdict(list)  # by name, of each batch, of each layer
     names = [name for site in chosen for name in [*inputs(model.family(site.layer).rule, site.layer)]]
-    names += [name_of("q", site.layer) for site in chosen]
+    names += [name_of(q, site.layer) for site in chosen for q in model.family(site.layer).rule.reads]
     with Bars(progress) as bars:
         bar = bars.add("measuring memories", len(tokens))
         for ids in tokens.split(batch_size):
@@ -186,11 +186,25 @@ def read_from(
     return of_key(keys) if keys.ndim == 4 else torch.stack([of_key(key) for key in keys.unbind(-2)], -1)
 
 
+def parts_of_reads(rec: Recurrence, write: Write, at: Sequence[int]) -> Float[Tensor, "batch pos head n"]:
+    """How long the part of each token's write is in what the tokens ``at`` read, of each read all weights included."""
+    if rec.read_weights is not None:
+        keys, values = (at_least_float32(x) for x in write.factors())
+        each = torch.stack([read_from(one, keys, at) for one in rec.single_reads()], -1)
+        weights = at_least_float32(rec.read_weights[:, at])
+        return torch.einsum("bjhnsr,bjhsv,bnhrv->bjhnv", each, values, weights).norm(dim=-1)
+    keys = keys_of(write)
+    sizes = at_least_float32(write.norm() / keys.flatten(3).norm(dim=-1).clamp_min(1e-30))
+    found = read_from(rec, keys, at)
+    return (found.abs() if found.ndim == 4 else found.norm(dim=-1)) * sizes[..., None]
+
+
 def _reads(
     rec: Recurrence, write: Write, n: int, ids: Int[Tensor, "batch pos"], delimiters: Int[Tensor, " m"] | None
 ) -> dict[str, Tensor]:
     """Where some reads go, ``[batch, 1 or pos, head]``, as many heads at once as `BLOCK` allows."""
-    step, parts = max(1, BLOCK // (ids.numel() * n)), []
+    numbers = ids.numel() * n * (1 if rec.read_weights is None else write.d_value)
+    step, parts = max(1, BLOCK // numbers), []
     for start in range(0, rec.q.shape[2], step):
         some = (slice(None), slice(None), slice(start, start + step))
         parts.append(_reads_of_heads(rec[some], write[some], n, ids, delimiters))
@@ -203,10 +217,7 @@ def _reads_of_heads(
     """Of a read, a token has the share that its part has in the sum of all parts' lengths."""
     n_pos, device = rec.n_pos, rec.q.device
     at = torch.tensor(spread(n_pos, n, n_pos // 2), device=device)
-    keys = keys_of(write)
-    sizes = at_least_float32(write.norm() / keys.flatten(3).norm(dim=-1).clamp_min(1e-30))
-    found = read_from(rec, keys, at.tolist())
-    share = (found.abs() if found.ndim == 4 else found.norm(dim=-1)) * sizes[..., None]  # [batch, pos, head, n]
+    share = parts_of_reads(rec, write, at.tolist())
     share = share / share.sum(1, keepdim=True).clamp_min(1e-30)
     near = (share.flip(1).cumsum(1) < 0.5).sum(1) - (n_pos - 1 - at)  # those after the read have no share
     # Of each write, in the later reads: in units of an equal share among all the tokens up to the read.

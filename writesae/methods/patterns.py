@@ -21,6 +21,7 @@ from writesae.jobs.arguments import named_kinds
 from writesae.methods.direct_paths import direct_paths, reading
 from writesae.methods.questions import one_text, strings_of
 from writesae.model import HookedRecurrentModel, Text
+from writesae.recurrence.kernels import gradient_of_read
 from writesae.results.across import name_tokens, wide
 from writesae.results.result import Figure, Number, Result, figure
 
@@ -157,9 +158,11 @@ def pattern(
     with torch.no_grad():
         fixed = found[layer].at_fixed_scale
         grid = found.cache.pattern(layer, head)[0]
-        seen = torch.einsum("qv,k...v->qk...", fixed.output[0, :, head].float(), fixed.write.value[0, :, head].float())
+        slopes, values = gradient_of_read(fixed.recurrence, fixed.output), fixed.write
+        slopes, values = (x.factors()[1][0, :, head].float() for x in (slopes, values))
+        seen = torch.einsum("qrv,ksv->qksr", slopes, values)  # of each value and read
     what = "what the write adds to the logit" if isinstance(of, Logit) else "what the write adds along the direction"
-    return _found(model, ids, layer, head, what, (grid * seen).reshape(*seen.shape[:2], -1).sum(-1))
+    return _found(model, ids, layer, head, what, (grid.reshape(seen.shape) * seen).sum((2, 3)))
 
 
 def _lengths(

@@ -196,7 +196,8 @@ class Dynamics:
     def of(cls, rule: Rule, values: Mapping[str, Tensor]) -> Dynamics:
         """From a zero state, and the canonical quantities that the states of a rule depend on (`Rule.state_inputs`)."""
         k = values["k"]  # reads play no part in states
-        rec = rule.recurrence({**values, "q": k if k.ndim == 4 else k[:, :, :, 0]}.__getitem__)
+        none: dict[str, Any] = {**dict.fromkeys(rule.reads), "q": k if k.ndim == 4 else k[:, :, :, 0]}
+        rec = rule.recurrence({**values, **none}.__getitem__)
         native = rule.write(values.__getitem__)
         return cls(rec, native, native, delta_rank=rule.delta_rank)
 

@@ -7,9 +7,10 @@ Within a chunk, write ``r_t = b_t^T S_{t-1}`` for what the erase reads. Then ``r
 
 The write keys enter only on the right, so they need not be the erase keys, and a token may write any number of rank-1
 terms. It may erase any number of them too: all of them read the state before the token, so the system is the same with
-so many rows per token. Where the erase does write along the key (``a = c k``), ``v_j + c_j r_j`` solves a system of its
-own, with fewer scores. All exponents are sums of log decays over a later stretch, hence ``<= 0``: nothing overflows
-however strong the decay (or, for mild decays per key channel, at most 2 MILD in size).
+so many rows per token. Reads have rows too, as many per token as it reads times (`Recurrence.read_weights`). Where the
+erase does write along the key (``a = c k``), ``v_j + c_j r_j`` solves a system of its own, with fewer scores. All
+exponents are sums of log decays over a later stretch, hence ``<= 0``: nothing overflows however strong the decay (or,
+for mild decays per key channel, at most 2 MILD in size).
 
 Where the state has few columns and a decay per key channel (Mamba-1: one column per head, heads by the thousand), a
 matmul has nothing to save, and the chunks go token by token, all at once (`_scan_columns`).
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +35,7 @@ from torch import Tensor
 
 from writesae.recurrence.decay import CHUNK, Decay, between, chunks, cut, cut_decay, each
 from writesae.recurrence.spec import Read, Recurrence, Sees, Write, at_least_float32, check_dense, first_state
+from writesae.recurrence.write import in_terms
 
 CACHED = 2**18  # numbers: what is computed at once on a CPU
 FEW = 4  # columns of a state, below which scores between tokens cost more than the states themselves
@@ -84,8 +87,8 @@ def chunked(
         o, _, S = _scan(rec[here], write[here], S, sees, chunk, _of(strength, here))
         E = at_least_float32(E)
         if sees == "same":
-            seen = torch.einsum("bhk,bhkv->bhv", at_least_float32(rec.q[:, t]), E)
-            o = torch.cat([o[:, :-1], o[:, -1:] + seen[:, None]], 1)
+            seen = rec[:, t : t + 1].float().read(E[:, None])
+            o = torch.cat([o[:, :-1], o[:, -1:] + seen], 1)
         S = S + E
         outputs.append(o)
         start = t + 1
@@ -153,11 +156,12 @@ def adjoint(rec: Recurrence, reads: Float[Tensor, "batch pos head d_key"] | None
 
     Args:
         rec: the recurrence as it ran.
-        reads: vectors to read the gradients with, in the order of the text; None for ``rec.q``.
+        reads: vectors to read the gradients with, in the order of the text; None to read them as ``rec`` reads states.
     """
-    reads = rec.q if reads is None else reads
+    q, weights = (rec.q, rec.read_weights) if reads is None else (reads, None)
     a, b = (None if x is None else _of_next(x) for x in (rec.b, rec.a))
-    return Recurrence(reads.flip(1), _of_next(rec.log_decay), a, b)
+    weights = None if weights is None else weights.flip(1)
+    return Recurrence(q.flip(1), _of_next(rec.log_decay), a, b, read_weights=weights)
 
 
 def adjoint_write(rec: Recurrence, gradient: Float[Tensor, "batch pos head d_value"]) -> Write:
@@ -168,8 +172,18 @@ def adjoint_write(rec: Recurrence, gradient: Float[Tensor, "batch pos head d_val
         rec: the recurrence as it ran.
         gradient: of the number, with respect to the outputs ``o_t``.
     """
+    w = gradient_of_read(rec, gradient)
+    turn: Callable[[Tensor], Tensor] = _of_next if rec.reads_before else lambda x: x.flip(1)
+    return replace(w, key=turn(w.key), value=turn(w.value))
+
+
+def gradient_of_read(rec: Recurrence, gradient: Float[Tensor, "batch pos head d_value"]) -> Write:
+    """The gradient with respect to the state that each token reads, ``q_t g_t^T``; of several reads their sum,
+    ``sum_r q_tr (w_tr g_t)^T``, so in as many terms."""
     q, g = at_least_float32(rec.q), at_least_float32(gradient)
-    return Write(_of_next(q), _of_next(g)) if rec.reads_before else Write(q.flip(1), g.flip(1))
+    return (
+        Write(q, g) if rec.read_weights is None else in_terms(q, at_least_float32(rec.read_weights) * g[..., None, :])
+    )
 
 
 def _of_next(x: Tensor) -> Tensor:
@@ -180,9 +194,10 @@ def _of_next(x: Tensor) -> Tensor:
 @_without_autocast
 def carried(
     rec: Recurrence, keys: Float[Tensor, "batch n d_key"], positions: Int[Tensor, "batch n"]
-) -> Float[Tensor, "batch pos n"]:
+) -> Float[Tensor, "batch pos n"] | Float[Tensor, "batch pos n d_value"]:
     """How strongly each later read sees an edit: ``q_t^T A_t ... A_{j+1} p`` for a key ``p`` written at ``j`` (without
-    ``A_t`` and from ``j + 1`` on, where a token reads before it writes).
+    ``A_t`` and from ``j + 1`` on, where a token reads before it writes). Where a token reads several times, each with
+    weights per column, a number for each column.
 
     Decay and erase act on keys alone, so an edit ``p u^T`` changes the output at ``t`` by this number times ``u``,
     whatever ``u`` is: the key travels as a vector, and no state is built. 0 before the edit.
@@ -201,7 +216,8 @@ def carried(
             a, b = (y[:, t, 0] for y in erase)
             x_t = x_t + (x @ b.mT) @ a
         before, x = x, x_t + keys * (positions == t)[..., None]
-        found.append(((before if rec.reads_before else x) @ rec.q[:, t].mT)[..., 0])
+        seen = (before if rec.reads_before else x) @ rec.queries()[:, t, 0].mT  # [batch, n, read]
+        found.append(seen[..., 0] if rec.read_weights is None else seen @ rec.read_weights[:, t, 0])
     return torch.stack(found, 1)
 
 
@@ -298,15 +314,16 @@ def _scan_stretch(
     rec: Recurrence, write: Write, S: Tensor, sees: Sees, chunk: int | None, strength: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """The same for tokens computed at once, with sequences and heads as one dimension: ``[batch*head, pos, d]``."""
-    if rec.a is None and rec.log_decay.ndim == 4 and write.d_value < FEW:
+    if rec.a is None and rec.log_decay.ndim == 4 and write.d_value < FEW and rec.read_weights is None:
         return _scan_columns(rec, write, S, sees, chunk or CHUNK)
     n_pos = rec.n_pos
     g, size, mild = cut_decay(rec.log_decay, chunk)
     decay = Decay(g, factored=mild)
-    q = cut(rec.q, size)
+    in_turn = lambda x: rearrange(cut(x, size), "s n c r d -> s n (c r) d")  # noqa: E731  # terms, token by token
+    weights, reads = rec.read_weights, rec.queries().shape[3]
+    q = cut(rec.q, size) if weights is None else in_turn(rec.q)
     (keys, values), erase = write.factors(), rec.erase()
     wanted, m = None, 0
-    in_turn = lambda x: rearrange(cut(x, size), "s n c r d -> s n (c r) d")  # noqa: E731  # terms, token by token
     if erase is not None:
         (a, b), m = erase, erase[0].shape[3]
         if strength is not None:  # the erase is one write with the first terms, of v_t + strength_t r_t
@@ -319,7 +336,7 @@ def _scan_stretch(
     rank = keys.shape[-2]
     if rank:
         p, u = in_turn(keys), in_turn(values)
-        own = decay.scores(q, p, sees, rank) @ u
+        own = decay.scores(q, p, sees, rank, reads) @ u
         gained = (p * each(decay.to_end, rank, 2)).mT @ u
         if m:
             wanted = _sum(wanted, decay.scores(b, p, "before", rank, m) @ u)
@@ -339,11 +356,13 @@ def _scan_stretch(
             decayed = torch.baddbmm(decayed, left_erased[:, n], erased[-1])
         S = decayed
     from_start = decay.before_from_start if sees == "before" else decay.from_start
-    outputs, r = _sum(own, (q * from_start) @ _stacked(firsts)), None
+    outputs, r = _sum(own, (q * each(from_start, reads, 2)) @ _stacked(firsts)), None
     if wanted is not None:
         r = _stacked(erased)
-        outputs = outputs + decay.scores(q, a, "before" if sees == "before" else "same", m) @ r
+        outputs = outputs + decay.scores(q, a, "before" if sees == "before" else "same", m, reads) @ r
         r = r.flatten(1, 2)[:, : n_pos * m].unflatten(1, (n_pos, m))
+    if weights is not None:
+        outputs = (cut(weights, size) * outputs.unflatten(2, (-1, reads))).sum(3)
     return outputs.flatten(1, 2)[:, :n_pos], r, S
 
 

@@ -37,6 +37,7 @@ class Rule:
         strength: where the erase writes along the key, ``a = strength k``: this number ``[batch, pos, head]``, from
             canonical quantities. See `kernels.chunked`.
         reads_before: a token reads before it decays and writes, as its `Recurrence` says.
+        reads: those of its inputs that only read the state.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Rule:
     delta_rank: int = 1
     strength: Callable[[Get], Tensor] | None = None
     reads_before: bool = False
+    reads: tuple[str, ...] = ("q",)
 
     def run(
         self, get: Get, initial_state: Float[Tensor, "batch head d_key d_value"] | None = None
@@ -67,8 +69,16 @@ class Rule:
 
     @property
     def state_inputs(self) -> tuple[str, ...]:
-        """The inputs that writes and states depend on: all but the query, which only reads."""
-        return tuple(quantity for quantity in self.inputs if quantity != "q")
+        """The inputs that writes and states depend on: all but those that only read."""
+        return tuple(quantity for quantity in self.inputs if quantity not in self.reads)
+
+    def check_reads_once(self, what: str) -> None:
+        """Raise ValueError for ``what`` that needs one read vector per token, where a token has several."""
+        if "read_weights" in self.inputs:
+            raise ValueError(
+                f"{what} takes the one vector that a token reads its state with, and a token of {self.name} reads it "
+                f"several times, each read with weights of its own: choose a layer of another architecture"
+            )
 
 
 def delta_recurrence(get: Get, log_decay: Tensor) -> Recurrence:
@@ -151,6 +161,10 @@ def _minus_beta(get: Get) -> Tensor:
     return -get("beta")
 
 
+def _several_reads(get: Get) -> Recurrence:
+    return Recurrence(get("q"), get("log_decay"), read_weights=get("read_weights"))
+
+
 def _rwkv6(get: Get) -> Recurrence:
     return Recurrence(get("q"), get("log_decay"), reads_before=True)
 
@@ -178,6 +192,9 @@ GDN2 = Rule(
 MAMBA2 = Rule("mamba2", _WITH_STRENGTH, nothing_erased, write_with_strength)
 MAMBA1 = Rule("mamba1", _WITH_STRENGTH, nothing_erased, write_with_strength, decay_per_key=True)
 MAMBA3 = Rule("mamba3", _WITH_STRENGTH, nothing_erased, _write_of_steps)
+MAMBA3_MIMO = Rule(
+    "mamba3_mimo", (*_WITH_STRENGTH, "read_weights"), _several_reads, _write_of_steps, reads=("q", "read_weights")
+)
 DELTA = Rule("delta", ("q", "k", "v", "beta"), _delta, write_with_strength, strength=_minus_beta)
 GLA = Rule("gla", ("q", "k", "v", "log_decay"), nothing_erased, plain_write, decay_per_key=True)
 SIMPLE_GLA = Rule("simple_gla", ("q", "k", "v", "log_decay"), nothing_erased, plain_write)
@@ -198,6 +215,7 @@ RULES: dict[str, Rule] = {
         MAMBA1,
         MAMBA2,
         MAMBA3,
+        MAMBA3_MIMO,
         DELTA,
         GLA,
         SIMPLE_GLA,

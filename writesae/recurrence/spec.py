@@ -8,24 +8,26 @@ Per head, with state ``S [d_key, d_value]``::
     a_t  erase write, b_t erase read (both absent where the architecture erases nothing); where a token takes several
          steps, a sum of such terms
     k_t v_t^T  the native write; here ``v`` is what is written, so for Gated DeltaNet it is ``beta * v``
-    q_t  read; in RWKV-6 it reads the state before the token, ``o_t = S_{t-1}^T q_t``
+    q_t  read; in RWKV-6 it reads the state before the token, ``o_t = S_{t-1}^T q_t``. A token may read several times,
+         each read weighted per column: ``o_t = sum_r w_tr * (S_t^T q_tr)`` (Mamba-3's MIMO form)
 
 Dimension letters used in the code and in shape annotations:
 
     batch  sequences            head   value heads (keys already expanded to them)
     pos    tokens in this call  d_key  rows of the state      d_value  columns of the state
-    rank   rank-1 terms of one write or erase
+    rank   rank-1 terms of one write or erase                  read     reads of one token
 
-Decay and erase do not depend on the state, so the outputs and states are **linear in the writes**: an edit ``E_t``
-added to the state changes everything after it by the same recurrence run on ``E`` alone. Edits rest on that fact.
+Decay, erase and weights do not depend on the state, so the outputs and states are **linear in the writes**: an edit
+``E_t`` added to the state changes everything after it by the same recurrence run on ``E`` alone. Edits rest on that
+fact.
 
 Everything is computed in float32 (float64 if the inputs are), whatever the model's dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -44,28 +46,35 @@ class Recurrence:
     """How a layer remembers and reads: everything of the recurrence except what is written.
 
     Attributes:
-        q: read vectors, canonical (normalised and scaled).
+        q: read vectors, canonical (normalised and scaled); with a dimension ``read`` where a token reads several times.
         log_decay: natural log of the decay, ``<= 0``; ``[batch, pos, head]`` or ``[batch, pos, head, d_key]``.
         a: erase write, None where nothing is erased; with a dimension ``rank`` where an erase has several terms.
         b: erase read, likewise.
         reads_before: a token reads before it decays, erases and writes, ``o_t = S_{t-1}^T q_t``. What is written at a
             token is then first read by the next one.
+        read_weights: where ``q`` has several reads, what each is multiplied by, per column of the state, before they
+            are added up; None where a token reads once.
     """
 
-    q: Float[Tensor, "batch pos head d_key"]
+    q: Float[Tensor, "batch pos head d_key"] | Float[Tensor, "batch pos head read d_key"]
     log_decay: Float[Tensor, "batch pos head"] | Float[Tensor, "batch pos head d_key"]
     a: Float[Tensor, "batch pos head d_key"] | Float[Tensor, "batch pos head rank d_key"] | None = None
     b: Float[Tensor, "batch pos head d_key"] | Float[Tensor, "batch pos head rank d_key"] | None = None
     reads_before: bool = False
+    read_weights: Float[Tensor, "batch pos head read d_value"] | None = None
 
     def __post_init__(self) -> None:
         if (self.a is None) != (self.b is None):
             raise ValueError("erase write a and erase read b come together: give both or neither")
-        *lead, d_key = self.q.shape  # one of another length would be broadcast silently
-        for name in ("log_decay", "a", "b"):
+        if (self.q.ndim == 5) != (self.read_weights is not None):
+            raise ValueError("a dimension of reads in q and read_weights come together: give both or neither")
+        *lead, d_key = *self.q.shape[:3], self.q.shape[-1]  # one of another length would be broadcast silently
+        for name in ("log_decay", "a", "b", "read_weights"):
             x = getattr(self, name)
             ranks = [] if x is None or x.ndim < 5 else [x.shape[3]]
             allowed = [lead, [*lead, d_key]] if name == "log_decay" else [[*lead, *ranks, d_key]]
+            if x is not None and name == "read_weights":
+                allowed = [[*self.q.shape[:4], x.shape[-1]]]
             if x is not None and list(x.shape) not in allowed:
                 raise ValueError(f"{name} {list(x.shape)} does not fit q {list(self.q.shape)}")
         if self.a is not None and self.b is not None and self.a.shape != self.b.shape:
@@ -81,16 +90,33 @@ class Recurrence:
             return None
         return (self.a, self.b) if self.a.ndim == 5 else (self.a[..., None, :], self.b[..., None, :])
 
+    def queries(self) -> Float[Tensor, "batch pos head read d_key"]:
+        """The read vectors with the dimension of reads always present."""
+        return self.q[..., None, :] if self.read_weights is None else self.q
+
+    def joined(self, each: Float[Tensor, "batch pos head read d_value"]) -> Float[Tensor, "batch pos head d_value"]:
+        """What a token's reads are together: their weighted sum, or the only one."""
+        return each.squeeze(-2) if self.read_weights is None else (self.read_weights * each).sum(-2)
+
+    def read(self, S: Float[Tensor, "batch #pos head d_key d_value"]) -> Float[Tensor, "batch pos head d_value"]:
+        """What each token reads of its own one of these states, or all of the only one."""
+        return self.joined(self.queries() @ S)
+
+    def single_reads(self) -> list[Recurrence]:
+        """For each read of a token the recurrence with that read alone, unweighted."""
+        return [replace(self, q=q, read_weights=None) for q in self.queries().unbind(-2)]
+
     def __getitem__(self, index) -> Recurrence:
         """Index ``[batch, pos, head]`` with slices, e.g. ``rec[:, 5:, 2:3]``."""
-        pick = lambda x: None if x is None else x[index]  # noqa: E731
-        return Recurrence(self.q[index], self.log_decay[index], pick(self.a), pick(self.b), self.reads_before)
+        return self._each(lambda x: x[index])
 
     def float(self) -> Recurrence:
         """At least float32, as the recurrence is computed."""
-        up = lambda x: None if x is None else at_least_float32(x)  # noqa: E731
-        q, log_decay = at_least_float32(self.q), at_least_float32(self.log_decay)
-        return Recurrence(q, log_decay, up(self.a), up(self.b), self.reads_before)
+        return self._each(at_least_float32)
+
+    def _each(self, make: Callable[[Tensor], Tensor]) -> Recurrence:
+        a, b, read_weights = (None if x is None else make(x) for x in (self.a, self.b, self.read_weights))
+        return Recurrence(make(self.q), make(self.log_decay), a, b, self.reads_before, read_weights)
 
     def sees(self, read: Read) -> Sees:
         """What a token's read sees of the token itself: its write too (``same``), its decay and erase alone (``next``),
@@ -99,14 +125,17 @@ class Recurrence:
 
 
 def zero_state(rec: Recurrence, write: Write) -> Float[Tensor, "batch head d_key d_value"]:
-    batch, _, head, d_key = rec.q.shape
-    return at_least_float32(rec.q).new_zeros(batch, head, d_key, write.d_value)
+    batch, _, head = rec.q.shape[:3]
+    return at_least_float32(rec.q).new_zeros(batch, head, rec.q.shape[-1], write.d_value)
 
 
 def first_state(rec: Recurrence, write: Write, initial_state: Tensor | None) -> Tensor:
-    """The state before the first token, in the dtype of computing; ValueError if ``write`` has other positions."""
+    """The state before the first token, in the dtype of computing; ValueError if ``write`` has other positions, or
+    another number of columns than the weights of reads."""
     if write.shape[1] != rec.n_pos:
         raise ValueError(f"the recurrence has {rec.n_pos} positions, the writes have {write.shape[1]}")
+    if rec.read_weights is not None and rec.read_weights.shape[-1] != write.d_value:
+        raise ValueError(f"read_weights have {rec.read_weights.shape[-1]} columns, the writes have {write.d_value}")
     return zero_state(rec, write) if initial_state is None else at_least_float32(initial_state)
 
 
@@ -165,8 +194,8 @@ def step_loop(
         kept = next(states(rec[now], write[now] * 0.0, S))  # decay and erase alone
         seen: dict[Sees, Tensor] = {"before": S, "next": kept, "same": kept + written}
         S = seen["same"]
-        outputs.append((rec.q[:, t, :, None, :] @ seen[sees]).squeeze(-2))
-    return torch.stack(outputs, 1), S
+        outputs.append(rec[now].read(seen[sees][:, None]))
+    return torch.cat(outputs, 1), S
 
 
 def check_dense(dense: Mapping[int, Tensor] | None, n_pos: int) -> dict[int, Tensor]:

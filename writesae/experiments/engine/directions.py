@@ -196,6 +196,7 @@ def at_positions(
     positions: Int[Tensor, "batch n"],
 ) -> tuple[Write, Float[Tensor, "batch n head d_key"], Float[Tensor, "batch vocab"]]:
     """Native writes ``[batch, n, head]`` and reads at some positions, and the logits after the last token."""
+    model.family(layer).rule.check_reads_once("this experiment")
     lengths = torch.full((len(tokens),), tokens.shape[1]).to(tokens) if mask is None else mask.sum(-1)
     for row in ((positions < 0) | (positions >= lengths[:, None])).any(1).nonzero()[:1, 0].tolist():
         raise IndexError(

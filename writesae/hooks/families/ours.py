@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -143,6 +144,32 @@ MAMBA3 = Family(
     },
 )
 register(MAMBA3)
+
+MAMBA3_MIMO = replace(
+    MAMBA3,
+    name="Mamba-3 with several inputs and outputs per head",
+    rule=rules.MAMBA3_MIMO,
+    mixers={"writesae.models.mamba3": "Mamba3MIMO"},
+    kernels=("mamba3_mimo_recurrence",),
+    norms=(),
+    seen_at={},
+    meanings={
+        **MAMBA3.meanings,
+        "q": Quantity("[batch, pos, head, read, d_key]", "what each read of a token reads the state with"),
+        "read_weights": Quantity(
+            "[batch, pos, head, read, d_value]", "what multiplies each read before they are added"
+        ),
+    },
+    letters={
+        "q": "C_r, with its bias, rotated",
+        "k": "B_r",
+        "v": "x * mimo_x_r",
+        "log_decay": "dt A",
+        "read_weights": "mimo_o_r * silu(z * mimo_z_r)",
+        "o": "sum of the weighted reads, without the skip",
+    },
+)
+register(MAMBA3_MIMO)
 
 GDN2 = Family(
     name="Gated DeltaNet 2",
