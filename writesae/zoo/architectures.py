@@ -72,7 +72,7 @@ def build_mamba2(vocab_size: int) -> PreTrainedModel:
 
 def build_mamba1(vocab_size: int) -> PreTrainedModel:
     """A 1.0M-parameter Mamba: four layers of 256 channels of 16. Not shipped; see docs/results/mamba1.md."""
-    size = SHARED | {"hidden_size": 128}
+    size: dict[str, Any] = SHARED | {"hidden_size": 128}
     return MambaForCausalLM(MambaConfig(vocab_size=vocab_size, **size, num_hidden_layers=4, initializer_range=0.02))
 
 
