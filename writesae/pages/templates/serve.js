@@ -1,12 +1,17 @@
 // Ask the server what fires in a text, and how it goes on with an atom. All text goes in as text.
 const find = (id) => document.getElementById(id);
 
+// Answers may come in another order than questions: of each kind the last question counts, and of all for what is said.
+let asked = 0;
+const last = {};
+
 async function ask(path, values) {
+  const mine = last[path] = ++asked;
   find("said").textContent = "running the model …";
   const answer = await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(values) });
   const found = await answer.json();
-  find("said").textContent = found.error || "";
-  return answer.ok ? found : null;
+  if (mine === asked) find("said").textContent = found.error || "";
+  return answer.ok && mine === last[path] ? found : null;
 }
 
 function made(parent, tag, name, text) {
