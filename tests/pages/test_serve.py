@@ -128,8 +128,16 @@ def test_in_a_browser(port: int) -> None:
         page.locator("#scale").dispatch_event("change")
         expect(page.locator("#after")).not_to_have_text(after)
         assert page.locator("#before").inner_text() == before and page.locator("#after").inner_text() != before
+        held: list[Any] = []
+        page.route("**/api/steer", lambda route: held.append(route), times=1)
+        page.locator("#steer").click()
+        expect(page.locator("#said")).to_contain_text("running")
         page.locator("#atom").fill("99999")
         page.locator("#steer").click()
+        expect(page.locator("#said")).to_contain_text("allowed are 0 to 39")
+        with page.expect_response("**/api/steer"):  # the first question is answered after the second
+            held[0].continue_()
+        page.wait_for_timeout(500)
         expect(page.locator("#said")).to_contain_text("allowed are 0 to 39")
         assert all(url.startswith((f"http://127.0.0.1:{port}/", "data:", "blob:")) for url in seen.requests)
         assert [e for e in seen.errors if "400" not in e] == [] and seen.dialogs == []
