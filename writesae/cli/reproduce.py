@@ -63,6 +63,7 @@ def reproduce(
     from writesae.experiments.report.reproduction import reproduce as run
     from writesae.jobs.disk import write_json
     from writesae.model import HookedRecurrentModel
+    from writesae.models.wrappers import bare
     from writesae.saes import WriteSAE
     from writesae.zoo import shipped_saes
 
@@ -93,6 +94,11 @@ def reproduce(
         table.add_row(*map(Text, (outcome.key, *what, f"{outcome.seconds or 0:.0f}")))
     console = Console()
     console.print(table)
+    if bare(hooked.hf_model).dtype.itemsize < 4:
+        console.print(
+            "In half precision a model loses effects of less than about a hundredth of a logit: --dtype float32",
+            highlight=False,
+        )
     console.print(f"Report: {folder / 'report.html'} and report.md beside it", highlight=False, soft_wrap=True)
     if any(outcome.error is not None for outcome in outcomes):
         raise typer.Exit(1)

@@ -22,6 +22,7 @@ from writesae.jobs.arguments import named_kinds
 from writesae.jobs.extras import need
 from writesae.jobs.progress import Bars, Progress
 from writesae.model import HookedRecurrentModel
+from writesae.models.wrappers import bare
 from writesae.results.result import Result
 from writesae.saes import WriteSAE
 
@@ -145,7 +146,13 @@ def _shared(model: HookedRecurrentModel, texts: str | Sequence[str], seed: int) 
     for text in [texts] if isinstance(texts, str) else texts:
         digest.update(text.encode() + b"\0")
     weights = hashlib.sha256("".join(model.fingerprint(site.layer) for site in model.sites).encode()).hexdigest()
-    return {"weights": weights[:16], "text": digest.hexdigest()[:16], "seed": seed, **model.reading}
+    return {
+        "weights": weights[:16], "dtype": _dtype(model), "text": digest.hexdigest()[:16], "seed": seed, **model.reading,
+    }  # fmt: skip
+
+
+def _dtype(model: HookedRecurrentModel) -> str:
+    return str(bare(model.hf_model).dtype).removeprefix("torch.")
 
 
 def _intro(model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> str:
@@ -154,7 +161,9 @@ def _intro(model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> str:
         for s in saes
     )
     n = sum(p.numel() for p in model.parameters()) / 1e6
+    half = bare(model.hf_model).dtype.itemsize < 4
+    rounded = " **Its logits are rounded: effects of less than about a hundredth are lost (dtype float32 keeps them).**"
     return (
-        f"{model.model_id}: {type(model.hf_model).__name__}, {n:,.1f} M parameters, rule {model.sites[0].rule}. SAEs "
-        f"of {heads}. Intervals are 95%."
+        f"{model.model_id}: {type(model.hf_model).__name__}, {n:,.1f} M parameters, rule {model.sites[0].rule}, in "
+        f"{_dtype(model)}.{rounded if half else ''} SAEs of {heads}. Intervals are 95%."
     )
