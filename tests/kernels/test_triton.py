@@ -64,8 +64,9 @@ def each(which: Callable[[Architecture], bool]) -> Any:
     return pytest.mark.parametrize("a", [chosen(a) for a in ARCHITECTURES if which(a)])
 
 
-# Mamba-1's scan of many tokens is compiled for GPUs, and not in Triton; those of MiniMax and xLSTM are torch code.
-NONE = (bf.MAMBA1, bf.LIGHTNING, bf.MLSTM)
+# Mamba-1's scan of many tokens is compiled for GPUs, and not in Triton; those of MiniMax and xLSTM are torch code, and so
+# is ours for tokens that read several times.
+NONE = (bf.MAMBA1, bf.LIGHTNING, bf.MLSTM, bf.MAMBA3_MIMO)
 on_kernels = each(lambda a: a.name not in (*OURS, *SLOW[1:]) and a.rule not in NONE)
 first_of_rule = each(lambda a: a.is_first_of_its_rule and a.name not in OURS and a.rule not in NONE)
 N_POS = 12
