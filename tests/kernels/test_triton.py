@@ -64,7 +64,7 @@ def each(which: Callable[[Architecture], bool]) -> Any:
     return pytest.mark.parametrize("a", [chosen(a) for a in ARCHITECTURES if which(a)])
 
 
-# Mamba-1's scan of many tokens is compiled for GPUs, and not in Triton; those of MiniMax and xLSTM are torch code, and so
+# Mamba-1's scan of many tokens is compiled for GPUs, and not in Triton; those of MiniMax and xLSTM are torch code, as
 # is ours for tokens that read several times.
 NONE = (bf.MAMBA1, bf.LIGHTNING, bf.MLSTM, bf.MAMBA3_MIMO)
 on_kernels = each(lambda a: a.name not in (*OURS, *SLOW[1:]) and a.rule not in NONE)
