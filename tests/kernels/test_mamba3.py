@@ -52,6 +52,15 @@ def unchecked() -> Iterator[None]:
         yield
 
 
+def with_weights_of(theirs: Any, ours: Any) -> Any:
+    """Our layer, with the random weights that theirs is given."""
+    generator = torch.Generator().manual_seed(3)
+    for name, p in theirs.named_parameters():
+        p.copy_(torch.randn(p.shape, generator=generator) * (p.shape[-1] ** -0.5 if "proj" in name else 0.5) + p * 0.5)
+    ours.load_state_dict(theirs.state_dict())
+    return ours
+
+
 def both(kind: str) -> tuple[Any, Mamba3, DynamicCache]:
     """Their layer and ours with the same random weights, and a cache for ours."""
     config = Mamba3Config(
@@ -61,12 +70,7 @@ def both(kind: str) -> tuple[Any, Mamba3, DynamicCache]:
         D, D_KEY, headdim=D_HEAD, ngroups=config.n_groups, rope_fraction=config.rope_fraction,
         is_outproj_norm=config.is_outproj_norm, chunk_size=16, layer_idx=0,
     )  # fmt: skip
-    generator = torch.Generator().manual_seed(3)
-    for name, p in theirs.named_parameters():
-        p.copy_(torch.randn(p.shape, generator=generator) * (p.shape[-1] ** -0.5 if "proj" in name else 0.5) + p * 0.5)
-    ours = Mamba3(config, 0)
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours, DynamicCache(config=config)
+    return theirs, with_weights_of(theirs, Mamba3(config, 0)), DynamicCache(config=config)
 
 
 def inputs() -> Tensor:
@@ -151,12 +155,7 @@ def mimo(monkeypatch: pytest.MonkeyPatch, **config: Any) -> tuple[Any, Mamba3MIM
     theirs = layers.Mamba3(
         D, D_KEY, headdim=D_HEAD, rope_fraction=made.rope_fraction, is_mimo=True, mimo_rank=made.mimo_rank, layer_idx=0
     )
-    generator = torch.Generator().manual_seed(3)
-    for name, p in theirs.named_parameters():
-        p.copy_(torch.randn(p.shape, generator=generator) * (p.shape[-1] ** -0.5 if "proj" in name else 0.5) + p * 0.5)
-    ours = Mamba3MIMO(made, 0)
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours, DynamicCache(config=made)
+    return theirs, with_weights_of(theirs, Mamba3MIMO(made, 0)), DynamicCache(config=made)
 
 
 def by_steps(theirs: Any, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

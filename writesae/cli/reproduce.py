@@ -63,7 +63,7 @@ def reproduce(
     from writesae.experiments.report.reproduction import reproduce as run
     from writesae.jobs.disk import write_json
     from writesae.model import HookedRecurrentModel
-    from writesae.models.wrappers import bare
+    from writesae.models.wrappers import in_half_precision
     from writesae.saes import WriteSAE
     from writesae.zoo import shipped_saes
 
@@ -94,7 +94,7 @@ def reproduce(
         table.add_row(*map(Text, (outcome.key, *what, f"{outcome.seconds or 0:.0f}")))
     console = Console()
     console.print(table)
-    if bare(hooked.hf_model).dtype.itemsize < 4:
+    if in_half_precision(hooked.hf_model):
         console.print(
             "In half precision a model loses effects of less than about a hundredth of a logit: --dtype float32",
             highlight=False,

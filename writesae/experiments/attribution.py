@@ -195,7 +195,7 @@ def _deletions(found: Gradient, layer: int) -> Float[Tensor, "pos head"]:
     g = found[layer]
     _, n_pos, n_heads = g.write.shape
     every = torch.arange(n_pos, device=g.output.device)[None]
-    return torch.stack([g.effect(head, every, -g.write[:, :, head])[0].float().cpu() for head in range(n_heads)], 1)
+    return torch.stack([g.effect(head, every, -g.write[:, :, head])[0].cpu() for head in range(n_heads)], 1)
 
 
 @torch.no_grad()

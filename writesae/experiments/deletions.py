@@ -156,6 +156,5 @@ def attribution_test(
             rows.append([*site.T, at[:, 0], number, lag, measured, fixed, first, effect])
             run.tell(len(here))
     columns = [torch.cat([row[i].cpu() for row in rows]) for i in range(len(rows[0]))]
-    columns = [x.float() if x.is_floating_point() else x for x in columns]  # a model in half precision gives halves
     said = dict(zip(PREDICTIONS, columns[6:], strict=True))
     return AttributionTest(*columns[:6], predicted=said, context=context)  # type: ignore[misc]

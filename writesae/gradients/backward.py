@@ -152,7 +152,7 @@ class LayerGradient:
                 parts.append((change * self.output[:, used, head, None]).sum((1, 3)))
             else:
                 parts.append(self.norm.effect(used, head, self.output.shape, change))
-        return torch.cat(parts, 1)
+        return at_least_float32(torch.cat(parts, 1))
 
     def prices(self, head: int, atoms: Atoms, *, read: Read = "same") -> Float[Tensor, "batch pos n_atoms"]:
         """The attribution score of every atom, at strength 1, at every token: `price`, of all atoms at once.

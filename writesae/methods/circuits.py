@@ -20,7 +20,7 @@ from writesae.methods.influence import influence_of_rows
 from writesae.methods.questions import one_text, strings_of
 from writesae.methods.tracing import Question, Trace, run, transcodes
 from writesae.model import HookedRecurrentModel, Text
-from writesae.models.wrappers import bare
+from writesae.models.wrappers import bare, in_half_precision
 
 LEAK = 1e-4  # of the sizes of the edges into a node: what they may miss its pre-activation by
 POINTS = ("resid_pre", "mixer_out", "mlp_out", "resid_post")  # where SAEs of vectors may be
@@ -82,11 +82,9 @@ def circuit(
     """
     if max_nodes < 1:
         raise ValueError(f"max_nodes={max_nodes}: give a number of nodes, 1 or more")
-    if (dtype := bare(model.hf_model).dtype).itemsize < 4:
-        raise ValueError(
-            f"a model in {str(dtype).removeprefix('torch.')} rounds the sums that a circuit is made of: load it with "
-            f'dtype="float32"'
-        )
+    if in_half_precision(model.hf_model):
+        dtype = str(bare(model.hf_model).dtype).removeprefix("torch.")
+        raise ValueError(f'a model in {dtype} rounds the sums that a circuit is made of: load it with dtype="float32"')
     ids = one_text(model, text)
     n_pos = ids.shape[1]
     if n_pos < 2:

@@ -53,6 +53,11 @@ def bare(model: Any) -> Any:
     return bare(model.get_base_model())
 
 
+def in_half_precision(model: Any) -> bool:
+    """Whether a model's weights are in bfloat16, float16 or less, so that its logits are rounded."""
+    return bare(model).dtype.itemsize < 4
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where a model takes its inputs: where its weights are, or where accelerate brings them to run."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -22,7 +22,7 @@ from writesae.jobs.arguments import named_kinds
 from writesae.jobs.extras import need
 from writesae.jobs.progress import Bars, Progress
 from writesae.model import HookedRecurrentModel
-from writesae.models.wrappers import bare
+from writesae.models.wrappers import bare, in_half_precision
 from writesae.results.result import Result
 from writesae.saes import WriteSAE
 
@@ -161,9 +161,8 @@ def _intro(model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> str:
         for s in saes
     )
     n = sum(p.numel() for p in model.parameters()) / 1e6
-    half = bare(model.hf_model).dtype.itemsize < 4
     rounded = " **Its logits are rounded: effects of less than about a hundredth are lost (dtype float32 keeps them).**"
     return (
         f"{model.model_id}: {type(model.hf_model).__name__}, {n:,.1f} M parameters, rule {model.sites[0].rule}, in "
-        f"{_dtype(model)}.{rounded if half else ''} SAEs of {heads}. Intervals are 95%."
+        f"{_dtype(model)}.{rounded if in_half_precision(model.hf_model) else ''} SAEs of {heads}. Intervals are 95%."
     )
