@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 import writesae as ws
 from writesae import experiments
 from writesae.cli import app
+from writesae.experiments import classes
 from writesae.experiments.report.paper import TABLE
 from writesae.experiments.report.reproduction import EXPERIMENTS, Sizes, reproduce
+from writesae.saes.activity.firings import firings
 from writesae.zoo import heldout_documents, shipped_saes
 
 TINY = Sizes(firings=48, population=3, classes=3000, logit=8, deletions=32, erase=8, signs=16, prompts=4, tokens=12)
@@ -42,8 +44,10 @@ def given():
     return model, [ws.WriteSAE.from_pretrained(shipped_saes("tiny-gdn")[1])], heldout_documents()[:6]
 
 
-def test_every_experiment_ends_in_the_report(given, tmp_path):
+def test_every_experiment_ends_in_the_report(given, tmp_path, monkeypatch):
     model, saes, texts = given
+    read = []
+    monkeypatch.setattr(classes, "firings", lambda *x, **y: read.append(len(x[2])) or firings(*x, **y))
     other = ws.WriteSAE(dataclasses.replace(saes[0].cfg))
     outcomes = reproduce(model, saes, texts, tmp_path, sizes=TINY, other_seeds=[other])
     assert {o.experiment for o in outcomes} == set(EXPERIMENTS)
@@ -52,6 +56,12 @@ def test_every_experiment_ends_in_the_report(given, tmp_path):
     html, markdown = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
     for outcome in outcomes:
         assert outcome.numbers and outcome.title in markdown and len(outcome.records())
+    erased, classed = (next(o for o in outcomes if o.experiment == name) for name in ("erase", "atom_classes"))
+    most = experiments.erase(model, saes[0], None, texts, n=8, context=64)
+    assert next(x for x in erased.numbers if x.id == most.numbers()[0].id) == most.numbers()[0]
+    assert sum(read) * 256 <= TINY.classes + 256, "two experiments want the classes, and the text is read once"
+    alone = experiments.atom_classes(model, saes[0], texts, max_tokens=TINY.classes)
+    assert list(classed.numbers) == alone.numbers()
     assert "http" not in html.replace("http-equiv", "") and html.count("data:image/png") == len(outcomes)
     # The paper's numbers are found by the ids of ours; those of a setting, by the id without it.
     for experiment, wanted in TABLE:

@@ -327,6 +327,13 @@ def test_the_token_is_chosen_on_other_windows_than_it_is_tested_on(gdn, sae, tex
     assert set(found.records()["condition"]) == set(found.effects)
 
 
+def test_without_an_atom_the_one_that_fires_most_is_erased(gdn, sae, text, frequent):
+    given, chosen = (erase(gdn, sae, atom, text, n=12, context=48, doses=()) for atom in (frequent, None))
+    assert chosen.atom == frequent and chosen.numbers() == given.numbers()
+    rare = erase(gdn, sae, None, text[:1], n=5000, context=48, doses=())
+    assert len(rare.effects["erase, same firings"].window) == rare.fires < 5000
+
+
 def test_effects_of_known_numbers():
     native = torch.tensor([-1.0, -2, -3, -4, -5, -6])
     effect = Effect(torch.arange(6), torch.arange(6), native, native - 0.5, torch.ones(6).long(), torch.ones(6).long())

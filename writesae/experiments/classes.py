@@ -8,8 +8,9 @@ trained on writes a high one is what training asked for: see what the replacemen
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from writesae.experiments.engine.mixture import MIN_VALUES, Mixture, fit_mixture
-from writesae.experiments.protocol import Progress, Run, experiment, positive
+from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment, positive
 from writesae.jobs.arguments import named_kinds
 from writesae.jobs.extras import extra, need
 from writesae.model import HookedRecurrentModel
@@ -217,8 +218,20 @@ def _median(name: str, values: Array) -> Number:
     return Number.median(name, values, n_resamples=1000)
 
 
+def classes_once(asked: Asked, sae: WriteSAE, **settings: Any) -> AtomClasses:
+    """Those of an SAE, for every experiment of a `reproduce` that wants them: the text is read once."""
+    given = tuple(sorted((name, x) for name, x in settings.items() if name != "progress"))
+    return asked.once((id(sae), given), lambda: atom_classes(asked.model, sae, asked.texts, **settings))
+
+
+def _plan(asked: Asked) -> Iterator[Task]:
+    for sae in asked.saes:
+        given = {"max_tokens": asked.sizes.classes, **asked.common}
+        yield Task(partial(classes_once, asked, sae), [sae], given)
+
+
 @named_kinds
-@experiment("registers and bundles (section 3.1)", order=3, settings=lambda sizes: {"max_tokens": sizes.classes})
+@experiment("registers and bundles (section 3.1)", order=3, plan=_plan)
 @torch.no_grad()
 def atom_classes(
     model: HookedRecurrentModel,

@@ -23,8 +23,8 @@ from writesae.recurrence import Read
 from writesae.results.result import Figure, Number, Result, figure, frame, intervals
 from writesae.results.statistics import paired
 from writesae.saes import WriteSAE
-from writesae.saes.activity.reading import encode
-from writesae.stores.windows import Texts, Windows
+from writesae.saes.activity.reading import Codes, encode
+from writesae.stores.windows import Texts
 
 __all__ = ["EraseResult", "erase"]
 
@@ -154,16 +154,10 @@ class EraseResult(Result):
 
 
 def _plan(asked: Asked) -> Iterator[Task]:
-    """Of the atom that fires most; at fewer firings than asked for if the text has no more."""
-
-    def run(sae: WriteSAE, n: int, **settings: Any) -> Result:
-        codes = asked.model.encode(sae, Windows.cut(asked.model, asked.texts, 64).tokens, check_model=False)
-        late = codes.indices[:, 16:][codes.values[:, 16:] > 0].bincount(minlength=sae.cfg.n_atoms)
-        n, atom = min(n, int(late.max())), int(late.argmax())
-        return erase(asked.model, sae, atom, asked.texts, n=n, context=64, **settings)
-
+    """Of the atom that fires most."""
     for sae in asked.saes:
-        yield Task(partial(run, sae), [sae], {"n": asked.sizes.erase, **asked.common})
+        run = partial(erase, asked.model, sae, None, asked.texts, context=64)
+        yield Task(run, [sae], {"n": asked.sizes.erase, **asked.common})
 
 
 @named_kinds
@@ -172,7 +166,7 @@ def _plan(asked: Asked) -> Iterator[Task]:
 def erase(
     model: HookedRecurrentModel,
     sae: WriteSAE,
-    atom: int,
+    atom: int | None,
     text: Texts,
     *,
     n: int = 150,
@@ -189,7 +183,8 @@ def erase(
 
     Args:
         model, sae, text, batch_size, seed, check_model: see `Run`.
-        atom: which of its atoms; any activation above 0 is a firing.
+        atom: which of its atoms; any activation above 0 is a firing. None: the one that fires most, at as many firings
+            as it has if those are fewer than ``n``.
         n: firings, half of them to choose the token and half to test it; and ``n // 2`` tokens without a firing.
         mode: ``"delete"``: take out the native write, as the paper does; ``"subtract"``: ``a_i A_i`` alone.
         doses: what ``a_i A_i`` is multiplied by where it is subtracted at firings, or added elsewhere.
@@ -210,13 +205,17 @@ def erase(
             f"and each is given once"
         )
     run = Run(model, text, [sae], batch_size, seed, check_model, progress)
-    sae.atom(atom)  # raises for one out of range
+    if atom is not None:
+        sae.atom(atom)  # raises for one out of range
     (layer, head), generator = sae.place, run.generator
     read = model.family(layer).rule.first_read(read)
     windows = run.windows(context).tokens
     windows = windows[torch.randperm(len(windows), generator=generator)]
     usable = slice(context // 4, context - (read == "next"))
     codes = [encode(model, sae, x, check_model=False, batch_size=batch_size) for x in run.reading(windows)]
+    if atom is None:
+        n_firings = torch.stack([_late(x, usable) for x in codes]).sum(0)
+        n, atom = min(n, int(n_firings.max())), int(n_firings.argmax())
     activation = torch.cat([x.atom(atom)[:, usable].cpu() for x in codes])
     fires, others = _choose(activation, atom, n, generator)
     for_choice = fires[:, 0] < fires[n // 2, 0]  # rows are in order, so no window is on both sides
@@ -260,6 +259,12 @@ def erase(
         layer, head, atom, mode, read, typical, token, show_token(model, token), token_same,
         int((activation > 0).sum()), activation.numel(), tuple(float(m) for m in doses), effects,
     )  # fmt: skip
+
+
+def _late(codes: Codes, usable: slice) -> Int[Tensor, " n_atoms"]:
+    """At how many usable tokens each atom is active."""
+    late = codes.indices[:, usable][codes.values[:, usable] > 0]
+    return late.bincount(minlength=codes.n_atoms).cpu()
 
 
 def _choose(

@@ -17,12 +17,13 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from writesae.experiments.classes import atom_classes
+from writesae.experiments.classes import classes_once
 from writesae.experiments.engine.conditions import Tester, check_conditions, windows_of
 from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.experiments.replacement import ReplacementResult
 from writesae.jobs.arguments import named_kinds
 from writesae.jobs.extras import extra
+from writesae.jobs.progress import Bar
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
 from writesae.results.result import Figure, Number, Result, figure, joined
@@ -163,11 +164,13 @@ def _plan(asked: Asked) -> Iterator[Task]:
     """With the classes of the atoms, so that registers and bundles are compared."""
 
     def run(sae: WriteSAE, max_tokens: int, **settings: Any) -> Result:
-        shared = {name: settings[name] for name in asked.common}
-        classes = atom_classes(asked.model, sae, asked.texts, max_tokens=max_tokens, **shared).classes
+        if isinstance(bar := settings.get("progress"), Bar):
+            bar.note("classes of the atoms")
+        classes = classes_once(asked, sae, max_tokens=max_tokens, **asked.common).classes
         return population_test(asked.model, sae, asked.texts, classes=classes, **settings)
 
-    given = {"n_atoms": asked.sizes.population, "max_tokens": asked.sizes.classes, **asked.common}
+    sizes = asked.sizes
+    given = {"n_atoms": sizes.population, "max_firings": sizes.per_atom, "max_tokens": sizes.classes, **asked.common}
     for sae in asked.saes:
         yield Task(partial(run, sae), [sae], given)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
@@ -35,6 +35,7 @@ from writesae.saes import WriteSAE
 from writesae.stores.windows import Texts, Windows
 
 F = TypeVar("F", bound=Callable[..., Result])
+R = TypeVar("R")
 
 
 @dataclass
@@ -142,6 +143,7 @@ class Sizes:
     Attributes:
         firings: of the replacement test, for each head and protocol.
         population: atoms of the population test.
+        per_atom: firings of each at which it is tested, at most.
         classes: tokens read to class atoms.
         logit: prompts of the test of predicted logit changes; a quarter as many atoms.
         deletions: of the attribution test.
@@ -163,12 +165,13 @@ class Sizes:
     prompts: int = 40
     tokens: int = 100
     per_stratum: int = 2
+    per_atom: int = 30
     text: int | None = None
 
     @classmethod
     def quick(cls) -> Sizes:
         """For a look: a few seconds per experiment on a small model, and intervals that are wide."""
-        return cls(64, 6, 8_000, 16, 32, 24, 48, 4, 30, per_stratum=1, text=16_000)
+        return cls(48, 6, 8_000, 12, 32, 24, 32, 4, 30, per_stratum=1, per_atom=10, text=8_000)
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,14 @@ class Asked:
     other_seeds: Sequence[WriteSAE] = ()
     seed: int = 0
     check_model: bool = True
+    #: results that another experiment needs as well, made once: see `once`
+    made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, key: Hashable, make: Callable[[], R]) -> R:
+        """What ``make`` returns, made when it is first asked for."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
     @property
     def common(self) -> dict[str, Any]:
