@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import writesae as ws
 from architectures import ARCHITECTURES
@@ -86,3 +87,28 @@ def test_rows_go_together_as_far_as_there_is_room(monkeypatch):
         torch.testing.assert_close(torch.cat([part for _, part in parts]), whole, rtol=1e-2, atol=2e-4)
         sizes.append(max(len(range(9)[rows]) for rows, _ in parts))
     assert sizes[0] == 1 < sizes[1] < 8 == sizes[2]  # the first row goes alone, and says how many fit
+
+
+class Heads(TorchDispatchMode):
+    """Counts the products of matrices in which every sequence has a head of its own: copies of it, in half precision."""
+
+    def __init__(self, n_vocab):
+        super().__init__()
+        self.n_vocab, self.found = n_vocab, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.bmm and self.n_vocab in args[1].shape:
+            self.found += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_head_is_not_copied_for_each_sequence(rows):
+    model = ws.HookedRecurrentModel.from_pretrained("tiny-gdn", dtype=torch.bfloat16)
+    with Heads(model.n_vocab) as heads:
+        gradient(model, tokens()[:rows], ws.Logit(5), [1], at=-1)
+    assert heads.found == 0
+    model.hf_model.requires_grad_(False)  # the twin: a view of the last tokens, as transformers makes it
+    with Heads(model.n_vocab) as heads, torch.no_grad():
+        model.hf_model(tokens()[:rows], logits_to_keep=1)
+    assert heads.found == 1

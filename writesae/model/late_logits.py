@@ -108,7 +108,9 @@ def late_logits(model: TokenModel) -> Iterator[LateLogits]:
                 return None
             end.output = type(output)(last_hidden_state=output.last_hidden_state)
             last = copy.copy(output)
-            last.last_hidden_state = output.last_hidden_state[:, -1:]
+            # A copy: where weights want no gradient, torch multiplies a view with one copy of the head per sequence
+            piece = output.last_hidden_state[:, -1:]
+            last.last_hidden_state = piece.clone(memory_format=torch.contiguous_format)
             return last
 
         def keep(_model: nn.Module, _args: Any, output: Any) -> None:
