@@ -169,7 +169,7 @@ def test_the_gradient_s_direction_raises_its_token(given):
     places = Places(model, layer, head, ids, mask, positions, targets, native[:, :, head], query[:, :, head])
     lifts = {}
     for direction in ("gradient", "formula", "random"):
-        write = choose_writes(places, direction, generator=torch.Generator().manual_seed(0))
+        (write,) = choose_writes([places], direction, generator=torch.Generator().manual_seed(0))
         torch.testing.assert_close(write.norm(), torch.ones(2, 2))
         edit = ws.Add(layer, head, write=write, scale=0.05, relative=True)
         with model.intervene(edit, positions=positions):

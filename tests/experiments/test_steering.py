@@ -13,12 +13,14 @@ from transformers import LogitsProcessor
 import writesae as ws
 from architectures import architecture_named
 from writesae.experiments.amplifying import METRICS, amplify, count_of
+from writesae.experiments.engine import directions
 from writesae.experiments.engine.directions import (
     Places,
     at_positions,
     choose_writes,
     formula_direction,
-    optimised_direction,
+    gradient_directions,
+    optimised_directions,
 )
 from writesae.experiments.engine.targets import ordinary_tokens, ranks, token_ids
 from writesae.experiments.erasing import Effect, erase
@@ -26,6 +28,7 @@ from writesae.experiments.installing import included, install
 from writesae.experiments.logit_changes import logit_change
 from writesae.experiments.signs import sign_test
 from writesae.futures.continuations import ENDED, CommonRandomNumbers, go_on
+from writesae.gradients import gradient
 from writesae.saes.activity.token_classes import choose_atoms
 from writesae.stores import Windows
 from writesae.zoo import heldout_documents
@@ -102,7 +105,7 @@ def test_formula_is_the_value_that_reaches_the_logit_best(gdn):
 def test_the_edit_is_so_many_native_norms_in_that_direction(load, name, layer, head, broken):
     model = load(name)
     here = places_of(model, layer, head, n=1)
-    made = choose_writes(here, key="read" if broken else "native")
+    (made,) = choose_writes([here], key="read" if broken else "native")
     ids, mask = here.tokens, here.mask
     _, native = model.run_with_cache(ids, attention_mask=mask)
     with model.intervene(ws.Add(layer, head, write=made, scale=2.5, relative=True), positions=here.positions):
@@ -117,28 +120,28 @@ def test_the_edit_is_so_many_native_norms_in_that_direction(load, name, layer, h
 
 def test_keys_and_directions(gdn):
     here = places_of(gdn, 2, 0)
-    signed = choose_writes(here, key="signed")
+    (signed,) = choose_writes([here], key="signed")
     assert ((signed.key * here.query).sum(-1) >= 0).all()
-    torch.testing.assert_close(signed.cosine(choose_writes(here)).abs(), torch.ones(2, 3))
+    torch.testing.assert_close(signed.cosine(choose_writes([here])[0]).abs(), torch.ones(2, 3))
     vector = torch.randn(32)
-    torch.testing.assert_close(choose_writes(here, key=vector).key[0, 0], vector / vector.norm())
-    own = choose_writes(here, lambda places: places.native * 3.0)
+    torch.testing.assert_close(choose_writes([here], key=vector)[0].key[0, 0], vector / vector.norm())
+    (own,) = choose_writes([here], lambda places: places.native * 3.0)
     torch.testing.assert_close(own.cosine(here.native), torch.ones(2, 3))
     torch.testing.assert_close(own.norm(), torch.ones(2, 3))
-    drawn = [choose_writes(here, "random", generator=torch.Generator().manual_seed(s)).value for s in (0, 0, 1)]
+    drawn = [choose_writes([here], "random", generator=torch.Generator().manual_seed(s))[0].value for s in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1]) and not torch.allclose(drawn[0], drawn[2])
 
 
 def test_bad_keys_and_directions(gdn, as_users_run_it):
     here = places_of(gdn, 2, 0)
     with pytest.raises(ValueError, match="key='nothing': allowed are"):
-        choose_writes(here, key="nothing")
+        choose_writes([here], key="nothing")
     with pytest.raises(ValueError, match=r"key is \[5\]; the keys of layer 2 are \[32\]"):
-        choose_writes(here, key=torch.ones(5))
+        choose_writes([here], key=torch.ones(5))
     with pytest.raises(ValueError, match="allowed are 'formula', 'gradient', 'optimised', 'random' and a function"):
-        choose_writes(here, "up")
+        choose_writes([here], "up")
     with pytest.raises(ValueError, match=r"returned a write \[2\] of 32 x 32; wanted is \[2, 3\]"):
-        choose_writes(here, lambda places: places.native[:, 0])
+        choose_writes([here], lambda places: places.native[:, 0])
 
 
 def test_targets_are_single_tokens_of_the_vocabulary(gdn):
@@ -477,12 +480,44 @@ def test_optimised_for_another_size_is_worse(gdn):
 
     def lift(size: float) -> float:
         def direction(places: Places) -> ws.Write:
-            return optimised_direction(dataclasses.replace(places, scale=size))
+            return optimised_directions([dataclasses.replace(places, scale=size)])[0]
 
         found = install(gdn, 2, 0, PROMPTS, direction=direction, scale=3.0, max_new_tokens=1, per_stratum=4)
         return float((found.log_p_after - found.log_p)[0].mean())
 
     assert lift(3.0) > lift(0.3) + 0.05
+
+
+def alone(directions):
+    """The same direction, worked out for each head by itself."""
+
+    def direction(places: Places) -> ws.Write:
+        return directions([places])[0]
+
+    return direction
+
+
+def test_heads_optimised_together_lift_more_than_heads_optimised_alone(gdn):
+    lifts = []
+    for direction in ("optimised", alone(optimised_directions)):
+        found = install(gdn, 2, None, PROMPTS, direction=direction, max_new_tokens=1, per_stratum=4)
+        lifts.append(float((found.log_p_after - found.log_p)[0].mean()))
+    assert lifts[0] > lifts[1] + 0.5
+
+
+def test_one_gradient_serves_all_heads_and_sizes(gdn, monkeypatch):
+    passes = []
+
+    def counted(*args, **kwargs):
+        passes.append(1)
+        return gradient(*args, **kwargs)
+
+    monkeypatch.setattr(directions, "gradient", counted)
+    options = dict(scale=[3.0, 1.5], max_new_tokens=1, per_stratum=2)
+    shared, shared_passes = install(gdn, 2, None, PROMPTS, direction="gradient", **options), len(passes)
+    each = install(gdn, 2, None, PROMPTS, direction=alone(gradient_directions), **options)
+    torch.testing.assert_close(shared.log_p_after[0], each.log_p_after[0], atol=1e-4, rtol=1e-4)
+    assert len(passes) - shared_passes == 4 * 2 * shared_passes, "four heads at two sizes, one by one"
 
 
 def test_a_write_of_size_nothing_changes_nothing(installed):

@@ -90,7 +90,7 @@ def test_rows_go_together_as_far_as_there_is_room(monkeypatch):
 
 
 class Heads(TorchDispatchMode):
-    """Counts the products of matrices in which every sequence has a head of its own: copies of it, in half precision."""
+    """Counts products in which every sequence has a copy of the head."""
 
     def __init__(self, n_vocab):
         super().__init__()

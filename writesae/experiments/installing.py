@@ -260,14 +260,18 @@ def install(
     native = go_on(model, ids, mask, max_new_tokens).cpu()
     run.done = len(ids)
     parts: dict[str, list[dict[str, Tensor]]] = {condition: [] for condition in CONDITIONS}
+    chosen: dict[int, list[Write]] = {}  # of each batch
     for size in scales:
         for batch in run.batches(torch.arange(len(prompt)), len(CONDITIONS)):
             rows, wanted = prompt[batch].to(ids.device), target[batch].to(ids.device)
-            own, made = None if mask is None else mask[rows], {}
-            for h in heads:
-                native_write, reads = write[rows, :, h], query[rows, :, h]
-                here = Places(model, layer, h, ids[rows], own, positions[rows], wanted, native_write, reads, size)
-                made[h] = choose_writes(here, direction, key, generator)
+            own, start = None if mask is None else mask[rows], int(batch[0])
+            if start not in chosen or direction != "gradient":  # which does not depend on the size
+                common = dict(tokens=ids[rows], mask=own, positions=positions[rows], targets=wanted, scale=size)
+                places = [
+                    Places(model, layer, h, native=write[rows, :, h], query=query[rows, :, h], **common) for h in heads
+                ]
+                chosen[start] = choose_writes(places, direction, key, generator)
+            made = dict(zip(heads, chosen[start], strict=True))
             for condition in CONDITIONS:
                 if condition == "random":
                     made = {h: _with_random_value(w, generator) for h, w in made.items()}

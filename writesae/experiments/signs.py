@@ -208,7 +208,8 @@ def sign_test(
         here = Places(
             model, layer, head, ids[rows, : position + 1], None, at[rows], on, native_write, reads, float(scale)
         )
-        edit = Add(layer, head, write=choose_writes(here, direction, key, generator), scale=scale, relative=True)
+        (made,) = choose_writes([here], direction, key, generator)
+        edit = Add(layer, head, write=made, scale=scale, relative=True)
         native = _scored(model, layer, head, ids, horizon)
         with model.intervene(edit, positions=at[rows], read=read):
             edited = _scored(model, layer, head, ids[rows], horizon)

@@ -7,7 +7,7 @@ names a value only; the key is the one under which the model itself writes at th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -77,85 +77,110 @@ def promotion(
     return model.W_U[:, ids].T.float() @ model.W_O(layer)[head].T.float()
 
 
-def gradient_direction(places: Places) -> Write:
-    """The write of norm 1 at each place that raises the target's log-probability after the last token most.
+def gradient_directions(places: Sequence[Places]) -> list[Write]:
+    """The write of norm 1 at each place that raises the target's log-probability after the last token most, per head.
 
     To first order through the whole model (`writesae.gradients`): the first singular pair of the gradient with respect
-    to the write, ``[batch, n]``, one backward pass for all places.
+    to the write, ``[batch, n]``. One backward pass for all places, and for all heads (``places`` are of one layer and
+    the same tokens).
     """
-    return _in_parts(places, lambda rows: top_pair(_log_p(places, rows)[1]))
+    return _in_parts(places, lambda rows: [top_pair(M) for M in _log_p(places, rows)[1]])
 
 
-def optimised_direction(places: Places, steps: int = 6) -> Write:
-    """Writes of norm 1 at all places of a row together, improved step by step at the size that they are added at.
+def optimised_directions(places: Sequence[Places], steps: int = 6) -> list[Write]:
+    """Writes of norm 1 at all places of a row together, in all heads together, improved step by step at their size.
 
     A gradient is exact for small edits, and ``places.scale`` times the native write is none. So begin with
-    `gradient_direction`; take the gradient with those writes in place; go towards it by as much as the write itself,
+    `gradient_directions`; take the gradient with those writes in place; go towards it by as much as the write itself,
     then by a half, a third, ... of that; keep the first singular pair; and again. Each row keeps the best writes that
-    it saw. One backward pass a step. Other heads are as they are: where several get writes, each is optimised alone.
+    it saw. One backward pass a step.
     """
 
-    def improved(rows: slice) -> Write:
-        write = best = top_pair(_log_p(places, rows)[1])
-        highest = torch.full(write.shape[:1], -torch.inf, device=write.key.device)
+    def improved(rows: slice) -> list[Write]:
+        writes = best = [top_pair(M) for M in _log_p(places, rows)[1]]
+        highest = torch.full(writes[0].shape[:1], -torch.inf, device=writes[0].key.device)
         for step in range(1, steps + 2):
-            log_p, M = _log_p(places, rows, write)
+            log_p, slopes = _log_p(places, rows, writes)
             better = (log_p > highest)[:, None, None]
-            best = Write(torch.where(better, write.key, best.key), torch.where(better, write.value, best.value))
+            best = [
+                Write(torch.where(better, new.key, old.key), torch.where(better, new.value, old.value))
+                for new, old in zip(writes, best, strict=True)
+            ]
             highest = torch.maximum(highest, log_p)
-            M = M / M.flatten(-2).norm(dim=-1).clamp_min(1e-30)[..., None, None]
-            write = top_pair(write.dense() + M / step)
+            writes = [top_pair(w.dense() + _of_norm_1(M) / step) for w, M in zip(writes, slopes, strict=True)]
         return best
 
     return _in_parts(places, improved)
 
 
+def _of_norm_1(M: Float[Tensor, "batch n d_key d_value"]) -> Float[Tensor, "batch n d_key d_value"]:
+    return M / M.flatten(-2).norm(dim=-1).clamp_min(1e-30)[..., None, None]
+
+
 def _log_p(
-    places: Places, rows: slice, write: Write | None = None
-) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch n d_key d_value"]]:
-    """The target's log-probability after the last token, with ``write`` added if given; its gradient at the places."""
+    places: Sequence[Places], rows: slice, writes: Sequence[Write] = ()
+) -> tuple[Float[Tensor, " batch"], Iterator[Float[Tensor, "batch n d_key d_value"]]]:
+    """The target's log-probability after the last token, with ``writes`` added if given; and its gradient at the places
+    of each head, one after the other."""
+    one = places[0]
 
     def of(logits: Float[Tensor, "batch 1 vocab"]) -> Float[Tensor, " batch"]:
-        return logits[:, -1].float().log_softmax(-1).gather(-1, places.targets[rows, None])[:, 0]
+        return logits[:, -1].float().log_softmax(-1).gather(-1, one.targets[rows, None])[:, 0]
 
-    model, layer, head, mask = places.model, places.layer, places.head, places.mask
-    n_pad = 0 if mask is None else (places.tokens.shape[1] - mask.sum(-1))[rows, None]
-    mask, positions = None if mask is None else mask[rows], places.positions[rows]
-    edits = [] if write is None else [Add(layer, head, write=write, scale=places.scale, relative=True)]
+    model, layer, mask = one.model, one.layer, one.mask
+    n_pad = 0 if mask is None else (one.tokens.shape[1] - mask.sum(-1))[rows, None]
+    mask, positions = None if mask is None else mask[rows], one.positions[rows]
+    edits = [Add(layer, p.head, write=w, scale=p.scale, relative=True) for p, w in zip(places, writes, strict=False)]
     with model.intervene(edits, positions=positions) if edits else nullcontext():
-        found = gradient(model, places.tokens[rows], of, [layer], at=-1, attention_mask=mask)
+        found = gradient(model, one.tokens[rows], of, [layer], at=-1, attention_mask=mask)
     columns = positions + n_pad
     wanted = columns.unique()  # sequences of unequal length have their places in different columns
-    M = found[layer].at(wanted.tolist(), [head])[:, :, 0]
-    each = torch.arange(len(M), device=columns.device)[:, None]
-    return found.value.detach(), M[each, torch.searchsorted(wanted, columns)]
+    each = torch.arange(len(columns), device=columns.device)[:, None]
+    where = (each, torch.searchsorted(wanted, columns))
+    return found.value.detach(), (found[layer].at(wanted.tolist(), [p.head])[:, :, 0][where] for p in places)
 
 
-def _in_parts(places: Places, run: Callable[[slice], Write]) -> Write:
+def _in_parts(places: Sequence[Places], run: Callable[[slice], list[Write]]) -> list[Write]:
     """``run`` of all rows, as many at a time as the memory has room for."""
-    parts = [write for _, write in in_batches(places.model, len(places.tokens), run)]
-    return Write(torch.cat([w.key for w in parts]), torch.cat([w.value for w in parts]), parts[0].rank)
+    parts = [writes for _, writes in in_batches(places[0].model, len(places[0].tokens), run)]
+    return [
+        Write(torch.cat([w.key for w in of_head]), torch.cat([w.value for w in of_head]), of_head[0].rank)
+        for of_head in zip(*parts, strict=True)
+    ]
 
 
 def choose_writes(
-    places: Places, direction: Direction = "formula", key: Key = "native", generator: torch.Generator | None = None
-) -> Write:
-    """The write of norm 1 for every row and position, ``[batch, n]``.
+    places: Sequence[Places],
+    direction: Direction = "formula",
+    key: Key = "native",
+    generator: torch.Generator | None = None,
+) -> list[Write]:
+    """The write of norm 1 for every row and position, ``[batch, n]``, of each head.
 
     Args:
-        places: where, and for which targets.
-        direction: ``"formula"``: v* of the row's target. ``"gradient"``: see `gradient_direction`.
-            ``"optimised"``: see `optimised_direction`. ``"random"``: a random value, one per row. Or a function of
-            places that returns a `Write` ``[batch, n]``, scaled to norm 1.
+        places: where, and for which targets: one for each head that is written to, of the same tokens and positions.
+        direction: ``"formula"``: v* of the row's target. ``"gradient"``: see `gradient_directions`.
+            ``"optimised"``: see `optimised_directions`. ``"random"``: a random value, one per row. Or a function of
+            the places of one head that returns a `Write` ``[batch, n]``, scaled to norm 1.
         key: of formula and random: ``"native"``, the native write's; ``"signed"``, the same, turned round where the
             token's own read would meet it with a minus; ``"read"``, the one which that read meets fully; or a vector.
         generator: for random values.
     """
-    lead, (d_key, d_value) = places.positions.shape, (places.native.d_key, places.native.d_value)
     if direction == "gradient":
-        direction = gradient_direction
-    elif direction == "optimised":
-        direction = optimised_direction
+        return gradient_directions(places)
+    if direction == "optimised":
+        return optimised_directions(places)
+    return [_write(of_head, direction, key, generator) for of_head in places]
+
+
+def _write(
+    places: Places,
+    direction: Literal["formula", "random"] | Callable[[Places], Write],
+    key: Key,
+    generator: torch.Generator | None,
+) -> Write:
+    """`choose_writes` of one head."""
+    lead, (d_key, d_value) = places.positions.shape, (places.native.d_key, places.native.d_value)
     if callable(direction):
         write = direction(places)
         if (write.shape, write.d_key, write.d_value) != (lead, d_key, d_value):
