@@ -264,11 +264,12 @@ def install(
     for size in scales:
         for batch in run.batches(torch.arange(len(prompt)), len(CONDITIONS)):
             rows, wanted = prompt[batch].to(ids.device), target[batch].to(ids.device)
+            at = positions[rows]
             own, start = None if mask is None else mask[rows], int(batch[0])
             if start not in chosen or direction != "gradient":  # which does not depend on the size
-                common = dict(tokens=ids[rows], mask=own, positions=positions[rows], targets=wanted, scale=size)
                 places = [
-                    Places(model, layer, h, native=write[rows, :, h], query=query[rows, :, h], **common) for h in heads
+                    Places(model, layer, h, ids[rows], own, at, wanted, write[rows, :, h], query[rows, :, h], size)
+                    for h in heads
                 ]
                 chosen[start] = choose_writes(places, direction, key, generator)
             made = dict(zip(heads, chosen[start], strict=True))
@@ -276,7 +277,7 @@ def install(
                 if condition == "random":
                     made = {h: _with_random_value(w, generator) for h, w in made.items()}
                 edits = [Add(layer, h, write=w, scale=size, relative=True) for h, w in made.items()]
-                new = go_on(model, ids[rows], own, max_new_tokens, edits, positions[rows], read, first=(seen := []))
+                new = go_on(model, ids[rows], own, max_new_tokens, edits, at, read, first=(seen := []))
                 after = seen[0]
                 log_p_after = after.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
                 found = dict(rank_after=ranks(after, wanted), log_p_after=log_p_after)
