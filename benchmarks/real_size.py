@@ -128,12 +128,14 @@ class Row(NamedTuple):
         run: the feature.
         generated: tokens generated one by one.
         backward: tokens of backward passes through all layers. (One through the upper half counts as half a pass.)
+        shape: of the batch on which the passes are timed: a short text alone takes longer per token than several.
     """
 
     tokens: float
     run: Callable[[], Any]
     generated: int = 0
     backward: int = 0
+    shape: tuple[int, int] = (4, 96)
 
 
 def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
@@ -187,9 +189,9 @@ def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
         "run_with_cache, everything": Row(2048, cached),
         "an edit at every token, one head": Row(2048, lambda: reading(four, ws.Delete(layer, head))),
         "encode": Row(2048, lambda: model.encode(sae, four)),
-        "gradient of a logit, one layer": Row((1 + above) * 143, lambda: logit([layer])),
-        "gradient of a logit, all layers": Row(143, lambda: logit(None), backward=143),
-        "attribute": Row(143, lambda: ws.attribute(model, one[0]), backward=143),
+        "gradient of a logit, one layer": Row((1 + above) * 143, lambda: logit([layer]), shape=(1, 143)),
+        "gradient of a logit, all layers": Row(143, lambda: logit(None), backward=143, shape=(1, 143)),
+        "attribute": Row(143, lambda: ws.attribute(model, one[0]), backward=143, shape=(1, 143)),
         "attribution test, 4 prompts x 8 deletions": Row(
             4 * 96 * (2 + 8),
             lambda: ws.attribution_test(model, texts, n_prompts=4, n_deletions=32),
@@ -291,7 +293,7 @@ def walk(
         print(json.dumps({"names": list(all_rows)}))
         return
     row = all_rows[child]
-    some = torch.randint(1000, (4, 96), generator=torch.Generator().manual_seed(0))
+    some = torch.randint(1000, row.shape, generator=torch.Generator().manual_seed(0))
 
     def plainly() -> float:
         start = time.process_time()
@@ -320,6 +322,8 @@ def walk(
         return (time.process_time() - start) / x.shape[1]
 
     before = [plainly() for _ in range(3)][1:]
+    if row.backward:
+        backwards()  # the first one finds the weights where they have never been read
     start, spent = time.perf_counter(), time.process_time()
     gib = peak_memory(row.run) / 1024
     spent, wall = time.process_time() - spent, time.perf_counter() - start

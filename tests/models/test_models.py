@@ -625,6 +625,18 @@ def test_where_nothing_is(tmp_path: Path) -> None:
         load_model(folder(tmp_path, FLA_GLA))
 
 
+def test_a_shipped_name_spelt_wrong_is_said_without_asking_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("writesae.model.hooked.load_model", lambda name, **_: asked.append(name) or 1 / 0)
+    with pytest.raises(OSError, match=r"did you mean 'tiny-gdn'\?\), and there is no such folder"):
+        HookedRecurrentModel.from_pretrained("tiny-gnd")
+    assert asked == []
+    for name in ("gpt2", "someone/tiny-gnd"):  # may be on the hub
+        with pytest.raises(ZeroDivisionError):
+            HookedRecurrentModel.from_pretrained(name)
+    assert asked == ["gpt2", "someone/tiny-gnd"]
+
+
 # Errors --------------------------------------------------------------------------------------------------------------
 
 

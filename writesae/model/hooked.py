@@ -148,13 +148,15 @@ class HookedRecurrentModel(NamesElsewhere, GeneratingModel):
         dtype = dtype_named(dtype or ("auto" if shipped is None else torch.float32), place)
         if place is not None and kwargs.get("quantization_config") is not None:
             kwargs["device_map"], place = {"": place}, None  # some quantised layers cannot be moved afterwards
+        ours = shipped_models()
+        unknown = f"{name} is not shipped (that is: {', '.join(ours)}{meant(str(name), ours, 0.7)})"
+        if shipped is None and "/" not in str(name) and meant(str(name), ours, 0.8) and not Path(name).exists():
+            raise OSError(f"{unknown}, and there is no such folder")  # the hub, out of reach, answers after a minute
         try:
             hf_model = load_model(source, dtype=dtype, **kwargs)
         except OSError as error:
-            ours = shipped_models()
             raise OSError(
-                f"{name} is not shipped (that is: {', '.join(ours)}{meant(str(name), ours, 0.7)}), and could not be "
-                f"loaded as a folder, a hub id or a .pth file: {error}"
+                f"{unknown}, and could not be loaded as a folder, a hub id or a .pth file: {error}"
             ) from error
         if tokenizer is None:
             tokenizer = load_tokenizer(source, **kwargs)
