@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import random
 import resource
@@ -57,7 +59,10 @@ def resident() -> float:
 
 
 def peak_memory(run: Callable[[], Any]) -> float:
-    """MiB by which ``run`` raises this process's resident memory, at its highest: a thread watches."""
+    """MiB by which ``run`` raises this process's resident memory, at its highest: a thread watches. What earlier runs
+    left behind is given back before, so that it is not taken for what was there."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     seen, done = [before := resident()], threading.Event()
 
     def watch() -> None:

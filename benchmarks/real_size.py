@@ -189,7 +189,7 @@ def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
         "run_with_cache, everything": Row(2048, cached),
         "an edit at every token, one head": Row(2048, lambda: reading(four, ws.Delete(layer, head))),
         "encode": Row(2048, lambda: model.encode(sae, four)),
-        "gradient of a logit, one layer": Row((1 + above) * 143, lambda: logit([layer]), shape=(1, 143)),
+        "gradient of a logit, one layer": Row(143, lambda: logit([layer]), backward=int(above * 143), shape=(1, 143)),
         "gradient of a logit, all layers": Row(143, lambda: logit(None), backward=143, shape=(1, 143)),
         "attribute": Row(143, lambda: ws.attribute(model, one[0]), backward=143, shape=(1, 143)),
         "attribution test, 4 prompts x 8 deletions": Row(
