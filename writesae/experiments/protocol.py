@@ -171,7 +171,7 @@ class Sizes:
     @classmethod
     def quick(cls) -> Sizes:
         """For a look: a few seconds per experiment on a small model, and intervals that are wide."""
-        return cls(48, 6, 8_000, 12, 32, 24, 32, 4, 30, per_stratum=1, per_atom=10, text=8_000)
+        return cls(48, 6, 8_000, 12, 32, 24, 32, 3, 30, per_stratum=1, per_atom=8, text=8_000)
 
 
 @dataclass(frozen=True)
