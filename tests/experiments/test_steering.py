@@ -354,6 +354,10 @@ def test_bad_erasures(gdn, sae, text, frequent, as_users_run_it):
         erase(gdn, dead, 3, text[:1], n=10)
     with pytest.raises(ValueError, match=r"fires at \d+ of [\d,]+ tokens of the text; n=5000 firings, and 2500 other"):
         erase(gdn, sae, frequent, text[:2], n=5000)
+    with torch.no_grad():
+        dead.b_enc[:] = -100.0
+    with pytest.raises(ValueError, match=r"atom 0 never fires .* n=4 firings"):
+        erase(gdn, dead, None, text[:1], n=10)
     with pytest.raises(ValueError, match="the text makes 0 windows of 64 tokens"):
         erase(gdn, sae, 3, "Call me Ishmael.")
     with pytest.raises(ValueError, match="mode='cut': allowed are 'delete' and 'subtract'"):

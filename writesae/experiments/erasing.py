@@ -30,6 +30,7 @@ __all__ = ["EraseResult", "erase"]
 
 Mode: TypeAlias = Literal["delete", "subtract"]
 Edit: TypeAlias = Callable[[Tensor], Intervention]
+FEWEST = 4  # firings, and tokens of a window
 WHAT = {"delete": "the native write was deleted", "subtract": "the atom at its activation was subtracted"}
 
 
@@ -199,10 +200,10 @@ def erase(
     """
     if mode not in WHAT:
         raise ValueError(f"mode={mode!r}: allowed are 'delete' and 'subtract'")
-    if min(n, context) < 4 or len(set(doses)) < len(doses) or min(doses, default=0) < 0:
+    if min(n, context) < FEWEST or len(set(doses)) < len(doses) or min(doses, default=0) < 0:
         raise ValueError(
-            f"n={n}, context={context}, doses={list(doses)}: n and context are at least 4; doses are not negative, "
-            f"and each is given once"
+            f"n={n}, context={context}, doses={list(doses)}: n and context are at least {FEWEST}; doses are not "
+            f"negative, and each is given once"
         )
     run = Run(model, text, [sae], batch_size, seed, check_model, progress)
     if atom is not None:
@@ -215,7 +216,7 @@ def erase(
     codes = [encode(model, sae, x, check_model=False, batch_size=batch_size) for x in run.reading(windows)]
     if atom is None:
         n_firings = torch.stack([_late(x, usable) for x in codes]).sum(0)
-        n, atom = min(n, int(n_firings.max())), int(n_firings.argmax())
+        n, atom = min(n, max(FEWEST, int(n_firings.max()))), int(n_firings.argmax())
     activation = torch.cat([x.atom(atom)[:, usable].cpu() for x in codes])
     fires, others = _choose(activation, atom, n, generator)
     for_choice = fires[:, 0] < fires[n // 2, 0]  # rows are in order, so no window is on both sides

@@ -143,7 +143,6 @@ class Sizes:
     Attributes:
         firings: of the replacement test, for each head and protocol.
         population: atoms of the population test.
-        per_atom: firings of each at which it is tested, at most.
         classes: tokens read to class atoms.
         logit: prompts of the test of predicted logit changes; a quarter as many atoms.
         deletions: of the attribution test.
@@ -153,6 +152,7 @@ class Sizes:
         tokens: generated while amplifying.
         per_stratum: targets of each stratum that are installed, for each prompt.
         text: tokens of the text that are used, in whole texts evenly spread over it; None for all.
+        per_atom: firings at which each atom of the population test is tested, at most.
     """
 
     firings: int = 1000
@@ -165,8 +165,8 @@ class Sizes:
     prompts: int = 40
     tokens: int = 100
     per_stratum: int = 2
-    per_atom: int = 30
     text: int | None = None
+    per_atom: int = 30
 
     @classmethod
     def quick(cls) -> Sizes:
