@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -23,7 +23,7 @@ from writesae.recurrence import Read
 from writesae.results.result import Figure, Number, Result, figure, frame, intervals
 from writesae.results.statistics import paired
 from writesae.saes import WriteSAE
-from writesae.saes.activity.reading import Codes, encode
+from writesae.saes.activity.reading import encode
 from writesae.stores.windows import Texts
 
 __all__ = ["EraseResult", "erase"]
@@ -214,10 +214,12 @@ def erase(
     windows = windows[torch.randperm(len(windows), generator=generator)]
     usable = slice(context // 4, context - (read == "next"))
     codes = [encode(model, sae, x, check_model=False, batch_size=batch_size) for x in run.reading(windows)]
+    kept = ("values", "indices", "tokens", "positions")
+    codes = [replace(x, **{name: getattr(x, name)[:, usable] for name in kept}) for x in codes]
     if atom is None:
-        n_firings = torch.stack([_late(x, usable) for x in codes]).sum(0)
-        n, atom = min(n, max(FEWEST, int(n_firings.max()))), int(n_firings.argmax())
-    activation = torch.cat([x.atom(atom)[:, usable].cpu() for x in codes])
+        fired = torch.stack([x.fired for x in codes]).sum(0)
+        n, atom = min(n, max(FEWEST, int(fired.max()))), int(fired.argmax())
+    activation = torch.cat([x.atom(atom).cpu() for x in codes])
     fires, others = _choose(activation, atom, n, generator)
     for_choice = fires[:, 0] < fires[n // 2, 0]  # rows are in order, so no window is on both sides
     tested = fires[~for_choice]
@@ -260,12 +262,6 @@ def erase(
         layer, head, atom, mode, read, typical, token, show_token(model, token), token_same,
         int((activation > 0).sum()), activation.numel(), tuple(float(m) for m in doses), effects,
     )  # fmt: skip
-
-
-def _late(codes: Codes, usable: slice) -> Int[Tensor, " n_atoms"]:
-    """At how many usable tokens each atom is active."""
-    late = codes.indices[:, usable][codes.values[:, usable] > 0]
-    return late.bincount(minlength=codes.n_atoms).cpu()
 
 
 def _choose(

@@ -23,7 +23,6 @@ from writesae.experiments.protocol import Asked, Progress, Run, Task, experiment
 from writesae.experiments.replacement import ReplacementResult
 from writesae.jobs.arguments import named_kinds
 from writesae.jobs.extras import extra
-from writesae.jobs.progress import Bar
 from writesae.model import HookedRecurrentModel
 from writesae.recurrence import Read
 from writesae.results.result import Figure, Number, Result, figure, joined
@@ -164,8 +163,7 @@ def _plan(asked: Asked) -> Iterator[Task]:
     """With the classes of the atoms, so that registers and bundles are compared."""
 
     def run(sae: WriteSAE, max_tokens: int, **settings: Any) -> Result:
-        if isinstance(bar := settings.get("progress"), Bar):
-            bar.note("classes of the atoms")
+        Run(asked.model, progress=settings.get("progress")).note("classes of the atoms")
         classes = classes_once(asked, sae, max_tokens=max_tokens, **asked.common).classes
         return population_test(asked.model, sae, asked.texts, classes=classes, **settings)
 

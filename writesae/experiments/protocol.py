@@ -187,7 +187,7 @@ class Asked:
     seed: int = 0
     check_model: bool = True
     #: results that another experiment needs as well, made once: see `once`
-    made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, key: Hashable, make: Callable[[], R]) -> R:
         """What ``make`` returns, made when it is first asked for."""

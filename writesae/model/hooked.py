@@ -148,15 +148,14 @@ class HookedRecurrentModel(NamesElsewhere, GeneratingModel):
         dtype = dtype_named(dtype or ("auto" if shipped is None else torch.float32), place)
         if place is not None and kwargs.get("quantization_config") is not None:
             kwargs["device_map"], place = {"": place}, None  # some quantised layers cannot be moved afterwards
-        ours = shipped_models()
-        unknown = f"{name} is not shipped (that is: {', '.join(ours)}{meant(str(name), ours, 0.7)})"
-        if shipped is None and "/" not in str(name) and meant(str(name), ours, 0.8) and not Path(name).exists():
-            raise OSError(f"{unknown}, and there is no such folder")  # the hub, out of reach, answers after a minute
+        near = shipped is None and "/" not in str(name) and meant(str(name), shipped_models(), 0.8)
+        if near and not Path(name).exists():  # said at once: a hub out of reach takes a minute to say so
+            raise OSError(f"{_not_shipped(name)}, and there is no such folder")
         try:
             hf_model = load_model(source, dtype=dtype, **kwargs)
         except OSError as error:
             raise OSError(
-                f"{unknown}, and could not be loaded as a folder, a hub id or a .pth file: {error}"
+                f"{_not_shipped(name)}, and could not be loaded as a folder, a hub id or a .pth file: {error}"
             ) from error
         if tokenizer is None:
             tokenizer = load_tokenizer(source, **kwargs)
@@ -399,3 +398,8 @@ class HookedRecurrentModel(NamesElsewhere, GeneratingModel):
         >>> codes.values.shape, codes.indices.shape        # [batch, pos, m], largest first
         """
         return sae.read(self, x, check_model=check_model, **kwargs)
+
+
+def _not_shipped(name: str | Path) -> str:
+    ours = shipped_models()
+    return f"{name} is not shipped (that is: {', '.join(ours)}{meant(str(name), ours, 0.7)})"
