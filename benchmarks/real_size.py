@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import writesae as ws
+from writesae.model.continuing import cache_argument
 
 app = typer.Typer(add_completion=False)
 
@@ -303,13 +304,13 @@ def walk(
 
     def one_by_one() -> float:
         """Seconds of a token generated, in 16 rows at once."""
-        cache = transformers.DynamicCache(config=model.config)
+        cache = {cache_argument(model.hf_model): transformers.DynamicCache(config=model.config)}
         rows = some[:, :24].repeat(4, 1)
         with torch.no_grad():
-            model.hf_model(rows, past_key_values=cache, **model.logits_of_last(1))
+            model.hf_model(rows, **cache, **model.logits_of_last(1))
             start = time.process_time()
             for t in range(4):
-                model.hf_model(some[:, t : t + 1].repeat(4, 1), past_key_values=cache, **model.logits_of_last(1))
+                model.hf_model(some[:, t : t + 1].repeat(4, 1), **cache, **model.logits_of_last(1))
         return (time.process_time() - start) / (4 * len(rows))
 
     def backwards() -> float:
