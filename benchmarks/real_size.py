@@ -172,7 +172,9 @@ def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
             ws.write_pages(model, sae, texts[2:3], Path(folder, "pages"), atoms=4)
 
     def often() -> int:
-        return int(model.encode(sae, four).indices[..., 0].flatten().bincount().argmax())
+        """The atom that fires in most windows of 64 tokens, after the first quarter, as `ws.erase` cuts them."""
+        fired = model.encode(sae, ids[:2048].reshape(32, 64)).indices[:, 16:, 0]
+        return int(torch.cat([atoms.unique() for atoms in fired]).bincount().argmax())
 
     def chosen() -> Any:
         from writesae.experiments.amplifying import choose_atoms
@@ -211,11 +213,14 @@ def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
             (2 + 2 * 16) * 24,
             lambda: ws.install(model, *sae.place, prompts, max_new_tokens=8),
             (2 + 2 * 16) * 7,
+            shape=(16, 24),
         ),
         "install by gradient": Row(
-            (2 + 2 * 16 + (1 + above) * 16) * 24,
+            (2 + 2 * 16 + 16) * 24,
             lambda: ws.install(model, *sae.place, prompts, max_new_tokens=8, direction="gradient"),
             (2 + 2 * 16) * 7,
+            backward=int(above * 16 * 24),
+            shape=(16, 24),
         ),
         "replacement test, 16 firings, 4 conditions": Row(
             96 * (8 + 16 * 4),
@@ -305,16 +310,16 @@ def walk(
     def one_by_one() -> float:
         """Seconds of a token generated, in 16 rows at once."""
         cache = {cache_argument(model.hf_model): transformers.DynamicCache(config=model.config)}
-        rows = some[:, :24].repeat(4, 1)
+        rows = some[:16, :24].repeat(16 // len(some), 1)
         with torch.no_grad():
             model.hf_model(rows, **cache, **model.logits_of_last(1))
             start = time.process_time()
             for t in range(4):
-                model.hf_model(some[:, t : t + 1].repeat(4, 1), **cache, **model.logits_of_last(1))
+                model.hf_model(rows[:, t : t + 1], **cache, **model.logits_of_last(1))
         return (time.process_time() - start) / (4 * len(rows))
 
     def backwards() -> float:
-        """Seconds of a token in a backward pass without gradients of weights."""
+        """Seconds of a token in a backward pass of one text, without gradients of weights."""
         model.hf_model.requires_grad_(False)
         x = model.hf_model.get_input_embeddings()(some[:1]).detach().requires_grad_()
         logits = model.hf_model(inputs_embeds=x, use_cache=False, **model.logits_of_last(1)).logits

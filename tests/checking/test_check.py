@@ -74,6 +74,16 @@ def test_half_precision(architecture: Architecture) -> None:
     assert result.environment["dtype"] == "bfloat16"
 
 
+@each_rule
+def test_our_kernels(architecture: Architecture) -> None:
+    """They are not bit for bit those of the model, and all else holds."""
+    model = wrapped(architecture)
+    model.kernels = "writesae"
+    result = found(model)
+    assert result.ok, str(result)
+    assert "writesae's" in result.environment["kernels"] and model.kernels == "writesae"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", shipped_models())
 def test_shipped_models(name: str, dtype: torch.dtype) -> None:
@@ -252,6 +262,28 @@ def test_what_is_broken_is_found(broken: Break, check: str, where: str, monkeypa
     broken(monkeypatch)
     result = found(wrapped(architecture_named("qwen3_5")))
     assert not result.ok
+    assert (check, where) in {(row.check, row.where) for row in result.failed}, str(result)
+
+
+OURS_TWINS: dict[str, tuple[Break, str, str]] = {
+    "a read a hundredth too large": (
+        changed(KernelCall, "compute", lambda result, *_: (1.01 * result[0], result[1])), "nothing attached", "prefill",
+    ),
+    "a final state that is lost": (
+        changed(KernelCall, "compute", lambda result, *_: (result[0], 0 * result[1])), "nothing attached", "pieces",
+    ),
+    "a hook that stays": TWINS["a hook that stays"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("broken", "check", "where"), OURS_TWINS.values(), ids=OURS_TWINS)
+def test_what_is_broken_in_our_kernels_is_found(
+    broken: Break, check: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wrapped(architecture_named("qwen3_5"))
+    model.kernels = "writesae"
+    broken(monkeypatch)
+    result = found(model)
     assert (check, where) in {(row.check, row.where) for row in result.failed}, str(result)
 
 

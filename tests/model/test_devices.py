@@ -379,11 +379,17 @@ COMMANDS = {
     "contexts": ["contexts", "tiny-gdn/L2H1"],
     "pages": ["pages", "tiny-gdn/L2H1"],
     "reproduce": ["reproduce", "--model", "tiny-gdn"],
+    "check": ["check", "tiny-gdn"],
+    "evaluate": ["evaluate", "tiny-gdn", "tiny-gdn/L2H1"],
+    "serve": ["serve", "tiny-gdn/L2H1"],
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_that_loads_a_model_takes_device_and_dtype(command):
-    for option, value in (("--device", "cuda:7"), ("--model-dtype" if command == "extract" else "--dtype", "float9")):
+def test_every_command_that_loads_a_model_takes_device_dtype_and_kernels(command):
+    dtype = "--model-dtype" if command == "extract" else "--dtype"
+    for option, value in (("--device", "cuda:7"), (dtype, "float9"), ("--kernels", "ours")):
+        if (command, option) == ("hooks", "--kernels"):  # which runs nothing
+            continue
         result = CliRunner().invoke(app, [*COMMANDS[command], option, value])
         assert result.exit_code == 1 and f"'{value}'" in result.output.replace("\n", " "), result.output

@@ -230,6 +230,7 @@ def test_from_a_model_on_the_command_line(tmp_path):
         (("STORE", "out", "--variant", "Flat"), "no variant 'Flat': allowed are WriteSAE"),
         (("STORE", "out", "--atoms", "4", "--k", "5"), "k=5 active atoms out of n_atoms=4"),
         (("STORE", "out", "--held-out", "0.01"), "held_out=0.01 of 20 sequences is none"),
+        (("STORE", "out", "--dtype", "float16", "--kernels", "writesae"), "without --dtype and --kernels, which"),
         (("STORE", "out", "--tracker", "comet_ml"), "--tracker comet_ml is not installed"),
         (("STORE", "out", "--lr", "-1"), "lr must be a number above 0; got -1.0"),
     ],

@@ -50,7 +50,7 @@ def _device_name(device: torch.device) -> str:
 
 def _kernels(model: HookedRecurrentModel) -> list[str]:
     """Each function that runs a recurrence, and whose code it is."""
-    found = []
+    found = [] if model.kernels == "native" else ["writesae's, for several tokens at once in the place of these"]
     for module, family in modeling_files(model.hf_model):
         functions = functions_of(module, family, model.hf_model)
         found += [f"{name} = {_path(_implementation(functions[name]))}" for name in family.kernels]

@@ -53,7 +53,8 @@ def check(
 ) -> CheckResult:
     """Measure on your model, device, dtype and installed kernels that hooks and edits do what they claim.
 
-    * With nothing attached, logits are bit for bit those of the unwrapped model.
+    * With nothing attached, logits are bit for bit those of the unwrapped model; with ``kernels="writesae"`` they are
+      the same but for rounding.
     * Hooks show what the recurrence runs on: token by token in float64, the cached quantities give what the heads read,
       and the states. What a hook gives back moves the logits as the model's own gradient says.
     * Every kind of edit is what the same change of the state does, token by token in float64.

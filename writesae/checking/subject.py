@@ -44,6 +44,7 @@ class Subject:
     layers: Sequence[int]
     seed: int = 0
     _unwrapped: dict[str, Tensor] = field(default_factory=dict)
+    _bare: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def n_pos(self) -> int:
@@ -120,6 +121,12 @@ class Subject:
             with detached(self.model.hf_model):
                 self._unwrapped[mode] = self.run(mode)
         return self._unwrapped[mode]
+
+    def bare(self, mode: str = PREFILL) -> Float[Tensor, "keep vocab"]:
+        """What the model says with nothing attached, kept from the first time on."""
+        if mode not in self._bare:
+            self._bare[mode] = self.run(mode)
+        return self._bare[mode]
 
     def from_run_to_run(self, mode: str) -> float:
         """How far the unwrapped model is from itself: 0, but for kernels that sum in any order."""

@@ -44,10 +44,17 @@ DType = Annotated[
         "shipped models in float32."
     ),
 ]
+Kernels = Annotated[
+    str,
+    typer.Option(
+        help="What computes the recurrences: native, the model's own functions, or writesae, ours, which are faster on "
+        "a CPU."
+    ),
+]
 Unchecked = Annotated[
     bool, typer.Option("--unchecked", help="Take an SAE that does not say which weights it was trained on.")
 ]
-AUTO = "auto"  # the default of --device
+AUTO, NATIVE = "auto", "native"  # the defaults of --device and --kernels
 
 
 def json_file(what: str) -> Any:
@@ -111,9 +118,10 @@ def sae_and_model(
     special_tokens: bool | None = None,
     device: str = AUTO,
     dtype: str | None = None,
+    kernels: str = NATIVE,
 ) -> tuple[WriteSAE, HookedRecurrentModel]:
     """`saes_and_model` of one SAE."""
-    (found,), hooked = saes_and_model([sae], model, prepend_bos, special_tokens, device, dtype)
+    (found,), hooked = saes_and_model([sae], model, prepend_bos, special_tokens, device, dtype, kernels)
     return found, hooked
 
 
@@ -124,6 +132,7 @@ def saes_and_model(
     special_tokens: bool | None = None,
     device: str = AUTO,
     dtype: str | None = None,
+    kernels: str = NATIVE,
 ) -> tuple[list[WriteSAE], HookedRecurrentModel]:
     """SAEs, and the model that was named or, without, the one that they name.
 
@@ -145,7 +154,7 @@ def saes_and_model(
         raise ValueError(f"these SAEs are of several models ({each}): give those of one, or --model")
     name = model or str(of[saes[0]])
     how = reading(prepend_bos, special_tokens, found)
-    return found, HookedRecurrentModel.from_pretrained(name, device=device, dtype=dtype, **how)
+    return found, HookedRecurrentModel.from_pretrained(name, device=device, dtype=dtype, kernels=kernels, **how)
 
 
 def site_folder(saes: list[str]) -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli._shared import AUTO, Device, DType, ModelName, json_file, plainly, quiet
+from writesae.cli._shared import AUTO, NATIVE, Device, DType, Kernels, ModelName, json_file, plainly, quiet
 
 ORDER = 2.5
 
@@ -16,6 +16,7 @@ def check(
     model: ModelName,
     device: Device = AUTO,
     dtype: DType = None,
+    kernels: Kernels = NATIVE,
     text: Annotated[str | None, typer.Option(help="A text to run it on; without it, random token ids.")] = None,
     all_layers: Annotated[
         bool, typer.Option("--all-layers", help="Look into every recurrent layer, not the first, middle and last.")
@@ -38,7 +39,9 @@ def check(
     with plainly():
         with console.status(f"loading {model}"):
             tokenizer = None if text is not None else False
-            hooked = HookedRecurrentModel.from_pretrained(model, dtype=dtype, device=device, tokenizer=tokenizer)
+            hooked = HookedRecurrentModel.from_pretrained(
+                model, dtype=dtype, device=device, kernels=kernels, tokenizer=tokenizer
+            )
         result = run(hooked, text, layers="all" if all_layers else None, costs=costs, seed=seed, show=console)
         if json is not None:
             result.save(json)

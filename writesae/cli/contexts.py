@@ -9,9 +9,11 @@ import typer
 
 from writesae.cli._shared import (
     AUTO,
+    NATIVE,
     Device,
     DType,
     HeldOutText,
+    Kernels,
     ModelOfSAE,
     PrependBos,
     SAEName,
@@ -39,6 +41,7 @@ def contexts(
     json: Annotated[Path | None, json_file("everything found")] = None,
     device: Device = AUTO,
     dtype: DType = None,
+    kernels: Kernels = NATIVE,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
 ) -> None:
@@ -50,7 +53,7 @@ def contexts(
         from writesae.jobs.disk import write_json
         from writesae.saes import top_contexts
 
-        found, hooked = sae_and_model(sae, model, prepend_bos, special_tokens, device, dtype)
+        found, hooked = sae_and_model(sae, model, prepend_bos, special_tokens, device, dtype, kernels)
         top = top_contexts(hooked, found, read_texts(text), n=n, atoms=atom, context=context, batch_size=batch)
         if json is not None:
             write_json(json, top.to_dict())

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from writesae.cli._shared import AUTO, Device, DType, json_file, plainly, quiet
+from writesae.cli._shared import AUTO, NATIVE, Device, DType, Kernels, json_file, plainly, quiet
 
 ORDER = 1
 
@@ -17,6 +17,7 @@ def demo(
     firings: Annotated[int, typer.Option(help="Firings tested by the replacement test, per SAE.", min=1)] = 300,
     device: Device = AUTO,
     dtype: DType = None,
+    kernels: Kernels = NATIVE,
     picture: Annotated[Path, typer.Option(help="Where to save the picture.")] = Path("writesae-demo.png"),
     json: Annotated[Path | None, json_file("all that is shown")] = None,
 ) -> None:
@@ -26,6 +27,6 @@ def demo(
 
     quiet()
     with plainly():
-        found = run(model, firings, picture, device=device, dtype=dtype)
+        found = run(model, firings, picture, device=device, dtype=dtype, kernels=kernels)
         if json is not None:
             write_json(json, found)

@@ -9,9 +9,11 @@ import typer
 
 from writesae.cli._shared import (
     AUTO,
+    NATIVE,
     Device,
     DType,
     HeldOutText,
+    Kernels,
     ModelName,
     PrependBos,
     SpecialTokens,
@@ -35,6 +37,7 @@ def evaluate(
     json: Annotated[Path | None, json_file("the numbers, under SAEBench's names")] = None,
     device: Device = AUTO,
     dtype: DType = None,
+    kernels: Kernels = NATIVE,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
     unchecked: Annotated[
@@ -56,7 +59,7 @@ def evaluate(
 
         found = [WriteSAE.from_pretrained(name, device=device) for name in saes]
         how = reading(prepend_bos, special_tokens, found)
-        hooked = HookedRecurrentModel.from_pretrained(model, device=device, dtype=dtype, **how)
+        hooked = HookedRecurrentModel.from_pretrained(model, device=device, dtype=dtype, kernels=kernels, **how)
         with Bars(transient=True) as bars:
             bar = bars.add("windows", max(1, tokens // context))
             result = run(

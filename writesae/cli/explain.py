@@ -9,9 +9,11 @@ import typer
 
 from writesae.cli._shared import (
     AUTO,
+    NATIVE,
     Device,
     DType,
     HeldOutText,
+    Kernels,
     ModelOfSAE,
     PrependBos,
     SAEName,
@@ -49,6 +51,7 @@ def explain(
     json: Annotated[Path | None, json_file("what was asked, the labels and their scores")] = None,
     device: Device = AUTO,
     dtype: DType = None,
+    kernels: Kernels = NATIVE,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
     unchecked: Unchecked = False,
@@ -73,7 +76,7 @@ def explain(
                 chat.check()
         else:
             chat = ChatModel(model, device_named(device))
-        found, hooked = sae_and_model(sae, sae_model, prepend_bos, special_tokens, device, dtype)
+        found, hooked = sae_and_model(sae, sae_model, prepend_bos, special_tokens, device, dtype, kernels)
         name = Path(sae.removesuffix("/"))
         file = out or Path("runs") / f"labels-{name.parent.name}-{name.name}.json".replace("--", "-")
         error = Console(stderr=True)

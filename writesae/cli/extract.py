@@ -9,8 +9,10 @@ import typer
 
 from writesae.cli._shared import (
     AUTO,
+    NATIVE,
     Device,
     DType,
+    Kernels,
     ModelName,
     PrependBos,
     SpecialTokens,
@@ -53,6 +55,7 @@ def extract(
     json: Annotated[Path | None, json_file("sizes and errors of the store")] = None,
     device: Device = AUTO,
     model_dtype: DType = None,
+    kernels: Kernels = NATIVE,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
 ) -> None:
@@ -79,7 +82,7 @@ def extract(
             raise ValueError(f"--dtype {dtype}: allowed are {', '.join(making.DTYPES)}")
         team = Processes.launched()
         hooked = HookedRecurrentModel.from_pretrained(
-            model, device=device, dtype=model_dtype, **reading(prepend_bos, special_tokens)
+            model, device=device, dtype=model_dtype, kernels=kernels, **reading(prepend_bos, special_tokens)
         )  # on several GPUs, accelerate has chosen each process's own
         sites = making.parse_sites(hooked, site)
         if text is not None:

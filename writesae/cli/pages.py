@@ -9,9 +9,11 @@ import typer
 
 from writesae.cli._shared import (
     AUTO,
+    NATIVE,
     Device,
     DType,
     HeldOutText,
+    Kernels,
     ModelOfSAE,
     PrependBos,
     SpecialTokens,
@@ -48,6 +50,7 @@ def pages(
     json: Annotated[Path | None, json_file("what the index shows of every atom")] = None,
     device: Device = AUTO,
     dtype: DType = None,
+    kernels: Kernels = NATIVE,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
     unchecked: Unchecked = False,
@@ -66,11 +69,12 @@ def pages(
     with plainly():
         from writesae.pages import write_pages
 
-        found, hooked = saes_and_model(saes, model, prepend_bos, special_tokens, device, dtype)
+        found, hooked = saes_and_model(saes, model, prepend_bos, special_tokens, device, dtype, kernels)
         folder = out or site_folder(saes)
         # To be run in the site's folder, so that pages say the same wherever that is.
         again = ["writesae", "pages", *map(anywhere, saes), *(["--model", anywhere(model)] if model else [])]
         again += [*(["--text", anywhere(str(text))] if text else []), "--out", "."]
+        again += [*(["--dtype", dtype] if dtype else []), *(["--kernels", kernels] if kernels != NATIVE else [])]
         again += [word for path in labels or () for word in ("--labels", anywhere(str(path)))]
         index = write_pages(
             hooked, found, read_texts(text), folder, atoms=atoms, also=atom or (), prompts=prompt,

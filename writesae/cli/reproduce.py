@@ -9,9 +9,11 @@ import typer
 
 from writesae.cli._shared import (
     AUTO,
+    NATIVE,
     Device,
     DType,
     HeldOutText,
+    Kernels,
     PrependBos,
     SpecialTokens,
     json_file,
@@ -43,6 +45,7 @@ def reproduce(
     json: Annotated[Path | None, json_file("the numbers of every experiment")] = None,
     device: Device = AUTO,
     dtype: DType = None,
+    kernels: Kernels = NATIVE,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
@@ -76,7 +79,7 @@ def reproduce(
         load = lambda names: [WriteSAE.from_pretrained(name, device=device) for name in names or ()]  # noqa: E731
         saes = load(names)
         how = reading(prepend_bos, special_tokens, saes)
-        hooked = HookedRecurrentModel.from_pretrained(model, device=device, dtype=dtype, **how)
+        hooked = HookedRecurrentModel.from_pretrained(model, device=device, dtype=dtype, kernels=kernels, **how)
         folder = out or Path("runs") / f"reproduce-{Path(model).name}"
         outcomes = run(
             hooked, saes, texts, folder, only=only, sizes=Sizes.quick() if quick else None, flat=load(flat),

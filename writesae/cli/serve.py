@@ -9,9 +9,11 @@ import typer
 
 from writesae.cli._shared import (
     AUTO,
+    NATIVE,
     Device,
     DType,
     HeldOutText,
+    Kernels,
     ModelOfSAE,
     PrependBos,
     SAEName,
@@ -36,6 +38,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port on this machine.", min=0, max=65535)] = 8000,
     device: Device = AUTO,
     dtype: DType = None,
+    kernels: Kernels = NATIVE,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
     unchecked: Unchecked = False,
@@ -56,7 +59,7 @@ def serve(
         from writesae.pages import write_pages
         from writesae.pages.serve import HOST, application
 
-        found, hooked = sae_and_model(sae, model, prepend_bos, special_tokens, device, dtype)
+        found, hooked = sae_and_model(sae, model, prepend_bos, special_tokens, device, dtype, kernels)
         name, folder = sae.removesuffix("/"), out or site_folder([sae])
         write_pages(
             hooked, found, read_texts(text), folder, atoms=atoms, name=name,

@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from writesae.cli._shared import AUTO, Device, DType, PrependBos, SpecialTokens, json_file, plainly, quiet, reading
+from writesae.cli._shared import (
+    AUTO,
+    NATIVE,
+    Device,
+    DType,
+    Kernels,
+    PrependBos,
+    SpecialTokens,
+    json_file,
+    plainly,
+    quiet,
+    reading,
+)
 
 ORDER = 4
 
@@ -48,6 +60,7 @@ def train(
     json: Annotated[Path | None, json_file("the numbers of each head's training")] = None,
     device: Device = AUTO,
     dtype: DType = None,
+    kernels: Kernels = NATIVE,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     prepend_bos: PrependBos = None,
     special_tokens: SpecialTokens = None,
@@ -79,8 +92,10 @@ def train(
         given["choices"] = {"rank": rank} if rank > 1 else None
         planned(**given)
         if ActivationStore.is_at(source):
-            if reading(prepend_bos, special_tokens):
-                raise ValueError(f"{source} is a store of tokens: --prepend-bos and --special-tokens are for a model")
+            for_a_model = {"--text": text, "--dtype": dtype, "--kernels": kernels != NATIVE or None}
+            for_a_model |= {"--prepend-bos": prepend_bos, "--special-tokens": special_tokens}
+            if wrong := " and ".join(option for option, value in for_a_model.items() if value is not None):
+                raise ValueError(f"{source} is a store of tokens, so it goes without {wrong}, which a model would take")
             store = ActivationStore.open(source)
             sites = [store.place(name) for name in site] if site else None
         else:
@@ -89,7 +104,7 @@ def train(
             if text is None or not site:
                 raise ValueError(f"{source} is no store, so it is taken for a model: that needs --text and --site")
             model = HookedRecurrentModel.from_pretrained(
-                source, device=device, dtype=dtype, **reading(prepend_bos, special_tokens)
+                source, device=device, dtype=dtype, kernels=kernels, **reading(prepend_bos, special_tokens)
             )
             sites = parse_sites(model, site)
             store = record(model, from_files(model, text, context, max_tokens), sites, progress=first)

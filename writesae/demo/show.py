@@ -63,6 +63,7 @@ def run(
     console: Console | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str | None = None,
+    kernels: str = "native",
 ) -> dict[str, Any]:
     """Everything `writesae demo` shows, and its numbers as JSON has them.
 
@@ -71,7 +72,7 @@ def run(
         n_firings: firings tested by the replacement test, per SAE.
         picture: PNG file to write; None for none.
         console: where to print; None for the standard output.
-        device, dtype: of the model, see `HookedRecurrentModel.from_pretrained`.
+        device, dtype, kernels: of the model, see `HookedRecurrentModel.from_pretrained`.
 
     Raises:
         ValueError: not a shipped model that comes with SAEs.
@@ -81,7 +82,7 @@ def run(
     if name not in shipped_models():
         raise ValueError(f"the demo needs a shipped model with SAEs: {', '.join(shipped_models())}; got {name}")
     with console.status(f"loading {name}"):
-        model = HookedRecurrentModel.from_pretrained(name, device=device, dtype=dtype)
+        model = HookedRecurrentModel.from_pretrained(name, device=device, dtype=dtype, kernels=kernels)
         saes, of_names = (
             [WriteSAE.from_pretrained(folder, device=device) for folder in folders]
             for folders in (shipped_saes(name), name_saes(name))

@@ -147,12 +147,17 @@ def _shared(model: HookedRecurrentModel, texts: str | Sequence[str], seed: int) 
         digest.update(text.encode() + b"\0")
     weights = hashlib.sha256("".join(model.fingerprint(site.layer) for site in model.sites).encode()).hexdigest()
     return {
-        "weights": weights[:16], "dtype": _dtype(model), "text": digest.hexdigest()[:16], "seed": seed, **model.reading,
+        "weights": weights[:16], "dtype": _dtype(model), "kernels": model.kernels, "text": digest.hexdigest()[:16],
+        "seed": seed, **model.reading,
     }  # fmt: skip
 
 
 def _dtype(model: HookedRecurrentModel) -> str:
     return str(bare(model.hf_model).dtype).removeprefix("torch.")
+
+
+def _kernels(model: HookedRecurrentModel) -> str:
+    return "" if model.kernels == "native" else ", recurrences on the kernels of writesae"
 
 
 def _intro(model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> str:
@@ -162,7 +167,8 @@ def _intro(model: HookedRecurrentModel, saes: Sequence[WriteSAE]) -> str:
     )
     n = sum(p.numel() for p in model.parameters()) / 1e6
     rounded = " **Its logits are rounded: effects of less than about a hundredth are lost (dtype float32 keeps them).**"
+    note = rounded if in_half_precision(model.hf_model) else ""
     return (
         f"{model.model_id}: {type(model.hf_model).__name__}, {n:,.1f} M parameters, rule {model.sites[0].rule}, in "
-        f"{_dtype(model)}.{rounded if in_half_precision(model.hf_model) else ''} SAEs of {heads}. Intervals are 95%."
+        f"{_dtype(model)}{_kernels(model)}.{note} SAEs of {heads}. Intervals are 95%."
     )
