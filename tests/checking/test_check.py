@@ -100,6 +100,7 @@ def test_layers_texts_and_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {f"layer {site.layer}" for site in model.sites} <= {row.where for row in result.rows}
     (ratio,) = (row for row in result.rows if (row.check, row.where) == ("time", "nothing attached"))
     assert ratio.unit == "x native" and 0.2 < (ratio.measured or 0) < 5 and ratio.verdict == "-"
+    assert any("kernels='writesae'" in row.where for row in result.rows) and model.kernels == "native"
     assert {row.where for row in found(model, layers=[1]).rows if row.where.startswith("layer")} == {"layer 1"}
 
 

@@ -30,8 +30,16 @@ def check_costs(subject: Subject) -> Iterator[Row]:
         with model.intervene(edit):
             subject.run()
 
+    def on_ours() -> None:
+        model.kernels = "writesae"
+        try:
+            subject.run()
+        finally:
+            model.kernels = "native"
+
     ways: dict[str, Callable[[], Any]] = {
         "nothing attached": subject.run,
+        **({"kernels='writesae'": on_ours} if model.kernels == "native" else {}),
         f"cache of layer {layer}": lambda: model.run_with_cache(subject.ids, inputs, **subject.of_last),
         f"edit of layer {layer}": edited,
     }
