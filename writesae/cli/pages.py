@@ -75,6 +75,9 @@ def pages(
         again = ["writesae", "pages", *map(anywhere, saes), *(["--model", anywhere(model)] if model else [])]
         again += [*(["--text", anywhere(str(text))] if text else []), "--out", "."]
         again += [*(["--dtype", dtype] if dtype else []), *(["--kernels", kernels] if kernels != NATIVE else [])]
+        read = {"prepend-bos": prepend_bos, "special-tokens": special_tokens}
+        again += [f"--{'' if yes else 'no-'}{name}" for name, yes in read.items() if yes is not None]
+        again += ["--unchecked"] if unchecked else []
         again += [word for path in labels or () for word in ("--labels", anywhere(str(path)))]
         index = write_pages(
             hooked, found, read_texts(text), folder, atoms=atoms, also=atom or (), prompts=prompt,
