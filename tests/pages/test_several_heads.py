@@ -131,12 +131,14 @@ def test_the_command(tmp_path):
     saes = [str(sae.save_pretrained(tmp_path / sae.place.folder)) for sae in heads()]
     (tmp_path / "text.txt").write_text(texts()[0])
     asked = ["pages", *saes, "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "site"), "--atoms", "0"]
+    asked += ["--dtype", "float32", "--kernels", "writesae", "--no-special-tokens"]
     result = runner.invoke(app, [*asked, "--json", str(tmp_path / "rows.json"), "--neuronpedia"])
     assert result.exit_code == 0, result.output
     assert f"Open {tmp_path / 'site' / 'index.html'} in a browser." in result.output
     assert len(json.loads((tmp_path / "rows.json").read_text())["atoms"]) == sum(HEADS.values())
     page = (tmp_path / "site" / "L0H0" / "atom" / "00003.html").read_text()
     assert f"writesae pages {saes[0]} {saes[1]} --text" in page
+    assert "--out . --dtype float32 --kernels writesae --no-special-tokens" in page
     for wrong, said in (
         (["pages", saes[0], "tiny-rwkv7/L3H1"], "of several models"),
         (["pages", saes[0], saes[0]], "two SAEs of layer 2 head 1"),
