@@ -18,7 +18,7 @@ import jaxtyping
 import pytest
 import torch
 
-from annotations import sparing
+from annotations import calls, sparing
 
 jaxtyping.jaxtyped = sparing  # before anything of ours is imported
 
@@ -38,6 +38,7 @@ def seed() -> None:
 @pytest.fixture(autouse=True)
 def annotations(request: pytest.FixtureRequest) -> Iterator[None]:
     """They are checked on the first architecture of each rule; on the others, the same functions run."""
+    calls.clear()
     given = getattr(request.node, "callspec", None)
     shared = given is not None and not all(getattr(x, "is_first_of_its_rule", True) for x in given.params.values())
     if shared:

@@ -10,7 +10,7 @@ from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
 import writesae as ws
-from annotations import sparing
+from annotations import CHECKED, calls, sparing
 from edit_cases import annotations_unchecked
 
 
@@ -49,3 +49,15 @@ def test_the_package_is_checked() -> None:
         ws.kl_divergence("logits", torch.zeros(1, 3))  # type: ignore[arg-type]
     with pytest.raises(TypeCheckError, match="to_single_token"):
         ws.HookedRecurrentModel.to_single_token(None, 0.5)  # type: ignore[arg-type]
+
+
+def test_a_function_that_runs_by_the_thousand_is_checked_at_its_first_calls() -> None:
+    without = sparing(longer, typechecker=beartype)
+    for _ in range(CHECKED - 1):
+        without(["a"], by=2)
+    with pytest.raises(TypeCheckError):
+        without(["a"], by=0)
+    assert without(["a"], by=0) is None and without(["a"], by=2) == 3
+    calls.clear()  # as before the next test
+    with pytest.raises(TypeCheckError):
+        without(["a"], by=0)

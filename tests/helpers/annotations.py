@@ -3,22 +3,26 @@
 The hook decorates every function. A function inside another is decorated anew each time the outer one runs, which takes
 a few milliseconds; one without arrays among its annotations has no shapes to compare, and yet keeps a record of them at
 every call. So the first is left as it is, and the second goes to beartype alone. All others, which are those with
-shapes, are jaxtyping's as before.
+shapes, are jaxtyping's as before. And what runs by the thousand in a test is checked at its first calls there.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, get_args, get_type_hints
 
 import jaxtyping
+import torch
 from beartype import beartype
 from beartype.roar import BeartypeCallHintViolation
 
 jaxtyped = jaxtyping.jaxtyped
+CHECKED = 32  # calls of a function that are checked in each test
+calls: Counter[FunctionType] = Counter()  # in this test, see conftest.py
 
 
 def sparing(fn: Any = None, *, typechecker: Any) -> Any:
@@ -31,8 +35,24 @@ def sparing(fn: Any = None, *, typechecker: Any) -> Any:
         return fn
     hints = {name: resolved(hint, fn.__globals__) for name, hint in fn.__annotations__.items()}
     if any(has_arrays(hint) for hint in hints.values()):
-        return jaxtyped(fn, typechecker=typechecker)
-    return without_shapes(fn, hints) if hints else fn
+        return at_first(fn, jaxtyped(fn, typechecker=typechecker))
+    return at_first(fn, without_shapes(fn, hints)) if hints else fn
+
+
+def at_first(fn: FunctionType, checked: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, checked at its first calls in a test."""
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        if torch.compiler.is_compiling():  # which would compile anew at each count
+            return checked(*args, **kwargs)
+        if calls[fn] >= CHECKED or jaxtyping.config.jaxtyping_disable:
+            return fn(*args, **kwargs)
+        calls[fn] += 1
+        return checked(*args, **kwargs)
+
+    return call
 
 
 def without_shapes(fn: FunctionType, hints: dict[str, Any]) -> Callable[..., Any]:
