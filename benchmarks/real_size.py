@@ -171,11 +171,6 @@ def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
         with tempfile.TemporaryDirectory() as folder:
             ws.write_pages(model, sae, texts[2:3], Path(folder, "pages"), atoms=4)
 
-    def often() -> int:
-        """The atom that fires in most windows of 64 tokens, after the first quarter, as `ws.erase` cuts them."""
-        fired = model.encode(sae, ids[:2048].reshape(32, 64)).indices[:, 16:, 0]
-        return int(torch.cat([atoms.unique() for atoms in fired]).bincount().argmax())
-
     def chosen() -> Any:
         from writesae.experiments.amplifying import choose_atoms
 
@@ -237,8 +232,8 @@ def rows(model: ws.HookedRecurrentModel, sae: ws.WriteSAE) -> dict[str, Row]:
             6 * 7,
         ),
         "erase, 8 firings, one dose": Row(
-            2048 + count(two_texts) + 64 * (8 + 8 + 8 + 3 * 4),
-            lambda: ws.erase(model, sae, often(), two_texts, n=8, doses=[1.0]),
+            count(two_texts) + 64 * (8 + 8 + 8 + 3 * 4),
+            lambda: ws.erase(model, sae, None, two_texts, n=8, doses=[1.0]),
         ),
         "extract, 4 heads, 4,096 tokens": Row(4096, lambda: extracting(4096)),
         "pages, 589 tokens, 4 atoms": Row(589 + 4 * 3 * 128, paging),

@@ -40,23 +40,24 @@ def sparing(fn: Any = None, *, typechecker: Any) -> Any:
 
 
 def at_first(fn: FunctionType, checked: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, checked at its first calls in a test."""
+    """The function, checked at its first calls in a test, unless jaxtyping is switched off."""
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        if torch.compiler.is_compiling():  # which would compile anew at each count
-            return checked(*args, **kwargs)
-        if calls[fn] >= CHECKED or jaxtyping.config.jaxtyping_disable:
+        if jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
-        calls[fn] += 1
+        if not torch.compiler.is_compiling():  # which would compile anew at each count
+            if calls[fn] >= CHECKED:
+                return fn(*args, **kwargs)
+            calls[fn] += 1
         return checked(*args, **kwargs)
 
     return call
 
 
 def without_shapes(fn: FunctionType, hints: dict[str, Any]) -> Callable[..., Any]:
-    """What beartype makes of a function, with jaxtyping's switch and its error."""
+    """What beartype makes of a function, with jaxtyping's error."""
     copy = FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     copy.__kwdefaults__, copy.__qualname__, copy.__module__ = fn.__kwdefaults__, fn.__qualname__, fn.__module__
     copy.__annotations__ = hints
@@ -65,8 +66,6 @@ def without_shapes(fn: FunctionType, hints: dict[str, Any]) -> Callable[..., Any
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        if jaxtyping.config.jaxtyping_disable:
-            return fn(*args, **kwargs)
         try:
             return checked(*args, **kwargs)
         except BeartypeCallHintViolation as error:

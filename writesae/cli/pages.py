@@ -72,9 +72,12 @@ def pages(
         found, hooked = saes_and_model(saes, model, prepend_bos, special_tokens, device, dtype, kernels)
         folder = out or site_folder(saes)
         # To be run in the site's folder, so that pages say the same wherever that is.
-        again = ["writesae", "pages", *map(anywhere, saes), *(["--model", anywhere(model)] if model else [])]
-        again += [*(["--text", anywhere(str(text))] if text else []), "--out", "."]
-        again += [*(["--dtype", dtype] if dtype else []), *(["--kernels", kernels] if kernels != NATIVE else [])]
+        said = {
+            "--model": model and anywhere(model), "--text": text and anywhere(str(text)), "--out": ".",
+            "--dtype": dtype, "--kernels": None if kernels == NATIVE else kernels,
+        }  # fmt: skip
+        again = ["writesae", "pages", *map(anywhere, saes)]
+        again += [word for option, value in said.items() if value for word in (option, value)]
         read = {"prepend-bos": prepend_bos, "special-tokens": special_tokens}
         again += [f"--{'' if yes else 'no-'}{name}" for name, yes in read.items() if yes is not None]
         again += ["--unchecked"] if unchecked else []

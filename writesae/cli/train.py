@@ -92,7 +92,7 @@ def train(
         given["choices"] = {"rank": rank} if rank > 1 else None
         planned(**given)
         if ActivationStore.is_at(source):
-            for_a_model = {"--text": text, "--dtype": dtype, "--kernels": kernels != NATIVE or None}
+            for_a_model = {"--text": text, "--dtype": dtype, "--kernels": None if kernels == NATIVE else kernels}
             for_a_model |= {"--prepend-bos": prepend_bos, "--special-tokens": special_tokens}
             if wrong := " and ".join(option for option, value in for_a_model.items() if value is not None):
                 raise ValueError(f"{source} is a store of tokens, so it goes without {wrong}, which a model would take")
